@@ -1,0 +1,1 @@
+../../asapc/config.py

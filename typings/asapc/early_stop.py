@@ -1,0 +1,1 @@
+../../asapc/early_stop.py

@@ -1,0 +1,1 @@
+../../asapc/fit.py

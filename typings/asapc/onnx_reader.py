@@ -1,0 +1,1 @@
+../../asapc/onnx_reader.py

@@ -1,0 +1,1 @@
+../../asapc/pt2_archive.py
