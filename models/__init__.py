@@ -1,0 +1,1 @@
+"""Models with Sinkhorn attention as their users write them, with the commands that train them."""
