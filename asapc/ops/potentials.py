@@ -1,0 +1,67 @@
+"""Exact one-dimensional Kantorovich potentials of projected queries and keys, by sorting.
+
+In one dimension the optimal plan for the cost -x * y pairs sorted points with sorted points, so its dual
+follows in closed form: along the sorted order the potential's slope is the key that the query is paired
+with. The sign is that of scores, not of costs: the potential f belongs to the plan
+exp(x_i y_j / t + f_i / t + g_j / t) as t goes to 0, where f_i = -max_j(x_i y_j + g_j).
+"""
+
+import torch
+
+
+def paired_keys(queries: int, keys: int) -> tuple[list[int], list[int]]:
+    """Ranks of the two keys whose mean is the slope of the potential between sorted queries i and i + 1.
+
+    Between queries i and i + 1 (of N, counted from 1) the key quantile i / N is paired. Where it falls
+    between two keys any value between them is optimal, since square uniform problems have no unique
+    potential: the midpoint is the rule here, in the fit and at inference.
+
+    Returns:
+        Two lists of N - 1 zero-based ranks; equal entries where the quantile falls inside one key.
+    """
+    lower = [-(-i * keys // queries) - 1 for i in range(1, queries)]
+    upper = [i * keys // queries for i in range(1, queries)]
+    return lower, upper
+
+
+def potentials(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Query-side Kantorovich potentials for the score x * y and uniform marginals.
+
+    Args:
+        x: projected queries, (..., N), any order, ties allowed.
+        y: projected keys, (..., M).
+
+    Returns:
+        (..., N), in units of x * y, each centred to mean zero over N. Cost O(N log N + M log M), no
+        tensor larger than its inputs. Made of TopK, CumSum and Scatter alone, which every target runtime has.
+    """
+    n, m = x.shape[-1], y.shape[-1]
+    # topk, not sort: it is the sort that exports to ONNX. N and M are therefore fixed in the graph.
+    x_sorted, order = torch.topk(x, n, dim=-1, sorted=True)
+    y_sorted, _ = torch.topk(y, m, dim=-1, sorted=True)
+    lower, upper = paired_keys(n, m)
+    if n == m:  # neighbours: slices are cheaper than gathers
+        slope = (y_sorted[..., :-1] + y_sorted[..., 1:]) / 2
+    else:
+        slope = (y_sorted[..., lower] + y_sorted[..., upper]) / 2
+    steps = -slope * (x_sorted[..., 1:] - x_sorted[..., :-1])
+    f_sorted = torch.cat([torch.zeros_like(x[..., :1]), torch.cumsum(steps, dim=-1)], dim=-1)
+    f = torch.zeros_like(x).scatter(-1, order, f_sorted)
+    return f - f.mean(dim=-1, keepdim=True)
+
+
+def potentials_ref(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Float64 reference of `potentials`, straight from the definition, one problem and one query at a time."""
+    out = torch.empty(x.shape, dtype=torch.float64)
+    n, m = x.shape[-1], y.shape[-1]
+    for f, xs, ys in zip(out.view(-1, n), x.double().reshape(-1, n), y.double().reshape(-1, m), strict=True):
+        order = torch.argsort(xs)
+        ys = torch.sort(ys).values
+        value = 0.0
+        f[order[0]] = value
+        for i, (lower, upper) in enumerate(zip(*paired_keys(n, m), strict=True)):
+            slope = (ys[lower] + ys[upper]).item() / 2
+            value -= slope * (xs[order[i + 1]] - xs[order[i]]).item()
+            f[order[i + 1]] = value
+        f -= f.mean().item()
+    return out

@@ -1,0 +1,191 @@
+"""Sinkhorn scaling itself: the float64 reference, and the fastest exact form with its truncations."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import nn
+
+from asapc.artifacts import Axis
+from asapc.ops.c_transform import column_step, plan, row_step
+from asapc.ops.scaling import (
+    SMALLEST_SUM,
+    column_scaling,
+    masked_log_softmax,
+    row_normalised_output,
+    row_scaling,
+    scaling_exponent,
+)
+
+
+def other(axis: Axis) -> Axis:
+    """Return the other axis."""
+    return "columns" if axis == "rows" else "rows"
+
+
+def first_axis(half_steps: int, last: Axis) -> Axis:
+    """Return the axis that the first of `half_steps` alternating half-steps normalises."""
+    return last if half_steps % 2 else other(last)
+
+
+def sinkhorn_iterates(
+    scores: torch.Tensor,
+    first: Axis,
+    row_mass: torch.Tensor | None = None,
+    column_mass: torch.Tensor | None = None,
+) -> Iterator[tuple[Axis, torch.Tensor, torch.Tensor]]:
+    """Half-steps in the log domain without end: yields (axis just normalised, f, g) after each.
+
+    Args:
+        scores: (B, H, N, M), -inf where masked; the computation keeps its dtype.
+        first: the axis that the first half-step normalises.
+        row_mass: (1,) or (N,), what rows are normalised to; None for 1.
+        column_mass: (1,) or (M,), what columns are normalised to; None for N / M.
+    """
+    f, g = torch.zeros_like(scores[..., 0]), torch.zeros_like(scores[..., 0, :])
+    axis = first
+    while True:
+        if axis == "rows":
+            f = row_step(scores, g, row_mass)
+        else:
+            g = column_step(scores, f, column_mass)
+        yield axis, f, g
+        axis = other(axis)
+
+
+def sinkhorn_duals(
+    scores: torch.Tensor,
+    half_steps: int,
+    last: Axis = "rows",
+    row_mass: torch.Tensor | None = None,
+    column_mass: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Duals f (B, H, N) and g (B, H, M) after `half_steps` >= 1 half-steps from zero; see `sinkhorn_iterates`."""
+    iterates = sinkhorn_iterates(scores, first_axis(half_steps, last), row_mass, column_mass)
+    _, f, g = next(islice(iterates, half_steps - 1, None))
+    return f, g
+
+
+def sinkhorn_plan_ref(
+    scores: torch.Tensor,
+    half_steps: int,
+    last: Axis = "rows",
+    row_mass: torch.Tensor | None = None,
+    column_mass: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Float64 reference of `Sinkhorn`'s plan (B, H, N, M): the log-domain loop as it stands in the definition."""
+    scores = scores.double()
+    return plan(scores, *sinkhorn_duals(scores, half_steps, last, row_mass, column_mass))
+
+
+def weigh(vector: torch.Tensor, mass: torch.Tensor | float) -> torch.Tensor:
+    """Multiply a scaling vector by what its axis is scaled to, where that is not 1."""
+    return vector if isinstance(mass, float) and mass == 1.0 else vector * mass
+
+
+class Sinkhorn(nn.Module):
+    """Exact Sinkhorn scaling of a fixed number of half-steps, in scaling form.
+
+    One exp of the scores, then one matrix-vector product a half-step, where the log-domain loop takes an
+    exp and a log of all N x M entries each time. With fewer half-steps than the teacher it is
+    truncated Sinkhorn, with one half-step on rows softmax. Within about 1e-5 relative of the float64
+    reference in float32 while the range of the duals permits (`scaling.py`).
+    """
+
+    def __init__(
+        self,
+        half_steps: int,
+        last: Axis = "rows",
+        row_mass: torch.Tensor | None = None,
+        column_mass: torch.Tensor | None = None,
+        masked: bool = False,
+        logarithm: bool = False,
+    ) -> None:
+        """Set up the loop.
+
+        Args:
+            half_steps: at least 1.
+            last: the axis that the last half-step normalises.
+            row_mass: (1,) or (N,), what rows are normalised to; None for 1.
+            column_mass: (1,) or (M,), what columns are normalised to; None for N / M.
+            masked: whether scores below `scaling.LOWEST_LIVE` are left out.
+            logarithm: whether the plan is returned as its logarithm.
+        """
+        super().__init__()
+        if half_steps < 1:
+            raise ValueError(f"half_steps must be at least 1, got {half_steps}")
+        self.half_steps, self.last, self.masked, self.logarithm = half_steps, last, masked, logarithm
+        self.register_buffer("row_mass", row_mass)
+        self.register_buffer("column_mass", column_mass)
+
+    row_mass: torch.Tensor | None
+    column_mass: torch.Tensor | None
+
+    def masses(self, kernel: torch.Tensor, repeats: int) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """What the steps scale rows and columns to, broadcast to (B, H, 1, N) and (B, H, 1, M).
+
+        On the axis that is not last a factor changes nothing, and is chosen so that both axes carry the same mass in
+        all: if they did not, the scaling vectors would run apart with every repetition, out of the range of float32.
+        """
+        n, m = kernel.shape[-2:]
+        rows = 1.0 if self.row_mass is None else self.row_mass
+        columns = n / m if self.column_mass is None else self.column_mass
+        if repeats == 0 or not (self.masked or self.row_mass is not None or self.column_mass is not None):
+            return rows, columns
+        live_rows, live_columns = (
+            torch.ones_like(kernel[..., :1]).transpose(-1, -2),
+            torch.ones_like(kernel[..., :1, :]),
+        )
+        if self.masked:
+            live_rows = (kernel.amax(dim=-1, keepdim=True) > 0).to(kernel.dtype).transpose(-1, -2)
+            live_columns = (kernel.amax(dim=-2, keepdim=True) > 0).to(kernel.dtype)
+        total_rows, total_columns = (
+            (mass * live).sum(dim=-1, keepdim=True).clamp_min(SMALLEST_SUM)
+            for mass, live in ((rows, live_rows), (columns, live_columns))
+        )
+        if self.last == "rows":
+            return rows, columns * (total_rows / total_columns)
+        return rows * (total_columns / total_rows), columns
+
+    def forward(
+        self,
+        scores: torch.Tensor,
+        queries: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Plan @ values (B, H, N, E), or without values the plan (B, H, N, M).
+
+        Args:
+            scores: (B, H, N, M), in units of the temperature.
+            queries: not needed; all operators are called alike.
+            keys: not needed either.
+            values: (B, H, M, E).
+        """
+        steps = self.half_steps
+        if first_axis(steps, self.last) == "rows":  # a row step from g = 0 is a softmax; then a column step is next
+            scores = masked_log_softmax(scores) if self.masked else torch.log_softmax(scores, dim=-1)
+            if self.row_mass is not None:
+                scores = scores + self.row_mass.log().unsqueeze(-1)
+            steps -= 1
+            if steps == 0:
+                made = scores if self.logarithm else torch.exp(scores)
+                return made if values is None else made @ values
+        exponent, shift = scaling_exponent(scores, self.masked)
+        kernel = torch.exp(exponent)
+        u = torch.exp(shift)  # the teacher starts from f = 0
+        repeats = (steps - 1) // 2
+        rows, columns = self.masses(kernel, repeats)
+        v = weigh(column_scaling(kernel, u), columns)
+        for _ in range(repeats):
+            u = weigh(row_scaling(kernel, v), rows)
+            v = weigh(column_scaling(kernel, u), columns)
+        if self.last == "rows" and values is not None:
+            output = row_normalised_output(kernel, v, values)
+            return output if self.row_mass is None else output * self.row_mass.unsqueeze(-1)
+        if self.last == "rows":
+            u = weigh(row_scaling(kernel, v), rows)
+        u = u.transpose(-1, -2)
+        if values is not None:
+            return u * (kernel @ (v.transpose(-1, -2) * values))
+        return exponent + torch.log(u) + torch.log(v) if self.logarithm else u * kernel * v

@@ -1,0 +1,221 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import FLOAT32, FLOAT64, difference
+
+from asapc.artifacts import SlicedDualParams
+from asapc.ops.c_transform import closure
+from asapc.ops.sliced_dual import (
+    SlicedDual,
+    dual_features,
+    dual_features_ref,
+    live_mask,
+    project,
+    sliced_dual_plan_ref,
+)
+
+quick = settings(max_examples=40, deadline=None)
+HEADS, DIM = 3, 4
+
+
+@st.composite
+def cases(draw, dtypes=(torch.float64, torch.float32), most_slices=DIM):
+    """Random parameters of 1 to 4 sets of weights; scores, queries, keys and values, all of one dtype."""
+    dtype = draw(st.sampled_from(dtypes))
+    n, m, slices = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(0, most_slices))
+    sets = draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    features = slices + DIM + 1
+    params = SlicedDualParams(
+        query_basis=normal(HEADS, DIM, DIM) / 2,
+        key_basis=normal(HEADS, DIM, DIM) / 2,
+        slices=slices,
+        weights=tuple(normal(HEADS, features + step) / features for step in range(sets)),
+    )
+    queries, keys, values = normal(2, HEADS, n, DIM), normal(2, HEADS, m, DIM), normal(2, HEADS, m, 5)
+    # A bias on some: the scores need not be a multiple of q.k.
+    bias = normal(n, m) if draw(st.booleans()) else 0
+    return params, scale_of(dtype) * queries @ keys.transpose(-1, -2) + bias, queries, keys, values
+
+
+def scale_of(dtype):
+    return torch.tensor([0.5, 1.0, 2.0], dtype=dtype)[:, None, None]
+
+
+def tolerance(tensor):
+    return FLOAT64 if tensor.dtype == torch.float64 else FLOAT32
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_the_operator_equals_its_reference(case):
+    params, scores, queries, keys, values = case
+    expected = sliced_dual_plan_ref(scores, queries, keys, params)
+    for masked in {False, params.slices == 0}:
+        operator = SlicedDual(params, masked)
+        plan, output = operator(scores, queries, keys), operator(scores, queries, keys, values)
+        assert plan.dtype == output.dtype == queries.dtype
+        assert difference(plan, expected) < tolerance(queries)
+        assert difference(output, expected @ values.double()) < tolerance(queries)
+
+
+@quick
+@given(cases())
+def test_features_equal_their_reference(case):
+    params, _, queries, keys, _ = case
+    x, y = project(queries, params.query_basis), project(keys, params.key_basis)
+    seen = dual_features(x, y, params.slices)
+    assert seen.shape == (2, HEADS, params.slices + DIM + 1, queries.shape[-2])
+    # Each is determined up to a constant over the queries.
+    seen = seen - seen.mean(dim=-1, keepdim=True)
+    expected = dual_features_ref(x, y, params.slices)
+    assert difference(seen, expected - expected.mean(dim=-1, keepdim=True)) < tolerance(queries)
+
+
+def test_projection_takes_the_columns_of_the_basis_for_directions():
+    points, basis = torch.randn(2, HEADS, 5, DIM), torch.randn(HEADS, DIM, DIM)
+    expected = torch.einsum("bhnd,hdl->bhln", points, basis)
+    assert difference(project(points, basis), expected) < FLOAT32
+
+
+@quick
+@given(cases())
+def test_the_rows_of_the_plan_sum_to_one(case):
+    params, scores, queries, keys, _ = case
+    plan = SlicedDual(params)(scores, queries, keys)
+    assert (plan >= 0).all()
+    rows = plan.sum(dim=-1)
+    assert difference(rows, torch.ones_like(rows)) < tolerance(queries)
+
+
+@quick
+@given(cases(dtypes=[torch.float64]))
+def test_the_plan_is_the_attention_to_the_identity(case):
+    params, scores, queries, keys, _ = case
+    operator, m = SlicedDual(params), keys.shape[-2]
+    identity = torch.eye(m, dtype=keys.dtype).expand(2, HEADS, m, m)
+    assert difference(operator(scores, queries, keys), operator(scores, queries, keys, identity)) < FLOAT64
+
+
+@quick
+@given(cases(dtypes=[torch.float64]), st.randoms(use_true_random=False))
+def test_permuted_queries_permute_the_output_and_permuted_keys_leave_it(case, random):
+    params, scores, queries, keys, values = case
+    n, m = queries.shape[-2], keys.shape[-2]
+    rows, columns = random.sample(range(n), n), random.sample(range(m), m)
+    operator = SlicedDual(params)
+    permuted = scores[..., rows, :][..., columns]
+    seen = operator(permuted, queries[..., rows, :], keys[..., columns, :], values[..., columns, :])
+    assert difference(seen, operator(scores, queries, keys, values)[..., rows, :]) < FLOAT64
+
+
+@quick
+@given(cases(dtypes=[torch.float64]))
+def test_the_vectors_are_the_features_and_every_closure_so_far(case):
+    params, scores, queries, keys, _ = case
+    vectors = SlicedDual(params).vectors(scores, queries, keys)
+    x, y = project(queries, params.query_basis), project(keys, params.key_basis)
+    expected = list(dual_features_ref(x, y, params.slices).unbind(dim=-2))
+    for weights in params.weights:
+        expected.append(closure(scores, torch.einsum("hf,bhfn->bhn", weights, torch.stack(expected, dim=-2)))[0])
+    expected = torch.stack(expected, dim=-2)
+    # A constant over the queries is free.
+    vectors = vectors - vectors.mean(dim=-1, keepdim=True)
+    assert difference(vectors, expected - expected.mean(dim=-1, keepdim=True)) < FLOAT64
+
+
+def test_without_weights_the_vectors_are_the_features():
+    basis = torch.eye(DIM).repeat(HEADS, 1, 1)
+    operator = SlicedDual(SlicedDualParams(basis, basis, slices=2))
+    given_points = torch.randn(2, HEADS, 5, 7), torch.randn(2, HEADS, 5, DIM), torch.randn(2, HEADS, 7, DIM)
+    assert torch.equal(operator.vectors(*given_points), operator.features(*given_points))
+
+
+@quick
+@given(cases(dtypes=[torch.float32]), st.sampled_from([1e2, 1e3, 1e4]))
+def test_extreme_scores_give_finite_output_in_float32(case, largest):
+    params, scores, queries, keys, values = case
+    factor = largest / scores.abs().max()
+    output = SlicedDual(params)(scores * factor, queries * factor, keys, values)
+    assert torch.isfinite(output).all()
+
+
+@quick
+@given(cases(dtypes=[torch.float32]), st.sampled_from(["queries", "keys"]))
+def test_constant_points_give_finite_output(case, constant):
+    params, _, queries, keys, values = case
+    if constant == "queries":
+        queries = queries[..., :1, :].expand_as(queries)
+    else:
+        keys = keys[..., :1, :].expand_as(keys)
+    scores = scale_of(torch.float32) * queries @ keys.transpose(-1, -2)
+    assert torch.isfinite(SlicedDual(params)(scores, queries, keys, values)).all()
+
+
+def test_the_reference_refuses_tensors_that_do_not_fit_each_other():
+    basis = torch.eye(DIM).repeat(HEADS, 1, 1)
+    params = SlicedDualParams(basis, basis, 0, (torch.ones(HEADS, DIM + 1),))
+    points = torch.randn(2, HEADS, 5, DIM)
+    with pytest.raises(ValueError, match="axis M"):
+        sliced_dual_plan_ref(torch.randn(2, HEADS, 5, 5), points, points[..., :4, :], params)
+
+
+MASKS = st.sampled_from([-math.inf, -1e9, -1e4])
+
+
+def with_padding(case, more_queries, more_keys, mask):
+    """The case with masked queries and keys appended, whatever these hold."""
+    _, scores, queries, keys, values = case
+    n, m = scores.shape[-2:]
+    padded = torch.full((*scores.shape[:2], n + more_queries, m + more_keys), mask, dtype=scores.dtype)
+    padded[..., :n, :m] = scores
+    points = (
+        torch.cat([t, 10 * torch.randn(*t.shape[:2], more, t.shape[-1], dtype=t.dtype)], dim=-2)
+        for t, more in ((queries, more_queries), (keys, more_keys), (values, more_keys))
+    )
+    return padded, *points
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(most_slices=0), st.integers(0, 5), st.integers(0, 5), MASKS)
+def test_masked_padding_changes_nothing_for_what_is_live(case, more_queries, more_keys, mask):
+    params, scores, queries, keys, values = case
+    n, m = scores.shape[-2:]
+    padded, *points = with_padding(case, more_queries, more_keys, mask)
+    operator = SlicedDual(params, masked=True)
+    plan, output = operator(padded, *points[:2]), operator(padded, *points)
+    alone = SlicedDual(params)
+    assert difference(plan[..., :n, :m], alone(scores, queries, keys)) < tolerance(queries)
+    assert difference(output[..., :n, :], alone(scores, queries, keys, values)) < tolerance(queries)
+    assert (plan[..., n:, :] == 0).all()
+    assert (plan[..., m:] == 0).all()
+    assert (output[..., n:, :] == 0).all()
+
+
+@quick
+@given(cases(dtypes=[torch.float64], most_slices=0), st.integers(0, 5), st.integers(0, 5), MASKS)
+def test_the_vectors_of_masked_queries_are_zero_and_the_others_as_without_them(case, more_queries, more_keys, mask):
+    params, scores, queries, keys, _ = case
+    n = scores.shape[-2]
+    padded, *points = with_padding(case, more_queries, more_keys, mask)
+    seen = SlicedDual(params, masked=True).vectors(padded, *points[:2])
+    expected = SlicedDual(params).vectors(scores, queries, keys)
+    assert (seen[..., n:] == 0).all()
+    live = seen[..., :n] - seen[..., :n].mean(dim=-1, keepdim=True)
+    # A constant over the queries is free. Relative to the vectors: centred they may be zero.
+    error = live - (expected - expected.mean(dim=-1, keepdim=True))
+    assert error.norm() < FLOAT64 * (1 + expected.norm())
+
+
+def test_a_query_or_key_is_live_where_anything_is_not_masked():
+    scores = torch.tensor([[0.0, -math.inf, -1e9], [-999.0, -1e4, -1e9], [-1e4, -1e9, -math.inf]])
+    rows, columns = live_mask(scores[None, None])
+    assert rows.tolist() == [[[[1.0, 1.0, 0.0]]]]
+    assert columns.tolist() == [[[[1.0, 0.0, 0.0]]]]
