@@ -1,0 +1,173 @@
+"""Brings tensors from the layout of a user's graph into the one that operators work in, and back.
+
+Axes are told by letters, see `artifacts.Operand`. Which axis of a node is which axis of the scores is found by
+sending a tensor of positions through the graph's own views, and looking where its axes went: no list of
+view operators to keep, and heads that were stacked by `cat` are found as well.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from asapc.artifacts import Operand, Site
+
+UNIT_TOLERANCE = 1e-9
+MERGED = {"z": "bh", "y": "hb"}
+
+
+def arrange(tensor: Tensor, axes: str, last_two: str, groups: int, heads: int) -> Tensor:
+    """Return the tensor as (B, H, ...), with the axes `last_two` at its end.
+
+    Args:
+        tensor: of the layout `axes`.
+        axes: its letters; those of b, g and h that it lacks become axes of length 1.
+        last_two: letters of the last two axes, e.g. "nm".
+        groups: length of g, 1 where there is none.
+        heads: H, of all groups together.
+    """
+    for letter, parts in MERGED.items():
+        if letter in axes:
+            axis = axes.index(letter)
+            sizes = (-1, heads) if parts == "bh" else (heads, -1)
+            tensor = torch.unflatten(tensor, axis, sizes)
+            axes = axes.replace(letter, parts)
+    for axis in reversed(range(len(axes))):
+        if axes[axis] == "1":
+            tensor, axes = tensor.squeeze(axis), axes[:axis] + axes[axis + 1 :]
+    target = ("bgh" if groups > 1 else "bh") + last_two
+    for letter in target:
+        if letter not in axes:
+            tensor, axes = tensor.unsqueeze(-1), axes + letter
+    order = [axes.index(letter) for letter in target]
+    if order != sorted(order):
+        tensor = tensor.permute(order)
+    if groups > 1:
+        return tensor.expand(-1, groups, heads // groups, -1, -1).flatten(1, 2)
+    return tensor
+
+
+def restore(tensor: Tensor, axes: str, last_two: str, groups: int, heads: int) -> Tensor:
+    """Undo `arrange`: (B, H, ...) with the axes `last_two` at its end to the layout `axes`."""
+    source = "bh" + last_two
+    if groups > 1:
+        source = "bgh" + last_two
+        tensor = torch.unflatten(tensor, 1, (groups, heads // groups))
+    wanted = axes.replace("1", "")
+    for letter, parts in MERGED.items():
+        wanted = wanted.replace(letter, parts)
+    for letter in source:
+        if letter not in wanted:
+            tensor = tensor.squeeze(source.index(letter))
+            source = source.replace(letter, "")
+    order = [source.index(letter) for letter in wanted]
+    if order != sorted(order):
+        tensor = tensor.permute(order)
+    for letter in MERGED:
+        if letter in axes:
+            start = axes.replace("1", "").index(letter)
+            tensor = tensor.flatten(start, start + 1)
+    for axis, letter in enumerate(axes):
+        if letter == "1":
+            tensor = tensor.unsqueeze(axis)
+    return tensor
+
+
+def operands(site: Site) -> list[Operand]:
+    """What the operator of a site reads, in the order in which `site_inputs` takes it."""
+    first = None if site.product else site.scores
+    return [operand for operand in (first, site.query, site.key, site.value) if operand is not None]
+
+
+def score_factor(site: Site, dtype: torch.dtype) -> Tensor | None:
+    """Factor (H, 1, 1) from q.k, or from what the scores node holds, to scores; None where it is 1."""
+    factor = site.temperature if site.product else site.scale
+    if factor is None or bool(((factor - 1).abs() < UNIT_TOLERANCE).all()):
+        return None
+    return factor.to(dtype).reshape(-1, 1, 1)
+
+
+def site_inputs(site: Site, tensors: Sequence[Tensor], factor: Tensor | None) -> list[Tensor | None]:
+    """Arguments of a site's operator: scores, queries, keys and values, (B, H, ...) each, None where it has none.
+
+    Args:
+        site: the site.
+        tensors: values of `operands(site)`, in that order, in the graph's own layout.
+        factor: what `score_factor` gave for the site; apart, since it takes no part in tracing.
+    """
+    rest = list(tensors)
+    batch = None
+
+    def take(operand: Operand | None, last_two: str) -> Tensor | None:
+        nonlocal batch
+        if operand is None:
+            return None
+        tensor = arrange(rest.pop(0), operand.axes, last_two, site.groups, site.heads)
+        if not set(operand.axes) & set("bzy"):  # shared by all samples
+            return tensor if batch is None else tensor.expand(batch, site.heads, -1, -1)
+        batch = tensor.shape[0]
+        return tensor if set(operand.axes) & set("hzy") else tensor.expand(-1, site.heads, -1, -1)
+
+    scores = None if site.product else take(site.scores, "nm")
+    queries, keys = take(site.query, "nd"), take(site.key, "md")
+    if site.product and site.query is not None and queries is not None and not set(site.query.axes) & set("bzy"):
+        assert batch is not None
+        queries = queries.expand(batch, site.heads, -1, -1)  # it came before the keys told the batch
+    values = take(site.value, "me")
+    if scores is None:
+        assert queries is not None
+        assert keys is not None
+        scaled = queries if factor is None else queries * factor
+        return [scaled @ keys.transpose(-1, -2), queries, keys, values]
+    if site.exponential:
+        scores = scores.log()
+    return [scores if factor is None else scores * factor, queries, keys, values]
+
+
+def positions(shape: Sequence[int]) -> Tensor:
+    """A tensor of the shape that holds the position of each entry."""
+    return torch.arange(int(torch.Size(shape).numel())).reshape(tuple(shape))
+
+
+def follow_axes(seen: Tensor, axes: str, shape: Sequence[int]) -> str | None:
+    """Letters of the axes of a tensor of positions, or None where it is not a matter of axes.
+
+    Args:
+        seen: positions in a source tensor, after whatever was done to it.
+        axes: letters of the source's axes.
+        shape: the source's shape.
+    """
+    strides = dict(zip(axes, positions(shape).stride(), strict=True))
+    sizes = dict(zip(axes, shape, strict=True))
+    base = int(seen[(0,) * seen.dim()])
+    if base != 0:
+        return None
+    letters = ""
+    total = torch.zeros((), dtype=torch.long)
+    for axis, size in enumerate(seen.shape):
+        along = seen[tuple(slice(None) if i == axis else 0 for i in range(seen.dim()))]
+        total = total + along.reshape([-1 if i == axis else 1 for i in range(seen.dim())])
+        letters += "1" if size == 1 else name_axis(along, strides, sizes) or "?"
+    return None if "?" in letters or not torch.equal(total, seen) else letters
+
+
+def name_axis(along: Tensor, strides: Mapping[str, int], sizes: Mapping[str, int]) -> str | None:
+    """Letter of an axis along which positions grow like this."""
+    for letter in strides:
+        if letter != "1" and torch.equal(along, torch.arange(sizes[letter]) * strides[letter]):
+            return letter
+    for letter, parts in MERGED.items():
+        if set(parts) <= set(strides):
+            outer, inner = (torch.arange(sizes[part]) * strides[part] for part in parts)
+            if torch.equal(along, (outer[:, None] + inner).flatten()):
+                return letter
+    return None
+
+
+def invert(seen: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """Positions in the result for each entry of the source; None where the two do not match one to one."""
+    if seen.numel() != torch.Size(shape).numel():
+        return None
+    back = torch.full((seen.numel(),), -1)
+    back[seen.flatten()] = torch.arange(seen.numel())
+    return None if bool((back < 0).any()) else back.reshape(tuple(shape))

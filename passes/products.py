@@ -1,0 +1,96 @@
+"""Products of two tensors in a graph, whichever operator they are written with, as one equation over axes."""
+
+from dataclasses import dataclass
+from string import ascii_lowercase
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+aten = torch.ops.aten
+SHAPE = "asapc_shape"
+
+
+@dataclass(frozen=True)
+class Product:
+    """A sum of products: out[out_axes] = sum of left[left_axes] * right[right_axes].
+
+    The letters are the equation's own and tell only which axes are the same; "1" is an axis that broadcasts.
+    """
+
+    node: Node
+    left: Node
+    right: Node
+    left_axes: str
+    right_axes: str
+    out_axes: str
+
+    @property
+    def contracted(self) -> str:
+        """Letters that are summed over."""
+        return "".join(a for a in self.left_axes if a in self.right_axes and a not in self.out_axes)
+
+    def only(self, side: str) -> str:
+        """Letters of one operand, "left" or "right", that the other lacks and the result has."""
+        mine, others = (self.left_axes, self.right_axes) if side == "left" else (self.right_axes, self.left_axes)
+        return "".join(a for a in mine if a in self.out_axes and a not in others)
+
+
+def as_product(node: Node) -> Product | None:
+    """The product that a node computes, None if it computes something else or nothing that is told here."""
+    if node.target in (aten.matmul.default, aten.bmm.default):
+        left, right = node.args[:2]
+    elif node.target is aten.baddbmm.default:  # with a term added: its product is in the scores all the same
+        left, right = node.args[1:3]
+    elif node.target is aten.einsum.default:
+        return from_equation(node)
+    else:
+        return None
+    if not isinstance(left, Node) or not isinstance(right, Node):
+        return None
+    left_shape, right_shape = shape_of(left), shape_of(right)
+    if left_shape is None or right_shape is None or min(len(left_shape), len(right_shape)) < 2:
+        return None
+    rank = max(len(left_shape), len(right_shape))
+    lead, (row, inner, column) = ascii_lowercase[: rank - 2], "XYZ"
+
+    def lead_axes(shape: tuple[str, ...]) -> str:
+        letters = lead[rank - len(shape) :]
+        # Where both operands have length 1 the letter is of no consequence.
+        return "".join("1" if size == "1" else letter for size, letter in zip(shape[:-2], letters, strict=True))
+
+    left_axes, right_axes = lead_axes(left_shape) + row + inner, lead_axes(right_shape) + inner + column
+    out = "".join(letter if letter in left_axes + right_axes else "1" for letter in lead) + row + column
+    return Product(node, left, right, left_axes, right_axes, out)
+
+
+def from_equation(node: Node) -> Product | None:
+    """An einsum of two operands without ellipsis and without repeated axes."""
+    equation, nodes = node.args[:2]
+    if not isinstance(equation, str) or "." in equation or not isinstance(nodes, list | tuple) or len(nodes) != 2:
+        return None
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    left_axes, right_axes = inputs.split(",")
+    both = left_axes + right_axes
+    if not arrow:
+        out = "".join(sorted(a for a in set(both) if both.count(a) == 1))
+    left, right = nodes
+    if any(len(set(axes)) < len(axes) for axes in (left_axes, right_axes, out)):
+        return None
+    if not isinstance(left, Node) or not isinstance(right, Node):
+        return None
+    sizes = [dict(zip(axes, shape_of(n) or (), strict=False)) for n, axes in ((left, left_axes), (right, right_axes))]
+
+    def broadcast(axes: str, own: dict[str, str], other: dict[str, str]) -> str:
+        return "".join("1" if own.get(a) == "1" and other.get(a, "1") != "1" else a for a in axes)
+
+    return Product(node, left, right, broadcast(left_axes, *sizes), broadcast(right_axes, *sizes[::-1]), out)
+
+
+def shape_of(node: Node) -> tuple[str, ...] | None:
+    """Symbolic shape of a node's value; as text, since comparing symbols would constrain them."""
+    if SHAPE not in node.meta:  # printing symbols is slow
+        value = node.meta.get("val")
+        node.meta[SHAPE] = tuple(map(str, value.shape)) if isinstance(value, Tensor) else None
+    shape: tuple[str, ...] | None = node.meta[SHAPE]
+    return shape

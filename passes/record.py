@@ -1,0 +1,33 @@
+"""Runs a graph and keeps the values of a few of its nodes."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from asapc.artifacts import Samples
+
+
+class Recorder(Interpreter):
+    """Interpreter that keeps what the named nodes return and frees all else as soon as it can."""
+
+    def __init__(self, module: GraphModule, names: Collection[str]) -> None:
+        super().__init__(module)
+        self.names = set(names)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node; its value is kept as it is, since captured graphs write nothing in place."""
+        value = super().run_node(n)
+        if n.name in self.names:
+            self.values[n.name] = value
+        return value
+
+
+def record(module: GraphModule, samples: Samples, names: Collection[str]) -> dict[str, Any]:
+    """Values of the named nodes, by name, when the module runs on the samples in one batch."""
+    recorder = Recorder(module, names)
+    with torch.no_grad():
+        recorder.run(*samples.inputs.values(), enable_io_processing=False)
+    return recorder.values

@@ -1,0 +1,85 @@
+"""Runs a part of a graph as a function, in float64, on values of our own choosing."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+aten = torch.ops.aten
+
+
+class OpenRegionError(Exception):
+    """The end of a region depends on more than its start, or not on it at all."""
+
+
+class Region:
+    """The part of a graph from one node to another, as a function in float64.
+
+    Args:
+        start: where it begins.
+        end: where it ends.
+        within: nodes that may take part.
+        values: of nodes outside, as the graph computed them.
+    """
+
+    def __init__(self, start: Node, end: Node, within: Collection[Node], values: Mapping[Node, Any]) -> None:
+        self.start, self.end = start, end
+        inside = descend({start}, [n for n in sorted(within) if start < n])
+        wanted: set[Node] = set()
+        stack = [end]
+        while stack:
+            node = stack.pop()
+            if node in inside and node not in wanted:
+                wanted.add(node)
+                stack += node.all_input_nodes
+        self.nodes = sorted(wanted)
+        outside = {n for node in self.nodes for n in node.all_input_nodes} - wanted - {start}
+        self.closed = end in wanted and all(n in values for n in outside)
+        self.given = {n: double(values[n]) for n in outside if n in values}
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """What the end is for another value of the start.
+
+        Raises:
+            OpenRegionError: the end does not follow from the start alone.
+        """
+        if not self.closed:
+            raise OpenRegionError
+        env: dict[Node, Any] = {**self.given, self.start: value}
+        for node in self.nodes:
+            args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+            # A cast to another floating type would round what has to stay exact. Views were traced for
+            # contiguous tensors, which arranged ones are not.
+            operator: Any = torch.reshape if node.target is aten.view.default else node.target
+            env[node] = args[0] if is_cast(node) else operator(*args, **kwargs)
+        result: Tensor = env[self.end]
+        return result.double()
+
+
+def descend(sources: Collection[Node], ordered: Collection[Node]) -> set[Node]:
+    """Those of some nodes, in the order of the graph, that depend on a source."""
+    found: set[Node] = set()
+    for node in ordered:
+        if any(n in found or n in sources for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def is_cast(node: Node) -> bool:
+    """Whether a node changes nothing but the floating type."""
+    source, value = node.args[0] if node.args else None, node.meta.get("val")
+    return (
+        node.target in (aten._to_copy.default, aten.to.dtype)
+        and isinstance(source, Node)
+        and source.meta["val"].is_floating_point()
+        and isinstance(value, Tensor)
+        and value.is_floating_point()
+    )
+
+
+def double(value: Any) -> Any:
+    """Return floating tensors in float64, everything else as it is."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

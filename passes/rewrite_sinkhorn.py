@@ -1,0 +1,97 @@
+"""Puts the chosen operator in the place of each Sinkhorn site.
+
+The operator is an ordinary module that is called where the product plan @ v stood, or the plan where something else
+reads it too; the loop before it dies for want of readers. Exporting the result again traces the operator into
+the graph, so its graph comes from its one definition in torch, and no node is built by hand.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from asapc.artifacts import Operand, Site
+from asapc.passes.base import GraphPass, PassResult, PostconditionError, PreconditionError
+from asapc.passes.layout import operands, restore, score_factor, site_inputs
+
+ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # what torch.export leaves behind at casts
+
+
+class InLayout(nn.Module):
+    """An operator that reads and gives tensors in the layout of the graph that it is put into."""
+
+    def __init__(self, site: Site, operator: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.site, self.operator, self.dtype = site, operator, dtype
+        self.register_buffer("factor", score_factor(site, site.dtype))
+
+    factor: Tensor | None
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """What stands at the node that is replaced, of the values of `operands(site)`."""
+        site, target = self.site, replaced(self.site)
+        given = [tensor if tensor.dtype == site.dtype else tensor.to(site.dtype) for tensor in tensors]
+        result: Tensor = self.operator(*site_inputs(site, given, self.factor))
+        result = result if result.dtype == self.dtype else result.to(self.dtype)
+        return restore(result, target.axes, "nm" if site.output is None else "ne", site.groups, site.heads)
+
+
+def replaced(site: Site) -> Operand:
+    """The node in whose place the operator of a site comes."""
+    return site.output or site.plan
+
+
+class RewriteSinkhorn(GraphPass[GraphModule]):
+    """Replaces sites by operators, see `ops`, in place.
+
+    Args:
+        sites: what `find_sinkhorn` found in the program that the graph module was made of.
+        operators: by the site's name; a site without one is left as it is.
+    """
+
+    def __init__(self, sites: Sequence[Site], operators: Mapping[str, nn.Module]) -> None:
+        self.operators = {
+            f"asapc_{replaced(site).node}": (site, operators[site.name]) for site in sites if site.name in operators
+        }
+
+    def requires(self, program: GraphModule) -> None:
+        """Every site stands in the graph, as it was found or replaced already."""
+        names = {node.name for node in program.graph.nodes}
+        for target, (site, _) in self.operators.items():
+            nodes = {replaced(site).node, *(operand.node for operand in operands(site))}
+            if not (nodes <= names or hasattr(program, target)):
+                raise PreconditionError(f"site {site.name} was not found in this graph")
+
+    def call(self, program: GraphModule) -> PassResult[GraphModule]:
+        """Replace what is still to replace."""
+        nodes: dict[str, Node] = {node.name: node for node in program.graph.nodes}
+        modified = False
+        for target, (site, operator) in self.operators.items():
+            if hasattr(program, target):
+                continue
+            old = nodes[replaced(site).node]
+            program.add_submodule(target, InLayout(site, operator, old.meta["val"].dtype))
+            with program.graph.inserting_before(old):
+                args = tuple(nodes[operand.node] for operand in operands(site))
+                replacement = program.graph.call_module(target, args)
+            replacement.meta = dict(old.meta)
+            old.replace_all_uses_with(replacement)
+            # A later site may have been found to read what stood here.
+            nodes[old.name] = replacement
+            modified = True
+        if modified:
+            for node in program.graph.find_nodes(op="call_function", target=ASSERTION):
+                program.graph.erase_node(node)  # they would keep the loop alive
+            program.graph.eliminate_dead_code()
+            program.delete_all_unused_submodules()
+            program.recompile()
+        return PassResult(program, modified)
+
+    def ensures(self, program: GraphModule) -> None:
+        """The graph is sound, and nothing that was replaced is left."""
+        program.graph.lint()
+        names = {node.name for node in program.graph.nodes}
+        for site, _ in self.operators.values():
+            if replaced(site).node in names:
+                raise PostconditionError(f"site {site.name} is still in the graph")
