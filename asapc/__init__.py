@@ -1,0 +1,36 @@
+"""asapc: the compiler for doubly-stochastic attention."""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asapc.config import CompileConfig
+from asapc.errors import AsapcError
+from asapc.version import __version__
+
+# In a checkout passes/, models/ and cli.py stand beside this package, in a wheel inside it. This lets a
+# checkout find them under the names they have once installed; a wheel never takes this branch.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file() and (_checkout / "passes").is_dir():
+    __path__.append(str(_checkout))
+
+if TYPE_CHECKING:
+    from asapc.loading import load_model as load
+    from asapc.pipeline import compile_model
+    from asapc.report import CompileReport
+
+__all__ = ["AsapcError", "CompileConfig", "CompileReport", "__version__", "compile_model", "load"]
+
+# These import torch, which takes seconds: on first use only.
+_LAZY = {
+    "CompileReport": ("asapc.report", "CompileReport"),
+    "compile_model": ("asapc.pipeline", "compile_model"),
+    "load": ("asapc.loading", "load_model"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'asapc' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(module), attribute)

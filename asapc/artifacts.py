@@ -1,0 +1,300 @@
+"""The data that flows between the stages of a compilation: frozen, and without logic of its own.
+
+Compared by identity: most hold tensors, which have no single answer to "equal".
+
+Shapes: B samples, H heads, N queries, M keys, D head size, L slices, F features. Scores and duals are in
+units of the temperature: the plan is exp(scores + f + g), scores = scale * q.k.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+Axis = Literal["rows", "columns"]
+Operator = Literal["keep", "exact", "truncated", "sliced_dual"]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Inputs of the model, by the names of its forward's parameters, with labels where there are any.
+
+    Attributes:
+        inputs: tensors whose first axis is the sample axis, equally long.
+        labels: (samples,) class indices, or None.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def __getitem__(self, index: slice | list[int]) -> "Samples":
+        labels = None if self.labels is None else self.labels[index]
+        return Samples({name: value[index] for name, value in self.inputs.items()}, labels)
+
+    def batches(self, size: int) -> Iterator["Samples"]:
+        """The samples in order, `size` at a time; the last batch may be shorter."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A trained model in evaluation mode, and the samples that came with it.
+
+    Attributes:
+        module: the model; maps `Samples.inputs` as keyword arguments to its outputs.
+        path: the file it was read from.
+        sha256: hash of that file.
+        parameters: number of parameters.
+        calibration: samples for fitting, None where the file carries none.
+        held_out: samples that no stage may fit on, None where the file carries none.
+        program: the graph of a torch.export archive, free of writes in place; None where there is but the module.
+        example: inputs that are good enough to capture the model with, not to fit on; None for none.
+        notes: what the user should know about how the file was read.
+    """
+
+    module: nn.Module
+    path: Path
+    sha256: str
+    parameters: int
+    calibration: Samples | None
+    held_out: Samples | None
+    program: ExportedProgram | None = None
+    example: Samples | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class EarlyStops:
+    """The early stops that a captured model does without, and what that changes.
+
+    Attributes:
+        questions: the lines of code that ask whether to stop, by their "file:line".
+        difference: of the captured outputs from the model's own on the calibration samples, relative to their norm.
+        taken: whether that is more than rounding, so that the model does stop earlier.
+    """
+
+    questions: Mapping[str, str]
+    difference: float
+    taken: bool
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedGraph:
+    """A model as one graph with a dynamic batch.
+
+    Attributes:
+        program: the exported program.
+        example: the inputs it was captured with, batch at least 2.
+        early_stops: the early stops that it does without; None where the model has none.
+    """
+
+    program: ExportedProgram
+    example: Samples
+    early_stops: EarlyStops | None = None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A node of a graph, and what its axes stand for.
+
+    Attributes:
+        node: its name.
+        axes: one letter an axis. b samples; h heads, or g groups of heads and h heads in a group; n queries, m keys;
+            d head size, e value size; 1 an axis of length 1. z is b and h in one axis, sample by sample, y is
+            the same, head by head.
+    """
+
+    node: str
+    axes: str
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One Sinkhorn loop in a graph, from its scores to its plan, and where it is attention to plan @ v.
+
+    All operators see it in one layout, whatever the graph's own: scores and plan (B, H, N, M), queries
+    (B, H, N, D), keys (B, H, M, D), values (B, H, M, E).
+
+    Attributes:
+        name: path of the module it stands in, made unique; a label, never evidence.
+        source: "file:line" of the user's code, or None.
+        half_steps: number of half-steps T, each normalising one axis.
+        last: the axis that the last half-step normalises.
+        scale: (H,) factor from what the scores node holds to scores in units of the temperature, float64.
+        row_mass, column_mass: (1,) or (N,) and (1,) or (M,), float64: what rows and columns of the plan are scaled
+            to. That of the last axis is what its sums are, the other's matters up to a factor.
+        masked: whether entries below `ops.scaling.LOWEST_LIVE` are left out: key padding, and padded queries.
+        groups, heads: H = heads, in so many groups where the graph has two axes for them.
+        queries, keys: N, M.
+        head_dim: D; None where the scores are no product of queries and keys.
+        dtype: of the scores.
+        share: estimated share of the model's time that the loop takes, in [0, 1].
+        scores: the node that the loop starts from.
+        exponential: the scores node holds exp(scores): the mask or the temperature comes in after the exp.
+        plan: the node that the loop ends in.
+        logarithm: the plan node holds log(plan).
+        query, key: operands of the product q.k that is in the scores; None where there is none.
+        product: whether the scores node is that product itself.
+        temperature: (H,) factor from q.k to scores, float64, None where there is no product.
+        folded: (H,) factor that query and key nodes carry already, of the temperature too.
+        applied: whether the plan is multiplied with values: attention, not a plan alone.
+        value, output: operand and result of plan @ v; None where anything else reads the plan too.
+    """
+
+    name: str
+    source: str | None
+    half_steps: int
+    last: Axis
+    scale: Tensor
+    row_mass: Tensor
+    column_mass: Tensor
+    masked: bool
+    groups: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int | None
+    dtype: torch.dtype
+    share: float
+    scores: Operand
+    exponential: bool
+    plan: Operand
+    logarithm: bool
+    query: Operand | None
+    key: Operand | None
+    product: bool
+    temperature: Tensor | None
+    folded: Tensor | None
+    applied: bool
+    value: Operand | None
+    output: Operand | None
+
+    @property
+    def epsilon(self) -> list[float] | None:
+        """Temperature of each head, in the convention scores = q.k / (sqrt(head_dim) * epsilon)."""
+        if self.temperature is None or self.head_dim is None or self.folded is None:
+            return None
+        values: list[float] = (1 / (self.temperature * self.folded * self.head_dim**0.5)).tolist()
+        return values
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have one mass, and all columns one."""
+        return self.row_mass.numel() == self.column_mass.numel() == 1
+
+
+@dataclass(frozen=True, eq=False)
+class Miss:
+    """Something that looked like Sinkhorn attention and is not, or is not supported.
+
+    Attributes:
+        node: name of the node that ends the region.
+        source: "file:line" of the user's code, or None.
+        reason: what was expected and what was seen.
+        hint: what the user can change, or that nothing is to be done.
+    """
+
+    node: str
+    source: str | None
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What `find_sinkhorn` found: sites in the order of the graph, misses, and early stops that capture left out."""
+
+    sites: tuple[Site, ...]
+    misses: tuple[Miss, ...]
+    early_stops: EarlyStops | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Regression:
+    """Sufficient statistics of one least-squares problem per head; float64, both centred over the queries.
+
+    Attributes:
+        gram: (H, F, F) sum over samples and queries of products of features.
+        moment: (H, F) sum of feature times target.
+        count: number of summed terms (samples * N).
+    """
+
+    gram: Tensor
+    moment: Tensor
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class SlicedDualParams:
+    """What the sliced-dual operator of one site needs.
+
+    Attributes:
+        query_basis, key_basis: (H, D, D), so that (q @ query_basis).(k @ key_basis) is the score without any bias.
+        slices: number of slices L, the first columns of the bases.
+        weights: linear maps to the dual. The first is (H, F), over the features of
+            `ops.sliced_dual.dual_features`; each further one is a fitted closure step, (H, F + 1),
+            (H, F + 2) ..., over the features and the closures so far. Empty before the fit.
+    """
+
+    query_basis: Tensor
+    key_basis: Tensor
+    slices: int
+    weights: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The operator that a plan puts in the place of one site.
+
+    Attributes:
+        operator: "keep" leaves the site as it is, "exact" is the scaling form of the same half-steps,
+            "truncated" the scaling form of fewer, "sliced_dual" the fitted approximation.
+        half_steps: half-steps over the scores that the operator takes.
+        reason: why this one.
+        params: of a sliced dual, else None.
+    """
+
+    operator: Operator
+    half_steps: int
+    reason: str
+    params: SlicedDualParams | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One choice for each site, by the site's name."""
+
+    choices: Mapping[str, Choice]
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxArtifact:
+    """An ONNX file that onnx.checker accepts."""
+
+    path: Path
+    opset: int
+
+
+@dataclass(frozen=True, eq=False)
+class EngineArtifact:
+    """A serialised TensorRT engine.
+
+    Attributes:
+        path: the file.
+        builder: which compiler made it, and its version.
+        targets: GPU architectures it runs on, e.g. "SM89".
+        refused: architectures that the compiler knows but cannot build this model for, with its reason.
+    """
+
+    path: Path
+    builder: str
+    targets: tuple[str, ...]
+    refused: Mapping[str, str]

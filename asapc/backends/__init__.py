@@ -1,0 +1,1 @@
+"""Where graphs run and what they are built into; each backend imports its runtime inside functions only."""

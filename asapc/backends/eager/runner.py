@@ -1,0 +1,22 @@
+"""Runs a model in PyTorch."""
+
+import torch
+from torch import Tensor, nn
+
+from asapc.artifacts import Samples
+
+
+class EagerRunner:
+    """A module, run in PyTorch: a model as it was loaded, or a captured graph as a module."""
+
+    runtime = "torch"
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, samples: Samples) -> list[Tensor]:
+        """All tensor outputs of the model for one batch, in the order in which it returns them."""
+        with torch.no_grad():
+            outputs = self.module(*samples.inputs.values())
+        leaves = torch.utils._pytree.tree_leaves(outputs)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -1,0 +1,78 @@
+"""Exports a captured graph to an ONNX file."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asapc.artifacts import CapturedGraph, OnnxArtifact
+from asapc.backends.base import temporary
+from asapc.errors import BuildError
+from asapc.passes.onnx_cleanup import OnnxCleanup
+
+OPSET = 18  # what every runtime of the last years takes, TensorRT 10 and ONNX Runtime 1.14 among them
+
+
+def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str]) -> OnnxArtifact:
+    """Write the graph as ONNX, checked by onnx.checker, its first axis dynamic.
+
+    Args:
+        graph: the graph; its inputs keep their names.
+        path: file to write; it appears whole or not at all.
+        metadata: what the file says about its origin.
+
+    Raises:
+        BuildError: the exporter has no ONNX form of some operation.
+    """
+    model = OnnxCleanup(metadata)(to_proto(graph)).program
+    temporary(path).write_bytes(model.SerializeToString(deterministic=True))
+    temporary(path).rename(path)
+    return OnnxArtifact(path, next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")))
+
+
+def to_proto(graph: CapturedGraph, opset: int = OPSET) -> Any:
+    """The graph as a ModelProto, as the exporter writes it.
+
+    Raises:
+        BuildError: the exporter has no ONNX form of some operation.
+    """
+    with quiet_exporter():
+        try:
+            program = torch.onnx.export(
+                graph.program,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                input_names=list(graph.example.inputs),
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause: BaseException = error  # the innermost names the operation; those around it are boilerplate
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise BuildError(
+                f"torch.onnx cannot export the model: {str(cause).strip().splitlines()[0]}",
+                "replace the operation that it names in the model",
+            ) from error
+    assert program is not None  # with dynamo=True the exporter always returns one
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's notes about optional packages and its progress lines off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,158 @@
+"""What a compilation can be told, in one frozen dataclass."""
+
+import re
+import tomllib
+from dataclasses import dataclass, fields
+from math import inf
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from asapc.errors import OptionError
+
+METRICS = {
+    "agreement": ">=",
+    "metric-drop": "<=",
+    "relc": "<=",
+    "column-marginal": "<=",
+}
+
+
+class Bound(NamedTuple):
+    """One term of a fidelity budget; `metric-drop` in percentage points, all else in natural units."""
+
+    metric: str
+    limit: float
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value keeps to this term; nan never does."""
+        return value >= self.limit if METRICS[self.metric] == ">=" else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.metric}{METRICS[self.metric]}{self.limit:g}"
+
+
+def parse_bound(text: str) -> Bound:
+    """Read one term of a fidelity budget, e.g. "agreement>=0.99".
+
+    Raises:
+        OptionError: not of that form, an unknown metric, or the comparison points the wrong way.
+    """
+    match = re.fullmatch(r"\s*([a-z-]+)\s*(>=|<=)\s*([0-9.eE+-]+)\s*", text)
+    hint = "use one of " + ", ".join(f"{name}{op}VALUE" for name, op in METRICS.items())
+    if match is None or METRICS.get(match[1]) != match[2]:
+        raise OptionError(f"cannot read the fidelity budget {text!r}", hint)
+    try:
+        return Bound(match[1], float(match[3]))
+    except ValueError:
+        raise OptionError(f"{match[3]!r} in the fidelity budget {text!r} is not a number", hint) from None
+
+
+# What a compiled model must keep where the user names no budget, as far as it can be judged.
+DEFAULT_BUDGET = (Bound("agreement", 0.98), Bound("relc", 0.1))
+
+
+# What to do with a model that stops early on the calibration samples: take its loops to their bound, or refuse it.
+EarlyStopRule = Literal["bound", "refuse"]
+
+# What a TOML file may hold where that is not the type of the default.
+TOML_TYPES: dict[str, tuple[type, ...]] = {
+    "out": (str,),
+    "calib": (str,),
+    "seconds": (int, float),
+    "model": (str,),
+    "model_args": (str, dict),
+    "inputs": (str,),
+    "input_shape": (list,),
+    "fidelity": (list,),
+    "slices": (list,),
+    "batches": (list,),
+}
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """Options of a compilation.
+
+    Attributes:
+        out: output folder; None for "<name>.asap" in the working directory.
+        force: replace the output folder if it exists.
+        calib: .npz or .pt file with calibration samples; None for those inside the checkpoint.
+        model: "package.module:factory", a class or function that builds the model of which the file holds the weights.
+        model_args: its keyword arguments: JSON, the path of a JSON file, or a mapping.
+        inputs: .npz or .pt file with example inputs, good enough to look into a model, not to calibrate it.
+        input_shape: random example inputs instead, such as "x=2,197,64:float32" or "ids=2,128:int64:0..30000".
+        unsafe_load: read a pickled module, which runs code from the file.
+        fidelity: the budget, terms such as "agreement>=0.99"; empty for DEFAULT_BUDGET.
+        early_stop: "bound" captures loops that stop early at their bound, and says what that changes; "refuse"
+            refuses the model where it changes anything on the calibration samples.
+        slices: numbers of sorted slices that the planner may give a site, in the order it tries them.
+        batches: batch sizes at which latency is measured.
+        seconds: time spent on measuring each batch size.
+        threads: threads of torch and ONNX Runtime; 0 for as many as torch takes by itself, one a core.
+        seed: seeds everything that draws random numbers.
+    """
+
+    out: str | Path | None = None
+    force: bool = False
+    calib: str | Path | None = None
+    model: str | None = None
+    model_args: str | dict[str, Any] | None = None
+    inputs: str | Path | None = None
+    input_shape: tuple[str, ...] = ()
+    unsafe_load: bool = False
+    fidelity: tuple[str, ...] = ()
+    early_stop: EarlyStopRule = "bound"
+    slices: tuple[int, ...] = (0,)
+    batches: tuple[int, ...] = (1, 32)
+    seconds: float = 10.0
+    threads: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("out", "calib", "inputs"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(value))
+        self.bounds()
+        for name, values, low in (
+            ("slices", self.slices, 0),
+            ("batches", self.batches, 1),
+            ("threads", (self.threads,), 0),
+            ("seed", (self.seed,), 0),
+        ):
+            if not values or min(values) < low:
+                shown = ", ".join(map(str, values)) or "empty"
+                raise OptionError(f"{name} is {shown}", f"give {name} a value of at least {low}")
+        if self.early_stop not in get_args(EarlyStopRule):
+            choices = " or ".join(get_args(EarlyStopRule))
+            raise OptionError(f"early_stop is {self.early_stop!r}", f"give early_stop the value {choices}")
+        if self.seed >= 2**63:
+            raise OptionError(f"seed is {self.seed}", "give seed a value below 2^63")
+        if not 0 < self.seconds < inf:
+            raise OptionError(f"seconds is {self.seconds}", "give seconds a positive, finite value")
+
+    def bounds(self) -> tuple[Bound, ...]:
+        """The fidelity budget, parsed."""
+        return tuple(parse_bound(term) for term in self.fidelity)
+
+    @classmethod
+    def from_toml(cls, path: Path) -> "CompileConfig":
+        """Read options from a TOML file whose keys are the attributes above.
+
+        Raises:
+            OptionError: the file cannot be read, or holds a key or a type that asapc does not know.
+        """
+        try:
+            values: dict[str, Any] = tomllib.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise OptionError(f"cannot read {path}: {error}", "give a TOML file of options") from None
+        known = [field.name for field in fields(cls)]
+        for name, value in values.items():
+            if name not in known:
+                raise OptionError(f"{path} sets {name!r}, which is no option", f"options: {', '.join(known)}")
+            if type(value) not in TOML_TYPES.get(name, (type(getattr(cls, name)),)):
+                raise OptionError(f"{path} sets {name} to {value!r}", "its type is wrong; see the README")
+            if isinstance(value, list):
+                if any(type(item) is not (str if name in ("fidelity", "input_shape") else int) for item in value):
+                    raise OptionError(f"{path} sets {name} to {value!r}", "its items have the wrong type")
+                values[name] = tuple(value)
+        return cls(**values)

@@ -1,0 +1,292 @@
+"""Answers what a model asks of its data while it is captured, as if nothing had converged.
+
+A loop that stops early, `if err < tol: break`, takes another path for each input; a graph has one. While
+torch.export traces, such a question is answered as if the error were larger than any tolerance, so that the loop
+runs to its bound. What follows from parameters and buffers alone is answered truthfully; what neither can decide
+(token ids, indices, the size of the batch) is left to torch.export.
+
+Only functions that ask are looked at, and only then the graph that was traced so far: a model that asks nothing
+is traced as it would be without this module.
+"""
+
+import linecache
+import sys
+from operator import attrgetter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import SymBool, SymFloat, SymInt, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx.node import map_arg
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from asapc.errors import CaptureError
+
+# The functions by which a value leaves the graph and may decide what the code does next.
+QUESTIONS = {
+    *(Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
+    *(Tensor.allclose, torch.allclose, Tensor.equal, torch.equal, Tensor.is_nonzero, torch.is_nonzero),
+    Tensor.__format__,
+}
+# `tensor.data` leaves the graph too, and torch.export stumbles over it; `tensor.detach()` is the same and stays.
+DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+# Answers to one line within one call of a forward: far more than the iterations of a loop that anyone runs.
+MAX_ANSWERS = 1000
+# What a Python number stands in with: beyond any tolerance, finite, and in turns, since a loop may compare an
+# error with the one before.
+LARGE = (2.0**1000, 2.0**1001)
+TORCH = str(Path(torch.__file__).parent)
+
+
+class Undecided(Exception):
+    """Neither constants nor the assumption that nothing has converged answer a question."""
+
+
+class Unconverged(TorchFunctionMode):
+    """While active, what a traced module asks of its data is answered as if nothing had converged.
+
+    Attributes:
+        questions: the lines of code that got such an answer, by their "file:line".
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.constants = module, named_tensors(module)
+        self.questions: dict[str, str] = {}
+        self.answers = 0
+        self.loops: dict[str, tuple[FrameType | None, int]] = {}
+        self.trace: Trace | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer a question; do anything else as it would be done without this mode."""
+        kwargs = kwargs or {}
+        if func == DATA and get_proxy_mode() is not None:
+            return args[0].detach()
+        if func in QUESTIONS and (tracing := get_proxy_mode()) is not None:
+            try:
+                return self.answer(tracing.tracer, func, args, kwargs)
+            except (Undecided, RecursionError):
+                pass
+        return func(*args, **kwargs)
+
+    def answer(self, tracer: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        """Answer one question, truthfully where it is of constants, else as if nothing had converged."""
+        if self.trace is None or self.trace.tracer is not tracer:
+            self.trace = Trace(tracer, self.module, self.constants)
+        trace, subject = self.trace, args[0]
+        trace.advance()
+        asked, options = tree_map_only(Tensor, trace.node, args), tree_map_only(Tensor, trace.node, kwargs)
+        about = node_set((asked, options))
+        if not about & (trace.dependent | trace.stale):
+            if about & trace.sized:
+                raise Undecided  # the answer might be another for the next batch
+            return trace.call(func, asked, options, trace.stale)
+        if func is Tensor.__format__ and subject.is_floating_point():
+            return format(torch.inf, *args[1:])
+        if func is Tensor.item and subject.dtype != torch.bool:
+            if not subject.is_floating_point():
+                trace.call(torch.clone, asked, {}, trace.stale)  # undecided, but for counts of answers
+            # No question yet: the number stays in the graph, and what is asked of it is asked of a tensor. A
+            # copy, since a number does not change when the tensor that it came from is written to.
+            return subject.clone().reshape(())
+        if func is Tensor.__float__ and subject.is_floating_point():
+            self.note()
+            return LARGE[self.answers % 2]
+        if func in (Tensor.tolist, Tensor.__format__):
+            raise Undecided
+        if func in (Tensor.__int__, Tensor.__index__) and subject.dtype != torch.bool:
+            raise Undecided
+        answer = trace.call(func, asked, options, trace.stale)
+        self.note()
+        return answer
+
+    def note(self) -> None:
+        """Remember the line of the user's code that is being answered; refuse a loop without a bound."""
+        frame = user_frame()
+        name, line = frame.f_code.co_filename, frame.f_lineno
+        source = f"{name}:{line}"
+        self.questions[source] = linecache.getline(name, line).strip() or frame.f_code.co_name
+        self.answers += 1
+        # Counted anew for each call of a forward: all layers of a model may share one loop.
+        call = forward_frame(frame)
+        before, count = self.loops.get(source, (None, 0))
+        self.loops[source] = (call, count + 1 if before is call else 1)
+        if count >= MAX_ANSWERS and before is call:
+            raise CaptureError(
+                f"the loop at {source} has no bound, or one above {MAX_ANSWERS} iterations: {self.questions[source]}",
+                "bound it, e.g. by `for _ in range(20)`, and test for convergence inside",
+            )
+
+
+class Trace:
+    """A graph while it is traced, and what can be known of the values of its nodes.
+
+    Attributes:
+        dependent: nodes whose values depend on the inputs.
+        sized: nodes whose values depend on the size of the batch.
+        stale: nodes that no longer hold their value, since it was written to through another node.
+    """
+
+    def __init__(self, tracer: Any, module: nn.Module, constants: dict[str, Tensor]) -> None:
+        self.tracer = tracer
+        self.dependent: set[Node] = set()
+        self.sized: set[Node] = set()
+        self.stale: set[Node] = set()
+        self.seen: set[Node] = set()
+        self.opaque: set[Node] = set()  # inputs and random numbers: dependent on more than other nodes
+        self.stale_reads: dict[Node, set[Node]] = {}
+        self.sharing: dict[Node, list[Node]] = {}  # nodes that share memory, one list for all of them
+        # Computed when asked for; None is a number that depends on the inputs.
+        self.values: dict[Node, Any] = {}
+        for name, tensor in named_tensors(module).items():  # while it is traced: what stands in for the constants
+            slot = get_proxy_slot(tensor, tracer, None)
+            if slot is not None and slot.proxy.node.op == "placeholder" and name in constants:
+                self.values[slot.proxy.node] = constants[name]
+
+    def node(self, tensor: Tensor) -> Node | Tensor:
+        """The node that computes a tensor; a real tensor is its own value."""
+        slot = get_proxy_slot(tensor, self.tracer, None)
+        if slot is None and isinstance(tensor, FakeTensor):
+            raise Undecided
+        return tensor if slot is None else slot.proxy.node
+
+    def advance(self) -> None:
+        """Look at what was traced since the last time."""
+        for node in self.tracer.graph.nodes:
+            if node not in self.seen:
+                self.seen.add(node)
+                self.look_at(node)
+
+    def look_at(self, node: Node) -> None:
+        """Find out on what a new node depends, and which nodes share its memory."""
+        reads = set(node.all_input_nodes)
+        if isinstance(node.meta.get("val"), SymInt | SymBool | SymFloat):
+            self.sized.add(node)
+            return
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if random or (node.op == "placeholder" and node not in self.values):
+            self.opaque.add(node)
+        if stale := reads & self.stale:
+            self.stale_reads[node] = stale
+        if node in self.opaque or stale or reads & self.dependent:
+            self.dependent.add(node)
+        if reads & self.sized:
+            self.sized.add(node)
+        for i, argument in enumerate(schema_arguments(node.target)):
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            if argument.alias_info is not None and isinstance(value, Node):
+                sharing = self.sharing.setdefault(value, [value])
+                if argument.alias_info.is_write:
+                    self.stale.update(sharing)
+                sharing.append(node)
+                self.sharing[node] = sharing
+
+    def value(self, node: Node) -> Any:
+        """The value of a node: real, assumed, or None for a number that depends on the inputs.
+
+        Raises:
+            Undecided: it can be neither computed nor assumed.
+        """
+        if node not in self.values:
+            self.values[node] = self.compute(node)
+        return self.values[node]
+
+    def compute(self, node: Node) -> Any:
+        """Compute the value of a node from those that it reads."""
+        seen = node.meta.get("val")
+        if isinstance(seen, SymInt | SymBool | SymFloat):
+            return hint(seen)
+        if node in self.dependent and isinstance(seen, Tensor) and seen.is_floating_point():
+            return None
+        if node.op == "get_attr":
+            return attrgetter(str(node.target))(self.tracer.root)
+        if node.op != "call_function" or node in self.opaque:
+            raise Undecided
+        stale = self.stale_reads.get(node, set())
+        value = self.call(node.target, node.args, node.kwargs, stale)
+        numbers = stale or any(self.value(read) is None for read in node.all_input_nodes)
+        if numbers and any(leaf.dtype != torch.bool for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+            raise Undecided  # an index, say: that nothing has converged does not tell it
+        return value
+
+    def call(self, func: Any, args: Any, kwargs: Any, stale: set[Node]) -> Any:
+        """Call a function on the values of nodes.
+
+        Numbers that depend on the inputs are far from convergence: the first, which is taken for the error, is
+        larger than anything, and those after it, with which it is compared, are zero.
+
+        Raises:
+            Undecided: a value is not known, or the function refuses it.
+        """
+        values: dict[Node, Any] = {}
+        map_arg((args, kwargs), lambda node: values.setdefault(node, None))
+        for node in values:
+            if node not in stale:
+                values[node] = self.value(node)
+        with _disable_current_modes(), torch.no_grad():
+            size = torch.inf
+            for node in [node for node in values if values[node] is None]:
+                values[node], size = stand_in(node.meta["val"], size), 0.0
+            if any(a.alias_info is not None and a.alias_info.is_write for a in schema_arguments(func)):
+                # Real parameters are not to be written to.
+                values = {node: v.clone() if isinstance(v, Tensor) else v for node, v in values.items()}
+            try:
+                return func(*map_arg(args, values.__getitem__), **map_arg(kwargs, values.__getitem__))
+            except Exception as error:
+                raise Undecided from error
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of a module, shared ones under each of their names."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+def node_set(values: Any) -> set[Node]:
+    """All nodes among nested values."""
+    return {value for value in tree_leaves(values) if isinstance(value, Node)}
+
+
+def schema_arguments(target: Any) -> list[Any]:
+    """The arguments of an operation as its schema describes them; empty for a plain function."""
+    schema = getattr(target, "_schema", None)
+    return [] if schema is None else list(schema.arguments)
+
+
+def hint(size: int | SymInt | SymBool | SymFloat) -> Any:
+    """A size in the batch of the example, without tying the graph to it."""
+    value = size if isinstance(size, int) else size.node.hint
+    if value is None:
+        raise Undecided
+    return value
+
+
+def stand_in(tensor: Any, size: float) -> Tensor:
+    """A tensor of the same shape and type, full of one number; of the largest there is for infinity.
+
+    Largest rather than infinite, so that tests for NaN and infinity find nothing.
+    """
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise Undecided
+    number = min(size, torch.finfo(tensor.dtype).max)
+    return torch.full((), number, dtype=tensor.dtype).expand([hint(n) for n in tensor.shape])
+
+
+def user_frame() -> FrameType:
+    """The innermost frame outside torch and this file: the line that asks."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((TORCH, __file__)):
+        frame = frame.f_back
+    return frame
+
+
+def forward_frame(frame: FrameType | None) -> FrameType | None:
+    """The call of a module's forward that a frame stands in."""
+    while frame is not None and frame.f_code.co_name != "forward":
+        frame = frame.f_back
+    return frame

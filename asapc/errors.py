@@ -1,0 +1,69 @@
+"""The exceptions of asapc, and the exit code that the command returns for each.
+
+AsapcError                  1   the user's input is at fault; message and hint, no traceback
+├── CheckpointError             the model file cannot be read or does not fit its model
+├── SamplesError                calibration or held-out samples are missing or unusable
+├── OptionError                 an option has a value that asapc does not know
+├── CaptureError                the model cannot be captured as one graph
+├── NoSinkhornError             nothing to compile was found in the model
+├── OutputError                 the output folder cannot be written
+├── DependencyError             an optional package is missing
+├── BuildError                  a backend refuses the compiled graph
+└── FidelityError           3   the compiled model misses the fidelity budget
+InternalError              70   a defect in asapc: no AsapcError, so that its traceback is shown
+"""
+
+
+class AsapcError(Exception):
+    """An error that the user can mend: `str(error)` says what is wrong, `error.hint` what to do."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str) -> None:
+        # One line, whatever the names in it: those of files and of what they hold are chosen by others.
+        super().__init__("".join(character if character.isprintable() else " " for character in message))
+        self.hint = hint
+
+
+class CheckpointError(AsapcError):
+    """The model file cannot be read, or its weights do not fit the model it names."""
+
+
+class SamplesError(AsapcError):
+    """Calibration or held-out samples are missing, too few, or of the wrong shape, dtype or range."""
+
+
+class OptionError(AsapcError):
+    """An option has a value that asapc does not know."""
+
+
+class CaptureError(AsapcError):
+    """The model cannot be captured as one graph with a dynamic batch."""
+
+
+class NoSinkhornError(AsapcError):
+    """No Sinkhorn attention that can be compiled was found in the model."""
+
+
+class OutputError(AsapcError):
+    """The output folder exists already or cannot be written."""
+
+
+class DependencyError(AsapcError):
+    """An optional package that this step needs is not installed."""
+
+
+class BuildError(AsapcError):
+    """A backend refuses the compiled graph."""
+
+
+class FidelityError(AsapcError):
+    """The compiled model misses the fidelity budget."""
+
+    exit_code = 3
+
+
+class InternalError(Exception):
+    """A defect in asapc: please report it with the traceback."""
+
+    exit_code = 70

@@ -1,0 +1,55 @@
+"""Progress as events through one callback; the library itself prints nothing."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage of the compilation begins."""
+
+    stage: str
+
+
+@dataclass(frozen=True)
+class StageAdvanced:
+    """A stage has something to say about what it is doing."""
+
+    stage: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """A stage ended well, after so many seconds; `detail` sums up what came out."""
+
+    stage: str
+    seconds: float
+    detail: str
+
+
+Event = StageStarted | StageAdvanced | StageDone
+OnEvent = Callable[[Event], None]
+
+
+class Stage:
+    """Handle of a running stage: `advance` reports progress, `summary` is what the end will say."""
+
+    def __init__(self, name: str, on_event: OnEvent) -> None:
+        self.name, self.on_event, self.summary = name, on_event, ""
+
+    def advance(self, detail: str) -> None:
+        """Report what the stage is doing now."""
+        self.on_event(StageAdvanced(self.name, detail))
+
+
+@contextmanager
+def stage(name: str, on_event: OnEvent) -> Iterator[Stage]:
+    """Announce a stage, time it, and announce its end unless it raises."""
+    on_event(StageStarted(name))
+    start = time.perf_counter()
+    handle = Stage(name, on_event)
+    yield handle
+    on_event(StageDone(name, time.perf_counter() - start, handle.summary))

@@ -1,0 +1,102 @@
+"""A captured ONNX file: which node of the graph is which value of the file, exactly."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from asapc.artifacts import CapturedGraph, Findings, Samples
+from asapc.errors import AsapcError
+from asapc.onnx_call import label_of
+from asapc.onnx_import import OnnxModule
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxGraph(CapturedGraph):
+    """A graph that was captured from an ONNX file.
+
+    Attributes:
+        model: the file, a ModelProto.
+        values: names of the file's values, by the node of the graph that makes them. Some nodes make none: they are
+            steps inside a node of the file.
+        sources: for each node of the graph, the file and the name of its node that it is a step of.
+        initializers: names of the file's constants, by the buffer that holds them.
+    """
+
+    model: Any = None
+    values: Mapping[str, str] | None = None
+    sources: Mapping[str, str] | None = None
+    initializers: Mapping[str, str] | None = None
+
+    def value_of(self, node: Node) -> str | None:
+        """Name of the file's value that a node of the graph makes; None where it makes none."""
+        if node.op == "placeholder":
+            inputs = [other for other in node.graph.nodes if other.op == "placeholder"]
+            return list(self.example.inputs)[inputs.index(node)]
+        if node.op == "get_attr":
+            return (self.initializers or {}).get(str(node.target))
+        return (self.values or {}).get(node.name)
+
+
+def check_memory(module: OnnxModule, example: Samples) -> None:
+    """Run a model on shapes alone, so that one that asks for more memory than there can be is refused before it does.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            module(*(mode.from_tensor(value) for value in example.inputs.values()))
+    except AsapcError:
+        raise
+    except Exception:  # whatever else is wrong shows, and better, when the model really runs
+        return
+
+
+def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> OnnxGraph:
+    """Take the marks out of a program that was captured from an `OnnxModule`, and note what they say."""
+    graph = program.graph_module.graph
+    place = module.path.name
+    labels = {name: f"{place}: {label_of(node)}" for node in module.model.graph.node for name in node.output if name}
+    values: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    steps: list[str] = []
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.asapc.value.default:
+            made, name = node.args
+            values.setdefault(made.name, name)
+            sources |= {step: labels[name] for step in steps if step not in sources}
+            sources[made.name] = labels[values[made.name]]
+            steps.clear()
+            node.replace_all_uses_with(made)
+            program.graph_signature.replace_all_uses(node.name, made.name)
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            steps.append(node.name)
+    graph.lint()
+    program.graph_module.recompile()
+    return OnnxGraph(program, example, None, module.model, values, sources, module.initializers)
+
+
+def name_sources(graph: OnnxGraph, findings: Findings) -> Findings:
+    """Findings whose sites and misses name nodes of the file, where those of a model name lines of code."""
+    sources = graph.sources or {}
+    return replace(
+        findings,
+        sites=tuple(replace(site, source=sources.get((site.output or site.plan).node)) for site in findings.sites),
+        misses=tuple(replace(miss, source=sources.get(miss.node)) for miss in findings.misses),
+    )
+
+
+def region_module(module: GraphModule, inputs: list[Node], body: list[Node], outputs: list[Node]) -> GraphModule:
+    """A part of a graph as a module of its own: from some nodes, which become its inputs, to others."""
+    part = torch.fx.Graph()
+    copies: dict[Node, Node] = {node: part.placeholder(f"value_{i}") for i, node in enumerate(inputs)}
+    for node in body:
+        copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in outputs))
+    return GraphModule(module, part)

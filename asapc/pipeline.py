@@ -1,0 +1,280 @@
+"""The line from a checkpoint to its compiled form: each step one stage, in the order in which they run."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from asapc.artifacts import CapturedGraph, Findings, LoadedModel, Plan, Samples, Site
+from asapc.backends.base import Runner
+from asapc.backends.eager.runner import EagerRunner
+from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.backends.onnxruntime.splicer import splice_onnx
+from asapc.backends.tensorrt.builder import build_engine
+from asapc.capture import capture, export, order_inputs
+from asapc.config import CompileConfig
+from asapc.environment import cpu_name, environment
+from asapc.errors import NoSinkhornError, SamplesError
+from asapc.events import OnEvent, stage
+from asapc.loading import load_model
+from asapc.measure import measure
+from asapc.onnx_graph import OnnxGraph, name_sources
+from asapc.ops.scaling import LOWEST_LIVE
+from asapc.ops.sinkhorn import Sinkhorn
+from asapc.output import list_artifacts, output_folder, write_json, write_manifest, write_operators
+from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
+from asapc.plan import exact_operator, operators, plan
+from asapc.report import CompileReport, early_stop_data, early_stop_note, report_data
+from asapc.results import Latency
+from asapc.samples import load_samples
+from asapc.verify import check_budget, site_fidelity, verify
+from asapc.version import __version__
+
+FEWEST_CALIBRATION, FEWEST_HELD_OUT = 8, 4
+HELD_OUT_SHARE = 4  # one in so many samples of a --calib file is held out
+
+
+def compile_model(
+    path: str | Path, config: CompileConfig | None = None, on_event: OnEvent = lambda event: None
+) -> CompileReport:
+    """Compile a checkpoint: find its Sinkhorn attention, replace it, export, build, verify and measure.
+
+    Args:
+        path: the checkpoint.
+        config: options; None for the defaults.
+        on_event: called with progress, see `asapc.events`.
+
+    Returns:
+        The report; the artefacts lie in `report.folder`.
+
+    Raises:
+        AsapcError: the input is at fault or the fidelity budget is missed. Nothing is written then.
+    """
+    path, config = Path(path), config or CompileConfig()
+    out = Path(config.out or f"{path.stem}.asap")
+    with torch_threads(config.threads) as threads, output_folder(out, config.force) as folder:
+        with stage("load", on_event) as step:
+            loaded = load_model(path, config)
+            calibration, held_out = gather_samples(loaded, config)
+            counts = f"{loaded.parameters:,} parameters, {len(calibration)} + {len(held_out)} samples"
+            step.summary = "; ".join((counts, *loaded.notes))
+
+        with stage("capture", on_event) as step:
+            graph = capture(loaded, calibration, config.early_stop)
+            note = early_stop_note(early_stop_data(graph.early_stops))
+            step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}"
+
+        with stage("find", on_event) as step:
+            findings = find(graph, calibration)
+            step.summary = f"{len(findings.sites)} Sinkhorn sites"
+            require_sites(findings)
+
+        with stage("plan", on_event) as step:
+            chosen = plan(graph, findings.sites, calibration, config, step.advance)
+            step.summary = ", ".join(choice.operator for choice in chosen.choices.values())
+
+        with stage("rewrite", on_event) as step:
+            replaced = operators(findings.sites, chosen)
+            compiled = rewrite(graph, findings.sites, replaced)
+            step.summary = f"{len(compiled.program.graph.nodes)} nodes"
+
+        with stage("export", on_event) as step:
+            metadata = {"asapc.version": __version__, "asapc.source_sha256": loaded.sha256}
+            if isinstance(graph, OnnxGraph):
+                onnx = splice_onnx(graph, findings.sites, replaced, folder / "model.onnx", metadata)
+            else:
+                onnx = export_onnx(compiled, folder / "model.onnx", metadata)
+            write_operators(folder / "operator.safetensors", findings.sites, chosen)
+            step.summary = f"model.onnx, opset {onnx.opset}"
+
+        with stage("engine", on_event) as step:
+            engine = build_engine(onnx, folder / "model.engine", max(config.batches))
+            step.summary = f"{engine.builder} for {', '.join(engine.targets)}"
+
+        with stage("verify", on_event) as step:
+            runners = export_rivals(graph, findings.sites, chosen, threads, step.advance)
+            runners["compiled"] = OnnxRuntimeRunner(onnx.path, threads)
+            step.advance(f"{len(held_out)} held-out samples")
+            hops: dict[str, Runner] = {
+                "teacher": OnnxRuntimeRunner(path) if isinstance(graph, OnnxGraph) else EagerRunner(loaded.module),
+                "capture": EagerRunner(graph.program.module()),
+                "amortisation": EagerRunner(compiled.program.module()),
+                "export": runners["compiled"],
+            }
+            sites = site_fidelity(graph, findings.sites, replaced, held_out)
+            fidelity = verify(hops, runners, sites, held_out)
+            step.summary = f"logits differ by {fidelity.logits_rel:.2%}"
+            check_budget(fidelity, config.bounds())
+
+        with stage("measure", on_event) as step:
+            runs = []
+            for batch in config.batches:
+                step.advance(f"batch {batch}")
+                runs += measure(runners, held_out, batch, config.seconds, config.seed)
+            latency = Latency(cpu_name(), threads, tuple(runs))
+            step.summary = f"{len(runners)} variants at batch {', '.join(map(str, config.batches))}"
+
+        artifacts = list_artifacts(folder, onnx, engine)
+        data = report_data(loaded, findings, chosen, fidelity, latency, artifacts, environment(config.seed))
+        write_json(folder / "report.json", data)
+        write_manifest(folder, loaded.sha256, __version__)
+    return CompileReport(out, data)
+
+
+@contextmanager
+def torch_threads(wanted: int) -> Iterator[int]:
+    """Give torch so many threads, 0 for what it has, and say how many these are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield wanted or before
+    finally:
+        torch.set_num_threads(before)
+
+
+def inspect_model(
+    path: str | Path, config: CompileConfig | None = None, on_event: OnEvent = lambda event: None
+) -> Findings:
+    """Find the Sinkhorn attention of a checkpoint without compiling it.
+
+    Where there are no samples, example inputs do, random ones too: what is found does not depend on them.
+
+    Raises:
+        AsapcError: the checkpoint or the samples are at fault. Finding nothing is no error.
+    """
+    config = config or CompileConfig()
+    with stage("load", on_event) as step:
+        loaded = load_model(path, config)
+        samples = probe_samples(loaded, config)
+        step.summary = "; ".join((f"{loaded.parameters:,} parameters", *loaded.notes))
+        if config.input_shape and config.calib is None:
+            step.summary += f"; probed with random inputs, seed {config.seed}"
+    return find(capture(loaded, samples, config.early_stop), samples)
+
+
+def probe_samples(loaded: LoadedModel, config: CompileConfig) -> Samples:
+    """Inputs to look into a model with: those of --calib, else example inputs, else samples of the checkpoint.
+
+    Raises:
+        SamplesError: there are none, or they do not fit the model.
+    """
+    if config.calib is None and loaded.example is not None:
+        return order_inputs(loaded.module, loaded.example)
+    if config.calib is None and loaded.calibration is None:
+        raise SamplesError(
+            f"{loaded.path} carries no samples",
+            "give inputs with --calib or --inputs file.npz, or their shapes with --input-shape x=2,197,64:float32",
+        )
+    return gather_samples(loaded, config)[0]
+
+
+def find(graph: CapturedGraph, calibration: Samples) -> Findings:
+    """What there is to find in a graph, with the early stops that capturing it has left out."""
+    findings = find_sinkhorn(graph, most_different(calibration))
+    if isinstance(graph, OnnxGraph):
+        findings = name_sources(graph, findings)
+    return replace(findings, early_stops=graph.early_stops)
+
+
+def most_different(samples: Samples) -> Samples:
+    """Two samples to probe with: those with the least and the most padding, as boolean and additive masks tell."""
+    masked = torch.zeros(len(samples))
+    for value in samples.inputs.values():
+        marks = value if value.dtype == torch.bool else value < LOWEST_LIVE
+        masked += marks.flatten(1).sum(dim=1) if value.dim() > 1 else marks
+    order = masked.argsort(stable=True).tolist()
+    return samples[[order[0], order[-1]]]
+
+
+def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples, Samples]:
+    """Calibration and held-out samples: of the --calib file where one is given, else of the checkpoint.
+
+    A --calib file is shuffled by the seed and a quarter of it held out.
+
+    Raises:
+        SamplesError: there are none, too few, or they do not fit the model.
+    """
+    if config.calib is None:
+        if loaded.calibration is None or loaded.held_out is None:
+            raise SamplesError(
+                f"{loaded.path} carries no calibration samples",
+                "give real inputs with --calib file.npz; asapc never makes up random ones",
+            )
+        calibration, held_out = loaded.calibration, loaded.held_out
+    else:
+        samples = load_samples(Path(config.calib))
+        compare_kinds(Path(config.calib), samples, loaded.calibration)
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
+        shuffled = samples[order.tolist()]
+        split = len(samples) // HELD_OUT_SHARE
+        calibration, held_out = shuffled[split:], shuffled[:split]
+    if len(calibration) < FEWEST_CALIBRATION or len(held_out) < FEWEST_HELD_OUT:
+        raise SamplesError(
+            f"{len(calibration)} calibration and {len(held_out)} held-out samples are too few",
+            f"give at least {HELD_OUT_SHARE * FEWEST_HELD_OUT} samples with --calib; 64 and more are better",
+        )
+    return order_inputs(loaded.module, calibration), order_inputs(loaded.module, held_out)
+
+
+def compare_kinds(path: Path, samples: Samples, known: Samples | None) -> None:
+    """Raise SamplesError where samples differ in shape or dtype from those that the checkpoint carries."""
+    for name, value in samples.inputs.items():
+        expected = known.inputs.get(name) if known else None
+        if expected is not None and (value.shape[1:], value.dtype) != (expected.shape[1:], expected.dtype):
+            raise SamplesError(
+                f"{path}: {name} is {tuple(value.shape)} {value.dtype}, the model was trained on "
+                f"(samples, {', '.join(map(str, expected.shape[1:]))}) {expected.dtype}",
+                "give samples of the shape and dtype that the model was trained on",
+            )
+
+
+def require_sites(findings: Findings) -> None:
+    """Raise NoSinkhornError if nothing was found, with the nearest miss."""
+    if not findings.sites:
+        miss = findings.misses[0] if findings.misses else None
+        raise NoSinkhornError(
+            "no Sinkhorn attention was found in the model"
+            + (f"; {miss.source or miss.node}: {miss.reason}" if miss else ""),
+            "`asapc inspect` lists what came near",
+        )
+
+
+def rewrite(graph: CapturedGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module]) -> CapturedGraph:
+    """A copy of the graph with operators in the place of the sites that have one."""
+    if not modules:
+        return graph
+    module = RewriteSinkhorn(sites, modules)(graph.program.module()).program
+    return CapturedGraph(export(module, graph.example.inputs), graph.example)
+
+
+def export_rivals(
+    graph: CapturedGraph, sites: Sequence[Site], chosen: Plan, threads: int, advance: Callable[[str], None]
+) -> dict[str, Runner]:
+    """Sessions of the variants that a compiled model is compared with, in the same runtime.
+
+    The teacher as written; exact Sinkhorn in scaling form; truncated Sinkhorn with as many half-steps as the
+    compiled operator; softmax attention, the floor of what a replacement can cost.
+    """
+    variants: dict[str, dict[str, nn.Module]] = {
+        "teacher": {},
+        "exact": {site.name: exact_operator(site) for site in sites},
+        "truncated": {site.name: exact_operator(site, chosen.choices[site.name].half_steps) for site in sites},
+        "softmax": {site.name: Sinkhorn(1, masked=site.masked, logarithm=site.logarithm) for site in sites},
+    }
+    runners: dict[str, Runner] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, modules in variants.items():
+            advance(f"exporting {name} for comparison")
+            target = Path(scratch) / f"{name}.onnx"
+            if isinstance(graph, OnnxGraph):
+                artifact = splice_onnx(graph, sites, modules, target, {})
+            else:
+                artifact = export_onnx(rewrite(graph, sites, modules), target, {})
+            runners[name] = OnnxRuntimeRunner(artifact.path, threads)
+    return runners

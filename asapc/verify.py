@@ -1,0 +1,192 @@
+"""Compares a compiled model with its teacher on held-out samples: site by site, hop by hop, end to end."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import inf, isfinite, isnan
+
+import torch
+from torch import Tensor, nn
+
+from asapc.artifacts import CapturedGraph, Samples, Site
+from asapc.backends.base import Runner
+from asapc.config import DEFAULT_BUDGET, Bound
+from asapc.errors import FidelityError, OptionError
+from asapc.passes.layout import arrange, operands, score_factor, site_inputs
+from asapc.passes.record import record
+from asapc.results import Fidelity, Hop, Metric, SiteFidelity, VariantFidelity
+
+BATCH = 32
+
+
+def verify(
+    hops: Mapping[str, Runner],
+    variants: Mapping[str, Runner],
+    sites: Mapping[str, SiteFidelity],
+    samples: Samples,
+) -> Fidelity:
+    """Run everything on held-out samples and compare.
+
+    Args:
+        hops: the model as loaded, then the model after each step of the compilation, in order; each is
+            compared with the one before, the last with the first as well.
+        variants: other ways to run the model, each compared with the model as loaded.
+        sites: what `site_fidelity` gave.
+        samples: held-out samples, with labels where there are any.
+    """
+    outputs = {name: first_output(runner, samples) for name, runner in hops.items()}
+    names = list(outputs)
+    teacher, compiled = outputs[names[0]], outputs[names[-1]]
+    total = compare("total", teacher, compiled)
+
+    def variant(output: Tensor) -> VariantFidelity:
+        hop, scored = compare("total", teacher, output), metric(teacher, output, samples.labels)
+        return VariantFidelity(
+            logits_rel=hop.rel if isfinite(hop.rel) else None,
+            agreement=hop.agreement,
+            metric=None if scored is None else scored.compiled,
+        )
+
+    return Fidelity(
+        samples=len(samples),
+        logits_rel=total.rel,
+        agreement=total.agreement,
+        metric=metric(teacher, compiled, samples.labels),
+        hops=tuple(compare(after, outputs[before], outputs[after]) for before, after in pairwise(names)),
+        variants={name: variant(first_output(runner, samples)) for name, runner in variants.items()},
+        sites=sites,
+    )
+
+
+def check_budget(fidelity: Fidelity, budget: Sequence[Bound]) -> None:
+    """Hold a compiled model against its budget; without terms DEFAULT_BUDGET holds, as far as it can be judged.
+
+    Raises:
+        FidelityError: a term is missed, or the output is not finite.
+        OptionError: a term of `budget` cannot be judged: agreement without classes, a metric without labels.
+    """
+    if not isfinite(fidelity.logits_rel):
+        raise FidelityError(
+            "the compiled model gives NaN or infinity on held-out samples",
+            "ask for the exact form with --fidelity 'relc<=1e-4', and report the model",
+        )
+    metric = fidelity.metric
+    seen = {
+        "agreement": fidelity.agreement,
+        "metric-drop": None if metric is None else 100 * (metric.teacher - metric.compiled),
+        "relc": worst([site.relc for site in fidelity.sites.values()]),
+        "column-marginal": worst([site.column_marginal_error for site in fidelity.sites.values()]),
+    }
+    for bound in budget or [bound for bound in DEFAULT_BUDGET if seen[bound.metric] is not None]:
+        value = seen[bound.metric]
+        if value is None:
+            raise OptionError(
+                f"the budget {bound} cannot be judged: the samples have no labels, or the output no classes",
+                "add labels to the --calib file, or use a budget on relc",
+            )
+        if not bound.met(value):
+            raise FidelityError(
+                f"the compiled model has {bound.metric} {value:.4g} on {fidelity.samples} held-out samples, "
+                f"outside the budget {bound}",
+                "loosen the budget, or ask for a smaller error a site, e.g. --fidelity 'relc<=0.02'",
+            )
+
+
+def worst(errors: Sequence[float]) -> float:
+    """Largest error, 0 without any; nan is the worst of all, which `max` alone would miss."""
+    return inf if any(isnan(error) for error in errors) else max(errors, default=0.0)
+
+
+def site_fidelity(
+    graph: CapturedGraph, sites: Sequence[Site], operators: Mapping[str, nn.Module], samples: Samples
+) -> dict[str, SiteFidelity]:
+    """Fidelity of each operator alone, on the teacher's own activations.
+
+    Args:
+        graph: the teacher.
+        sites: its sites.
+        operators: by the site's name; sites without one are left out.
+        samples: held-out inputs.
+    """
+    sites = [site for site in sites if site.name in operators]
+    module = graph.program.module()
+    names = {operand.node for site in sites for operand in (*operands(site), site.plan)}
+    sums = {site.name: torch.zeros(6, dtype=torch.float64) for site in sites}
+    for batch in samples.batches(BATCH):
+        values = record(module, batch, names)
+        for site in sites:
+            sums[site.name] += site_errors(site, operators[site.name], values)
+    return {name: to_fidelity(*total.tolist()) for name, total in sums.items()}
+
+
+def site_errors(site: Site, operator: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
+    """Sums over a batch, its heads and its rows, see `to_fidelity`; masked rows and columns do not count."""
+    given = [values[operand.node] for operand in operands(site)]
+    scores, queries, keys, applied = site_inputs(site, given, score_factor(site, site.dtype))
+    plan = arrange(values[site.plan.node].double(), site.plan.axes, "nm", site.groups, site.heads)
+    with torch.no_grad():
+        compiled_plan = operator(scores, queries, keys).double()
+        compiled = compiled_plan if applied is None else operator(scores, queries, keys, applied).double()
+    if site.logarithm:
+        plan, compiled_plan, compiled = plan.exp(), compiled_plan.exp(), compiled.exp()
+    live = plan > 0
+    rows = live.any(dim=-1, keepdim=True)
+    output = plan if applied is None else plan @ applied.double()
+    centred = (output - (output * rows).sum(dim=-2, keepdim=True) / rows.sum(dim=-2, keepdim=True).clamp_min(1)) * rows
+    wanted, mass = (p.sum(dim=-1, keepdim=True) for p in (plan, compiled_plan))
+    columns = live.any(dim=-2, keepdim=True)
+    count = columns.sum(dim=-1, keepdim=True).clamp_min(1)
+    share = plan.sum(dim=(-1, -2), keepdim=True) / count
+    column_mass = share if site.uniform else plan.sum(dim=-2, keepdim=True)
+    off = torch.where(columns, (compiled_plan.sum(dim=-2, keepdim=True) / column_mass - 1).abs(), 0.0)
+    off = off.sum(dim=-1, keepdim=True) / count
+    typical = plan.sum(dim=-1).amax().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.stack(
+        [
+            ((compiled - output) * rows).square().sum(),
+            centred.square().sum(),
+            ((compiled_plan - plan) * rows).abs().sum() / 2 / typical,
+            ((mass - wanted) * rows).abs().sum() / typical,
+            (off * rows).sum(),
+            rows.sum().double(),
+        ]
+    )
+
+
+def to_fidelity(error: float, norm: float, tv: float, rows: float, columns: float, count: float) -> SiteFidelity:
+    """Turn sums over samples, heads and rows into means."""
+    relc = (error / norm) ** 0.5 if norm > 0 else float(error > 0)
+    return SiteFidelity(relc, tv / count, rows / count, columns / count)
+
+
+def first_output(runner: Runner, samples: Samples) -> Tensor:
+    """First output of the model on all samples, (samples, ...): the logits, where it is a classifier."""
+    return torch.cat([runner(batch)[0] for batch in samples.batches(BATCH)]).double()
+
+
+def compare(name: str, reference: Tensor, candidate: Tensor) -> Hop:
+    """The difference between two models' first outputs; non-finite candidates differ infinitely."""
+    difference = (candidate - reference).nan_to_num(nan=inf, posinf=inf, neginf=-inf)
+    error, norm = (torch.linalg.vector_norm(values).item() for values in (difference, reference))
+    return Hop(
+        name=name,
+        max_abs=difference.abs().max().item(),
+        rel=error / norm if norm else (inf if error else 0.0),
+        agreement=accuracy(candidate, reference.argmax(dim=-1)) if is_classifier(reference) else None,
+    )
+
+
+def metric(teacher: Tensor, compiled: Tensor, labels: Tensor | None) -> Metric | None:
+    """Accuracy of both models where there are labels and classes."""
+    if labels is None or not is_classifier(teacher):
+        return None
+    return Metric("accuracy", accuracy(teacher, labels), accuracy(compiled, labels))
+
+
+def is_classifier(output: Tensor) -> bool:
+    """Whether the output has a class axis: (samples, ..., classes) with more than one class."""
+    return output.dim() >= 2 and output.shape[-1] > 1
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of equal classes."""
+    return (logits.argmax(dim=-1) == labels).double().mean().item()

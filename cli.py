@@ -1,0 +1,430 @@
+"""The `asapc` command: parse, call the library, show what it returns. No decisions are made here."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from asapc.config import CompileConfig
+from asapc.errors import AsapcError, InternalError
+from asapc.events import Event, StageAdvanced, StageDone, StageStarted
+from asapc.version import __version__
+
+app = typer.Typer(
+    name="asapc",
+    help="The compiler for doubly-stochastic attention: trained Sinkhorn models to ONNX and TensorRT.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Recipe(StrEnum):
+    """What `asapc train` can train."""
+
+    digits = "digits"
+
+
+class EarlyStop(StrEnum):
+    """What `asapc compile` does with loops that stop early."""
+
+    bound = "bound"
+    refuse = "refuse"
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn exceptions into the exit codes of `asapc.errors`, with one message and one hint."""
+    try:
+        yield
+    except AsapcError as error:
+        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        err.print(f"hint: {error.hint}", markup=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing was written")
+        raise typer.Exit(130) from None
+    except typer.Exit:
+        raise
+    except Exception:
+        err.print_exception()
+        err.print("This is a defect in asapc. Please report it with the lines above and the command.")
+        raise typer.Exit(InternalError.exit_code) from None
+
+
+# Options of both commands that read a model.
+ModelFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="Checkpoint, weights (with --model) or torch.export archive.")
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="Class or function that builds the model of which FILE holds the weights; the working directory is "
+        "importable.",
+        show_default=False,
+    ),
+]
+ModelArgs = Annotated[
+    str | None,
+    typer.Option(help="Keyword arguments of --model: a JSON object, or a file with one.", show_default=False),
+]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(help="Example inputs, .npz or .pt, to look into the model with.", show_default=False),
+]
+InputShape = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=SIZES:DTYPE",
+        help="Random example inputs instead, e.g. x=2,197,64:float32, mask=2,197:bool, ids=2,128:int64:0..30000 (both "
+        "included, 0..1 by default); repeat for each input. Never used for calibration.",
+        show_default=False,
+    ),
+]
+UnsafeLoad = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-load",
+        help="Read a pickled module or other Python objects. This runs code that stands in FILE, with your rights: "
+        "only for files that you would run as a program.",
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(help="TOML file of options; those on the command line win.", show_default=False),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Print the version where asked; the commands do the rest."""
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command("compile")
+def compile_command(
+    file: ModelFile,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Output folder.", show_default="<name>.asap")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            help="Calibration samples, .npz or .pt: arrays named as the model's inputs, and optional labels.",
+            show_default="those in the checkpoint",
+        ),
+    ] = None,
+    model: ModelName = None,
+    model_args: ModelArgs = None,
+    inputs: Inputs = None,
+    input_shape: InputShape = None,
+    unsafe_load: UnsafeLoad = False,
+    fidelity: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Term of the budget: agreement>=X, metric-drop<=POINTS, relc<=X or column-marginal<=X.",
+            show_default="agreement>=0.98, relc<=0.1",
+        ),
+    ] = None,
+    early_stop: Annotated[
+        EarlyStop | None,
+        typer.Option(
+            help="What to do with loops that stop early on the calibration samples: take them to their bound, or "
+            "refuse the model.",
+            show_default="bound",
+        ),
+    ] = None,
+    slices: Annotated[
+        list[int] | None,
+        typer.Option(help="Sorted slices that the planner may give a site; repeat to add.", show_default="0"),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size to measure; repeat to add.", show_default="1 and 32")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time to measure each batch size.", show_default="10")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch and ONNX Runtime.", show_default="all cores")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", show_default="0")] = None,
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report alone, as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Compile a trained checkpoint and report what it costs and gains."""
+    with exit_codes():
+        from asapc.pipeline import compile_model
+
+        given: dict[str, Any] = {
+            "out": out_folder,
+            "force": force or None,
+            "calib": calib,
+            **loading_options(model, model_args, inputs, input_shape, unsafe_load),
+            "fidelity": tuple(fidelity) if fidelity else None,
+            "early_stop": early_stop.value if early_stop else None,
+            "slices": tuple(slices) if slices else None,
+            "batches": tuple(batch) if batch else None,
+            "seconds": seconds,
+            "threads": threads,
+            "seed": seed,
+        }
+        options = options_of(config, given)
+        warn_of_unsafe_load(file, options)
+        with stages(shown=not quiet) as on_event:
+            report = compile_model(file, options, on_event)
+        if as_json:
+            sys.stdout.write(json.dumps(report.data, indent=2) + "\n")
+        elif not quiet:
+            show_report(report.folder, dict(report.data))
+
+
+@app.command()
+def inspect(
+    file: ModelFile,
+    calib: Annotated[
+        Path | None, typer.Option(help="Samples to probe with.", show_default="those in the checkpoint")
+    ] = None,
+    model: ModelName = None,
+    model_args: ModelArgs = None,
+    inputs: Inputs = None,
+    input_shape: InputShape = None,
+    unsafe_load: UnsafeLoad = False,
+    config: ConfigFile = None,
+    why: Annotated[bool, typer.Option("--why", help="Show what came near and was turned down.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """List the Sinkhorn attention of a checkpoint."""
+    with exit_codes():
+        from asapc.pipeline import inspect_model, require_sites
+        from asapc.report import early_stop_data, miss_data, site_data
+
+        given = {"calib": calib, **loading_options(model, model_args, inputs, input_shape, unsafe_load)}
+        options = options_of(config, given)
+        warn_of_unsafe_load(file, options)
+        with stages(shown=True) as on_event:
+            findings = inspect_model(file, options, on_event)
+        sites, misses = [site_data(s) for s in findings.sites], [miss_data(m) for m in findings.misses]
+        stops = early_stop_data(findings.early_stops)
+        if as_json:
+            data = {"schema": "asapc.inspect/1", "sites": sites, "misses": misses, "early_stops": stops}
+            sys.stdout.write(json.dumps(data, indent=2) + "\n")
+        elif sites:
+            out.print(found_table(sites))
+            for site in sites:
+                kind = "" if site["ends_in"] == "attention" else ", a plan alone,"
+                out.print(f"{site['name']}{kind} stands at {site['source']}", markup=False, soft_wrap=True)
+        if not as_json:
+            show_early_stops(stops)
+        if why and not as_json:
+            for miss in misses:
+                where = f"{miss['source'] or 'no source line'} (node {miss['node']})"
+                out.print(f"miss: {where}: {miss['reason']}; {miss['hint']}", markup=False, soft_wrap=True)
+        require_sites(findings)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Recipe, typer.Argument(help="What to train.", show_default=False)],
+    out_file: Annotated[Path, typer.Option("--out", help="Checkpoint to write.")] = Path("model.pt"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint if it exists.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 70,
+) -> None:
+    """Train a model with Sinkhorn attention, and its softmax twin for comparison."""
+    with exit_codes():
+        from asapc.models import digits
+        from asapc.output import output_file
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        with (
+            output_file(out_file, force) as partial,
+            Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as progress,
+        ):
+            tasks = {name: progress.add_task(name, total=epochs) for name in digits.VARIANTS}
+
+            def on_epoch(name: str, done: int, loss: float) -> None:
+                progress.update(tasks[name], completed=done, description=f"{name}  loss {loss:.3f}")
+
+            checkpoint = digits.train(seed, epochs, on_epoch)
+            digits.save(checkpoint, partial)
+        facts = checkpoint["training"]
+        out.print(
+            f"{out_file}: held-out accuracy {facts['held_out_accuracy']:.1%} on {digits.HELD_OUT} images, "
+            f"softmax twin {facts['softmax_twin_accuracy']:.1%}"
+        )
+
+
+def loading_options(
+    model: str | None, model_args: str | None, inputs: Path | None, shapes: list[str] | None, unsafe_load: bool
+) -> dict[str, Any]:
+    """The options that say how to read a model, None where they are not given."""
+    return {
+        "model": model,
+        "model_args": model_args,
+        "inputs": inputs,
+        "input_shape": tuple(shapes) if shapes else None,
+        "unsafe_load": unsafe_load or None,
+    }
+
+
+def options_of(config: Path | None, given: dict[str, Any]) -> CompileConfig:
+    """The options of a TOML file, overwritten by those that are given on the command line."""
+    base = CompileConfig.from_toml(config) if config else CompileConfig()
+    return replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+def warn_of_unsafe_load(file: Path, options: CompileConfig) -> None:
+    """Say what is about to happen, before it does."""
+    if options.unsafe_load:
+        err.print(f"warning: --unsafe-load runs code that stands in {file}", style="yellow", markup=False)
+
+
+@contextmanager
+def stages(shown: bool) -> Iterator[Callable[[Event], None]]:
+    """Show events on stderr: a spinner for the running stage, a line with its time for each that is done."""
+    if not shown:
+        yield lambda event: None
+        return
+    with err.status("") as status:
+
+        def on_event(event: Event) -> None:
+            match event:
+                case StageStarted(stage):
+                    status.update(stage)
+                case StageAdvanced(stage, detail):
+                    status.update(f"{stage}  {detail}")
+                case StageDone(stage, seconds, detail):
+                    err.print(f"  {stage:<8} {seconds:6.1f} s  {detail}", markup=False, soft_wrap=True)
+
+        yield on_event
+
+
+def show_report(folder: Path, data: dict[str, Any]) -> None:
+    """Print the two tables, what they say in words, and where the files are."""
+    out.print(choices_table(data["sites"]))
+    out.print(latency_table(data))
+    fidelity, latency = data["fidelity"], data["latency"]
+    show_early_stops(data["early_stops"])
+    out.print(f"Ratios at batch {latency['batch']}: {comparison(latency)}", soft_wrap=True)
+    for hop in fidelity["hops"]:
+        out.print(f"  {hop['name']:<13} changes the logits by {hop['rel']:.1e} relative, {hop['max_abs']:.1e} at most")
+    for artifact in data["artifacts"]:
+        targets = f" for {', '.join(artifact['targets'])}" if artifact["targets"] else ""
+        out.print(f"{folder / artifact['path']}  ({artifact['builder']}{targets})", markup=False, soft_wrap=True)
+    out.print(f"{folder / 'report.json'}", markup=False, soft_wrap=True)
+
+
+def show_early_stops(data: dict[str, Any] | None) -> None:
+    """Print what capturing without the early stops of a model changes, where it has any."""
+    from asapc.report import early_stop_note
+
+    if note := early_stop_note(data):
+        out.print(f"Captured {note}", markup=False, soft_wrap=True)
+
+
+def table(title: str, columns: str, left: tuple[str, ...]) -> Table:
+    """An empty table; columns are separated by "|" and aligned right but for those named in `left`."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns.split("|"):
+        made.add_column(name, justify="left" if name in left else "right", no_wrap=True, overflow="fold")
+    return made
+
+
+def found_table(sites: list[dict[str, Any]]) -> Table:
+    """Sites as `inspect` shows them."""
+    columns = "site|T|ends on|epsilon|heads|N x M|mask|time"
+    made = table("Sinkhorn attention", columns, ("site", "ends on", "mask"))
+    for site in sites:
+        made.add_row(
+            site["name"],
+            str(site["half_steps"]),
+            site["last"],
+            epsilon(site),
+            str(site["heads"]),
+            f"{site['queries']} x {site['keys']}",
+            "yes" if site["masked"] else "no",
+            f"{site['share']:.0%}",
+        )
+    return made
+
+
+def choices_table(sites: list[dict[str, Any]]) -> Table:
+    """Sites as `compile` shows them: what was chosen, and what it costs."""
+    made = table("Sinkhorn attention", "site|N x M|half-steps|operator|relc|col error", ("site", "operator"))
+    for site in sites:
+        choice, cost = site["choice"], site["fidelity"]
+        made.add_row(
+            site["name"],
+            f"{site['queries']} x {site['keys']}",
+            f"{site['half_steps']} -> {choice['half_steps']}",
+            choice["operator"] + (f", {choice['slices']} slices" if choice["slices"] else ""),
+            "" if cost is None else f"{cost['relc']:.3f}",
+            "" if cost is None else f"{cost['column_marginal_error']:.3f}",
+        )
+    return made
+
+
+def epsilon(site: dict[str, Any]) -> str:
+    """Temperature of a site, or the range of its heads' temperatures, or a dash where its scores are no q.k."""
+    values = site["epsilon"]
+    if values is None:
+        return "-"
+    return f"{min(values):.3g} ... {max(values):.3g}" if isinstance(values, list) else f"{values:.4g}"
+
+
+def latency_table(data: dict[str, Any]) -> Table:
+    """Latency and fidelity of every variant, at every batch size."""
+    latency, fidelity = data["latency"], data["fidelity"]
+    p50 = {(run["name"], run["batch"]): run["p50_ms"] for run in latency["runs"]}
+    made = table(
+        f"Latency in ONNX Runtime, ms a batch, {latency['threads']} threads, {latency['device']}",
+        "batch|variant|median|p90|p99|x compiled|agreement|accuracy",
+        ("variant",),
+    )
+    for run in latency["runs"]:
+        variant = fidelity["variants"][run["name"]]
+        made.add_row(
+            str(run["batch"]),
+            run["name"],
+            *(f"{run[key]:.2f}" for key in ("p50_ms", "p90_ms", "p99_ms")),
+            f"{run['p50_ms'] / p50['compiled', run['batch']]:.2f}",
+            "" if variant["agreement"] is None else f"{variant['agreement']:.3f}",
+            "" if variant["metric"] is None else f"{variant['metric']:.3f}",
+            end_section=run["name"] == latency["runs"][-1]["name"],
+        )
+    return made
+
+
+def comparison(latency: dict[str, Any]) -> str:
+    """Say in words which rivals the compiled model beats and which it loses to."""
+    return (
+        f"compiled is {latency['speedup_vs_teacher']:.1f}x as fast as the teacher, "
+        f"{latency['speedup_vs_exact']:.2f}x as fast as the best exact form, "
+        f"{latency['speedup_vs_truncated']:.2f}x as fast as truncated Sinkhorn of as many half-steps, "
+        f"and takes {latency['ratio_to_softmax']:.2f}x the time of softmax attention."
+    )
+
+
+def main() -> None:
+    """Entry point of the `asapc` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
