@@ -1,0 +1,102 @@
+"""ONNX files: exported whole or not at all, and run with the answers that PyTorch gives."""
+
+import onnx
+import pytest
+import torch
+from tolerances import EXPORT
+from torch import nn
+
+from asapc.artifacts import CapturedGraph, Samples
+from asapc.backends.eager.runner import EagerRunner
+from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.capture import export
+from asapc.errors import BuildError
+
+
+class TwoInputs(nn.Module):
+    """Returns two outputs of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear(left) + right, right.exp()
+
+
+def graph(module: nn.Module, **inputs: torch.Tensor) -> CapturedGraph:
+    return CapturedGraph(export(module.eval(), inputs), Samples(inputs))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """The same model in PyTorch and in ONNX Runtime."""
+    module = TwoInputs()
+    captured = graph(module, left=torch.rand(2, 3), right=torch.rand(2, 2))
+    artifact = export_onnx(captured, tmp_path / "model.onnx", {"asapc.version": "1.2.3"})
+    return EagerRunner(module), OnnxRuntimeRunner(artifact.path, threads=1)
+
+
+def test_runners_say_what_they_run_in(pair):
+    assert [runner.runtime for runner in pair] == ["torch", "onnxruntime"]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_both_runners_give_the_same_outputs_in_the_same_order_for_every_batch(pair, batch):
+    samples = Samples({"left": torch.rand(batch, 3), "right": torch.rand(batch, 2)})
+    expected, seen = (runner(samples) for runner in pair)
+    assert len(expected) == len(seen) == 2
+    for reference, candidate in zip(expected, seen, strict=True):
+        assert candidate.shape == reference.shape
+        assert torch.linalg.vector_norm(candidate - reference) <= EXPORT * torch.linalg.vector_norm(reference)
+
+
+def test_a_runner_runs_on_the_cpu_provider_alone(pair):
+    assert pair[1].session.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_an_input_that_the_graph_does_not_read_is_no_obstacle(tmp_path):
+    class Ignores(nn.Module):
+        def forward(self, used: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
+            return 2 * used
+
+    inputs = {"used": torch.rand(2, 3), "unused": torch.rand(2, 3)}
+    artifact = export_onnx(graph(Ignores(), **inputs), tmp_path / "model.onnx", {})
+    (output,) = OnnxRuntimeRunner(artifact.path)(Samples(inputs))
+    assert torch.equal(output, 2 * inputs["used"])
+
+
+def test_the_file_has_the_names_the_metadata_and_a_dynamic_batch(pair, tmp_path):
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [value.name for value in model.graph.input] == ["left", "right"]
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param
+    assert [(entry.key, entry.value) for entry in model.metadata_props] == [("asapc.version", "1.2.3")]
+    assert b".py" not in (tmp_path / "model.onnx").read_bytes()
+
+
+def test_two_exports_of_one_graph_are_equal_byte_for_byte(tmp_path):
+    captured = graph(TwoInputs(), left=torch.rand(2, 3), right=torch.rand(2, 2))
+    first, second = (export_onnx(captured, tmp_path / name, {}).path.read_bytes() for name in ("a.onnx", "b.onnx"))
+    assert first == second
+
+
+def test_an_operation_without_an_onnx_form_is_named_and_nothing_is_written(tmp_path):
+    class Eigen(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvalsh(x @ x.transpose(-1, -2))
+
+    captured = graph(Eigen(), x=torch.rand(2, 3, 3))
+    with pytest.raises(BuildError) as caught:
+        export_onnx(captured, tmp_path / "model.onnx", {})
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+    assert "eigh" in str(caught.value)  # what the user has to look for
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_says_nothing_on_the_terminal(tmp_path, capfd):
+    export_onnx(graph(nn.Linear(3, 2), input=torch.rand(2, 3)), tmp_path / "model.onnx", {})
+    assert capfd.readouterr() == ("", "")

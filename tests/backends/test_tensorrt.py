@@ -1,0 +1,150 @@
+"""TensorRT engines, built ahead of time by NVIDIA's own compiler: no GPU is needed."""
+
+import importlib.util
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from asapc.artifacts import CapturedGraph, OnnxArtifact, Samples, SlicedDualParams
+from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.tensorrt.builder import build_engine
+from asapc.capture import export
+from asapc.errors import BuildError, DependencyError
+from asapc.ops.sinkhorn import Sinkhorn
+from asapc.ops.sliced_dual import SlicedDual
+
+HEADS, SIZE, TOKENS = 2, 4, 12
+
+
+class OfPoints(nn.Module):
+    """An operator as attention: of queries, keys and values, and of a mask where it takes one."""
+
+    def __init__(self, operator: nn.Module, masked: bool = False, plan: bool = False) -> None:
+        super().__init__()
+        self.operator, self.masked, self.plan = operator, masked, plan
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        scores = queries @ keys.transpose(-1, -2)
+        if self.masked:  # made of the values, so that it differs by sample
+            scores = scores.masked_fill(values[..., :1].transpose(-1, -2) > 1, -torch.inf)
+        return self.operator(scores, queries, keys, None if self.plan else values)
+
+
+@pytest.fixture
+def ahead_of_time(monkeypatch):
+    """Build ahead of time, on machines with a GPU too."""
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def sliced_dual(slices: int, masked: bool = False) -> nn.Module:
+    features = slices + SIZE + 1
+    operator = SlicedDual(
+        SlicedDualParams(
+            query_basis=torch.randn(HEADS, SIZE, SIZE),
+            key_basis=torch.randn(HEADS, SIZE, SIZE),
+            slices=slices,
+            weights=(0.1 * torch.randn(HEADS, features), 0.1 * torch.randn(HEADS, features + 1)),
+        ),
+        masked,
+    )
+    return OfPoints(operator, masked)
+
+
+OPERATORS = {
+    "sliced dual": lambda: sliced_dual(0),
+    "sliced dual with slices": lambda: sliced_dual(3),
+    "masked sliced dual": lambda: sliced_dual(0, masked=True),
+    "Sinkhorn": lambda: OfPoints(Sinkhorn(6)),
+    "Sinkhorn that ends on columns": lambda: OfPoints(Sinkhorn(5, "columns")),
+    "masked Sinkhorn": lambda: OfPoints(Sinkhorn(6, masked=True), masked=True),
+    "Sinkhorn with masses": lambda: OfPoints(Sinkhorn(6, "rows", torch.rand(TOKENS) + 0.5, torch.rand(TOKENS) + 0.5)),
+}
+
+
+def exported(module: nn.Module, path) -> OnnxArtifact:
+    inputs = {name: torch.randn(2, HEADS, TOKENS, SIZE) for name in ("queries", "keys", "values")}
+    return export_onnx(CapturedGraph(export(module, inputs), Samples(inputs)), path, {})
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_engine_is_built_for_every_operator_with_a_dynamic_batch(name, ahead_of_time, tmp_path):
+    artifact = exported(OPERATORS[name](), tmp_path / "model.onnx")
+    # A profile from 1 to 5 builds only if the batch is dynamic.
+    engine = build_engine(artifact, tmp_path / "model.engine", largest_batch=5)
+    assert engine.path == tmp_path / "model.engine"
+    assert engine.path.stat().st_size > 1000
+    assert engine.builder.startswith("tensorrt-rtx ")
+    assert engine.targets
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.engine", "model.onnx"]
+
+
+def test_every_target_is_built_for_or_refused_with_a_reason(ahead_of_time, tmp_path):
+    import tensorrt_rtx
+
+    known = {name for name in tensorrt_rtx.ComputeCapability.__members__ if name.startswith("SM")}
+    artifact = exported(OPERATORS["sliced dual"](), tmp_path / "model.onnx")
+    engine = build_engine(artifact, tmp_path / "model.engine", largest_batch=2)
+    assert {*engine.targets, *engine.refused} == known
+    assert not set(engine.targets) & engine.refused.keys()
+    assert all(reason.strip() for reason in engine.refused.values())
+    assert list(engine.targets) == sorted(engine.targets, key=lambda name: int(name[2:]))
+
+
+def assert_refused(artifact: OnnxArtifact) -> str:
+    """The builder refuses the model with a hint and leaves no file; returns the message."""
+    folder = artifact.path.parent
+    with pytest.raises(BuildError) as caught:
+        build_engine(artifact, folder / "model.engine", largest_batch=2)
+    assert caught.value.hint
+    assert [path.name for path in folder.iterdir()] == [artifact.path.name]
+    return str(caught.value)
+
+
+def test_a_model_that_no_target_can_serve_is_refused_with_the_compilers_reason(ahead_of_time, tmp_path):
+    length = 4000  # TensorRT's TopK takes 3840
+    sort = helper.make_node("TopK", ["x", "k"], ["y", "order"], axis=1, largest=1, sorted=1)
+    model = helper.make_model(
+        helper.make_graph(
+            [sort],
+            "sort",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", length])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", length])],
+            [helper.make_tensor("k", TensorProto.INT64, [1], [length])],
+        ),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=9,
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    message = assert_refused(OnnxArtifact(tmp_path / "model.onnx", 18))
+    assert "3840" in message
+    assert "\n" not in message
+
+
+def test_a_fixed_batch_is_refused_where_a_dynamic_one_is_asked_for(ahead_of_time, tmp_path):
+    model = onnx.load(exported(OPERATORS["sliced dual"](), tmp_path / "model.onnx").path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(model, tmp_path / "model.onnx")
+    assert_refused(OnnxArtifact(tmp_path / "model.onnx", 18))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an ONNX file"])
+def test_a_file_that_cannot_be_parsed_is_refused(content, ahead_of_time, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(content)
+    assert_refused(OnnxArtifact(tmp_path / "model.onnx", 18))
+
+
+def test_without_a_builder_the_missing_package_is_named(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    absent = ("tensorrt", "tensorrt_rtx")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in absent else find(name, *more))
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(DependencyError) as caught:
+        build_engine(OnnxArtifact(tmp_path / "model.onnx", 18), tmp_path / "model.engine", largest_batch=2)
+    assert caught.value.exit_code == 1
+    assert "pip install tensorrt-rtx-cu12" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]

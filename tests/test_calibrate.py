@@ -1,0 +1,336 @@
+from dataclasses import replace
+from functools import cache
+from math import inf
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import FLOAT32, FLOAT64, SOLVE, difference
+
+from asapc.artifacts import CapturedGraph, Operand, Samples, Site, SlicedDualParams
+from asapc.calibrate import COVARIANCE_RIDGE, activation, balance, balanced_bases, calibrate, regressions, scatter
+from asapc.capture import export
+from asapc.models.vit import VisionTransformer
+from asapc.ops.c_transform import closure
+from asapc.ops.sinkhorn import Sinkhorn, sinkhorn_duals, sinkhorn_plan_ref
+from asapc.ops.sliced_dual import SlicedDual, sliced_dual_plan_ref
+from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.passes.layout import operands, score_factor, site_inputs
+from asapc.passes.record import record
+
+quick = settings(max_examples=30, deadline=None)
+HEADS, DIM, TOKENS = 2, 5, 9
+
+
+def normal(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def correlated_points(seed, tokens=TOKENS):
+    """Points (4, H, N, D) whose coordinates depend on each other and differ in spread, off the origin."""
+    return normal(seed, 4, HEADS, tokens, DIM) @ normal(seed + 1, HEADS, DIM, DIM) + normal(seed + 2, 4, HEADS, 1, DIM)
+
+
+def regularised(covariance):
+    variance = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    return covariance + COVARIANCE_RIDGE * variance[:, None, None] * torch.eye(DIM)
+
+
+def scores_of(queries, keys, scale):
+    return torch.einsum("bhnd,bhmd,h->bhnm", queries, keys, scale)
+
+
+SCALE = torch.tensor([0.3, 2.0], dtype=torch.float64)
+seeds = st.integers(0, 10**6)
+
+
+@quick
+@given(seeds)
+def test_the_balanced_bases_keep_every_score(seed):
+    queries, keys = correlated_points(seed), correlated_points(seed + 10, tokens=7)
+    query_basis, key_basis = balance(scatter(queries), scatter(keys), SCALE)
+    seen = (queries @ query_basis) @ (keys @ key_basis).transpose(-1, -2)
+    assert difference(seen, scores_of(queries, keys, SCALE)) < SOLVE
+
+
+@quick
+@given(seeds)
+def test_in_the_balanced_bases_both_covariances_are_one_falling_diagonal(seed):
+    query_scatter, key_scatter = scatter(correlated_points(seed)), scatter(correlated_points(seed + 10))
+    query_basis, key_basis = balance(query_scatter, key_scatter, SCALE)
+    in_queries = query_basis.transpose(-1, -2) @ regularised(query_scatter) @ query_basis
+    in_keys = key_basis.transpose(-1, -2) @ regularised(key_scatter) @ key_basis
+    carried = in_queries.diagonal(dim1=-2, dim2=-1)
+    assert difference(in_queries, torch.diag_embed(carried)) < SOLVE
+    assert difference(in_keys, in_queries) < SOLVE
+    assert (carried > 0).all()
+    assert (carried.diff(dim=-1) <= 0).all()
+
+
+def test_scatter_is_the_covariance_within_each_sample_summed_over_samples():
+    points = correlated_points(0)
+    expected = torch.stack([sum(torch.cov(points[b, h].T, correction=0) for b in range(4)) for h in range(HEADS)])
+    assert difference(scatter(points), expected) < FLOAT64
+
+
+@pytest.mark.parametrize("which", ["queries", "keys", "both"])
+@pytest.mark.parametrize("kind", ["zero", "constant", "rank one"])
+def test_degenerate_points_have_finite_bases_that_keep_the_scores(which, kind):
+    def degenerate(points):
+        if kind == "zero":
+            return torch.zeros_like(points)
+        if kind == "constant":
+            return points[..., :1, :].expand_as(points)
+        return points[..., :1] * normal(5, HEADS, 1, DIM)
+
+    queries, keys = correlated_points(0), correlated_points(10)
+    queries = queries if which == "keys" else degenerate(queries)
+    keys = keys if which == "queries" else degenerate(keys)
+    query_basis, key_basis = balance(scatter(queries), scatter(keys), SCALE)
+    assert torch.isfinite(query_basis).all()
+    assert torch.isfinite(key_basis).all()
+    seen = (queries @ query_basis) @ (keys @ key_basis).transpose(-1, -2)
+    assert difference(seen, scores_of(queries, keys, SCALE)) < SOLVE
+
+
+def site(half_steps=6, **changes):
+    axes = {"scores": "bhnm", "plan": "bhnm", "query": "bhnd", "key": "bhmd", "value": "bhme", "output": "bhne"}
+    made = Site(
+        name="attention",
+        source=None,
+        half_steps=half_steps,
+        last="rows",
+        scale=SCALE,
+        row_mass=torch.ones(1, dtype=torch.float64),
+        column_mass=torch.ones(1, dtype=torch.float64),
+        masked=False,
+        groups=1,
+        heads=HEADS,
+        queries=TOKENS,
+        keys=TOKENS,
+        head_dim=DIM,
+        dtype=torch.float32,
+        share=0.5,
+        exponential=False,
+        logarithm=False,
+        product=True,
+        temperature=SCALE,
+        folded=torch.ones(HEADS, dtype=torch.float64),
+        applied=True,
+        **{name: Operand(name, letters) for name, letters in axes.items()},
+    )
+    return replace(made, **changes)
+
+
+def activations(queries, keys):
+    """What a batch of the site's activations holds."""
+    return {"attention": (scores_of(queries, keys, SCALE), queries, keys)}
+
+
+def unfitted(queries, keys, slices=2):
+    [bases] = balanced_bases([site()], iter([activations(queries, keys)]))
+    return SlicedDualParams(*bases, slices)
+
+
+def batches(queries, keys, *sizes):
+    parts = zip(queries.split(sizes), keys.split(sizes), strict=True)
+    return iter([activations(*part) for part in parts])
+
+
+def test_statistics_do_not_depend_on_how_the_samples_are_split_into_batches():
+    queries, keys = correlated_points(0), correlated_points(10)
+    [whole] = balanced_bases([site()], batches(queries, keys, 4))
+    [parts] = balanced_bases([site()], batches(queries, keys, 1, 3))
+    params = {"attention": unfitted(queries, keys)}
+    at_once = regressions([site()], params, batches(queries, keys, 4))["attention"]
+    streamed = regressions([site()], params, batches(queries, keys, 3, 1))["attention"]
+    assert difference(torch.stack(parts), torch.stack(whole)) < SOLVE
+    assert difference(streamed.gram, at_once.gram) < FLOAT64
+    assert difference(streamed.moment, at_once.moment) < FLOAT64
+    assert streamed.count == at_once.count == 4 * TOKENS
+
+
+@pytest.mark.parametrize("half_steps", [3, 4, 7])
+def test_the_regression_target_is_the_dual_whose_closure_is_the_teacher(half_steps):
+    queries, keys = correlated_points(0), correlated_points(10)
+    params = unfitted(queries, keys)
+    problem = regressions([site(half_steps)], {"attention": params}, batches(queries, keys, 4))["attention"]
+    target, _ = sinkhorn_duals(scores_of(queries, keys, SCALE), half_steps - 2)
+    features = SlicedDual(params).features(*activations(queries, keys)["attention"])
+    features = features - features.mean(dim=-1, keepdim=True)
+    target = target - target.mean(dim=-1, keepdim=True)
+    assert difference(problem.gram, torch.einsum("bhfn,bhen->hfe", features, features)) < FLOAT64
+    assert difference(problem.moment, torch.einsum("bhfn,bhn->hf", features, target)) < FLOAT64
+
+
+def test_a_later_map_is_fitted_on_the_closures_of_the_maps_before_it():
+    queries, keys = correlated_points(0) / 3, correlated_points(10) / 3
+    params = unfitted(queries, keys)
+    weights = torch.ones(HEADS, params.slices + DIM + 1, dtype=torch.float64) / 10
+    features = SlicedDual(params).features(*activations(queries, keys)["attention"])
+    problem = regressions([site()], {"attention": replace(params, weights=(weights,))}, batches(queries, keys, 4))
+    estimate = torch.einsum("hf,bhfn->bhn", weights, features)
+    closed, _ = closure(scores_of(queries, keys, SCALE), estimate)
+    closed = closed - closed.mean(dim=-1, keepdim=True)
+    gram = problem["attention"].gram
+    assert gram.shape == (HEADS, params.slices + DIM + 2, params.slices + DIM + 2)
+    assert difference(gram[:, -1, -1], closed.square().sum(dim=(0, 2))) < FLOAT64
+
+
+def padded(points, more):
+    """The points with padding appended, whatever that holds."""
+    return torch.cat([points, 100 * normal(3, *points.shape[:2], more, DIM)], dim=-2)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_masked_site_is_fitted_on_what_is_live_alone(step):
+    queries, keys = correlated_points(0) / 3, correlated_points(10) / 3
+    plain, masked = site(), site(queries=TOKENS + 2, keys=TOKENS + 4, masked=True)
+    more_queries, more_keys = padded(queries, 2), padded(keys, 4)
+    scores = scores_of(more_queries, more_keys, SCALE)
+    scores[..., TOKENS:, :] = -inf
+    scores[..., TOKENS:] = -inf
+    batch = {"attention": (scores, more_queries, more_keys)}
+    [bases] = balanced_bases([plain], iter([activations(queries, keys)]))
+    [with_padding] = balanced_bases([masked], iter([batch]))
+    assert difference(torch.stack(with_padding), torch.stack(bases)) < SOLVE
+    weights = (torch.ones(HEADS, DIM + 1, dtype=torch.float64) / 10,) * step
+    params = {"attention": SlicedDualParams(*bases, 0, weights)}
+    expected = regressions([plain], params, iter([activations(queries, keys)]))["attention"]
+    seen = regressions([masked], params, iter([batch]))["attention"]
+    assert seen.count == expected.count == 4 * TOKENS
+    assert difference(seen.gram, expected.gram) < FLOAT64
+    assert difference(seen.moment, expected.moment) < FLOAT64
+
+
+def test_activations_are_the_graphs_own_values_in_one_layout_with_masks_as_minus_infinity():
+    queries, keys = correlated_points(0), correlated_points(10)
+    axes = {"query": Operand("query", "bnhd"), "key": Operand("key", "bhdm")}
+    values = {"query": queries.transpose(1, 2), "key": keys.transpose(-1, -2), "value": keys}
+    scores, seen_queries, seen_keys = activation(site(**axes), values)
+    assert difference(scores, scores_of(queries, keys, SCALE)) < FLOAT64
+    assert torch.equal(seen_queries, queries)
+    assert torch.equal(seen_keys, keys)
+    held = scores_of(queries, keys, torch.ones(HEADS, dtype=torch.float64))
+    held[..., 5:] -= 1e9
+    biased = site(**axes, product=False, masked=True)
+    scores, *_ = activation(biased, {**values, "scores": held})
+    assert (scores[..., 5:] == -inf).all()
+    assert difference(scores[..., :5], scores_of(queries, keys[..., :5, :], SCALE)) < FLOAT64
+
+
+def test_queries_that_all_samples_share_are_fitted_too():
+    learned, keys = normal(0, HEADS, TOKENS, DIM), correlated_points(10)
+    shared = site(query=Operand("query", "hnd"))
+    values = {"query": learned, "key": keys, "value": keys}
+    scores, queries, _ = activation(shared, values)
+    assert queries.shape == (4, HEADS, TOKENS, DIM)
+    assert difference(scores, scores_of(learned.expand(4, -1, -1, -1), keys, SCALE)) < FLOAT64
+
+
+def test_a_site_without_queries_and_keys_cannot_be_fitted():
+    none = dict.fromkeys(("query", "key", "head_dim", "temperature", "folded"))
+    values = {"scores": normal(0, 4, HEADS, TOKENS, TOKENS), "value": normal(0, 4, HEADS, TOKENS, DIM)}
+    with pytest.raises(ValueError, match="attention"):
+        activation(site(**none, product=False), values)
+
+
+class Teacher:
+    """A tiny untrained model with sharp scores, its site, and the site's activations on held-out images."""
+
+    def __init__(self, change):
+        torch.manual_seed(0)
+        model = VisionTransformer(size=4, width=32, depth=1, heads=2, epsilon=0.05, iterations=5).eval()
+        with torch.no_grad():
+            change(model.blocks[0].attention.qkv)
+        images = torch.rand(40, 4, 4)
+        self.samples, held_out = Samples({"images": images[:24]}), Samples({"images": images[24:]})
+        self.graph = CapturedGraph(export(model, self.samples[:2].inputs), self.samples[:2])
+        [self.site] = find_sinkhorn(self.graph, self.samples[:2]).sites
+        recorded = record(self.graph.program.module(), held_out, [operand.node for operand in operands(self.site)])
+        given_tensors = [recorded[operand.node] for operand in operands(self.site)]
+        self.inputs = site_inputs(self.site, given_tensors, score_factor(self.site, torch.float32))
+        scores, _, _, values = self.inputs
+        self.output = sinkhorn_plan_ref(scores, self.site.half_steps) @ values.double()
+
+    def calibrate(self, slices=4, closure_steps=0):
+        return calibrate(self.graph, [self.site], self.samples, slices, closure_steps)[self.site.name]
+
+    def error(self, operator):
+        return difference(operator(*self.inputs), self.output)
+
+
+def sound(qkv):
+    pass
+
+
+def dead_query_axes(qkv):
+    qkv.weight[:5], qkv.bias[:5] = 0, 0.1
+
+
+def dead_key_axes(qkv):
+    qkv.weight[32:37], qkv.bias[32:37] = 0, 0.1
+
+
+def keys_of_rank_one(qkv):
+    """All key axes of the first head repeat the first one."""
+    qkv.weight[32:48], qkv.bias[32:48] = qkv.weight[32:33].clone(), 0
+
+
+cached_teacher = cache(Teacher)
+
+
+@pytest.fixture
+def teacher():
+    return cached_teacher(sound)
+
+
+@pytest.mark.parametrize("slices", [0, 4])
+def test_the_fitted_operator_is_closer_to_the_teacher_than_truncated_sinkhorn_of_as_many_half_steps(teacher, slices):
+    fitted = teacher.calibrate(slices, closure_steps=2)
+    errors = []
+    for steps in range(3):
+        errors.append(teacher.error(SlicedDual(replace(fitted, weights=fitted.weights[: 1 + steps]))))
+        assert errors[-1] < 0.5 * teacher.error(Sinkhorn(2 + 2 * steps))
+    # Every closure step brings it closer.
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_the_first_maps_do_not_depend_on_how_many_come_after_them(teacher):
+    one, three = teacher.calibrate(closure_steps=0), teacher.calibrate(closure_steps=2)
+    assert len(one.weights) == 1
+    assert len(three.weights) == 3
+    assert torch.equal(one.weights[0], three.weights[0])
+
+
+def test_fitted_parameters_are_float32_and_have_no_more_slices_than_the_head_has_axes(teacher):
+    params = teacher.calibrate(slices=1000)
+    assert params.slices == teacher.site.head_dim
+    assert [w.shape for w in params.weights] == [(2, 2 * teacher.site.head_dim + 1)]
+    tensors = (params.query_basis, params.key_basis, *params.weights)
+    assert {t.dtype for t in tensors} == {torch.float32}
+
+
+def test_a_line_of_progress_comes_before_every_pass_over_the_samples(teacher):
+    lines = []
+    calibrate(teacher.graph, [teacher.site], teacher.samples, 2, 2, lines.append)
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("change", [dead_query_axes, dead_key_axes, keys_of_rank_one])
+def test_degenerate_heads_are_fitted_as_well_as_sound_ones(change):
+    teacher = cached_teacher(change)
+    fitted = teacher.calibrate()
+    assert all(torch.isfinite(weights).all() for weights in fitted.weights)
+    assert teacher.error(SlicedDual(fitted)) < 0.5 * teacher.error(Sinkhorn(2))
+
+
+@pytest.mark.parametrize("change", [sound, dead_query_axes, dead_key_axes, keys_of_rank_one])
+def test_a_fit_gives_in_float32_what_it_gives_in_float64(change):
+    # A fit that leans on features smaller than the rounding of float32 would not.
+    teacher = cached_teacher(change)
+    fitted = teacher.calibrate(closure_steps=1)
+    scores, queries, keys, values = teacher.inputs
+    expected = sliced_dual_plan_ref(scores, queries, keys, fitted) @ values.double()
+    assert difference(SlicedDual(fitted)(*teacher.inputs), expected) < FLOAT32

@@ -1,0 +1,205 @@
+"""Options: what they take, and what they refuse with a message instead of a traceback."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from asapc.config import METRICS, Bound, CompileConfig, parse_bound
+from asapc.errors import OptionError
+
+
+@pytest.mark.parametrize(
+    ("text", "metric", "limit"),
+    [
+        ("agreement>=0.99", "agreement", 0.99),
+        ("  relc <= 5e-2 ", "relc", 0.05),
+        ("metric-drop<=0.5", "metric-drop", 0.5),
+        ("metric-drop<=-0.5", "metric-drop", -0.5),
+        ("column-marginal<=1E-3", "column-marginal", 1e-3),
+    ],
+)
+def test_a_budget_is_read_as_written(text, metric, limit):
+    assert parse_bound(text) == Bound(metric, limit)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "agreement",
+        "agreement>=",
+        ">=0.9",
+        "agreement>0.9",
+        "agreement=0.9",
+        "agreement<=0.9",
+        "relc>=0.1",
+        "Agreement>=0.9",
+        "accuracy>=0.9",
+        "agreement>=high",
+        "agreement>=nan",
+        "agreement>=1.2.3",
+        "agreement>=1e",
+        "agreement>=0.9, relc<=0.1",
+    ],
+)
+def test_a_budget_that_cannot_be_read_is_refused_with_the_metrics_there_are(text):
+    with pytest.raises(OptionError) as caught:
+        parse_bound(text)
+    assert repr(text) in str(caught.value)
+    assert all(metric in caught.value.hint for metric in METRICS)
+
+
+def test_a_bound_says_itself_as_it_is_written():
+    for text in ("agreement>=0.99", "relc<=0.05"):
+        assert str(parse_bound(text)) == text
+
+
+def test_a_bound_is_met_up_to_its_limit_and_never_by_nan():
+    low, high = Bound("agreement", 0.9), Bound("relc", 0.1)
+    assert low.met(0.9)
+    assert not low.met(0.89)
+    assert high.met(0.1)
+    assert not high.met(0.11)
+    assert not low.met(float("nan"))
+    assert not high.met(float("nan"))
+
+
+def test_a_config_reads_its_budget_when_it_is_made():
+    assert CompileConfig(fidelity=("relc<=0.1",)).bounds() == (Bound("relc", 0.1),)
+    with pytest.raises(OptionError):
+        CompileConfig(fidelity=("relc<=0.1", "nonsense"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("slices", (-1,)),
+        ("slices", ()),
+        ("batches", (0,)),
+        ("batches", (1, -32)),
+        ("batches", ()),
+        ("threads", -1),
+        ("seed", -1),
+        ("seed", 2**64),  # torch takes 64 bits
+        ("seconds", 0.0),
+        ("seconds", -1.0),
+        ("seconds", float("nan")),
+        ("seconds", float("inf")),  # would never end
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(OptionError) as caught:
+        CompileConfig(**{name: value})
+    assert name in str(caught.value)
+    assert name in caught.value.hint
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "options.toml"
+    path.write_text(text)
+    return path
+
+
+def test_every_option_can_stand_in_a_toml_file(tmp_path):
+    path = toml(
+        tmp_path,
+        """
+        out = "folder"
+        force = true
+        calib = "samples.npz"
+        fidelity = ["agreement>=0.9", "relc<=0.1"]
+        model = "my_models:build"
+        inputs = "inputs.npz"
+        input_shape = ["x=2,3", "ids=2,5:int64:0..9"]
+        unsafe_load = true
+        early_stop = "refuse"
+        slices = [0, 4]
+        batches = [1, 8]
+        seconds = 2
+        threads = 1
+        seed = 3
+        [model_args]
+        depth = 4
+        """,
+    )
+    config = CompileConfig.from_toml(path)
+    assert config == CompileConfig(
+        out=Path("folder"),
+        force=True,
+        calib=Path("samples.npz"),
+        fidelity=("agreement>=0.9", "relc<=0.1"),
+        model="my_models:build",
+        model_args={"depth": 4},
+        inputs=Path("inputs.npz"),
+        input_shape=("x=2,3", "ids=2,5:int64:0..9"),
+        unsafe_load=True,
+        early_stop="refuse",
+        slices=(0, 4),
+        batches=(1, 8),
+        seconds=2.0,
+        threads=1,
+        seed=3,
+    )
+    # None was forgotten above: all differ from their defaults.
+    assert all(getattr(config, field.name) != field.default for field in fields(CompileConfig))
+
+
+def test_an_empty_toml_file_gives_the_defaults(tmp_path):
+    assert CompileConfig.from_toml(toml(tmp_path, "")) == CompileConfig()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'colour = "red"',
+        "bounds = 1",
+        "[batches]\nsmall = 1",
+        'seed = "1"',
+        "seed = 1.5",
+        "seed = true",
+        "force = 1",
+        'seconds = "long"',
+        "out = 3",
+        "slices = 8",
+        'slices = ["8"]',
+        "slices = [0.5]",
+        "batches = [2.5]",
+        'fidelity = "relc<=0.1"',
+        'early_stop = "sometimes"',
+        "early_stop = true",
+        "model = 3",
+        "model_args = 3",
+        'inputs = ["x.npz"]',
+        'input_shape = "x=2,3"',
+        "input_shape = [2, 3]",
+        "unsafe_load = 1",
+        "fidelity = [0.1]",
+        'fidelity = ["relc"]',
+        "seed = -1",
+    ],
+)
+def test_a_toml_file_with_an_unknown_key_or_a_wrong_value_is_refused(line, tmp_path):
+    with pytest.raises(OptionError) as caught:
+        CompileConfig.from_toml(toml(tmp_path, line))
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_is_answered_with_the_options_there_are(tmp_path):
+    with pytest.raises(OptionError, match="colour") as caught:
+        CompileConfig.from_toml(toml(tmp_path, 'colour = "red"'))
+    assert all(field.name in caught.value.hint for field in fields(CompileConfig))
+
+
+def test_a_file_that_is_no_toml_is_refused(tmp_path):
+    for content in (b"seed: 3\n", b"seed = \n", b"\xff\xfe\x00"):
+        (tmp_path / "options.toml").write_bytes(content)
+        with pytest.raises(OptionError, match=r"options\.toml"):
+            CompileConfig.from_toml(tmp_path / "options.toml")
+
+
+def test_a_missing_file_of_options_is_refused(tmp_path):
+    for path in (tmp_path / "missing.toml", tmp_path):
+        with pytest.raises(OptionError, match="cannot read"):
+            CompileConfig.from_toml(path)
