@@ -1,0 +1,90 @@
+"""What slices and closure steps cost and gain, beside exact and truncated Sinkhorn, on the shipped checkpoint.
+
+    python -m benchmarks.operators
+
+Every variant replaces all sites at once, runs in ONNX Runtime, and is compared with the teacher on the held-out
+images; latencies are medians of interleaved runs in one process. Writes benchmarks/results/operators.json.
+"""
+
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import nn
+
+from asapc.backends.eager.runner import EagerRunner
+from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.calibrate import calibrate
+from asapc.capture import capture
+from asapc.config import CompileConfig
+from asapc.environment import environment
+from asapc.loading import load_model
+from asapc.measure import measure
+from asapc.ops.sliced_dual import SlicedDual
+from asapc.output import write_json
+from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.pipeline import gather_samples, rewrite
+from asapc.plan import MOST_CLOSURE_STEPS, exact_operator, truncate
+from asapc.verify import compare, first_output, metric, site_fidelity
+
+ROOT = Path(__file__).resolve().parent
+SLICES = (0, 4, 8, 16)
+TRUNCATED = (2, 4, 6, 8, 12, 20)
+BATCHES = (1, 32)
+SECONDS = 60.0
+THREADS = 1
+
+
+def main() -> None:
+    """Measure all variants, print a table, write the JSON."""
+    loaded = load_model(ROOT.parent / "models" / "digits.pt")
+    calibration, held_out = gather_samples(loaded, CompileConfig())
+    graph = capture(loaded, calibration)
+    sites = find_sinkhorn(graph, calibration[:2]).sites
+
+    variants: dict[str, dict[str, nn.Module]] = {
+        "teacher": {},
+        "exact": {site.name: exact_operator(site) for site in sites},
+        "softmax": {site.name: exact_operator(replace(site, last="rows"), 1) for site in sites},
+    }
+    for half_steps in TRUNCATED:
+        variants[f"truncated {half_steps}"] = {site.name: exact_operator(site, half_steps) for site in sites}
+    for slices in SLICES:
+        fitted = calibrate(graph, sites, calibration, slices, MOST_CLOSURE_STEPS)
+        for steps in range(1 + MOST_CLOSURE_STEPS):
+            variants[f"{slices} slices, {steps} closure steps"] = {
+                name: SlicedDual(truncate(params, steps)) for name, params in fitted.items()
+            }
+
+    teacher = first_output(EagerRunner(loaded.module), held_out)
+    rows: dict[str, dict[str, object]] = {}
+    runners = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, modules in variants.items():
+            artifact = export_onnx(rewrite(graph, sites, modules), Path(scratch) / "model.onnx", {})
+            runners[name] = OnnxRuntimeRunner(artifact.path, THREADS)
+            output = first_output(runners[name], held_out)
+            hop, scored = compare(name, teacher, output), metric(teacher, output, held_out.labels)
+            rows[name] = {
+                "relc": [f.relc for f in site_fidelity(graph, sites, modules, held_out).values()],
+                "agreement": hop.agreement,
+                "accuracy": None if scored is None else scored.compiled,
+                "logits_rel": hop.rel,
+            }
+    for batch in BATCHES:
+        for run in measure(runners, held_out, batch, SECONDS):
+            rows[run.name][f"batch_{batch}"] = asdict(run)
+
+    print(f"{'variant':<28} {'relc by site':<18} {'agree':>6} {'acc':>6} {'ms, batch 1':>12} {'ms, batch 32':>13}")
+    for name, row in rows.items():
+        relc = " ".join(f"{value:.4f}" for value in row["relc"])
+        times = [row[f"batch_{batch}"]["p50_ms"] for batch in BATCHES]
+        print(f"{name:<28} {relc:<18} {row['agreement']:6.3f} {row['accuracy']:6.3f} {times[0]:12.2f} {times[1]:13.2f}")
+    data = {"model_sha256": loaded.sha256, "threads": THREADS, "variants": rows, "environment": environment(seed=0)}
+    (ROOT / "results").mkdir(exist_ok=True)
+    write_json(ROOT / "results" / "operators.json", data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""What the finder finds: over the zoo of tests/zoo, over random models, and in how long on a large one.
+
+    python -m benchmarks.recognition             # every model of the zoo
+    python -m benchmarks.recognition --fuzz 600  # random models of tests/compositions.py
+    python -m benchmarks.recognition --large     # 12 layers, 12 heads, 197 tokens
+
+Each writes its part of benchmarks/results/recognition.json, and what stands in docs/recognition.md between the two
+markers. Run from the root of a checkout.
+"""
+
+import argparse
+import json
+import logging
+import random
+import resource
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asapc.artifacts import CapturedGraph, Findings, Samples, Site
+from asapc.config import CompileConfig
+from asapc.environment import environment
+from asapc.errors import AsapcError
+from asapc.output import write_json
+from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
+from asapc.plan import operators, plan
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # the zoo and the random models are the tests' own
+
+from compositions import Composed, Composition, inputs_of, pick  # noqa: E402
+from relowering import PROBED, captured, examined, outputs, relowered, worst  # noqa: E402
+from zoo import NEGATIVES, POSITIVES, Case  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "recognition.json"
+DOCUMENT = ROOT / "docs" / "recognition.md"
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+FITTED, HELD_OUT = 64, 32  # samples
+WRONG, ROUNDING = 1e-4, 1e-5  # relative difference of outputs in float32
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Measure what is asked for, write the JSON, render the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fuzz", type=int, metavar="N", help="try N random models")
+    parser.add_argument("--seed", type=int, default=0, help="of the random models")
+    parser.add_argument("--large", action="store_true", help="time a model of ViT-B's size")
+    parser.add_argument("--render", action="store_true", help="render the document only")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(2 if options.large else 1)
+    part: Row = {}
+    if options.fuzz:
+        part["fuzz"] = fuzz(options.fuzz, options.seed)
+    elif options.large:
+        part["large"] = large()
+    elif not options.render:
+        part["positives"] = [examine(case) for case in POSITIVES]
+        part["negatives"] = [examine(case) for case in NEGATIVES]
+    # Read only now: another part may have been written meanwhile.
+    data: Row = (json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}) | part
+    if part:
+        data["environment"] = environment(options.seed)
+        RESULTS.parent.mkdir(exist_ok=True)
+        write_json(RESULTS, data)
+    render(data)
+
+
+def examine(case: Case) -> Row:
+    """Everything that the document says of one model of the zoo."""
+    torch.manual_seed(0)
+    module = case.build().eval()
+    fitted, held_out = (case.inputs(size, torch.Generator().manual_seed(size)) for size in (FITTED, HELD_OUT))
+    row: Row = {"name": case.name, "style": style(case, module), "reason": case.reason}
+    graph = captured(module, fitted)
+    start = time.process_time()
+    findings = find_sinkhorn(graph, Samples(fitted)[:PROBED])
+    row["find_seconds"] = time.process_time() - start
+    row["sites"] = [described(site) for site in findings.sites]
+    row["misses"] = [{"reason": miss.reason, "hint": miss.hint} for miss in findings.misses]
+    stops = graph.early_stops
+    row["early_stop_difference"] = None if stops is None else stops.difference
+    if findings.sites:
+        expected = outputs(graph.program.module(), held_out)
+        try:
+            row["exact_difference"] = worst(outputs(relowered(graph, findings.sites, fitted), held_out), expected)
+            row |= amortised(graph, findings, fitted, held_out, expected)
+        except Exception as error:  # a defect of one model must not lose what is known of the others
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    print(f"{case.name:<32} {len(findings.sites)} sites, {row['find_seconds']:.2f} s", flush=True)
+    return row
+
+
+def style(case: Case, module: nn.Module) -> str:
+    """First sentence that a model's code says of itself, or its name."""
+    part = getattr(module, "attention", module)
+    text = type(part if isinstance(part, nn.Module) else module).__doc__
+    return " ".join(text.split("\n\n")[0].split()) if text else case.name.replace("_", " ")
+
+
+def described(site: Site) -> Row:
+    """A site as data."""
+    return {
+        "half_steps": site.half_steps,
+        "last": site.last,
+        "kind": "attention" if site.applied else "plan",
+        "epsilon": site.epsilon,
+        "masked": site.masked,
+        "axes": site.plan.axes,
+        "queries": site.queries,
+        "keys": site.keys,
+    }
+
+
+def amortised(
+    graph: CapturedGraph,
+    findings: Findings,
+    fitted: Mapping[str, Tensor],
+    held_out: Mapping[str, Tensor],
+    expected: list[Tensor],
+) -> Row:
+    """The operators that the default budget gets, and what they do to the outputs."""
+    chosen = plan(graph, findings.sites, Samples(fitted), CompileConfig())
+    modules = operators(findings.sites, chosen)
+    rewritten = RewriteSinkhorn(findings.sites, modules)(graph.program.module()).program
+    return {
+        "choices": [
+            {"operator": choice.operator, "half_steps": choice.half_steps, "reason": choice.reason}
+            for choice in chosen.choices.values()
+        ],
+        "amortised_difference": worst(outputs(rewritten, held_out), expected),
+    }
+
+
+def fuzz(count: int, seed: int) -> Row:
+    """Try random models, one in two of which is poisoned."""
+    generator = random.Random(seed)
+    tally: Counter[str] = Counter()
+    listed: dict[str, list[str]] = {"wrong": [], "not_found": [], "crashed": [], "counted_otherwise": []}
+    poisoned_and_found: Counter[str] = Counter()
+    largest = 0.0
+    for number in range(count):
+        composition = pick(generator, poisoned=bool(number % 2))
+        kind = "sinkhorn" if composition.poison == "none" else "poisoned"
+        tally[kind] += 1
+        try:
+            findings, difference = try_one(composition)
+        except AsapcError as error:
+            tally["not_captured"] += 1
+            listed["crashed"].append(f"{composition}: {error}")
+            continue
+        except Exception as error:
+            listed["crashed"].append(f"{composition}: {type(error).__name__}: {error}")
+            continue
+        largest = max(largest, difference)
+        if difference > WRONG:
+            listed["wrong"].append(f"{composition}: differs by {difference:.1e}")
+        tally["above_rounding"] += difference > ROUNDING
+        if not findings.sites:
+            tally[f"{kind}_refused"] += 1
+            if kind == "sinkhorn":
+                reasons = "; ".join(miss.reason for miss in findings.misses)
+                listed["not_found"].append(f"{composition}: {reasons or 'no candidate'}")
+            continue
+        tally[f"{kind}_found"] += 1
+        [site] = findings.sites if len(findings.sites) == 1 else [None]
+        if kind == "poisoned":
+            poisoned_and_found[composition.poison] += 1
+        elif site is None or (site.half_steps, site.last) != written(composition):
+            seen = [(site.half_steps, site.last) for site in findings.sites]
+            listed["counted_otherwise"].append(f"{composition}: {seen}")
+        if number % 20 == 19:
+            print(f"{number + 1} of {count}: {dict(tally)}", flush=True)
+    counts = dict(sorted(tally.items()))
+    return {
+        "seed": seed,
+        "models": count,
+        "counts": counts,
+        "largest_difference": largest,
+        "poisoned_and_found": dict(sorted(poisoned_and_found.items())),
+        **listed,
+    }
+
+
+def try_one(composition: Composition) -> tuple[Findings, float]:
+    """What is found in a random model, and what the exact operator does to outputs on other inputs."""
+    torch.manual_seed(composition.seed)
+    module = Composed(composition).eval()
+    seen = inputs_of(composition, PROBED, composition.seed + 1)
+    return examined(module, seen, *(inputs_of(composition, batch, 1000 + batch) for batch in (5, 1)))
+
+
+def written(composition: Composition) -> tuple[int, str]:
+    """Half-steps and last axis; rows are what the output is indexed by."""
+    other = {"rows": "columns", "columns": "rows"}
+    turned = composition.post == "transposed"
+    return composition.half_steps, other[composition.last] if turned else composition.last
+
+
+class Block(nn.Module):
+    """A transformer's block with Sinkhorn attention in the log domain."""
+
+    def __init__(self, width: int, heads: int, iterations: int) -> None:
+        super().__init__()
+        self.heads, self.iterations = heads, iterations
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps tokens (B, N, C) to the same."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        log_plan = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 / 0.2
+        for _ in range(self.iterations):
+            log_plan = log_plan - log_plan.logsumexp(dim=-2, keepdim=True)
+            log_plan = log_plan - log_plan.logsumexp(dim=-1, keepdim=True)
+        x = x + self.proj((log_plan.exp() @ v).transpose(1, 2).flatten(2))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+def large(layers: int = 12, width: int = 768, heads: int = 12, tokens: int = 197, iterations: int = 10) -> Row:
+    """Time capture and find on a model of ViT-B's size with random weights."""
+    torch.manual_seed(0)
+    module = nn.Sequential(*(Block(width, heads, iterations) for _ in range(layers))).eval()
+    inputs = {"input": torch.randn(PROBED, tokens, width)}
+    start = time.perf_counter()
+    graph = captured(module, inputs)
+    middle = time.perf_counter()
+    findings = find_sinkhorn(graph, Samples(inputs))
+    end = time.perf_counter()
+    row: Row = {
+        "layers": layers,
+        "width": width,
+        "heads": heads,
+        "tokens": tokens,
+        "half_steps": 2 * iterations,
+        "threads": torch.get_num_threads(),
+        "sites": len(findings.sites),
+        "half_steps_found": sorted({site.half_steps for site in findings.sites}),
+        "capture_seconds": middle - start,
+        "find_seconds": end - middle,
+        "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    print(row)
+    return row
+
+
+def render(data: Row) -> None:
+    """Write the tables between the markers of the document."""
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    lines = "\n".join(document(data))
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}")
+
+
+def document(data: Row) -> Iterator[str]:
+    """Lines of the generated part."""
+    if "positives" in data:
+        found = [row for row in data["positives"] if row["sites"]]
+        seconds = sorted(row["find_seconds"] for row in data["positives"])
+        yield f"### Sinkhorn: {len(found)} of {len(data['positives'])} models are found"
+        yield ""
+        yield (
+            f"`exact` and `amortised` are relative differences of the outputs on {HELD_OUT} samples: with the exact "
+            f"form at every site, and with the operators that the default budget gets, fitted on {FITTED} others. "
+            f"Finding takes {seconds[len(seconds) // 2]:.1f} s of one core in the median, {seconds[-1]:.1f} s at most."
+        )
+        yield ""
+        yield "| model | style | half-steps, last | epsilon | mask | axes | exact | operator | amortised |"
+        yield "|---|---|---|---|---|---|---|---|---|"
+        yield from map(positive, found)
+        refused = [row for row in data["positives"] if not row["sites"]]
+        yield ""
+        yield "Refused, though it is Sinkhorn:"
+        yield ""
+        yield "| model | style | reason given |"
+        yield "|---|---|---|"
+        yield from map(negative, refused)
+    if "negatives" in data:
+        refused = [row for row in data["negatives"] if not row["sites"]]
+        yield ""
+        yield f"### Not Sinkhorn: {len(refused)} of {len(data['negatives'])} models are left alone"
+        yield ""
+        yield "| model | style | reason given |"
+        yield "|---|---|---|"
+        yield from map(negative, data["negatives"])
+    if "fuzz" in data:
+        yield ""
+        yield from fuzz_section(data["fuzz"])
+    if "large" in data:
+        row = data["large"]
+        yield ""
+        yield "### A large model"
+        yield ""
+        yield (
+            f"{row['layers']} layers of {row['heads']} heads, width {row['width']}, {row['tokens']} tokens, "
+            f"{row['half_steps']} half-steps in the log domain, random weights, {row['threads']} threads: capture "
+            f"takes {row['capture_seconds']:.0f} s, finding {row['sites']} sites {row['find_seconds']:.0f} s, at most "
+            f"{row['peak_gigabytes']:.1f} GB of memory."
+        )
+    yield ""
+    yield f"Measured on {data['environment']['cpu']}, torch {data['environment']['packages']['torch']}."
+
+
+def positive(row: Row) -> str:
+    """Table row of a model that was found."""
+    sites, choices = row["sites"], row.get("choices", [])
+    cells = [
+        row["name"],
+        cell(row["style"]),
+        joined(f"{site['half_steps']}, {site['last']}" for site in sites),
+        joined(shown_epsilon(site["epsilon"]) for site in sites),
+        joined("yes" if site["masked"] else "" for site in sites),
+        joined(site["axes"] for site in sites),
+        f"{row['exact_difference']:.0e}" if "exact_difference" in row else "",
+        joined(f"{choice['operator']} {choice['half_steps']}" for choice in choices) or cell(row.get("error", "")),
+        f"{row['amortised_difference']:.1e}" if "amortised_difference" in row else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def negative(row: Row) -> str:
+    """Table row of a model in which nothing was found."""
+    said = "; ".join(dict.fromkeys(miss["reason"] for miss in row["misses"])) or "nothing looks like a plan"
+    said = f"**found** {row['sites']}" if row["sites"] else said
+    return f"| {row['name']} | {cell(row['style'])} | {cell(said)} |"
+
+
+def fuzz_section(row: Row) -> Iterator[str]:
+    """Lines about the random models."""
+    counts = row["counts"]
+    yield f"### {row['models']} random models"
+    yield ""
+    yield (
+        f"Of {counts.get('sinkhorn', 0)} Sinkhorn models {counts.get('sinkhorn_found', 0)} are found, "
+        f"{len(row['counted_otherwise'])} of them with another number of half-steps than written (of equal outputs). "
+        f"Of {counts.get('poisoned', 0)} that are poisoned {counts.get('poisoned_found', 0)} are found all the same, "
+        f"where the poison leaves a Sinkhorn loop. In {len(row['wrong'])} the exact form changes outputs, on inputs "
+        f"that the finder did not see and in batches of other sizes, by more than {WRONG:.0e}; the most is "
+        f"{row['largest_difference']:.0e}. {len(row['crashed'])} crashed."
+    )
+    for title, key in (
+        ("Changed", "wrong"),
+        ("Not found", "not_found"),
+        ("Crashed", "crashed"),
+        ("Counted otherwise", "counted_otherwise"),
+    ):
+        if row[key]:
+            yield ""
+            yield f"{title}:"
+            yield ""
+            yield from (f"- {line}" for line in row[key])
+    if row["poisoned_and_found"]:
+        found = ", ".join(f"{name} {number}" for name, number in row["poisoned_and_found"].items())
+        yield ""
+        yield f"Poisons that leave a loop, and how often: {found}."
+
+
+def joined(parts: Iterator[str]) -> str:
+    """Parts with a comma between them, each once where all are the same."""
+    listed = list(parts)
+    return listed[0] if len(set(listed)) == 1 else "; ".join(listed)
+
+
+def shown_epsilon(values: list[float] | None) -> str:
+    """Epsilons of the heads, one where they are the same."""
+    return "" if values is None else ", ".join(dict.fromkeys(f"{value:.3g}" for value in values))
+
+
+def cell(text: str) -> str:
+    """Text that may stand in a table."""
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()
