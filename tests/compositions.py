@@ -614,5 +614,6 @@ def inputs_of(c, batch, seed, padded=True):
         inputs["context"] = torch.randn(batch, keys, width, generator=generator)
     if c.mask != "none":
         lengths = torch.randint(3, keys + 1, (batch, 1), generator=generator)
+        lengths[0].clamp_(max=keys - 1)  # else there may be no padding to see
         inputs["mask"] = torch.arange(keys) < (lengths if padded else torch.full_like(lengths, keys))
     return inputs
