@@ -19,7 +19,8 @@ demo: install
 	$(BIN)/asapc compile models/digits.pt --out digits.asap --force
 
 test: install
-	$(BIN)/python -m pytest
+	# A worker takes up to 2 GB.
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: install
 	$(BIN)/ruff check .
