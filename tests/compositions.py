@@ -633,5 +633,6 @@ def inputs_of(c, batch, seed, padded=True):
         inputs["context"] = torch.randn(batch, keys, width, generator=generator)
     if c.mask != "none":
         lengths = torch.randint(3, keys + 1, (batch, 1), generator=generator)
+        lengths[0].clamp_(max=keys - 1)  # else there would be no padding to see, now and then
         inputs["mask"] = torch.arange(keys) < (lengths if padded else torch.full_like(lengths, keys))
     return inputs
