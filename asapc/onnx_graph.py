@@ -14,6 +14,8 @@ from asapc.errors import AsapcError
 from asapc.onnx_call import label_of
 from asapc.onnx_import import OnnxModule
 
+SOURCE = "asapc_source"  # metadata of a graph's node: the file and the name of its node that it is a step of
+
 
 @dataclass(frozen=True, eq=False)
 class OnnxGraph(CapturedGraph):
@@ -23,13 +25,11 @@ class OnnxGraph(CapturedGraph):
         model: the file, a ModelProto.
         values: names of the file's values, by the node of the graph that makes them. Some nodes make none: they are
             steps inside a node of the file.
-        sources: for each node of the graph, the file and the name of its node that it is a step of.
         initializers: names of the file's constants, by the buffer that holds them.
     """
 
     model: Any = None
     values: Mapping[str, str] | None = None
-    sources: Mapping[str, str] | None = None
     initializers: Mapping[str, str] | None = None
 
     def value_of(self, node: Node) -> str | None:
@@ -58,33 +58,36 @@ def check_memory(module: OnnxModule, example: Samples) -> None:
 
 
 def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> OnnxGraph:
-    """Take the marks out of a program that was captured from an `OnnxModule`, and note what they say."""
+    """Take the marks out of a program that was captured from an `OnnxModule`, and note what they say.
+
+    That a node is a step of this or that node of the file is noted in its metadata, which copies keep.
+    """
     graph = program.graph_module.graph
     place = module.path.name
     labels = {name: f"{place}: {label_of(node)}" for node in module.model.graph.node for name in node.output if name}
     values: dict[str, str] = {}
-    sources: dict[str, str] = {}
-    steps: list[str] = []
+    steps: list[Node] = []
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.asapc.value.default:
             made, name = node.args
             values.setdefault(made.name, name)
-            sources |= {step: labels[name] for step in steps if step not in sources}
-            sources[made.name] = labels[values[made.name]]
+            for step in steps:
+                step.meta.setdefault(SOURCE, labels[name])
+            made.meta[SOURCE] = labels[values[made.name]]
             steps.clear()
             node.replace_all_uses_with(made)
             program.graph_signature.replace_all_uses(node.name, made.name)
             graph.erase_node(node)
         elif node.op == "call_function":
-            steps.append(node.name)
+            steps.append(node)
     graph.lint()
     program.graph_module.recompile()
-    return OnnxGraph(program, example, None, module.model, values, sources, module.initializers)
+    return OnnxGraph(program, example, None, module.model, values, module.initializers)
 
 
 def name_sources(graph: OnnxGraph, findings: Findings) -> Findings:
     """Findings whose sites and misses name nodes of the file, where those of a model name lines of code."""
-    sources = graph.sources or {}
+    sources = {node.name: node.meta.get(SOURCE) for node in graph.program.graph.nodes}
     return replace(
         findings,
         sites=tuple(replace(site, source=sources.get((site.output or site.plan).node)) for site in findings.sites),

@@ -27,6 +27,7 @@ from asapc.onnx_graph import OnnxGraph, name_sources
 from asapc.ops.scaling import LOWEST_LIVE
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.output import list_artifacts, output_folder, write_json, write_manifest, write_operators
+from asapc.passes.build_plan import build_plans
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
 from asapc.plan import exact_operator, operators, plan
@@ -71,6 +72,7 @@ def compile_model(
             step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}"
 
         with stage("find", on_event) as step:
+            graph = build_plans(graph, most_different(calibration))
             findings = find(graph, calibration)
             step.summary = f"{len(findings.sites)} Sinkhorn sites"
             require_sites(findings)
@@ -155,7 +157,8 @@ def inspect_model(
         step.summary = "; ".join((f"{loaded.parameters:,} parameters", *loaded.notes))
         if config.input_shape and config.calib is None:
             step.summary += f"; probed with random inputs, seed {config.seed}"
-    return find(capture(loaded, samples, config.early_stop), samples)
+    graph = build_plans(capture(loaded, samples, config.early_stop), most_different(samples))
+    return find(graph, samples)
 
 
 def probe_samples(loaded: LoadedModel, config: CompileConfig) -> Samples:

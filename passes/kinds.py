@@ -82,7 +82,15 @@ def makes_scores(node: Node) -> bool:
 def brings_axis(operand: Node, axes: str, own: str) -> bool:
     """Whether an operand of a product has an axis of its own, longer than 1, and is not diagonal."""
     sizes = dict(zip(axes, shape_of(operand) or (), strict=False))
+    while (viewed := viewed_by(operand)) is not None:
+        operand = viewed
     return operand.target not in DIAGONALS and any(sizes.get(a) != "1" for a in own)
+
+
+def viewed_by(node: Node) -> Node | None:
+    """The tensor that a view is one of; None for a node that is no view, or puts several together."""
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    return tensors[0] if is_view(node) and len(tensors) == 1 else None
 
 
 def is_matrix(node: Node) -> bool:

@@ -73,6 +73,28 @@ def restore(tensor: Tensor, axes: str, last_two: str, groups: int, heads: int) -
     return tensor
 
 
+def align(tensor: Tensor, axes: str, target: str) -> Tensor:
+    """Return a tensor in another layout, in which it broadcasts: an axis that it lacks becomes one of length 1.
+
+    Args:
+        tensor: of the layout `axes`.
+        axes: its letters; any but those of merged axes.
+        target: letters of the result, all of the tensor's among them, merged or not.
+    """
+    for axis in reversed(range(len(axes))):
+        if axes[axis] == "1":
+            tensor, axes = tensor.squeeze(axis), axes[:axis] + axes[axis + 1 :]
+    order = [axes.index(part) for letter in target if letter != "1" for part in MERGED.get(letter, letter)]
+    if order != sorted(order):
+        tensor = tensor.permute(order)
+    for axis, letter in enumerate(target):
+        if letter == "1":
+            tensor = tensor.unsqueeze(axis)
+        elif letter in MERGED:
+            tensor = tensor.flatten(axis, axis + 1)
+    return tensor
+
+
 def operands(site: Site) -> list[Operand]:
     """What the operator of a site reads, in the order in which `site_inputs` takes it."""
     first = None if site.product else site.scores

@@ -80,6 +80,7 @@ CHOICES = {
         "gated",
         "two_products",
         "double_inside",
+        "on_values",  # the vectors scale values and result: no plan is built
     ),
     "sharpness": (0.7, 2.0, 4.0),
     "heads": (2, 3),
@@ -124,6 +125,10 @@ def consistent(c):
     """The composition with choices that cannot go together replaced."""
     if c.layout == "none":
         c = replace(c, heads=1)
+    if c.poison != "none" and c.post == "on_values":
+        c = replace(c, post="plain")
+    if c.post == "on_values" and not c.style.startswith("vectors"):
+        c = replace(c, style="vectors_sum")
     if c.style == "vectors_matmul" and AXES[c.layout][-2:] != "nm":
         c = replace(c, style="vectors_sum")
     if c.poison != "none":
@@ -136,7 +141,7 @@ def consistent(c):
         c = replace(c, mask="infinite")
     if c.marginals != "none":
         if c.style not in ("subtract", "divide", "vectors_sum", "potentials", "duals"):
-            c = replace(c, style="duals")
+            c = replace(c, style="vectors_sum" if c.post == "on_values" else "duals")
         c = replace(c, mask="none", post="plain" if c.post == "gated" else c.post)
     return c
 
@@ -223,15 +228,26 @@ class Composed(nn.Module):
             return torch.einsum(f"bnhd,bmhd->{self.axes}", q, k)
         return torch.bmm(q, k.transpose(1, 2)) if self.axes in ("znm", "bnm") else q @ k.transpose(-1, -2)
 
-    def apply(self, plan, v):
-        if self.axes in ("bnmh", "bnhm"):
-            return torch.einsum(f"{self.axes},bmhd->bnhd", plan, v).flatten(2)
-        y = plan @ v
+    def apply(self, plan, v, vectors=None):
+        if vectors is not None:
+            v = self.beside(vectors[1], self.columns) * v
+        inside = self.axes in ("bnmh", "bnhm")
+        y = torch.einsum(f"{self.axes},bmhd->bnhd", plan, v) if inside else plan @ v
+        if vectors is not None:
+            y = self.beside(vectors[0], self.rows) * y
+        if inside:
+            return y.flatten(2)
         if self.axes == "znm":
             y = y.view(-1, self.c.heads, *y.shape[1:])
         if self.axes == "bnm":
             return y
         return (y.permute(1, 2, 0, 3) if self.axes == "hbnm" else y.transpose(1, 2)).flatten(2)
+
+    def beside(self, vector, axis):
+        """A scaling vector that lacks an axis of the scores, in the layout of queries or values."""
+        letters = self.axes.replace(self.axes[axis], "")
+        order = f"b{letters.strip('bhz')}h" if self.axes in ("bnmh", "bnhm") else letters
+        return vector.squeeze(axis).permute([letters.index(letter) for letter in order]).unsqueeze(-1)
 
     def apply_transposed(self, plan, v):
         if self.axes in ("bnmh", "bnhm"):
@@ -283,6 +299,9 @@ class Composed(nn.Module):
             plan = Poisoned(self, c.poison, x).plan(scores)
         else:
             plan = Loop(self, live).plan(scores)
+        if c.post == "on_values":
+            u, kernel, v = plan
+            return self.out(self.apply(kernel, self.spread(self.v(context)), (u, v)))
         plan = plan.to(x.dtype)
         v = self.spread(self.v(context))
         if c.post == "dropout":
@@ -375,7 +394,7 @@ class Loop:
                 u = 1.0 / self.safe(multiply(kernel, v, dim), dim)
             else:
                 v = 1.0 / self.safe(multiply(kernel, u, dim), dim)
-        return u * kernel * v
+        return (u, kernel, v) if self.c.post == "on_values" else u * kernel * v
 
     def vectors_sum(self, scores):
         return self.vectors(scores, lambda kernel, vector, dim: (kernel * vector).sum(dim=dim, keepdim=True))
@@ -614,6 +633,6 @@ def inputs_of(c, batch, seed, padded=True):
         inputs["context"] = torch.randn(batch, keys, width, generator=generator)
     if c.mask != "none":
         lengths = torch.randint(3, keys + 1, (batch, 1), generator=generator)
-        lengths[0].clamp_(max=keys - 1)  # else there may be no padding to see
+        lengths[0].clamp_(max=keys - 1)  # else there would be no padding to see, now and then
         inputs["mask"] = torch.arange(keys) < (lengths if padded else torch.full_like(lengths, keys))
     return inputs

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from asapc.artifacts import LoadedModel, Samples
 from asapc.capture import capture, export
+from asapc.passes.build_plan import build_plans
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
 from asapc.plan import exact_operator
@@ -17,9 +18,9 @@ PROBED = 2  # samples that the finder sees
 
 
 def captured(module, inputs):
-    """The graph of a module, as `asapc compile` captures it: early stops are taken to their bound."""
+    """The graph of a module, as `asapc compile` looks into it: early stops are taken to their bound, plans built."""
     loaded = LoadedModel(module, Path("model.pt"), sha256="", parameters=0, calibration=None, held_out=None)
-    return capture(loaded, Samples(inputs))
+    return build_plans(capture(loaded, Samples(inputs)), Samples(inputs)[:PROBED])
 
 
 def relowered(graph, sites, inputs, exported=True):

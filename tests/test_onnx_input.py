@@ -26,11 +26,22 @@ from asapc.config import CompileConfig
 from asapc.errors import AsapcError, CheckpointError, NoSinkhornError, OptionError, SamplesError
 from asapc.loading import load_model
 from asapc.onnx_graph import OnnxGraph, check_memory
+from asapc.passes.build_plan import build_plans
 from asapc.pipeline import compile_model, find, inspect_model
 from asapc.plan import exact_operator
 
 CASES = {case.name: case for case in POSITIVES}
-NAMES = ("columns_then_rows", "vectors_by_matmul", "relative_bias", "additive", "merged_bmm")
+NAMES = (
+    "columns_then_rows",
+    "vectors_by_matmul",
+    "vectors_by_einsum",
+    "vectors_in_the_last_einsum",
+    "kernel_times_mask_on_values",
+    "vectors_on_merged",
+    "relative_bias",
+    "additive",
+    "merged_bmm",
+)
 
 
 @contextlib.contextmanager
@@ -113,6 +124,7 @@ def test_a_loop_is_found_and_replaced_and_all_else_stays(name, legacy, tmp_path)
     assert isinstance(graph, OnnxGraph)
     for seen, wanted in zip(graph.program.module()(*inputs.values()), expected, strict=True):
         np.testing.assert_allclose(seen.numpy(), wanted, rtol=1e-4, atol=1e-5)
+    graph = build_plans(graph, Samples(inputs))
     findings = find(graph, Samples(inputs))
     sites = CASES[name].sites
     assert [(site.half_steps, site.last) for site in findings.sites] == [(s.half_steps, s.last) for s in sites]
@@ -135,10 +147,11 @@ def no_engine(onnx: object, path: Path, largest: int) -> EngineArtifact:
     return EngineArtifact(path, "none", (), {})
 
 
-def test_the_whole_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["columns_then_rows", "vectors_on_values"])
+def test_the_whole_line(name, tmp_path, monkeypatch):
     monkeypatch.setattr(asapc.pipeline, "build_engine", no_engine)
-    path, _ = zoo_file(tmp_path, "columns_then_rows")
-    inputs = CASES["columns_then_rows"].inputs(32, torch.Generator().manual_seed(1))
+    path, _ = zoo_file(tmp_path, name)
+    inputs = CASES[name].inputs(32, torch.Generator().manual_seed(1))
     np.savez(tmp_path / "samples.npz", **{name: value.numpy() for name, value in inputs.items()})
     config = CompileConfig(out=tmp_path / "out", calib=tmp_path / "samples.npz", seconds=0.02, batches=(2,), threads=1)
     report = compile_model(path, config)

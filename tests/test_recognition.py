@@ -14,8 +14,6 @@ from asapc.passes.find_sinkhorn import find_sinkhorn
 BATCH = 4
 # True Sinkhorn attention that is refused today, with the reason.
 REFUSED = {
-    "vectors_by_einsum": "the plan is never built: the values are scaled, multiplied by the kernel, and scaled again",
-    "mapped": "under vmap the plan is a product of diagonal matrices of the batch",
     "mass_of_tokens": "the mask is in the marginals alone",
     "weighted_marginals": "each sample has marginals of its own",
 }

@@ -78,6 +78,25 @@ def test_every_layout_gives_the_same_output(layout):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("style", ["vectors_sum", "vectors_matmul", "vectors_einsum"])
+@pytest.mark.parametrize("layout", CHOICES["layout"])
+def test_plans_are_found_that_are_not_built(layout, style):
+    heads = 1 if layout == "none" else 3
+    built, unbuilt = (
+        consistent(Composition(style=style, layout=layout, heads=heads, cross=True, mask="infinite", post=post))
+        for post in ("plain", "on_values")
+    )
+    findings, difference = examine(unbuilt)
+    assert [(site.half_steps, site.last) for site in findings.sites] == [(built.half_steps, built.last)]
+    assert difference < WRONG
+    results = []
+    for composition in (built, unbuilt):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(Composed(composition).eval()(**inputs_of(composition, 2, 0)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("mask", "style"), [("infinite", "subtract"), ("finite", "divide"), ("zeros", "vectors_sum")])
 def test_a_mask_that_the_samples_do_not_show_is_not_dropped(mask, style):
     findings, difference = examine(Composition(mask=mask, style=style, padding_seen=False))

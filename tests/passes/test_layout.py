@@ -2,7 +2,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from asapc.passes.layout import arrange, follow_axes, invert, positions, restore
+from asapc.passes.layout import align, arrange, follow_axes, invert, positions, restore
 
 quick = settings(max_examples=100, deadline=None)
 MERGED = {"z": "bh", "y": "hb"}
@@ -140,6 +140,15 @@ def test_samples_and_heads_that_are_merged_are_followed(source, letter, data):
     order = data.draw(st.permutations(range(3)))
     names = [letter, *rest]
     assert follow_axes(merged.permute(order), letters, shape) == "".join(names[i] for i in order)
+
+
+@quick
+@given(st.permutations("bhn11"), st.sampled_from(["bh", "z", "y"]), st.data())
+def test_aligning_is_arranging_and_restoring(axes, heads, data):
+    axes, target = "".join(axes), "".join(data.draw(st.permutations([*heads, "n", "1"])))
+    tensor = torch.arange(24).reshape([{"b": 2, "h": 3, "n": 4, "1": 1}[letter] for letter in axes])
+    expected = restore(arrange(tensor, axes, "nm", 1, 3), target, "nm", 1, 3)
+    assert torch.equal(align(tensor, axes, target), expected)
 
 
 @quick

@@ -98,6 +98,20 @@ class KernelTimesMask(Masked):
         return r * K * c
 
 
+class KernelTimesMaskOnValues(Masked):
+    """Zeros and ones on the kernel; the vectors scale the values and the result, and no plan is built."""
+
+    def forward(self, x, mask):
+        q, k, v = self.heads(x)
+        K = torch.exp(q @ k.mT / math.sqrt(q.shape[-1])) * mask[:, None, None, :].to(q.dtype)
+        r = torch.ones_like(K[..., :1])
+        for _ in range(self.half_steps // 2):
+            c = 1 / (K.mT @ r).clamp(min=1e-9)
+            r = 1 / (K @ c).clamp(min=1e-9)
+        y = (r * (K @ (c * v))).transpose(1, 2).flatten(2)
+        return self.head(y.masked_fill(~mask[..., None], -math.inf).amax(dim=1))
+
+
 class PlanTimesMask(Masked):
     """The mask is multiplied in at every turn, and 1e-8 added to every sum."""
 
@@ -292,6 +306,7 @@ CASES = [
     case("keys_remasked", KeysRemasked, 8, "rows"),
     case("keys_reset", KeysReset, 3, "rows"),
     case("kernel_times_mask", KernelTimesMask, 10, "columns"),
+    case("kernel_times_mask_on_values", KernelTimesMaskOnValues, 10, "rows"),
     case("plan_times_mask", PlanTimesMask, 6, "columns", tolerance=1e-5),
     case("both_sides_where", BothSidesWhere, 9, "columns", reference=both_sides),
     case("both_sides_nan_to_num", BothSidesNanToNum, 8, "columns", reference=both_sides),

@@ -99,6 +99,40 @@ class Linear(Attention):
         return self.out((q @ (k.mT @ v) / total).transpose(1, 2).flatten(2))
 
 
+class NormalisedLinear(Linear):
+    """Sums of both features are normalised on the way, as a loop's vectors would."""
+
+    def forward(self, x):
+        q, k, v = (self.heads(layer(x)) for layer in (self.q, self.k, self.v))
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        once = v / (k @ q.sum(dim=2, keepdim=True).mT)  # B H M D
+        return self.out((q @ (k.mT @ once) / (q @ k.sum(dim=2, keepdim=True).mT)).transpose(1, 2).flatten(2))
+
+
+class SoftmaxOnValues(Attention):
+    """Softmax whose plan is never built: the exponential meets the values, the sum divides the result."""
+
+    def mix(self, scores, v):
+        kernel = torch.exp(scores / self.epsilon)
+        return kernel @ v / kernel.sum(dim=-1, keepdim=True)
+
+
+class GatedValues(Attention):
+    """Softmax; each value has a gate, computed from itself."""
+
+    def mix(self, scores, v):
+        return (scores / self.epsilon).softmax(dim=-1) @ (torch.sigmoid(v.sum(dim=-1, keepdim=True)) * v)
+
+
+class GatedByAttention(Attention):
+    """Softmax; values that are looked at much count for more, and rows that see one thing only for less."""
+
+    def mix(self, scores, v):
+        attn = (scores / self.epsilon).softmax(dim=-1)
+        y = attn @ (attn.mean(dim=-2).unsqueeze(-1) * v)
+        return y * (1 - attn.amax(dim=-1, keepdim=True))
+
+
 class OverTheBatch(nn.Module):
     """Assigns the images of a batch to prototypes, equally many to each: the batch is an axis of the plan."""
 
@@ -235,6 +269,10 @@ CASES = [
     case("causal", Causal, "a causal mask: it depends on query and key together"),
     case("softmax_over_column_mean", SoftmaxOverColumnMean, NO_LOOP),
     case("linear", Linear, "nothing to say: there is no plan"),
+    case("normalised_linear", NormalisedLinear, "nothing to say: there is no plan"),
+    case("softmax_on_values", SoftmaxOnValues, "one half-step is softmax"),
+    case("gated_values", GatedValues, "one half-step is softmax"),
+    case("gated_by_attention", GatedByAttention, "one half-step is softmax"),
     Case("over_the_batch", OverTheBatch, tokens, reason="the batch is an axis of the plan"),
     case("same_axis_twice", SameAxisTwice, "one half-step is softmax"),
     case("annealed", Annealed, NO_LOOP, 8),

@@ -77,6 +77,70 @@ class VectorsByEinsum(Attention):
         return a[..., None] * torch.einsum("bhij,bhjd->bhid", kernel, b[..., None] * v)
 
 
+class VectorsOnValues(Attention):
+    """The plan is never built, nor is an einsum in sight: `u * (K @ (v * values))`."""
+
+    def mix(self, scores, values):
+        K = torch.exp(scores / self.epsilon)
+        u = torch.ones_like(K[..., :1])
+        for _ in range(self.half_steps // 2):
+            v = 1.0 / torch.matmul(K.transpose(-1, -2), u)
+            u = 1.0 / torch.matmul(K, v)
+        return u * torch.matmul(K, v * values)
+
+
+class VectorsHalfOnValues(Attention):
+    """The rows of the kernel are scaled, the columns are not: that is left to the values. Ends on columns."""
+
+    def mix(self, scores, values):
+        K = (scores / self.epsilon).exp()
+        column = K.new_ones(values.shape[0], values.shape[1], values.shape[2], 1)
+        for _ in range(self.half_steps // 2):
+            scaled = K / (K @ column)
+            column = 1 / scaled.sum(dim=-2).unsqueeze(-1)
+        return scaled @ (column * values)
+
+
+class VectorsOnMerged(Attention):
+    """Everything by bmm on (B*H, N, M), masses 1/n; the last division comes when the heads are apart again."""
+
+    def forward(self, x):
+        q, k, v = (self.heads(layer(x)) for layer in (self.q, self.k, self.v))
+        b, h, n, d = v.shape
+        K = torch.bmm(q.reshape(-1, n, d), k.reshape(-1, n, d).mT).div(self.epsilon * d**0.5).exp()
+        row = K.new_full((b * h, n, 1), 1.0 / n)
+        for _ in range(self.half_steps // 2):
+            column = (1.0 / n) / torch.bmm(K.mT, row)
+            total = torch.bmm(K, column)
+            row = (1.0 / n) / total
+        y = torch.bmm(K, (v * column.view(b, h, n, 1)).reshape(-1, n, d)).view(b, h, n, d).transpose(1, 2)
+        return self.out((y / total.view(b, h, n, 1).transpose(1, 2)).flatten(2))
+
+
+class VectorsInOneEinsum(Attention):
+    """The plan is built, by one equation for kernel and vectors."""
+
+    def plan(self, scores):
+        kernel = scores.exp()
+        b = torch.ones_like(kernel[:, :, 0])
+        for _ in range(self.half_steps // 2):
+            a = 1 / torch.einsum("bhnm,bhm->bhn", kernel, b)
+            b = 1 / torch.einsum("bhnm,bhn->bhm", kernel, a)
+        return torch.einsum("bhn,bhnm,bhm->bhnm", a, kernel, b)
+
+
+class VectorsInTheLastEinsum(Attention):
+    """Kernel, vectors and values meet in one equation."""
+
+    def mix(self, scores, values):
+        kernel = (scores / self.epsilon).exp()
+        a = torch.ones_like(kernel[..., 0])
+        for _ in range(self.half_steps // 2):
+            b = 1 / torch.einsum("bhnm,bhn->bhm", kernel, a)
+            a = 1 / torch.einsum("bhnm,bhm->bhn", kernel, b)
+        return torch.einsum("bhn,bhnm,bhm,bhmd->bhnd", a, kernel, b, values)
+
+
 class VectorsBySum(Attention):
     """Marginals 1/n and 1/m as tensors, times n in the end."""
 
@@ -224,6 +288,11 @@ CASES = [
     case("row_max_rows_first", RowMaxRowsFirst, 5, "rows"),
     case("vectors_by_matmul", VectorsByMatmul, 20, "columns"),
     case("vectors_by_einsum", VectorsByEinsum, 10, "rows"),
+    case("vectors_on_values", VectorsOnValues, 12, "rows"),
+    case("vectors_half_on_values", VectorsHalfOnValues, 8, "columns"),
+    case("vectors_on_merged", VectorsOnMerged, 6, "rows"),
+    case("vectors_in_one_einsum", VectorsInOneEinsum, 8, "columns"),
+    case("vectors_in_the_last_einsum", VectorsInTheLastEinsum, 10, "rows"),
     case("vectors_by_sum", VectorsBySum, 6, "columns"),
     case("diagonal_matrices", DiagonalMatrices, 14, "rows"),
     case("normalize", Normalize, 6, "rows"),
