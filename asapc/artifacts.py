@@ -239,6 +239,7 @@ class SlicedDualParams:
     Attributes:
         query_basis, key_basis: (H, D, D), so that (q @ query_basis).(k @ key_basis) is the score without any bias.
         slices: number of slices L, the first columns of the bases.
+        knots: (H, C, P) places of P hinges in each of the first C coordinates, in standard deviations; C may be 0.
         weights: linear maps to the dual. The first is (H, F), over the features of
             `ops.sliced_dual.dual_features`; each further one is a fitted closure step, (H, F + 1),
             (H, F + 2) ..., over the features and the closures so far. Empty before the fit.
@@ -247,6 +248,7 @@ class SlicedDualParams:
     query_basis: Tensor
     key_basis: Tensor
     slices: int
+    knots: Tensor
     weights: tuple[Tensor, ...] = ()
 
 

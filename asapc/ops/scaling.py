@@ -1,9 +1,9 @@
 """Sinkhorn scaling on the exponentiated scores: one exp, then matrix-vector products.
 
-The kernel is exp(scores) up to a factor per row and a factor per column, chosen so that every row and every
-column holds a 1, or is masked, and nothing exceeds 1. A factor is a dual, so it changes no plan; it only keeps
-every sum of the first half-steps between 1 and the number of terms, whatever the scores. Scaling vectors are kept
-as row vectors, (B, H, 1, N) and (B, H, 1, M): a row vector times a matrix is the product that runtimes do fast.
+The kernel is exp(scores) up to a factor per row and a factor per column. A factor is a dual, so it changes no plan; it
+keeps the kernel in the range of float32. Where a half-step on rows comes first the kernel is the softmax, else
+each column is divided by its largest entry. Scaling vectors are kept as row vectors, (B, H, 1, N) and (B, H, 1, M): a
+row vector times a matrix is the product that runtimes do fast.
 """
 
 import torch
@@ -11,12 +11,22 @@ import torch
 # Sums below this are held there. Float32 reaches it only when the scaling vectors span more than 30 orders of
 # magnitude; the result is then wrong but finite, and the fidelity check on real samples sees it.
 SMALLEST_SUM = 1e-30
+# Natural logarithm of how far the largest entries of rows, or of columns, may lie below 1 before the kernel has to be
+# levelled on both axes: half the range of float32, so that entries much smaller than those still count.
+MOST_SPREAD = 40.0
 # Where a site is masked, scores below this are the mask: -inf, -1e9, -1e4 and their likes.
 LOWEST_LIVE = -1e3
 
 
+def subtract_largest(scores: torch.Tensor, dim: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores less the largest along an axis, and those largest; what is masked stays below LOWEST_LIVE or near it."""
+    largest = scores.amax(dim=dim, keepdim=True)
+    largest = largest.clamp_min(LOWEST_LIVE) if masked else largest
+    return scores - largest, largest
+
+
 def scaling_exponent(scores: torch.Tensor, masked: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exponent of a kernel for a column step that comes first.
+    """Exponent of a kernel that holds a 1 in every row and column, or is masked there, for a column step that comes first.
 
     Args:
         scores: (B, H, N, M), with any query-side dual already added.
@@ -28,18 +38,24 @@ def scaling_exponent(scores: torch.Tensor, masked: bool = False) -> tuple[torch.
         exp(scores) = exp(shift) * exp(exponent). A query-side dual f that comes on top of the scores is
         therefore exp(f + shift) as a scaling vector of the kernel exp(exponent).
     """
-    most = scores.amax(dim=-2, keepdim=True)
-    scores = scores - (most.clamp_min(LOWEST_LIVE) if masked else most)
-    shift = scores.amax(dim=-1, keepdim=True)
-    if masked:
-        shift = shift.clamp_min(LOWEST_LIVE)
-    return scores - shift, shift.transpose(-1, -2)
+    exponent, shift = subtract_largest(subtract_largest(scores, -2, masked)[0], -1, masked)
+    return exponent, shift.transpose(-1, -2)
 
 
-def masked_log_softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Log-softmax over the last axis that keeps what lies below LOWEST_LIVE out, whole rows of it too."""
-    scores = scores - scores.amax(dim=-1, keepdim=True).clamp_min(LOWEST_LIVE)
+def log_row_softmax(scores: torch.Tensor, masked: bool = False) -> torch.Tensor:
+    """Log-softmax over the last axis; with `masked` what lies below LOWEST_LIVE is kept out, whole rows of it too."""
+    if not masked:
+        return torch.log_softmax(scores, dim=-1)
+    scores, _ = subtract_largest(scores, -1, masked)
     return scores - torch.log(torch.exp(scores).sum(dim=-1, keepdim=True).clamp_min(SMALLEST_SUM))
+
+
+def row_softmax(scores: torch.Tensor, masked: bool = False) -> torch.Tensor:
+    """Softmax over the last axis; with `masked` what lies below LOWEST_LIVE gets 0, whole rows of it too."""
+    if not masked:
+        return torch.softmax(scores, dim=-1)
+    kernel = torch.exp(subtract_largest(scores, -1, masked)[0])
+    return kernel / kernel.sum(dim=-1, keepdim=True).clamp_min(SMALLEST_SUM)
 
 
 def column_scaling(kernel: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,12 @@ from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.scaling import (
     SMALLEST_SUM,
     column_scaling,
-    masked_log_softmax,
+    log_row_softmax,
     row_normalised_output,
     row_scaling,
+    row_softmax,
     scaling_exponent,
+    subtract_largest,
 )
 
 
@@ -79,8 +81,21 @@ def sinkhorn_plan_ref(
 
 
 def weigh(vector: torch.Tensor, mass: torch.Tensor | float) -> torch.Tensor:
-    """Multiply a scaling vector by what its axis is scaled to, where that is not 1."""
+    """Multiply a scaling vector, or what it scales, by what its axis is scaled to, where that is not 1."""
     return vector if isinstance(mass, float) and mass == 1.0 else vector * mass
+
+
+def kernel_spread(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> float:
+    """How far the kernel's rows or columns, whichever are scaled next, spread: see `scaling.MOST_SPREAD`.
+
+    Args:
+        scores: (B, H, N, M), -inf where masked.
+        half_steps: of the loop.
+        last: the axis that the last half-step normalises.
+    """
+    done, following = (-1, -2) if first_axis(half_steps, last) == "rows" else (-2, -1)
+    largest = (scores - scores.amax(dim=done, keepdim=True)).amax(dim=following)
+    return -largest[largest.isfinite()].amin().item()
 
 
 class Sinkhorn(nn.Module):
@@ -100,6 +115,7 @@ class Sinkhorn(nn.Module):
         column_mass: torch.Tensor | None = None,
         masked: bool = False,
         logarithm: bool = False,
+        wide: bool = False,
     ) -> None:
         """Set up the loop.
 
@@ -110,11 +126,14 @@ class Sinkhorn(nn.Module):
             column_mass: (1,) or (M,), what columns are normalised to; None for N / M.
             masked: whether scores below `scaling.LOWEST_LIVE` are left out.
             logarithm: whether the plan is returned as its logarithm.
+            wide: whether the scores spread so far, see `scaling.MOST_SPREAD`, that the kernel has to be levelled on both
+                axes. That takes more passes over the scores.
         """
         super().__init__()
         if half_steps < 1:
             raise ValueError(f"half_steps must be at least 1, got {half_steps}")
-        self.half_steps, self.last, self.masked, self.logarithm = half_steps, last, masked, logarithm
+        self.half_steps, self.last = half_steps, last
+        self.masked, self.logarithm, self.wide = masked, logarithm, wide
         self.register_buffer("row_mass", row_mass)
         self.register_buffer("column_mass", column_mass)
 
@@ -147,6 +166,35 @@ class Sinkhorn(nn.Module):
             return rows, columns * (total_rows / total_columns)
         return rows * (total_columns / total_rows), columns
 
+    def softmax(self, scores: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor:
+        """One half-step on rows, from g = 0."""
+        if self.logarithm:
+            made = log_row_softmax(scores, self.masked)
+            return made if self.row_mass is None else made + self.row_mass.log().unsqueeze(-1)
+        made = row_softmax(scores, self.masked)
+        made = made if values is None else made @ values
+        return made if self.row_mass is None else made * self.row_mass.unsqueeze(-1)
+
+    def start(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """What a column step that comes next works on; a half-step on rows that comes first is done.
+
+        Returns:
+            The kernel's exponent (B, H, N, M), None where nothing needs it; the kernel; and the scaling vector of its
+            rows, (B, H, 1, N) or broadcast to that.
+        """
+        u = scores.new_ones(1, scores.shape[-2])  # the teacher starts from f = 0
+        if first_axis(self.half_steps, self.last) == "rows":
+            u = u if self.row_mass is None else u * self.row_mass
+            if not (self.logarithm or self.wide):
+                return None, row_softmax(scores, self.masked), u
+            exponent = log_row_softmax(scores, self.masked)
+        else:
+            exponent, _ = subtract_largest(scores, -2, self.masked)
+        if self.wide:
+            exponent, shift = scaling_exponent(exponent, self.masked)
+            u = u * torch.exp(shift)
+        return exponent, torch.exp(exponent), u
+
     def forward(
         self,
         scores: torch.Tensor,
@@ -162,19 +210,11 @@ class Sinkhorn(nn.Module):
             keys: not needed either.
             values: (B, H, M, E).
         """
-        steps = self.half_steps
-        if first_axis(steps, self.last) == "rows":  # a row step from g = 0 is a softmax; then a column step is next
-            scores = masked_log_softmax(scores) if self.masked else torch.log_softmax(scores, dim=-1)
-            if self.row_mass is not None:
-                scores = scores + self.row_mass.log().unsqueeze(-1)
-            steps -= 1
-            if steps == 0:
-                made = scores if self.logarithm else torch.exp(scores)
-                return made if values is None else made @ values
-        exponent, shift = scaling_exponent(scores, self.masked)
-        kernel = torch.exp(exponent)
-        u = torch.exp(shift)  # the teacher starts from f = 0
-        repeats = (steps - 1) // 2
+        rows_first = first_axis(self.half_steps, self.last) == "rows"
+        if rows_first and self.half_steps == 1:
+            return self.softmax(scores, values)
+        exponent, kernel, u = self.start(scores)
+        repeats = (self.half_steps - rows_first - 1) // 2
         rows, columns = self.masses(kernel, repeats)
         v = weigh(column_scaling(kernel, u), columns)
         for _ in range(repeats):
@@ -188,4 +228,6 @@ class Sinkhorn(nn.Module):
         u = u.transpose(-1, -2)
         if values is not None:
             return u * (kernel @ (v.transpose(-1, -2) * values))
-        return exponent + torch.log(u) + torch.log(v) if self.logarithm else u * kernel * v
+        if self.logarithm and exponent is not None:
+            return exponent + torch.log(u) + torch.log(v)
+        return u * kernel * v

@@ -1,169 +1,224 @@
-"""The sliced-dual operator: a plan whose query-side dual is estimated, not iterated.
+"""The sliced-dual operator: a plan whose dual is estimated, not iterated.
 
-Queries and keys are projected on a few directions; the exact one-dimensional potentials of the projections
-(`potentials.py`) and a few cheap features go through a linear map per head to an estimate of the
-query-side dual; the two-sided c-transform (`c_transform.py`) rebuilds the plan. After ASAP,
-arXiv 2605.12879; the balanced basis and the quadratic features are asapc's own (docs/method.md).
+Queries and keys are projected on a few directions; what one-dimensional transport says about each, exactly by sorting
+(`potentials.py`) or in closed form, goes through a linear map per head to an estimate of a dual; a few half-steps
+(`c_transform.py`) rebuild the plan. After ASAP, arXiv 2605.12879. asapc's own are the balanced basis, the features
+without a sort, the fitted closure steps, and the side: ASAP estimates the dual of the queries and takes two half-steps
+from there. The dual of the keys is a bias of an ordinary softmax, which every runtime has fused, and that softmax is
+one half-step more (docs/method.md).
 """
 
 import torch
 from torch import nn
 
-from asapc.artifacts import SlicedDualParams
-from asapc.ops.c_transform import closure, plan
+from asapc.artifacts import Axis, SlicedDualParams
+from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.potentials import potentials, potentials_ref
-from asapc.ops.scaling import LOWEST_LIVE, column_scaling, row_normalised_output, row_scaling, scaling_exponent
+from asapc.ops.scaling import LOWEST_LIVE, column_scaling, row_normalised_output, row_scaling, row_softmax
+from asapc.ops.sinkhorn import sinkhorn_duals, weigh
 from asapc.shapes import check_shape
 
-# Below this variance a projected coordinate counts as constant, and its quadratic feature as zero.
+# Below this variance a projected coordinate counts as constant, and its features as zero.
 MIN_VARIANCE = 1e-12
+FIRST_HALF_STEPS = 3  # rows (the softmax), columns, rows; each closure step adds two
 
 
 def project(points: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Coordinates (B, H, D, N) of points (B, H, N, D) in a basis (H, D, D) whose columns are directions."""
-    return (points @ basis).transpose(-1, -2)
+    """Coordinates (B, H, N, D) of points (B, H, N, D) in a basis (H, D, D) whose columns are directions."""
+    return points @ basis
 
 
 def live_mask(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """1 where a query or key takes part and 0 where it is masked: (B, H, 1, N) and (B, H, 1, M), of scores' dtype."""
+    """1 where a row or column takes part and 0 where it is masked: (B, H, N, 1) and (B, H, M, 1), of scores' dtype."""
     live = scores >= LOWEST_LIVE
-    rows = live.any(dim=-1, keepdim=True).transpose(-1, -2)
-    return rows.to(scores.dtype), live.any(dim=-2, keepdim=True).to(scores.dtype)
+    columns = live.any(dim=-2, keepdim=True).transpose(-1, -2)
+    return live.any(dim=-1, keepdim=True).to(scores.dtype), columns.to(scores.dtype)
 
 
 def mean(values: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the last axis, of what is live."""
+    """Mean over the points (B, H, N, D), of what is live (B, H, N, 1)."""
     if live is None:
-        return values.mean(dim=-1, keepdim=True)
-    return (values * live).sum(dim=-1, keepdim=True) / live.sum(dim=-1, keepdim=True).clamp_min(1)
+        return values.mean(dim=-2, keepdim=True)
+    return (values * live).sum(dim=-2, keepdim=True) / live.sum(dim=-2, keepdim=True).clamp_min(1)
 
 
 def dual_features(
     x: torch.Tensor,
     y: torch.Tensor,
     slices: int,
-    live_queries: torch.Tensor | None = None,
-    live_keys: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Vectors over the queries from which the query-side dual is estimated.
+    knots: torch.Tensor,
+    live_x: torch.Tensor | None = None,
+    live_y: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Functions of the points x from which their dual, against the points y, is estimated.
 
-    In the order of the feature axis:
+    In the order of the groups:
 
-    - `slices` exact potentials of the first coordinates;
+    - `slices` exact potentials of the first coordinates; 0 where there is a mask;
     - `bquad`, one for each coordinate: the potential between two Gaussians in one dimension,
       -(sd(y) / sd(x)) / 2 * (x - mean x)^2, no sort needed;
-    - `qmean`: -q.mean(k) * scale, the term of every dual that the keys' mean causes.
+    - `mean`: -x.mean(y), the term of every dual that the mean of y causes;
+    - `hinges` in the first coordinates: sd(y) * relu(x - mean x - knot * sd(x)). What a one-dimensional potential
+      differs by from a parabola is convex (Brenier), and sums of hinges are what is convex and piecewise linear.
 
     Args:
-        x: query coordinates, (B, H, D, N), in a balanced basis.
-        y: key coordinates, (B, H, D, M), so that the sum of x * y over D is the score.
-        slices: number of coordinates, from the first, whose exact potential is taken; 0 where there is a mask.
-        live_queries: see `live_mask`; None where nothing is masked.
-        live_keys: the same.
+        x: coordinates of the points that the dual belongs to, (B, H, N, D), in a balanced basis.
+        y: coordinates of the points on the other side, (B, H, M, D), so that x.y is the score.
+        slices: number of coordinates, from the first, whose exact potential is taken.
+        knots: (H, C, P) places of P hinges in each of the first C coordinates, in standard deviations.
+        live_x: see `live_mask`; None where nothing is masked.
+        live_y: the same.
 
     Returns:
-        (B, H, slices + D + 1, N), in units of the scores, each determined up to a constant over N.
+        Groups (B, H, N, F_i), in units of the scores, each function determined up to a constant over N.
     """
-    x = x - mean(x, live_queries)
-    y_mean = mean(y, live_keys)
-    x_variance = mean(x * x, live_queries)
-    y_variance = mean((y - y_mean) * (y - y_mean), live_keys)
-    ratio = torch.sqrt(y_variance / x_variance.clamp_min(MIN_VARIANCE))
-    bquad = -0.5 * ratio * x * x
-    qmean = -(x * y_mean).sum(dim=-2, keepdim=True)
-    sliced = [potentials(x[..., :slices, :], y[..., :slices, :])] if slices else []
-    vectors = torch.cat([*sliced, bquad, qmean], dim=-2)
-    return vectors if live_queries is None else vectors * live_queries
+    y_mean = mean(y, live_y)
+    x = x - mean(x, live_x)
+    x_spread = mean(x * x, live_x).clamp_min(MIN_VARIANCE).sqrt()
+    y_spread = mean((y - y_mean) * (y - y_mean), live_y).sqrt()
+    groups = []
+    if slices:
+        first = potentials(x[..., :slices].transpose(-1, -2), y[..., :slices].transpose(-1, -2))
+        groups.append(first.transpose(-1, -2))
+    groups += [x * x * (-0.5 * y_spread / x_spread), -(x @ y_mean.transpose(-1, -2))]
+    if count := knots.shape[-2]:
+        places = knots * (x_spread * y_spread)[..., 0, :count, None]  # B H C P
+        scaled = (x * y_spread)[..., :count].unsqueeze(-1)  # B H N C 1
+        groups.append(torch.relu(scaled - places.unsqueeze(-3)).flatten(-2))
+    return groups if live_x is None else [group * live_x for group in groups]
 
 
-def dual_features_ref(x: torch.Tensor, y: torch.Tensor, slices: int) -> torch.Tensor:
-    """Float64 reference of `dual_features`, coordinate by coordinate."""
+def dual_features_ref(x: torch.Tensor, y: torch.Tensor, slices: int, knots: torch.Tensor) -> torch.Tensor:
+    """Float64 reference of `dual_features`, function by function: (B, H, N, F)."""
     x, y = x.double(), y.double()
-    sliced = [potentials_ref(x[..., i, :], y[..., i, :]) for i in range(slices)]
-    quadratic = []
-    for i in range(x.shape[-2]):
-        deviation = x[..., i, :] - x[..., i, :].mean(dim=-1, keepdim=True)
+    quadratic, hinges = [], []
+    for i in range(x.shape[-1]):
+        deviation = x[..., i] - x[..., i].mean(dim=-1, keepdim=True)
         spread_x = deviation.square().mean(dim=-1, keepdim=True).clamp_min(MIN_VARIANCE).sqrt()
-        spread_y = y[..., i, :].std(dim=-1, keepdim=True, correction=0)
+        spread_y = y[..., i].std(dim=-1, keepdim=True, correction=0)
         quadratic.append(-0.5 * spread_y / spread_x * deviation**2)
-    key_mean = y.mean(dim=-1)
-    qmean = -torch.einsum("bhdn,bhd->bhn", x - x.mean(dim=-1, keepdim=True), key_mean)
-    return torch.stack([*sliced, *quadratic, qmean], dim=-2)
+        if i < knots.shape[-2]:
+            for knot in knots[:, i].double().unbind(dim=-1):
+                hinges.append(spread_y * (deviation - knot[:, None] * spread_x).clamp_min(0))
+    sliced = [potentials_ref(x[..., i], y[..., i]) for i in range(slices)]
+    towards_mean = -torch.einsum("bhnd,bhd->bhn", x - x.mean(dim=-2, keepdim=True), y.mean(dim=-2))
+    return torch.stack([*sliced, *quadratic, towards_mean, *hinges], dim=-1)
+
+
+def target_dual(scores: torch.Tensor, half_steps: int) -> torch.Tensor:
+    """Dual (B, H, M) of the columns that an estimate has to hit: a loop's own, three half-steps before its end.
+
+    From it the operator takes the same three half-steps as the loop does, so that the loop's plan is met exactly.
+
+    Args:
+        scores: (B, H, N, M) of a loop that ends on rows, -inf where masked.
+        half_steps: of the loop, at least 3; for 3 the dual is 0.
+    """
+    if half_steps == FIRST_HALF_STEPS:
+        return torch.zeros_like(scores[..., 0, :])
+    return sinkhorn_duals(scores, half_steps - FIRST_HALF_STEPS, "columns")[1]
 
 
 class SlicedDual(nn.Module):
-    """A fitted sliced dual: a fixed-depth stand-in for a Sinkhorn loop that ends on rows.
+    """A fitted sliced dual: a fixed-depth stand-in for a Sinkhorn loop.
 
-    Starting from the features as vectors over the queries, each set of weights but the last combines the
-    vectors to a dual, closes it (`closure`), and adds the result to the vectors; the last set gives the
-    dual that the plan is rebuilt from. With a single set that is ASAP's operator; more are fitted
-    closure steps, asapc's own: an extrapolation with coefficients learned once that aims at the finite
-    teacher, where plain extra iterations would drift to the converged plan (docs/method.md).
+    Told for a loop that ends on rows; one that ends on columns is the same with queries and keys exchanged. The first
+    set of weights maps features of the keys to an estimate of their dual. From an estimate g follow two half-steps,
+    f = rows(g) and columns(f), its *closure*. Each further set combines the features with all closures so far to the
+    next estimate, a fitted closure step: an extrapolation with coefficients learned once that aims at the finite
+    teacher, where plain extra iterations would drift to the converged plan (docs/method.md). The closure of the
+    last estimate and one more half-step on rows give the plan.
 
-    The first estimate is added to the scores before the one exp (`scaling.py`), which keeps the kernel near
-    the plan itself and hence well within float32, and all that follows are matrix-vector products.
+    All of it works on one kernel, softmax(scores + first estimate): its rows sum to 1 and its columns nearly to what
+    they should, so that scaling vectors stay near 1 whatever the scores.
     """
 
-    def __init__(self, params: SlicedDualParams, masked: bool = False) -> None:
+    def __init__(
+        self, params: SlicedDualParams, last: Axis = "rows", masked: bool = False, mass: float = 1.0
+    ) -> None:
         """Set up the operator.
 
         Args:
             params: what the fit found for this site; the operator takes its dtype.
+            last: the axis that the last half-step normalises.
             masked: whether scores below `scaling.LOWEST_LIVE` are left out; only without slices.
+            mass: what the last half-step normalises to.
         """
         super().__init__()
-        self.slices, self.steps, self.masked = params.slices, len(params.weights), masked
+        self.slices, self.steps = params.slices, len(params.weights) - 1
+        self.last, self.masked, self.mass = last, masked, mass
         self.register_buffer("query_basis", params.query_basis)
         self.register_buffer("key_basis", params.key_basis)
-        for step, weights in enumerate(params.weights):
-            self.register_buffer(f"weights_{step}", weights.unsqueeze(-2))  # H 1 F+step
+        self.register_buffer("knots", params.knots)
+        if params.weights:
+            # What all sets make of the features is one product.
+            features = params.weights[0].shape[-1]
+            self.register_buffer("feature_weights", torch.stack([w[:, :features] for w in params.weights], dim=-1))
+            for step, weights in enumerate(params.weights[1:], start=1):
+                self.register_buffer(f"closure_weights_{step}", weights[:, None, features:])  # H 1 step
 
     query_basis: torch.Tensor
     key_basis: torch.Tensor
+    knots: torch.Tensor
+    feature_weights: torch.Tensor
 
-    def combine(self, step: int, vectors: torch.Tensor) -> torch.Tensor:
-        """Combine vectors (B, H, F + step, N) to the dual (B, H, 1, N) of a step."""
-        weights: torch.Tensor = getattr(self, f"weights_{step}")
-        return weights @ vectors
+    @property
+    def half_steps(self) -> int:
+        """Half-steps over the scores that the operator takes."""
+        return FIRST_HALF_STEPS + 2 * self.steps
 
-    def features(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Vectors (B, H, F, N) that everything starts from."""
-        x, y = project(queries, self.query_basis), project(keys, self.key_basis)
-        live = live_mask(scores) if self.masked else (None, None)
-        return dual_features(x, y, self.slices, *live)
+    def orient(
+        self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Exchange queries and keys of a loop that ends on columns, so that it ends on rows."""
+        return (scores, queries, keys) if self.last == "rows" else (scores.transpose(-1, -2), keys, queries)
+
+    def features(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> list[torch.Tensor]:
+        """Groups (B, H, M, F_i) of features of the keys, of oriented arguments."""
+        bases = self.query_basis, self.key_basis
+        query_basis, key_basis = bases if self.last == "rows" else bases[::-1]
+        live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
+        x, y = project(keys, key_basis), project(queries, query_basis)
+        return dual_features(x, y, self.slices, self.knots, live_columns, live_rows)
 
     def scale_columns(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Go through all steps up to the column step of the last dual.
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Go through all steps up to the columns' last, of oriented arguments.
 
         Returns:
-            The vectors (B, H, F + steps - 1, N); the dual (B, H, 1, N) that a query-side scaling vector of 1
-            stands for; the kernel (B, H, N, M); the key-side scaling vector (B, H, 1, M).
+            The kernel (B, H, N, M), the scaling vector (B, H, 1, M) of its columns, and the closures
+            (B, H, 1, M) of all estimates, 0 where masked.
         """
-        vectors = self.features(scores, queries, keys)
-        dual = self.combine(0, vectors)
-        exponent, shift = scaling_exponent(scores + dual.transpose(-1, -2), self.masked)
-        kernel = torch.exp(exponent)
-        origin = dual - shift
-        v = column_scaling(kernel, torch.exp(shift))
-        for step in range(1, self.steps):
-            vectors = torch.cat([vectors, self.close(scores, origin, kernel, v)], dim=-2)
-            relative = self.combine(step, vectors) - origin
-            v = column_scaling(kernel, torch.exp(relative - relative.amax(dim=-1, keepdim=True)))
-        return vectors, origin, kernel, v
-
-    def close(self, scores: torch.Tensor, origin: torch.Tensor, kernel: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Dual (B, H, 1, N) of the row step after a key-side scaling vector; 0 for masked queries."""
-        closed = origin + torch.log(row_scaling(kernel, v))
-        return closed * live_mask(scores)[0] if self.masked else closed
+        groups = self.features(scores, queries, keys)
+        shares = self.feature_weights.split([group.shape[-1] for group in groups], dim=-2)
+        estimates = sum(group @ weights for group, weights in zip(groups, shares, strict=True))  # B H M sets
+        estimates = torch.as_tensor(estimates).transpose(-1, -2)
+        first = estimates[..., :1, :]
+        live = live_mask(scores)[1].transpose(-1, -2) if self.masked else None
+        kernel = row_softmax(scores + first, self.masked)
+        v = column_scaling(kernel, kernel.new_ones(1, kernel.shape[-2]))
+        closures = [close(first, v, live)]
+        for step in range(1, self.steps + 1):
+            weights: torch.Tensor = getattr(self, f"closure_weights_{step}")
+            dual = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
+            relative = dual - first
+            v = torch.exp(relative - relative.amax(dim=-1, keepdim=True))
+            v = column_scaling(kernel, row_scaling(kernel, v))
+            closures.append(close(first, v, live))
+        return kernel, v, closures
 
     def vectors(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """All vectors (B, H, F + steps, N), the closure of the last dual among them: what a next step may use."""
-        if self.steps == 0:
-            return self.features(scores, queries, keys)
-        vectors, origin, kernel, v = self.scale_columns(scores, queries, keys)
-        return torch.cat([vectors, self.close(scores, origin, kernel, v)], dim=-2)
+        """What a next set of weights may combine: features and closures so far, (B, H, F + sets, M).
+
+        N takes the place of M where the loop ends on columns.
+        """
+        oriented = self.orient(scores, queries, keys)
+        features = torch.cat(self.features(*oriented), dim=-1).transpose(-1, -2)
+        if self.steps < 0:
+            return features
+        _, _, closures = self.scale_columns(*oriented)
+        return torch.cat([features, *closures], dim=-2)
 
     def forward(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | None = None
@@ -176,14 +231,30 @@ class SlicedDual(nn.Module):
             keys: (B, H, M, D).
             values: (B, H, M, E).
         """
-        _, _, kernel, v = self.scale_columns(scores, queries, keys)
-        if values is None:
-            return row_scaling(kernel, v).transpose(-1, -2) * kernel * v
-        return row_normalised_output(kernel, v, values)
+        kernel, v, _ = self.scale_columns(*self.orient(scores, queries, keys))
+        if self.last == "rows" and values is not None:
+            return weigh(row_normalised_output(kernel, v, values), self.mass)
+        u = weigh(row_scaling(kernel, v), self.mass).transpose(-1, -2)
+        if self.last == "rows":
+            return u * kernel * v
+        if values is not None:
+            return v.transpose(-1, -2) * (kernel.transpose(-1, -2) @ (u * values))
+        return (u * kernel * v).transpose(-1, -2)
+
+
+def close(first: torch.Tensor, v: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """Dual (B, H, 1, M) that a scaling vector of the columns stands for; 0 where they are masked."""
+    closure = first + torch.log(v)
+    return closure if live is None else closure * live
 
 
 def sliced_dual_plan_ref(
-    scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, params: SlicedDualParams
+    scores: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    params: SlicedDualParams,
+    last: Axis = "rows",
+    mass: float = 1.0,
 ) -> torch.Tensor:
     """Float64 reference of `SlicedDual`'s plan: its definition in the log domain, nothing rescaled."""
     dims: dict[str, int] = {}
@@ -191,12 +262,15 @@ def sliced_dual_plan_ref(
     check_shape(dims, queries, "B H N D")
     check_shape(dims, keys, "B H M D")
     scores = scores.double()
-    x = torch.einsum("bhnd,hdl->bhln", queries.double(), params.query_basis.double())
-    y = torch.einsum("bhmd,hdl->bhlm", keys.double(), params.key_basis.double())
-    vectors = list(dual_features_ref(x, y, params.slices).unbind(dim=-2))
-    f = g = torch.zeros(())
+    x = torch.einsum("bhnd,hdl->bhnl", queries.double(), params.query_basis.double())
+    y = torch.einsum("bhmd,hdl->bhml", keys.double(), params.key_basis.double())
+    if last == "columns":
+        scores, x, y = scores.transpose(-1, -2), y, x
+    vectors = list(dual_features_ref(y, x, params.slices, params.knots).unbind(dim=-1))
+    g = torch.zeros(())
     for weights in params.weights:
-        estimate = torch.einsum("hf,bhfn->bhn", weights.double(), torch.stack(vectors, dim=-2))
-        f, g = closure(scores, estimate)
-        vectors.append(f)
-    return plan(scores, f, g)
+        g = torch.einsum("hf,bhfm->bhm", weights.double(), torch.stack(vectors, dim=-2))
+        g = column_step(scores, row_step(scores, g))
+        vectors.append(g)
+    made = mass * plan(scores, row_step(scores, g), g)
+    return made if last == "rows" else made.transpose(-1, -2)

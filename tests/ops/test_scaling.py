@@ -9,9 +9,10 @@ from tolerances import FLOAT32, FLOAT64, difference
 from asapc.ops.scaling import (
     LOWEST_LIVE,
     column_scaling,
-    masked_log_softmax,
+    log_row_softmax,
     row_normalised_output,
     row_scaling,
+    row_softmax,
     scaling_exponent,
 )
 
@@ -98,7 +99,8 @@ def test_extreme_scores_stay_finite_in_float32(scores):
 def test_where_nothing_is_masked_the_masked_forms_change_nothing(scores):
     for masked, plain in zip(scaling_exponent(scores, masked=True), scaling_exponent(scores), strict=True):
         assert torch.equal(masked, plain)
-    assert difference(masked_log_softmax(scores), scores.log_softmax(dim=-1)) < FLOAT64
+    assert difference(log_row_softmax(scores, masked=True), scores.log_softmax(dim=-1)) < FLOAT64
+    assert difference(row_softmax(scores, masked=True), scores.softmax(dim=-1)) < FLOAT64
 
 
 @pytest.mark.parametrize("mask", [-math.inf, -1e9, -1e4, torch.finfo(torch.float32).min])
@@ -118,7 +120,11 @@ def test_masked_rows_and_columns_have_a_kernel_of_zero_and_leave_the_others_as_t
     assert torch.equal(shift[..., :rows], expected_shift)
     assert (kernel[..., rows:, :] == 0).all()
     assert (kernel[..., columns:] == 0).all()
-    log_plan = masked_log_softmax(masked)
+    plan = row_softmax(masked, masked=True)
+    assert difference(plan[..., :rows, :columns], live.softmax(dim=-1)) < FLOAT32
+    assert (plan[..., rows:, :] == 0).all()
+    assert (plan[..., columns:] == 0).all()
+    log_plan = log_row_softmax(masked, masked=True)
     assert difference(log_plan[..., :rows, :columns], live.log_softmax(dim=-1)) < FLOAT32
     # What was masked still is, for the step that comes next.
     assert (log_plan[..., rows:, :] < LOWEST_LIVE).all()

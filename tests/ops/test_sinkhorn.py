@@ -1,5 +1,5 @@
 import math
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tolerances import FLOAT32, FLOAT64, difference
 
 from asapc.ops.c_transform import plan
-from asapc.ops.sinkhorn import Sinkhorn, first_axis, sinkhorn_duals, sinkhorn_iterates, sinkhorn_plan_ref
+from asapc.ops.scaling import MOST_SPREAD
+from asapc.ops.sinkhorn import Sinkhorn, first_axis, kernel_spread, sinkhorn_duals, sinkhorn_iterates, sinkhorn_plan_ref
 
 quick = settings(max_examples=40, deadline=None)
 sizes = st.integers(1, 9)
@@ -97,11 +98,14 @@ def scaling_form_error(dtype, seed, n, m, half_steps, last, sharpness):
     # Heads differ, so that one taken for another shows.
     heads = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)[:, None, None]
     scores, values = (sharpness * heads * normal(seed, 2, 3, n, m)).to(dtype), normal(seed + 1, 2, 3, m, 4).to(dtype)
-    operator = Sinkhorn(half_steps, last)
     expected = sinkhorn_plan_ref(scores, half_steps, last)
-    plan, output = operator(scores), operator(scores, values=values)
-    assert plan.dtype == output.dtype == dtype
-    return max(difference(plan, expected), difference(output, expected @ values.double()))
+    errors = []
+    for wide in {kernel_spread(scores, half_steps, last) > MOST_SPREAD, True}:
+        operator = Sinkhorn(half_steps, last, wide=wide)
+        plan, output = operator(scores), operator(scores, values=values)
+        assert plan.dtype == output.dtype == dtype
+        errors += [difference(plan, expected), difference(output, expected @ values.double())]
+    return max(errors)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
@@ -129,8 +133,8 @@ def test_extreme_scores_give_finite_output_in_float32(data, n, m, half_steps, la
     queries = torch.tensor(data.draw(st.lists(points, min_size=n, max_size=n))).reshape(1, 1, n, 1)
     keys = torch.tensor(data.draw(st.lists(points, min_size=m, max_size=m))).reshape(1, 1, m, 1)
     scores = largest * queries @ keys.transpose(-1, -2)
-    for masked in (False, True):
-        sinkhorn = Sinkhorn(half_steps, last, masked=masked)
+    for masked, wide in product((False, True), repeat=2):
+        sinkhorn = Sinkhorn(half_steps, last, masked=masked, wide=wide)
         assert torch.isfinite(sinkhorn(scores, values=torch.ones(1, 1, m, 2))).all()
         assert torch.isfinite(sinkhorn(scores)).all()
 
@@ -171,13 +175,16 @@ def test_the_loop_scales_to_the_masses_that_it_is_given(seed, n, m, half_steps, 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
 @quick
-@given(seeds, sizes, sizes, st.integers(1, 41), axes, st.booleans(), st.booleans(), st.sampled_from([0.1, 1.0, 8.0]))
+@given(
+    seeds, sizes, sizes, st.integers(1, 41), axes, st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from([0.1, 1.0, 8.0]),
+)
 def test_the_scaling_form_keeps_to_masses_as_the_reference_does(
-    dtype, tolerance, seed, n, m, half_steps, last, one, masked, sharpness
+    dtype, tolerance, seed, n, m, half_steps, last, one, masked, wide, sharpness
 ):
     scores, values = (sharpness * normal(seed, 2, 3, n, m)).to(dtype), normal(seed + 1, 2, 3, m, 4).to(dtype)
     rows, columns = (mass.to(dtype) for mass in masses(seed + 2, n, m, one))
-    operator = Sinkhorn(half_steps, last, rows, columns, masked=masked)
+    operator = Sinkhorn(half_steps, last, rows, columns, masked=masked, wide=wide)
     expected = sinkhorn_plan_ref(scores, half_steps, last, rows.double(), columns.double())
     assert difference(operator(scores), expected) < tolerance
     assert difference(operator(scores, values=values), expected @ values.double()) < tolerance
@@ -239,15 +246,15 @@ def test_masked_queries_and_keys_get_nothing_and_the_others_the_loop_on_them_alo
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
 @quick
-@given(padded(), st.integers(1, 21), axes, st.sampled_from([None, 0.3, 2.0]))
+@given(padded(), st.integers(1, 21), axes, st.sampled_from([None, 0.3, 2.0]), st.booleans())
 def test_the_scaling_form_keeps_masks_of_every_kind_out_of_the_loop(
-    dtype, tolerance, problem, half_steps, last, row_mass
+    dtype, tolerance, problem, half_steps, last, row_mass, wide
 ):
     marked, plain, sizes_of = problem
     # Rounded first: with a mask added, float32 keeps less of the scores, and none where it is masked.
     plain, marked = plain.to(dtype), marked.to(dtype)
     rows = None if row_mass is None else torch.tensor([row_mass], dtype=dtype)
-    operator = Sinkhorn(half_steps, last, rows, masked=True)
+    operator = Sinkhorn(half_steps, last, rows, masked=True, wide=wide)
     expected = sinkhorn_plan_ref(marked, half_steps, last, None if rows is None else rows.double())
     plan = operator(plain)
     assert (plan[marked == -math.inf] == 0).all()
@@ -301,7 +308,7 @@ def test_the_logarithm_holds_where_the_plan_underflows(seed, n, m, half_steps, l
     scores = torch.full((1, 1, n, m), -500.0, dtype=torch.float64) + normal(seed, 1, 1, n, m)
     scores[..., torch.arange(n), torch.arange(n) % m] = 0
     scores[..., torch.arange(m) % n, torch.arange(m)] = 0
-    log_plan = Sinkhorn(half_steps, last, logarithm=True)(scores.float())
+    log_plan = Sinkhorn(half_steps, last, logarithm=True, wide=True)(scores.float())
     f, g = sinkhorn_duals(scores.float().double(), half_steps, last)
     expected = scores.float().double() + f.unsqueeze(-1) + g.unsqueeze(-2)
     assert (log_plan - expected).abs().max() < FLOAT32 * (1 + scores.abs().max())

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tolerances import FLOAT32, FLOAT64, difference
 
 from asapc.artifacts import SlicedDualParams
-from asapc.ops.c_transform import closure
+from asapc.ops.c_transform import closure, column_step, plan, row_step
+from asapc.ops.sinkhorn import sinkhorn_duals, sinkhorn_plan_ref
 from asapc.ops.sliced_dual import (
     SlicedDual,
     dual_features,
@@ -15,15 +16,16 @@ from asapc.ops.sliced_dual import (
     live_mask,
     project,
     sliced_dual_plan_ref,
+    target_dual,
 )
 
 quick = settings(max_examples=40, deadline=None)
-HEADS, DIM = 3, 4
+HEADS, DIM, MASS = 3, 4, 0.6
 
 
 @st.composite
 def cases(draw, dtypes=(torch.float64, torch.float32), most_slices=DIM):
-    """Random parameters of 1 to 4 sets of weights; scores, queries, keys and values, all of one dtype."""
+    """Random parameters of 1 to 4 sets of weights; scores, queries, keys and values, all of one dtype; the last axis."""
     dtype = draw(st.sampled_from(dtypes))
     n, m, slices = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(0, most_slices))
     sets = draw(st.integers(1, 4))
@@ -32,17 +34,20 @@ def cases(draw, dtypes=(torch.float64, torch.float32), most_slices=DIM):
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    features = slices + DIM + 1
+    coordinates, pieces = draw(st.integers(0, DIM)), draw(st.integers(0, 3))
+    features = slices + DIM + 1 + coordinates * pieces
     params = SlicedDualParams(
         query_basis=normal(HEADS, DIM, DIM) / 2,
         key_basis=normal(HEADS, DIM, DIM) / 2,
         slices=slices,
+        knots=normal(HEADS, coordinates, pieces),
         weights=tuple(normal(HEADS, features + step) / features for step in range(sets)),
     )
     queries, keys, values = normal(2, HEADS, n, DIM), normal(2, HEADS, m, DIM), normal(2, HEADS, m, 5)
     # A bias on some: the scores need not be a multiple of q.k.
     bias = normal(n, m) if draw(st.booleans()) else 0
-    return params, scale_of(dtype) * queries @ keys.transpose(-1, -2) + bias, queries, keys, values
+    last = draw(st.sampled_from(["rows", "columns"]))
+    return params, scale_of(dtype) * queries @ keys.transpose(-1, -2) + bias, queries, keys, values, last
 
 
 def scale_of(dtype):
@@ -56,10 +61,10 @@ def tolerance(tensor):
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_the_operator_equals_its_reference(case):
-    params, scores, queries, keys, values = case
-    expected = sliced_dual_plan_ref(scores, queries, keys, params)
+    params, scores, queries, keys, values, last = case
+    expected = sliced_dual_plan_ref(scores, queries, keys, params, last, MASS)
     for masked in {False, params.slices == 0}:
-        operator = SlicedDual(params, masked)
+        operator = SlicedDual(params, last, masked, MASS)
         plan, output = operator(scores, queries, keys), operator(scores, queries, keys, values)
         assert plan.dtype == output.dtype == queries.dtype
         assert difference(plan, expected) < tolerance(queries)
@@ -69,37 +74,37 @@ def test_the_operator_equals_its_reference(case):
 @quick
 @given(cases())
 def test_features_equal_their_reference(case):
-    params, _, queries, keys, _ = case
+    params, _, queries, keys, _, _ = case
     x, y = project(queries, params.query_basis), project(keys, params.key_basis)
-    seen = dual_features(x, y, params.slices)
-    assert seen.shape == (2, HEADS, params.slices + DIM + 1, queries.shape[-2])
-    # Each is determined up to a constant over the queries.
-    seen = seen - seen.mean(dim=-1, keepdim=True)
-    expected = dual_features_ref(x, y, params.slices)
-    assert difference(seen, expected - expected.mean(dim=-1, keepdim=True)) < tolerance(queries)
+    seen = torch.cat(dual_features(x, y, params.slices, params.knots), dim=-1)
+    assert seen.shape == (2, HEADS, queries.shape[-2], params.weights[0].shape[-1])
+    # Each is determined up to a constant over the points.
+    seen = seen - seen.mean(dim=-2, keepdim=True)
+    expected = dual_features_ref(x, y, params.slices, params.knots)
+    assert difference(seen, expected - expected.mean(dim=-2, keepdim=True)) < tolerance(queries)
 
 
 def test_projection_takes_the_columns_of_the_basis_for_directions():
     points, basis = torch.randn(2, HEADS, 5, DIM), torch.randn(HEADS, DIM, DIM)
-    expected = torch.einsum("bhnd,hdl->bhln", points, basis)
+    expected = torch.einsum("bhnd,hdl->bhnl", points, basis)
     assert difference(project(points, basis), expected) < FLOAT32
 
 
 @quick
 @given(cases())
-def test_the_rows_of_the_plan_sum_to_one(case):
-    params, scores, queries, keys, _ = case
-    plan = SlicedDual(params)(scores, queries, keys)
+def test_the_last_axis_of_the_plan_has_its_marginal(case):
+    params, scores, queries, keys, _, last = case
+    plan = SlicedDual(params, last)(scores, queries, keys)
     assert (plan >= 0).all()
-    rows = plan.sum(dim=-1)
-    assert difference(rows, torch.ones_like(rows)) < tolerance(queries)
+    sums = plan.sum(dim=-1 if last == "rows" else -2)
+    assert difference(sums, torch.ones_like(sums)) < tolerance(queries)
 
 
 @quick
 @given(cases(dtypes=[torch.float64]))
 def test_the_plan_is_the_attention_to_the_identity(case):
-    params, scores, queries, keys, _ = case
-    operator, m = SlicedDual(params), keys.shape[-2]
+    params, scores, queries, keys, _, last = case
+    operator, m = SlicedDual(params, last), keys.shape[-2]
     identity = torch.eye(m, dtype=keys.dtype).expand(2, HEADS, m, m)
     assert difference(operator(scores, queries, keys), operator(scores, queries, keys, identity)) < FLOAT64
 
@@ -107,10 +112,10 @@ def test_the_plan_is_the_attention_to_the_identity(case):
 @quick
 @given(cases(dtypes=[torch.float64]), st.randoms(use_true_random=False))
 def test_permuted_queries_permute_the_output_and_permuted_keys_leave_it(case, random):
-    params, scores, queries, keys, values = case
+    params, scores, queries, keys, values, last = case
     n, m = queries.shape[-2], keys.shape[-2]
     rows, columns = random.sample(range(n), n), random.sample(range(m), m)
-    operator = SlicedDual(params)
+    operator = SlicedDual(params, last)
     permuted = scores[..., rows, :][..., columns]
     seen = operator(permuted, queries[..., rows, :], keys[..., columns, :], values[..., columns, :])
     assert difference(seen, operator(scores, queries, keys, values)[..., rows, :]) < FLOAT64
@@ -119,49 +124,68 @@ def test_permuted_queries_permute_the_output_and_permuted_keys_leave_it(case, ra
 @quick
 @given(cases(dtypes=[torch.float64]))
 def test_the_vectors_are_the_features_and_every_closure_so_far(case):
-    params, scores, queries, keys, _ = case
-    vectors = SlicedDual(params).vectors(scores, queries, keys)
+    params, scores, queries, keys, _, last = case
+    vectors = SlicedDual(params, last).vectors(scores, queries, keys)
     x, y = project(queries, params.query_basis), project(keys, params.key_basis)
-    expected = list(dual_features_ref(x, y, params.slices).unbind(dim=-2))
+    oriented, points, others = (scores, y, x) if last == "rows" else (scores.transpose(-1, -2), x, y)
+    expected = list(dual_features_ref(points, others, params.slices, params.knots).unbind(dim=-1))
     for weights in params.weights:
-        expected.append(closure(scores, torch.einsum("hf,bhfn->bhn", weights, torch.stack(expected, dim=-2)))[0])
+        estimate = torch.einsum("hf,bhfm->bhm", weights, torch.stack(expected, dim=-2))
+        expected.append(column_step(oriented, row_step(oriented, estimate)))
     expected = torch.stack(expected, dim=-2)
-    # A constant over the queries is free.
+    # A constant over the points is free.
     vectors = vectors - vectors.mean(dim=-1, keepdim=True)
     assert difference(vectors, expected - expected.mean(dim=-1, keepdim=True)) < FLOAT64
 
 
 def test_without_weights_the_vectors_are_the_features():
     basis = torch.eye(DIM).repeat(HEADS, 1, 1)
-    operator = SlicedDual(SlicedDualParams(basis, basis, slices=2))
+    operator = SlicedDual(SlicedDualParams(basis, basis, slices=2, knots=torch.zeros(HEADS, 0, 0)))
     given_points = torch.randn(2, HEADS, 5, 7), torch.randn(2, HEADS, 5, DIM), torch.randn(2, HEADS, 7, DIM)
-    assert torch.equal(operator.vectors(*given_points), operator.features(*given_points))
+    expected = torch.cat(operator.features(*given_points), dim=-1).transpose(-1, -2)
+    assert torch.equal(operator.vectors(*given_points), expected)
+
+
+@quick
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 9), st.sampled_from(["rows", "columns"]))
+def test_the_teachers_own_dual_gives_the_teachers_plan(seed, n, m, last):
+    """The target of the fit: the dual three half-steps before the end, closed, is the loop itself."""
+    scores = 3 * torch.randn(2, HEADS, n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    oriented = scores if last == "rows" else scores.transpose(-1, -2)
+    for half_steps in (3, 4, 7, 10):
+        expected = sinkhorn_plan_ref(scores, half_steps, last)
+        dual = target_dual(oriented, half_steps)
+        rows = row_step(oriented, column_step(oriented, row_step(oriented, dual)))
+        assert difference(rows, sinkhorn_duals(oriented, half_steps)[0]) < FLOAT64
+        made = plan(oriented, *closure(oriented, row_step(oriented, dual)))
+        made = made if last == "rows" else made.transpose(-1, -2) * (n / m)
+        assert difference(made, expected) < FLOAT64
 
 
 @quick
 @given(cases(dtypes=[torch.float32]), st.sampled_from([1e2, 1e3, 1e4]))
 def test_extreme_scores_give_finite_output_in_float32(case, largest):
-    params, scores, queries, keys, values = case
+    params, scores, queries, keys, values, last = case
     factor = largest / scores.abs().max()
-    output = SlicedDual(params)(scores * factor, queries * factor, keys, values)
+    output = SlicedDual(params, last)(scores * factor, queries * factor, keys, values)
     assert torch.isfinite(output).all()
 
 
 @quick
 @given(cases(dtypes=[torch.float32]), st.sampled_from(["queries", "keys"]))
 def test_constant_points_give_finite_output(case, constant):
-    params, _, queries, keys, values = case
+    params, _, queries, keys, values, last = case
     if constant == "queries":
         queries = queries[..., :1, :].expand_as(queries)
     else:
         keys = keys[..., :1, :].expand_as(keys)
     scores = scale_of(torch.float32) * queries @ keys.transpose(-1, -2)
-    assert torch.isfinite(SlicedDual(params)(scores, queries, keys, values)).all()
+    assert torch.isfinite(SlicedDual(params, last)(scores, queries, keys, values)).all()
 
 
 def test_the_reference_refuses_tensors_that_do_not_fit_each_other():
     basis = torch.eye(DIM).repeat(HEADS, 1, 1)
-    params = SlicedDualParams(basis, basis, 0, (torch.ones(HEADS, DIM + 1),))
+    params = SlicedDualParams(basis, basis, 0, torch.zeros(HEADS, 0, 0), (torch.ones(HEADS, DIM + 1),))
     points = torch.randn(2, HEADS, 5, DIM)
     with pytest.raises(ValueError, match="axis M"):
         sliced_dual_plan_ref(torch.randn(2, HEADS, 5, 5), points, points[..., :4, :], params)
@@ -172,7 +196,7 @@ MASKS = st.sampled_from([-math.inf, -1e9, -1e4])
 
 def with_padding(case, more_queries, more_keys, mask):
     """The case with masked queries and keys appended, whatever these hold."""
-    _, scores, queries, keys, values = case
+    _, scores, queries, keys, values, _ = case
     n, m = scores.shape[-2:]
     padded = torch.full((*scores.shape[:2], n + more_queries, m + more_keys), mask, dtype=scores.dtype)
     padded[..., :n, :m] = scores
@@ -186,12 +210,12 @@ def with_padding(case, more_queries, more_keys, mask):
 @settings(max_examples=100, deadline=None)
 @given(cases(most_slices=0), st.integers(0, 5), st.integers(0, 5), MASKS)
 def test_masked_padding_changes_nothing_for_what_is_live(case, more_queries, more_keys, mask):
-    params, scores, queries, keys, values = case
+    params, scores, queries, keys, values, last = case
     n, m = scores.shape[-2:]
     padded, *points = with_padding(case, more_queries, more_keys, mask)
-    operator = SlicedDual(params, masked=True)
+    operator = SlicedDual(params, last, masked=True)
     plan, output = operator(padded, *points[:2]), operator(padded, *points)
-    alone = SlicedDual(params)
+    alone = SlicedDual(params, last)
     assert difference(plan[..., :n, :m], alone(scores, queries, keys)) < tolerance(queries)
     assert difference(output[..., :n, :], alone(scores, queries, keys, values)) < tolerance(queries)
     assert (plan[..., n:, :] == 0).all()
@@ -201,15 +225,15 @@ def test_masked_padding_changes_nothing_for_what_is_live(case, more_queries, mor
 
 @quick
 @given(cases(dtypes=[torch.float64], most_slices=0), st.integers(0, 5), st.integers(0, 5), MASKS)
-def test_the_vectors_of_masked_queries_are_zero_and_the_others_as_without_them(case, more_queries, more_keys, mask):
-    params, scores, queries, keys, _ = case
-    n = scores.shape[-2]
+def test_the_vectors_of_masked_points_are_zero_and_the_others_as_without_them(case, more_queries, more_keys, mask):
+    params, scores, queries, keys, _, last = case
+    live_points = scores.shape[-1] if last == "rows" else scores.shape[-2]
     padded, *points = with_padding(case, more_queries, more_keys, mask)
-    seen = SlicedDual(params, masked=True).vectors(padded, *points[:2])
-    expected = SlicedDual(params).vectors(scores, queries, keys)
-    assert (seen[..., n:] == 0).all()
-    live = seen[..., :n] - seen[..., :n].mean(dim=-1, keepdim=True)
-    # A constant over the queries is free. Relative to the vectors: centred they may be zero.
+    seen = SlicedDual(params, last, masked=True).vectors(padded, *points[:2])
+    expected = SlicedDual(params, last).vectors(scores, queries, keys)
+    assert (seen[..., live_points:] == 0).all()
+    live = seen[..., :live_points] - seen[..., :live_points].mean(dim=-1, keepdim=True)
+    # A constant over the points is free. Relative to the vectors: centred they may be zero.
     error = live - (expected - expected.mean(dim=-1, keepdim=True))
     assert error.norm() < FLOAT64 * (1 + expected.norm())
 
@@ -217,5 +241,5 @@ def test_the_vectors_of_masked_queries_are_zero_and_the_others_as_without_them(c
 def test_a_query_or_key_is_live_where_anything_is_not_masked():
     scores = torch.tensor([[0.0, -math.inf, -1e9], [-999.0, -1e4, -1e9], [-1e4, -1e9, -math.inf]])
     rows, columns = live_mask(scores[None, None])
-    assert rows.tolist() == [[[[1.0, 1.0, 0.0]]]]
-    assert columns.tolist() == [[[[1.0, 0.0, 0.0]]]]
+    assert rows.flatten().tolist() == [1.0, 1.0, 0.0]
+    assert columns.flatten().tolist() == [1.0, 0.0, 0.0]
