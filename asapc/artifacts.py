@@ -9,11 +9,13 @@ units of the temperature: the plan is exp(scores + f + g), scores = scale * q.k.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+
+from asapc.results import SiteFidelity
 
 Axis = Literal["rows", "columns"]
 Operator = Literal["keep", "exact", "truncated", "sliced_dual"]
@@ -219,17 +221,31 @@ class Findings:
 
 @dataclass(frozen=True, eq=False)
 class Regression:
-    """Sufficient statistics of one least-squares problem per head; float64, both centred over the queries.
+    """Sufficient statistics of one least-squares problem per head; float64, both centred over the points of a sample.
 
     Attributes:
-        gram: (H, F, F) sum over samples and queries of products of features.
+        gram: (H, F, F) sum over samples and points of products of features.
         moment: (H, F) sum of feature times target.
-        count: number of summed terms (samples * N).
+        energy: (H,) sum of the target's square.
+        count: number of summed terms (samples * points).
     """
 
     gram: Tensor
     moment: Tensor
+    energy: Tensor
     count: int
+
+
+class FeatureSet(NamedTuple):
+    """What a dual is estimated from, beside a parabola for each coordinate and the mean of the other side.
+
+    Attributes:
+        slices: number of coordinates whose exact potential is taken, by sorting.
+        pieces: linear pieces that hinges give the first coordinates; 0 for no hinges.
+    """
+
+    slices: int = 0
+    pieces: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,28 +269,53 @@ class SlicedDualParams:
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
-    """The operator that a plan puts in the place of one site.
+class Candidate:
+    """An operator that could stand in the place of one site.
 
     Attributes:
         operator: "keep" leaves the site as it is, "exact" is the scaling form of the same half-steps,
             "truncated" the scaling form of fewer, "sliced_dual" the fitted approximation.
         half_steps: half-steps over the scores that the operator takes.
-        reason: why this one.
+        cost: estimated milliseconds at the largest batch; infinite for a loop as it was written.
+        fidelity: on calibration samples that were not fitted; None where it was not looked at.
         params: of a sliced dual, else None.
     """
 
     operator: Operator
     half_steps: int
-    reason: str
+    cost: float
+    fidelity: SiteFidelity | None = None
     params: SlicedDualParams | None = None
 
 
 @dataclass(frozen=True, eq=False)
+class Choice:
+    """The operator that a plan puts in the place of one site, and what else there was.
+
+    Attributes:
+        candidate: what was chosen.
+        reason: why this one.
+        front: the candidates that no other beats in both cost and error, cheapest first.
+    """
+
+    candidate: Candidate
+    reason: str
+    front: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """One choice for each site, by the site's name."""
+    """One choice for each site, by the site's name.
+
+    Attributes:
+        choices: by the site's name.
+        wide: sites whose scores spread so far that the scaling form has to level its kernel twice, see `ops.scaling`.
+        repairs: how often a site got a closer operator because the whole model missed the budget on held-out samples.
+    """
 
     choices: Mapping[str, Choice]
+    wide: frozenset[str] = frozenset()
+    repairs: int = 0
 
 
 @dataclass(frozen=True, eq=False)

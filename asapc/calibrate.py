@@ -1,23 +1,23 @@
-"""Streams calibration samples through the graph and fits the sliced dual of every site.
+"""Streams calibration samples through the graph and fits the sliced duals of every site.
 
-The first pass gives the covariances that the balanced bases are made of; each pass after it the Gram matrices
-of one linear map, from which `fit` has the map in closed form. Maps are fitted in order, since a
-closure step works on what the maps before it give. Memory does not grow with the number of samples; all
-statistics are float64.
+The first pass gives the covariances that the balanced bases are made of, the second where hinges go; each pass after
+them the Gram matrices of one linear map, from which `fit` has the map in closed form. Maps are fitted in order, since a
+closure step works on what the maps before it give. Only sums are kept, in float64, so that memory does not grow with
+the number of samples.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from asapc.artifacts import CapturedGraph, Regression, Samples, Site, SlicedDualParams
-from asapc.fit import ridge
+from asapc.artifacts import CapturedGraph, FeatureSet, Regression, Samples, Site, SlicedDualParams
+from asapc.fit import fit
 from asapc.ops.scaling import LOWEST_LIVE
-from asapc.ops.sinkhorn import sinkhorn_duals
-from asapc.ops.sliced_dual import SlicedDual, live_mask, mean
+from asapc.ops.sliced_dual import SlicedDual, live_mask, mean, project, spread, target_dual
 from asapc.passes.layout import operands, score_factor, site_inputs
 from asapc.passes.record import record
 
@@ -25,83 +25,115 @@ BATCH = 16
 # Added to the covariances, relative to their mean variance, so that constant or dependent coordinates
 # leave them positive definite.
 COVARIANCE_RIDGE = 1e-6
-# On standardised features. The first map extrapolates from a few features and wants damping; the closures that
-# the later ones combine are nearly parallel, and their small differences are what counts.
-FEATURE_RIDGE, CLOSURE_RIDGE = 1e-3, 1e-5
+HINGED = 8  # coordinates that get hinges: the first carry most of the score
+# Quantiles come from counts in so many bins, up to so many standard deviations: sums, as everything that is kept.
+BINS, WIDEST = 400, 5.0
 
 Activations = dict[str, tuple[Tensor, Tensor, Tensor]]  # (scores, queries, keys) by the site's name, float64
 
 
+class Fitted(NamedTuple):
+    """One sliced dual that is fitted: of which site, from which features."""
+
+    site: str
+    features: FeatureSet
+
+
 def calibrate(
     graph: CapturedGraph,
+    feature_sets: Mapping[str, Sequence[FeatureSet]],
     sites: Sequence[Site],
-    samples: Samples,
-    slices: int,
+    fitting: Samples,
+    selection: Samples,
     closure_steps: int,
     advance: Callable[[str], None] = lambda detail: None,
-) -> dict[str, SlicedDualParams]:
-    """Fit the sliced dual of every site; parameters by the site's name, in the dtype that the site runs in.
+) -> dict[Fitted, SlicedDualParams]:
+    """Fit sliced duals, each site's from each of its feature sets; parameters in the dtype that the site runs in.
 
     Args:
         graph: the captured teacher.
-        sites: sites in it that end on rows, after more than two half-steps.
-        samples: calibration samples.
-        slices: sorted slices; a site with a smaller head size gets as many as that.
+        feature_sets: by the site's name; slices and hinges are at most as many as the head has axes.
+        sites: sites in the graph that have queries and keys, of at least three half-steps.
+        fitting: samples to fit.
+        selection: samples that choose the ridge penalties.
         closure_steps: fitted closure steps after the first estimate.
         advance: called with a line about the progress.
     """
     module = graph.program.module()
     names = {operand.node for site in sites for operand in operands(site)}
 
-    def activations() -> Iterator[Activations]:
+    def activations(samples: Samples) -> Iterator[Activations]:
         for batch in samples.batches(BATCH):
             values = record(module, batch, names)
             yield {site.name: activation(site, values) for site in sites}
 
     advance("covariances of queries and keys")
-    params = {
-        site.name: SlicedDualParams(*bases, slices=min(slices, site.head_dim or 0))
-        for site, bases in zip(sites, balanced_bases(sites, activations()), strict=True)
-    }
+    bases = balanced_bases(sites, activations(fitting))
+    knots: dict[str, Tensor] = {}
+    most_pieces = {site.name: max(features.pieces for features in feature_sets[site.name]) for site in sites}
+    if any(most_pieces.values()):
+        advance("where the hinges go")
+        counts = count_places(sites, bases, activations(fitting))
+        knots = {name: quantiles(counts[name], pieces) for name, pieces in most_pieces.items() if pieces}
+    params = {}
+    for site in sites:
+        none = torch.zeros(site.heads, 0, 0, dtype=torch.float64)
+        for features in feature_sets[site.name]:
+            places = knots[site.name] if features.pieces else none
+            slices = min(features.slices, site.head_dim or 0)
+            params[Fitted(site.name, features)] = SlicedDualParams(*bases[site.name], slices, places)
     for step in range(1 + closure_steps):
-        advance(f"closure step {step} of {closure_steps}" if step else "map from slices to dual")
-        problems = regressions(sites, params, activations())
-        penalty = CLOSURE_RIDGE if step else FEATURE_RIDGE
-        params = {name: replace(p, weights=(*p.weights, ridge(problems[name], penalty))) for name, p in params.items()}
-    return {site.name: to_dtype(params[site.name], site.dtype) for site in sites}
+        advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
+        problems, others = (regressions(sites, params, activations(samples)) for samples in (fitting, selection))
+        params = {
+            key: replace(known, weights=(*known.weights, fit(problems[key], others[key])))
+            for key, known in params.items()
+        }
+    dtypes = {site.name: site.dtype for site in sites}
+    return {key: to_dtype(known, dtypes[key.site]) for key, known in params.items()}
 
 
 def activation(site: Site, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, -inf where masked, queries and keys of a site that has queries and keys, in float64."""
-    given = [values[operand.node].double() for operand in operands(site)]
-    scores, queries, keys, _ = site_inputs(site, given, score_factor(site, torch.float64))
-    if scores is None or queries is None or keys is None:
+    _, queries, keys, _ = float64_inputs(site, values)
+    if queries is None or keys is None:
         raise ValueError(f"site {site.name} has no queries and keys to fit on")
-    return scores.masked_fill(scores < LOWEST_LIVE, -inf) if site.masked else scores, queries, keys
+    return masked_scores(site, values), queries, keys
 
 
-def balanced_bases(sites: Sequence[Site], activations: Iterator[Activations]) -> list[tuple[Tensor, Tensor]]:
-    """Bases (H, D, D) of queries and keys for each site, from streamed activations."""
-    scatters = [(torch.zeros(()), torch.zeros(())) for _ in sites]
+def masked_scores(site: Site, values: Mapping[str, Tensor]) -> Tensor:
+    """Scores (B, H, N, M) of a site, in units of the temperature, -inf where masked, in float64."""
+    scores, *_ = float64_inputs(site, values)
+    assert scores is not None
+    return scores.masked_fill(scores < LOWEST_LIVE, -inf) if site.masked else scores
+
+
+def float64_inputs(site: Site, values: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """What the operator of a site is given, in float64."""
+    given = [values[operand.node].double() for operand in operands(site)]
+    return site_inputs(site, given, score_factor(site, torch.float64))
+
+
+def balanced_bases(sites: Sequence[Site], activations: Iterator[Activations]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Bases (H, D, D) of queries and keys by the site's name, from streamed activations."""
+    scatters: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in activations:
-        for i, site in enumerate(sites):
+        for site in sites:
             scores, queries, keys = batch[site.name]
             live_queries, live_keys = live_mask(scores) if site.masked else (None, None)
             both = scatter(queries, live_queries), scatter(keys, live_keys)
-            scatters[i] = (scatters[i][0] + both[0], scatters[i][1] + both[1])
-    temperatures = [torch.ones(()) if site.temperature is None else site.temperature for site in sites]
-    return [balance(*pair, scale) for pair, scale in zip(scatters, temperatures, strict=True)]
+            old = scatters.get(site.name)
+            scatters[site.name] = both if old is None else (old[0] + both[0], old[1] + both[1])
+    temperatures = {s.name: torch.ones(()) if s.temperature is None else s.temperature for s in sites}
+    return {name: balance(*pair, temperatures[name]) for name, pair in scatters.items()}
 
 
 def scatter(points: Tensor, live: Tensor | None = None) -> Tensor:
     """Sum over samples of the within-sample covariance: (B, H, N, D) to (H, D, D), of points that are live."""
-    if live is None:
-        centred = points - points.mean(dim=-2, keepdim=True)
-        return torch.einsum("bhnd,bhne->hde", centred, centred) / points.shape[-2]
-    weights = live.transpose(-1, -2)
-    count = weights.sum(dim=-2, keepdim=True).clamp_min(1)
-    centred = (points - (points * weights).sum(dim=-2, keepdim=True) / count) * weights
-    return torch.einsum("bhnd,bhne->hde", centred / count, centred)
+    points = points.transpose(-1, -2)
+    weights = points.new_ones(1, 1, 1, points.shape[-1]) if live is None else live
+    centred = (points - mean(points, live)) * weights
+    return torch.einsum("bhdn,bhen->hde", centred / weights.sum(dim=-1, keepdim=True).clamp_min(1), centred)
 
 
 def balance(query_scatter: Tensor, key_scatter: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,31 +171,75 @@ def balance(query_scatter: Tensor, key_scatter: Tensor, scale: Tensor) -> tuple[
     return basis(query_factor, u), basis(key_factor, vt.transpose(-1, -2))
 
 
-def regressions(
-    sites: Sequence[Site], params: dict[str, SlicedDualParams], activations: Iterator[Activations]
-) -> dict[str, Regression]:
-    """Statistics, by the site's name, of the next linear map: the vectors at hand against the target dual.
+def count_places(
+    sites: Sequence[Site], bases: Mapping[str, tuple[Tensor, Tensor]], activations: Iterator[Activations]
+) -> dict[str, Tensor]:
+    """How the points that the dual belongs to lie along the first coordinates: counts (H, C, BINS) by the site's name.
 
-    The target is the teacher's query-side dual two half-steps before its end: the closure of that is
-    the teacher's plan, exactly (docs/method.md).
+    In standard deviations of each sample, from -WIDEST to WIDEST.
     """
-    problems: dict[str, Regression] = {}
+    counts: dict[str, Tensor] = {}
     for batch in activations:
         for site in sites:
             scores, queries, keys = batch[site.name]
-            vectors = SlicedDual(params[site.name], site.masked).vectors(scores, queries, keys)
-            target = sinkhorn_duals(scores, site.half_steps - 2, site.last)[0].unsqueeze(-2)
-            live = live_mask(scores)[0] if site.masked else torch.ones_like(target)
-            # A constant over the queries is free in both.
-            vectors = (vectors - mean(vectors, live)) * live
-            target = ((target - mean(target, live)) * live).squeeze(-2)
-            gram = torch.einsum("bhfn,bhen->hfe", vectors, vectors)
-            moment = torch.einsum("bhfn,bhn->hf", vectors, target)
-            count = int(live[:, 0].sum())
-            if (old := problems.get(site.name)) is not None:
-                gram, moment, count = gram + old.gram, moment + old.moment, count + old.count
-            problems[site.name] = Regression(gram, moment, count)
+            rows = site.last == "rows"
+            points, basis = (keys, bases[site.name][1]) if rows else (queries, bases[site.name][0])
+            live = live_mask(scores)[1 if rows else 0] if site.masked else None
+            x = project(points, basis)[..., :HINGED, :]
+            x = x - mean(x, live)
+            places = x / spread(x, live)
+            bins = ((places / WIDEST + 1) * (BINS / 2)).long().clamp(0, BINS - 1).permute(1, 2, 0, 3).flatten(2)
+            weights = torch.ones_like(places) if live is None else live.expand_as(places)
+            found = torch.zeros(*bins.shape[:2], BINS, dtype=torch.float64)
+            found.scatter_add_(-1, bins, weights.permute(1, 2, 0, 3).flatten(2))
+            counts[site.name] = counts[site.name] + found if site.name in counts else found
+    return counts
+
+
+def quantiles(counts: Tensor, pieces: int) -> Tensor:
+    """Places (H, C, pieces - 1) that part the points in equal shares, from counts (H, C, BINS)."""
+    shares = (counts.cumsum(dim=-1) / counts.sum(dim=-1, keepdim=True).clamp_min(1)).contiguous()
+    levels = (torch.arange(1, pieces, dtype=torch.float64) / pieces).expand(*counts.shape[:2], -1).contiguous()
+    bins = torch.searchsorted(shares, levels).clamp(max=BINS - 1)
+    return ((bins + 0.5) / (BINS / 2) - 1) * WIDEST
+
+
+def regressions(
+    sites: Sequence[Site], params: Mapping[Fitted, SlicedDualParams], activations: Iterator[Activations]
+) -> dict[Fitted, Regression]:
+    """Statistics of the next linear map of each sliced dual: the vectors at hand against `target_dual`."""
+    problems: dict[Fitted, Regression] = {}
+    for batch in activations:
+        for site in sites:
+            scores, queries, keys = batch[site.name]
+            oriented = scores if site.last == "rows" else scores.transpose(-1, -2)
+            target = target_dual(oriented, site.half_steps).unsqueeze(-2)
+            live = live_mask(oriented)[1] if site.masked else torch.ones_like(target)
+            target = centre(target, live)
+            for key, known in params.items():
+                if key.site != site.name:
+                    continue
+                vectors = centre(SlicedDual(known, site.last, site.masked).vectors(scores, queries, keys), live)
+                found = Regression(
+                    gram=torch.einsum("bhfn,bhen->hfe", vectors, vectors),
+                    moment=torch.einsum("bhfn,bhen->hf", vectors, target),
+                    energy=target.square().sum(dim=(0, 2, 3)),
+                    count=int(live[:, 0].sum()),
+                )
+                problems[key] = add(problems[key], found) if key in problems else found
     return problems
+
+
+def centre(vectors: Tensor, live: Tensor) -> Tensor:
+    """Vectors (B, H, F, N) less their means over what is live (B, H, 1, N): a constant over the points is free."""
+    means = (vectors * live).sum(dim=-1, keepdim=True) / live.sum(dim=-1, keepdim=True).clamp_min(1)
+    return (vectors - means) * live
+
+
+def add(one: Regression, other: Regression) -> Regression:
+    """Statistics of the samples of both."""
+    sums = (getattr(one, f.name) + getattr(other, f.name) for f in fields(Regression))
+    return Regression(*sums)
 
 
 def to_dtype(params: SlicedDualParams, dtype: torch.dtype) -> SlicedDualParams:
@@ -172,5 +248,6 @@ def to_dtype(params: SlicedDualParams, dtype: torch.dtype) -> SlicedDualParams:
         params,
         query_basis=params.query_basis.to(dtype),
         key_basis=params.key_basis.to(dtype),
+        knots=params.knots.to(dtype),
         weights=tuple(weights.to(dtype) for weights in params.weights),
     )

@@ -15,6 +15,8 @@ METRICS = {
     "relc": "<=",
     "column-marginal": "<=",
 }
+# Those that are judged site by site, with the field of `results.SiteFidelity`.
+SITE_METRICS = {"relc": "relc", "column-marginal": "column_marginal_error"}
 
 
 class Bound(NamedTuple):
@@ -48,8 +50,10 @@ def parse_bound(text: str) -> Bound:
 
 
 # What a compiled model must keep where the user names no budget, as far as it can be judged.
-DEFAULT_BUDGET = (Bound("agreement", 0.98), Bound("relc", 0.1))
+DEFAULT_BUDGET = (Bound("agreement", 0.98), Bound("relc", 0.08))
 
+
+LEVELS = (0, 1, 2)  # loops as written, exact rewrites only, approximations within the budget
 
 # What to do with a model that stops early on the calibration samples: take its loops to their bound, or refuse it.
 EarlyStopRule = Literal["bound", "refuse"]
@@ -65,6 +69,7 @@ TOML_TYPES: dict[str, tuple[type, ...]] = {
     "input_shape": (list,),
     "fidelity": (list,),
     "slices": (list,),
+    "pieces": (list,),
     "batches": (list,),
 }
 
@@ -102,7 +107,9 @@ class CompileConfig:
     unsafe_load: bool = False
     fidelity: tuple[str, ...] = ()
     early_stop: EarlyStopRule = "bound"
+    level: int = 2
     slices: tuple[int, ...] = (0,)
+    pieces: tuple[int, ...] = (0, 8)
     batches: tuple[int, ...] = (1, 32)
     seconds: float = 10.0
     threads: int = 0
@@ -115,6 +122,7 @@ class CompileConfig:
         self.bounds()
         for name, values, low in (
             ("slices", self.slices, 0),
+            ("pieces", self.pieces, 0),
             ("batches", self.batches, 1),
             ("threads", (self.threads,), 0),
             ("seed", (self.seed,), 0),
@@ -125,6 +133,8 @@ class CompileConfig:
         if self.early_stop not in get_args(EarlyStopRule):
             choices = " or ".join(get_args(EarlyStopRule))
             raise OptionError(f"early_stop is {self.early_stop!r}", f"give early_stop the value {choices}")
+        if self.level not in LEVELS:
+            raise OptionError(f"level is {self.level}", "give -O0, -O1 or -O2")
         if self.seed >= 2**63:
             raise OptionError(f"seed is {self.seed}", "give seed a value below 2^63")
         if not 0 < self.seconds < inf:

@@ -7,6 +7,28 @@ from asapc.artifacts import Regression
 
 # Relative; all features have the units of the scores, so that their spreads compare.
 SMALLEST_SPREAD = 1e-6
+# Ridge parameters that are tried. A first map extrapolates from a few features and wants damping; the closures that
+# later ones combine are nearly parallel, and their small differences are what counts.
+PENALTIES = tuple(10.0**exponent for exponent in range(-7, 0))
+
+
+def fit(fitting: Regression, selection: Regression) -> Tensor:
+    """Weights (H, F) by ridge, each head with that of PENALTIES which leaves least error on other samples.
+
+    Args:
+        fitting: statistics of the samples to fit.
+        selection: those of the samples that choose.
+    """
+    found = torch.stack([ridge(fitting, penalty) for penalty in PENALTIES])
+    errors = torch.stack([residual(selection, weights) for weights in found])
+    best = errors.argmin(dim=0)
+    return found[best, torch.arange(best.numel())]
+
+
+def residual(problem: Regression, weights: Tensor) -> Tensor:
+    """Sum (H,) of squared errors that weights (H, F) leave."""
+    quadratic = torch.einsum("hf,hfe,he->h", weights, problem.gram, weights)
+    return problem.energy - 2 * (weights * problem.moment).sum(dim=-1) + quadratic
 
 
 def ridge(problem: Regression, penalty: float) -> Tensor:

@@ -109,11 +109,12 @@ def write_operators(path: Path, sites: Sequence[Site], plan: Plan) -> None:
 
     tensors: dict[str, Tensor] = {}
     for site in sites:
-        params = plan.choices[site.name].params
+        params = plan.choices[site.name].candidate.params
         tensors[f"{site.name}.scale"] = (site.scale if site.temperature is None else site.temperature).to(site.dtype)
         if params is not None:
             tensors[f"{site.name}.query_basis"] = params.query_basis
             tensors[f"{site.name}.key_basis"] = params.key_basis
+            tensors[f"{site.name}.knots"] = params.knots
             tensors |= {f"{site.name}.weights.{i}": w for i, w in enumerate(params.weights)}
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 

@@ -25,13 +25,12 @@ from asapc.loading import load_model
 from asapc.measure import measure
 from asapc.onnx_graph import OnnxGraph, name_sources
 from asapc.ops.scaling import LOWEST_LIVE
-from asapc.ops.sinkhorn import Sinkhorn
 from asapc.output import list_artifacts, output_folder, write_json, write_manifest, write_operators
 from asapc.passes.build_plan import build_plans
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.plan import exact_operator, operators, plan
-from asapc.report import CompileReport, early_stop_data, early_stop_note, report_data
+from asapc.plan import operators, plan, rivals
+from asapc.report import CompileReport, early_stop_data, early_stop_note, plan_note, report_data
 from asapc.results import Latency
 from asapc.samples import load_samples
 from asapc.verify import check_budget, site_fidelity, verify
@@ -78,8 +77,8 @@ def compile_model(
             require_sites(findings)
 
         with stage("plan", on_event) as step:
-            chosen = plan(graph, findings.sites, calibration, config, step.advance)
-            step.summary = ", ".join(choice.operator for choice in chosen.choices.values())
+            chosen = plan(graph, findings.sites, calibration, held_out, config, step.advance)
+            step.summary = plan_note(chosen)
 
         with stage("rewrite", on_event) as step:
             replaced = operators(findings.sites, chosen)
@@ -259,20 +258,10 @@ def rewrite(graph: CapturedGraph, sites: Sequence[Site], modules: Mapping[str, n
 def export_rivals(
     graph: CapturedGraph, sites: Sequence[Site], chosen: Plan, threads: int, advance: Callable[[str], None]
 ) -> dict[str, Runner]:
-    """Sessions of the variants that a compiled model is compared with, in the same runtime.
-
-    The teacher as written; exact Sinkhorn in scaling form; truncated Sinkhorn with as many half-steps as the
-    compiled operator; softmax attention, the floor of what a replacement can cost.
-    """
-    variants: dict[str, dict[str, nn.Module]] = {
-        "teacher": {},
-        "exact": {site.name: exact_operator(site) for site in sites},
-        "truncated": {site.name: exact_operator(site, chosen.choices[site.name].half_steps) for site in sites},
-        "softmax": {site.name: Sinkhorn(1, masked=site.masked, logarithm=site.logarithm) for site in sites},
-    }
+    """Sessions of the `rivals` that a compiled model is compared with, in the same runtime."""
     runners: dict[str, Runner] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, modules in variants.items():
+        for name, modules in rivals(sites, chosen).items():
             advance(f"exporting {name} for comparison")
             target = Path(scratch) / f"{name}.onnx"
             if isinstance(graph, OnnxGraph):

@@ -1,22 +1,35 @@
-"""Chooses the operator of each site: the cheapest that comes close enough to the teacher there."""
+"""Chooses the operator of each site: the cheapest that keeps the budget, at the site and in the whole model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 
+import torch
 from torch import nn
 
-from asapc.artifacts import CapturedGraph, Choice, Plan, Samples, Site, SlicedDualParams
-from asapc.calibrate import calibrate
-from asapc.config import DEFAULT_BUDGET, CompileConfig
-from asapc.ops.sinkhorn import Sinkhorn
-from asapc.ops.sliced_dual import SlicedDual
-from asapc.results import SiteFidelity
-from asapc.verify import site_fidelity
+from asapc.artifacts import Candidate, CapturedGraph, Choice, FeatureSet, Plan, Samples, Site, SlicedDualParams
+from asapc.backends.eager.runner import EagerRunner
+from asapc.calibrate import BATCH, Fitted, calibrate, masked_scores
+from asapc.config import DEFAULT_BUDGET, SITE_METRICS, CompileConfig
+from asapc.costs import estimate
+from asapc.ops.scaling import MOST_SPREAD
+from asapc.ops.sinkhorn import Sinkhorn, kernel_spread
+from asapc.ops.sliced_dual import FIRST_HALF_STEPS, SlicedDual
+from asapc.passes.layout import operands
+from asapc.passes.record import record
+from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
+from asapc.results import Fidelity, SiteFidelity
+from asapc.verify import candidate_fidelity, missed, site_fidelity, verify
 
-# A limit of the budget is aimed at with this margin, since held-out samples differ from those that choose.
+# A limit of the budget is aimed at with this margin, since other samples differ from those that choose.
 MARGIN = 0.9
-EXACT_RELC = 1e-3  # beyond this the scaling form has left the range of float32
+# The scaling form counts as exact up to here; beyond it has left the range of float32. With -O1 rounding is all
+# that is allowed.
+EXACT_RELC = {1: 1e-5, 2: 1e-3}
+# What an approximation has to save, as estimated, before it is taken instead of the exact form.
+LEAST_SAVING = 0.05
 MOST_CLOSURE_STEPS = 3
+TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
 # TensorRT sorts no more than this many elements; longer sites get no slices.
 LONGEST_SORT = 3840
 MASS_TOLERANCE = 1e-6  # a last marginal within this of the usual one is the usual one
@@ -27,71 +40,198 @@ def plan(
     graph: CapturedGraph,
     sites: Sequence[Site],
     samples: Samples,
+    held_out: Samples,
     config: CompileConfig,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> Plan:
     """Choose an operator for every site.
 
-    The first candidate that is close enough on samples not fitted on is taken: the sliced dual with 0, 1 ...
-    closure steps, for each number of slices in `config.slices`; then the exact scaling form; then the site
-    as written. By default there are no slices: at the sizes measured so far (benchmarks/operators.py) a
-    closure step gains more than 8 slices and costs less than their sort. A sliced dual with as many
-    half-steps as the teacher is no candidate: the exact form is as cheap.
+    Candidates are the exact scaling form, its truncations, and sliced duals of several feature sets and numbers of
+    closure steps. At each site the cheapest is taken that keeps the budget on calibration samples that were not fitted.
+    Then the whole model is held against the budget on held-out samples, and as long as it is missed the site where that
+    helps most for what it costs gets a closer operator. Nothing is fitted on held-out samples; they decide no more than
+    whether to spend on.
 
     Args:
         graph: the captured teacher.
         sites: what was found in it.
         samples: calibration samples.
-        config: options; slices and the budget matter here.
+        held_out: samples to check the whole model on.
+        config: options; the level, the feature sets, the budget and the batches matter here.
         advance: called with a line about the progress.
     """
-    limits = {bound.metric: MARGIN * bound.limit for bound in (*DEFAULT_BUDGET, *config.bounds())}
-    most_relc = limits["relc"]
-    most_column_error = limits.get("column-marginal", float("inf"))
+    if config.level == 0:
+        return Plan({s.name: Choice(Candidate("keep", s.half_steps, inf), "-O0 leaves all as it is") for s in sites})
     selection = samples[: len(samples) // SELECTION_SHARE]
     fitting = samples[len(samples) // SELECTION_SHARE :]
-    choices: dict[str, Choice] = {}
-    closest: dict[str, float] = {}
+    advance("range of the scores")
+    wide = wide_sites(graph, sites, selection)
+    candidates = propose(graph, sites, fitting, selection, config, advance)
+    advance(f"comparing {sum(map(len, candidates.values()))} candidates")
+    costed = judge(graph, sites, candidates, wide, selection, max(config.batches))
+    choices = {site.name: choose(site, costed[site.name], config) for site in sites}
+    return repair(graph, sites, Plan(choices, wide), held_out, config, advance)
 
-    for slices in config.slices:
-        open_sites = [
-            site
-            for site in sites
-            if site.name not in choices
-            and why_not_sliced(site) is None
-            and (slices == 0 or (max(site.queries, site.keys) <= LONGEST_SORT and not site.masked))
+
+def wide_sites(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) -> frozenset[str]:
+    """Sites whose kernel has to be levelled on both axes, by their scores on some samples."""
+    module = graph.program.module()
+    names = {operand.node for site in sites for operand in operands(site)}
+    spreads = dict.fromkeys((site.name for site in sites), 0.0)
+    for batch in samples.batches(BATCH):
+        values = record(module, batch, names)
+        for site in sites:
+            seen = kernel_spread(masked_scores(site, values), site.half_steps, site.last)
+            spreads[site.name] = max(seen, spreads[site.name])
+    return frozenset(name for name, spread in spreads.items() if not spread <= MOST_SPREAD)
+
+
+def propose(
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    fitting: Samples,
+    selection: Samples,
+    config: CompileConfig,
+    advance: Callable[[str], None],
+) -> dict[str, list[Candidate]]:
+    """Candidates by the site's name, without cost and fidelity; the exact form comes first."""
+    found = {site.name: [Candidate("exact", site.half_steps, inf)] for site in sites}
+    if config.level < 2:
+        return found
+    for site in sites:
+        found[site.name] += [Candidate("truncated", t, inf) for t in TRUNCATED if t < site.half_steps]
+    sliceable = [site for site in sites if why_not_sliced(site) is None]
+    sets = {site.name: feature_sets(site, config) for site in sliceable}
+    if not sliceable:
+        return found
+    advance(f"fitting {len(sliceable)} sites")
+    fitted = calibrate(graph, sets, sliceable, fitting, selection, MOST_CLOSURE_STEPS, advance)
+    for site in sliceable:
+        for features in sets[site.name]:
+            params = fitted[Fitted(site.name, features)]
+            for steps in range(1 + MOST_CLOSURE_STEPS):
+                if (half_steps := FIRST_HALF_STEPS + 2 * steps) < site.half_steps:
+                    found[site.name].append(Candidate("sliced_dual", half_steps, inf, None, truncate(params, steps)))
+    return found
+
+
+def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
+    """Feature sets that a site can have; masks and long sites allow no sort."""
+    sortable = not site.masked and max(site.queries, site.keys) <= LONGEST_SORT
+    return [FeatureSet(s, p) for s in config.slices for p in config.pieces if s == 0 or sortable] or [FeatureSet()]
+
+
+def judge(
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    candidates: Mapping[str, Sequence[Candidate]],
+    wide: frozenset[str],
+    samples: Samples,
+    batch: int,
+) -> dict[str, list[Candidate]]:
+    """The candidates with cost and fidelity, all of them in one pass over the samples."""
+    modules = {
+        site.name: {i: build(site, candidate, wide) for i, candidate in enumerate(candidates[site.name])}
+        for site in sites
+    }
+    found = candidate_fidelity(graph, sites, modules, samples)
+    return {
+        site.name: [
+            replace(candidate, cost=estimate(site, modules[site.name][i], batch), fidelity=found[site.name][i])
+            for i, candidate in enumerate(candidates[site.name])
         ]
-        if not open_sites:
-            continue
-        advance(f"fitting {len(open_sites)} sites with {slices} slices")
-        fitted = calibrate(graph, open_sites, fitting, slices, MOST_CLOSURE_STEPS, advance)
-        for steps in range(1 + MOST_CLOSURE_STEPS):
-            half_steps = 2 + 2 * steps
-            params = {
-                site.name: truncate(fitted[site.name], steps)
-                for site in open_sites
-                if site.name not in choices and half_steps < site.half_steps
-            }
-            found = fidelity(graph, sites, params, selection)
-            for name, result in found.items():
-                closest[name] = min(result.relc, closest.get(name, float("inf")))
-                if result.relc <= most_relc and result.column_marginal_error <= most_column_error:
-                    why = f"relc {result.relc:.3g} on calibration samples, at most {most_relc:.3g} wanted"
-                    choices[name] = Choice("sliced_dual", half_steps, why, params[name])
-
-    rest = [site for site in sites if site.name not in choices]
-    exact = site_fidelity(graph, rest, {site.name: exact_operator(site) for site in rest}, selection)
-    for site in rest:
-        choices[site.name] = fall_back(site, exact[site.name], closest.get(site.name))
-    return Plan({site.name: choices[site.name] for site in sites})
+        for site in sites
+    }
 
 
-def fidelity(
-    graph: CapturedGraph, sites: Sequence[Site], params: dict[str, SlicedDualParams], samples: Samples
-) -> dict[str, SiteFidelity]:
-    """Fidelity of sliced duals by the site's name."""
-    operators = {site.name: SlicedDual(params[site.name], site.masked) for site in sites if site.name in params}
-    return site_fidelity(graph, sites, operators, samples) if operators else {}
+def choose(site: Site, candidates: Sequence[Candidate], config: CompileConfig) -> Choice:
+    """The cheapest candidate that keeps the budget of a site, the exact form where none saves anything."""
+    exact, *others = candidates
+    limits = {b.metric: MARGIN * b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
+    saving = [c for c in others if c.cost <= (1 - LEAST_SAVING) * exact.cost]
+    close = [c for c in saving if keeps(c.fidelity, limits)]
+    curve = tuple(front([exact, *others]))
+    if close:
+        best = min(close, key=lambda c: (c.cost, c.half_steps))
+        return Choice(best, f"the cheapest with relc at most {limits['relc']:.3g} on calibration samples", curve)
+    if saving:
+        nearest = min(saving, key=lambda c: relc(c))
+        why = f"no approximation is close enough, the closest has relc {relc(nearest):.3g} on calibration samples"
+    else:
+        why = why_not_sliced(site) or "no approximation is cheaper"
+    if relc(exact) <= EXACT_RELC[config.level]:
+        return Choice(exact, "-O1 asks for the exact form" if config.level == 1 else why, curve)
+    why = f"{why}; the scaling form leaves the range of float32 (relc {relc(exact):.1e})"
+    return Choice(Candidate("keep", site.half_steps, inf), why, curve)
+
+
+def relc(candidate: Candidate) -> float:
+    """Error of a candidate's attention output; not finite counts as infinite."""
+    value = inf if candidate.fidelity is None else candidate.fidelity.relc
+    return value if value == value else inf
+
+
+def keeps(fidelity: SiteFidelity | None, limits: Mapping[str, float]) -> bool:
+    """Whether a site's fidelity keeps limits by the name of the metric; nan never does."""
+    return fidelity is not None and all(getattr(fidelity, SITE_METRICS[m]) <= limits[m] for m in limits)
+
+
+def front(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Candidates that no cheaper one, or equally cheap one, is closer than; cheapest first."""
+    least = inf
+    for candidate in sorted(candidates, key=lambda c: (c.cost, relc(c))):
+        if relc(candidate) < least:
+            least = relc(candidate)
+            yield candidate
+
+
+def repair(
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    chosen: Plan,
+    held_out: Samples,
+    config: CompileConfig,
+    advance: Callable[[str], None],
+) -> Plan:
+    """Spend on closer operators until the whole model keeps the budget on held-out samples, or nothing is left to buy."""
+    while True:
+        advance(f"checking the whole model, {chosen.repairs} repairs")
+        fidelity = check(graph, sites, chosen, held_out)
+        if not missed(fidelity, config.bounds()):
+            return chosen
+        # A site that misses its own limit comes first; else all may be to blame.
+        limits = {b.metric: b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
+        blamed = [s.name for s in sites if s.name in fidelity.sites and not keeps(fidelity.sites[s.name], limits)]
+        steps = {
+            site.name: step
+            for site in sites
+            if (not blamed or site.name in blamed) and (step := next_step(chosen.choices[site.name])) is not None
+        }
+        if not steps:
+            return chosen
+        name = max(steps, key=lambda name: gain(chosen.choices[name].candidate, steps[name]))
+        why = "the whole model missed the budget on held-out samples with a cheaper one"
+        choices = {**chosen.choices, name: replace(chosen.choices[name], candidate=steps[name], reason=why)}
+        chosen = replace(chosen, choices=choices, repairs=chosen.repairs + 1)
+
+
+def check(graph: CapturedGraph, sites: Sequence[Site], chosen: Plan, samples: Samples) -> Fidelity:
+    """Fidelity of the graph with a plan's operators, site by site and whole."""
+    replaced = operators(sites, chosen)
+    module = RewriteSinkhorn(sites, replaced)(graph.program.module()).program
+    hops = {"teacher": EagerRunner(graph.program.module()), "amortisation": EagerRunner(module)}
+    return verify(hops, {}, site_fidelity(graph, sites, replaced, samples), samples)
+
+
+def next_step(choice: Choice) -> Candidate | None:
+    """The next closer candidate on a site's front, None where there is none."""
+    closer = [c for c in choice.front if c.cost > choice.candidate.cost and relc(c) < relc(choice.candidate)]
+    return closer[0] if closer else None
+
+
+def gain(now: Candidate, step: Candidate) -> float:
+    """Squared error that a step takes away for each millisecond that it costs."""
+    return (relc(now) ** 2 - relc(step) ** 2) / (step.cost - now.cost)
 
 
 def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
@@ -99,26 +239,10 @@ def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
     return replace(params, weights=params.weights[: 1 + steps])
 
 
-def fall_back(site: Site, exact: SiteFidelity, closest: float | None) -> Choice:
-    """Exact form of a site that no sliced dual serves, or the site as written where even that fails."""
-    why = why_not_sliced(site)
-    if why is None:
-        why = f"no sliced dual is close enough, the closest has relc {closest:.3g} on calibration samples"
-    if exact.relc <= EXACT_RELC:
-        return Choice("exact", site.half_steps, why)
-    return Choice(
-        "keep",
-        site.half_steps,
-        f"{why}; the scaling form leaves the range of float32 (relc {exact.relc:.1e})",
-    )
-
-
 def why_not_sliced(site: Site) -> str | None:
     """Why a sliced dual cannot stand in for a site, None where it can."""
-    if site.half_steps <= 2:
+    if site.half_steps <= FIRST_HALF_STEPS:
         return f"{site.half_steps} half-steps are too few for an approximation to pay"
-    if site.last == "columns":
-        return "it ends on columns, which sliced duals do not serve yet"
     if site.query is None or site.temperature is None or not bool((site.temperature > 0).all()):
         return "its scores hold no product of queries and keys to slice"
     if not site.uniform:
@@ -128,7 +252,20 @@ def why_not_sliced(site: Site) -> str | None:
     return None
 
 
-def exact_operator(site: Site, half_steps: int | None = None) -> nn.Module:
+def build(site: Site, candidate: Candidate, wide: frozenset[str] = frozenset()) -> nn.Module:
+    """The module that a candidate stands for."""
+    if candidate.params is not None:
+        mass = site.row_mass if site.last == "rows" else site.column_mass
+        return SlicedDual(candidate.params, site.last, site.masked, usual(mass.item(), 1.0))
+    return exact_operator(site, candidate.half_steps, site.name in wide)
+
+
+def usual(mass: float, default: float) -> float:
+    """A mass, or the usual one where it is that up to rounding."""
+    return default if abs(mass / default - 1) <= MASS_TOLERANCE else mass
+
+
+def exact_operator(site: Site, half_steps: int | None = None, wide: bool = False) -> nn.Module:
     """Scaling-form Sinkhorn of a site, of its own number of half-steps or of fewer (truncated)."""
     default = 1.0 if site.last == "rows" else site.queries / site.keys
     given = {"rows": site.row_mass, "columns": site.column_mass}
@@ -136,18 +273,28 @@ def exact_operator(site: Site, half_steps: int | None = None) -> nn.Module:
         # On the axis that is not normalised last a common factor is of no consequence.
         f"{axis[:-1]}_mass": mass.to(site.dtype)
         for axis, mass in given.items()
-        if mass.numel() > 1 or (axis == site.last and abs(mass.item() / default - 1) > MASS_TOLERANCE)
+        if mass.numel() > 1 or (axis == site.last and usual(mass.item(), default) != default)
     }
-    return Sinkhorn(half_steps or site.half_steps, site.last, **masses, masked=site.masked, logarithm=site.logarithm)
+    steps = half_steps or site.half_steps
+    return Sinkhorn(steps, site.last, **masses, masked=site.masked, logarithm=site.logarithm, wide=wide)
 
 
 def operators(sites: Sequence[Site], chosen: Plan) -> dict[str, nn.Module]:
     """The modules that a plan stands for; sites that it keeps have none."""
-    modules: dict[str, nn.Module] = {}
-    for site in sites:
-        choice = chosen.choices[site.name]
-        if choice.params is not None:
-            modules[site.name] = SlicedDual(choice.params, site.masked)
-        elif choice.operator != "keep":
-            modules[site.name] = exact_operator(site, choice.half_steps)
-    return modules
+    candidates = {site.name: chosen.choices[site.name].candidate for site in sites}
+    return {s.name: build(s, candidates[s.name], chosen.wide) for s in sites if candidates[s.name].operator != "keep"}
+
+
+def rivals(sites: Sequence[Site], chosen: Plan) -> dict[str, dict[str, nn.Module]]:
+    """What a compiled model is compared with, each a module for every site, by name.
+
+    The teacher as written; exact Sinkhorn in scaling form; truncated Sinkhorn with as many half-steps as the
+    compiled operator; softmax attention, the floor of what a replacement can cost.
+    """
+    steps = {site.name: chosen.choices[site.name].candidate.half_steps for site in sites}
+    return {
+        "teacher": {},
+        "exact": {s.name: exact_operator(s, wide=s.name in chosen.wide) for s in sites},
+        "truncated": {s.name: exact_operator(s, steps[s.name], s.name in chosen.wide) for s in sites},
+        "softmax": {s.name: Sinkhorn(1, masked=s.masked, logarithm=s.logarithm) for s in sites},
+    }

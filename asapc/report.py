@@ -1,11 +1,13 @@
 """The report of a compilation: a public interface, described by docs/report.schema.json."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from asapc.artifacts import Choice, EarlyStops, Findings, LoadedModel, Miss, Plan, Site
+from asapc.artifacts import Candidate, Choice, EarlyStops, Findings, LoadedModel, Miss, Plan, Site
 from asapc.results import Fidelity, Latency
 
 SCHEMA = "asapc.report/1"
@@ -107,17 +109,37 @@ def early_stop_note(data: Mapping[str, Any] | None) -> str:
     return f"without the early stop at {lines}, which changes {change} on the samples given"
 
 
+def plan_note(plan: Plan) -> str:
+    """Say in one line what a plan chose."""
+    chosen = Counter(choice.candidate.operator for choice in plan.choices.values())
+    note = ", ".join(f"{count} {operator}" for operator, count in chosen.items())
+    return f"{note}; {plan.repairs} repairs" if plan.repairs else note
+
+
 def choice_data(choice: Choice) -> dict[str, Any]:
-    """A choice in the report; slices and features are those of a sliced dual, else 0 and none."""
-    params = choice.params
-    features = [] if params is None else ["bquad", "qmean"]
+    """A choice in the report, with what the others on its front would have given."""
     return {
-        "operator": choice.operator,
-        "half_steps": choice.half_steps,
-        "slices": 0 if params is None else params.slices,
-        "features": ["slices", *features] if params is not None and params.slices else features,
-        "closure_half_steps": 0 if params is None else choice.half_steps,
+        **candidate_data(choice.candidate),
         "reason": choice.reason,
+        "front": [candidate_data(candidate) for candidate in choice.front],
+    }
+
+
+def candidate_data(candidate: Candidate) -> dict[str, Any]:
+    """A candidate in the report; slices and features are those of a sliced dual, else 0 and none."""
+    params, fidelity = candidate.params, candidate.fidelity
+    features = []
+    if params is not None:
+        kinds = {"slices": params.slices > 0, "bquad": True, "mean": True, "hinges": params.knots.numel() > 0}
+        features = [name for name, there in kinds.items() if there]
+    return {
+        "operator": candidate.operator,
+        "half_steps": candidate.half_steps,
+        "slices": 0 if params is None else params.slices,
+        "features": features,
+        "closure_half_steps": 0 if params is None else candidate.half_steps,
+        "estimated_ms": candidate.cost if isfinite(candidate.cost) else None,
+        "calibration_relc": fidelity.relc if fidelity is not None and isfinite(fidelity.relc) else None,
     }
 
 

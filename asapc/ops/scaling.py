@@ -1,9 +1,10 @@
 """Sinkhorn scaling on the exponentiated scores: one exp, then matrix-vector products.
 
 The kernel is exp(scores) up to a factor per row and a factor per column. A factor is a dual, so it changes no plan; it
-keeps the kernel in the range of float32. Where a half-step on rows comes first the kernel is the softmax, else
-each column is divided by its largest entry. Scaling vectors are kept as row vectors, (B, H, 1, N) and (B, H, 1, M): a
-row vector times a matrix is the product that runtimes do fast.
+keeps the kernel in the range of float32. A loop that starts with rows has softmax(scores) for its kernel, which is its
+first half-step and what every runtime has fused; one that starts with columns is turned over, so that it starts with
+rows. Scaling vectors are kept as row vectors, (B, H, 1, N) and (B, H, 1, M): a row vector times a matrix is the product
+that runtimes do fast.
 """
 
 import torch
@@ -11,8 +12,8 @@ import torch
 # Sums below this are held there. Float32 reaches it only when the scaling vectors span more than 30 orders of
 # magnitude; the result is then wrong but finite, and the fidelity check on real samples sees it.
 SMALLEST_SUM = 1e-30
-# Natural logarithm of how far the largest entries of rows, or of columns, may lie below 1 before the kernel has to be
-# levelled on both axes: half the range of float32, so that entries much smaller than those still count.
+# How far, as a natural logarithm, the largest entries of the softmax's columns may lie below 1 before the kernel has to
+# be levelled: half the range of float32, so that entries much smaller than those still count.
 MOST_SPREAD = 40.0
 # Where a site is masked, scores below this are the mask: -inf, -1e9, -1e4 and their likes.
 LOWEST_LIVE = -1e3
@@ -68,8 +69,25 @@ def row_scaling(kernel: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return 1 / (v @ kernel.transpose(-1, -2)).clamp_min(SMALLEST_SUM)
 
 
-def row_normalised_output(kernel: torch.Tensor, v: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Attention output (B, H, N, E) of the plan kernel * v after a row step: the two in one product."""
-    v = v.transpose(-1, -2)
-    weighted = kernel @ torch.cat([v * values, v], dim=-1)
-    return weighted[..., :-1] / weighted[..., -1:].clamp_min(SMALLEST_SUM)
+def scaled_plan(
+    kernel: torch.Tensor, u: torch.Tensor, v: torch.Tensor, values: torch.Tensor | None, turned: bool
+) -> torch.Tensor:
+    """The plan u * kernel * v, or its product with values.
+
+    Args:
+        kernel: (B, H, N, M), or (B, H, M, N) with `turned`.
+        u: scaling vector of the kernel's rows, broadcast to (B, H, 1, rows).
+        v: scaling vector of its columns, broadcast to (B, H, 1, columns).
+        values: (B, H, M, E), or None.
+        turned: whether the kernel lies the other way than the plan.
+
+    Returns:
+        (B, H, N, E), or without values (B, H, N, M).
+    """
+    u = u.transpose(-1, -2)
+    if values is None:
+        plan = u * kernel * v
+        return plan.transpose(-1, -2) if turned else plan
+    if turned:
+        return v.transpose(-1, -2) * (kernel.transpose(-1, -2) @ (u * values))
+    return u * (kernel @ (v.transpose(-1, -2) * values))

@@ -12,11 +12,10 @@ from asapc.ops.scaling import (
     SMALLEST_SUM,
     column_scaling,
     log_row_softmax,
-    row_normalised_output,
     row_scaling,
     row_softmax,
+    scaled_plan,
     scaling_exponent,
-    subtract_largest,
 )
 
 
@@ -86,15 +85,15 @@ def weigh(vector: torch.Tensor, mass: torch.Tensor | float) -> torch.Tensor:
 
 
 def kernel_spread(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> float:
-    """How far the kernel's rows or columns, whichever are scaled next, spread: see `scaling.MOST_SPREAD`.
+    """How far the largest entries of the kernel's columns lie below 1, see `scaling.MOST_SPREAD`.
 
     Args:
         scores: (B, H, N, M), -inf where masked.
         half_steps: of the loop.
         last: the axis that the last half-step normalises.
     """
-    done, following = (-1, -2) if first_axis(half_steps, last) == "rows" else (-2, -1)
-    largest = (scores - scores.amax(dim=done, keepdim=True)).amax(dim=following)
+    oriented = scores if first_axis(half_steps, last) == "rows" else scores.transpose(-1, -2)
+    largest = (oriented - oriented.logsumexp(dim=-1, keepdim=True)).amax(dim=-2)
     return -largest[largest.isfinite()].amin().item()
 
 
@@ -133,6 +132,7 @@ class Sinkhorn(nn.Module):
         if half_steps < 1:
             raise ValueError(f"half_steps must be at least 1, got {half_steps}")
         self.half_steps, self.last = half_steps, last
+        self.turned = first_axis(half_steps, last) == "columns"
         self.masked, self.logarithm, self.wide = masked, logarithm, wide
         self.register_buffer("row_mass", row_mass)
         self.register_buffer("column_mass", column_mass)
@@ -140,21 +140,20 @@ class Sinkhorn(nn.Module):
     row_mass: torch.Tensor | None
     column_mass: torch.Tensor | None
 
-    def masses(self, kernel: torch.Tensor, repeats: int) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        """What the steps scale rows and columns to, broadcast to (B, H, 1, N) and (B, H, 1, M).
+    def masses(self, kernel: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """What the steps scale the kernel's rows and columns to, broadcast to (B, H, 1, rows) and (B, H, 1, columns).
 
         On the axis that is not last a factor changes nothing, and is chosen so that both axes carry the same mass in
         all: if they did not, the scaling vectors would run apart with every repetition, out of the range of float32.
         """
-        n, m = kernel.shape[-2:]
-        rows = 1.0 if self.row_mass is None else self.row_mass
-        columns = n / m if self.column_mass is None else self.column_mass
-        if repeats == 0 or not (self.masked or self.row_mass is not None or self.column_mass is not None):
+        n, m = kernel.shape[-2:] if not self.turned else (kernel.shape[-1], kernel.shape[-2])
+        given_rows = 1.0 if self.row_mass is None else self.row_mass
+        given_columns = n / m if self.column_mass is None else self.column_mass
+        rows, columns = (given_columns, given_rows) if self.turned else (given_rows, given_columns)
+        plain = not (self.masked or self.row_mass is not None or self.column_mass is not None)
+        if plain or self.half_steps <= 2:
             return rows, columns
-        live_rows, live_columns = (
-            torch.ones_like(kernel[..., :1]).transpose(-1, -2),
-            torch.ones_like(kernel[..., :1, :]),
-        )
+        live_rows, live_columns = kernel.new_ones(1, kernel.shape[-2]), kernel.new_ones(1, kernel.shape[-1])
         if self.masked:
             live_rows = (kernel.amax(dim=-1, keepdim=True) > 0).to(kernel.dtype).transpose(-1, -2)
             live_columns = (kernel.amax(dim=-2, keepdim=True) > 0).to(kernel.dtype)
@@ -162,38 +161,9 @@ class Sinkhorn(nn.Module):
             (mass * live).sum(dim=-1, keepdim=True).clamp_min(SMALLEST_SUM)
             for mass, live in ((rows, live_rows), (columns, live_columns))
         )
-        if self.last == "rows":
+        if (self.last == "rows") != self.turned:  # the kernel's rows come last
             return rows, columns * (total_rows / total_columns)
         return rows * (total_columns / total_rows), columns
-
-    def softmax(self, scores: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor:
-        """One half-step on rows, from g = 0."""
-        if self.logarithm:
-            made = log_row_softmax(scores, self.masked)
-            return made if self.row_mass is None else made + self.row_mass.log().unsqueeze(-1)
-        made = row_softmax(scores, self.masked)
-        made = made if values is None else made @ values
-        return made if self.row_mass is None else made * self.row_mass.unsqueeze(-1)
-
-    def start(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """What a column step that comes next works on; a half-step on rows that comes first is done.
-
-        Returns:
-            The kernel's exponent (B, H, N, M), None where nothing needs it; the kernel; and the scaling vector of its
-            rows, (B, H, 1, N) or broadcast to that.
-        """
-        u = scores.new_ones(1, scores.shape[-2])  # the teacher starts from f = 0
-        if first_axis(self.half_steps, self.last) == "rows":
-            u = u if self.row_mass is None else u * self.row_mass
-            if not (self.logarithm or self.wide):
-                return None, row_softmax(scores, self.masked), u
-            exponent = log_row_softmax(scores, self.masked)
-        else:
-            exponent, _ = subtract_largest(scores, -2, self.masked)
-        if self.wide:
-            exponent, shift = scaling_exponent(exponent, self.masked)
-            u = u * torch.exp(shift)
-        return exponent, torch.exp(exponent), u
 
     def forward(
         self,
@@ -210,24 +180,21 @@ class Sinkhorn(nn.Module):
             keys: not needed either.
             values: (B, H, M, E).
         """
-        rows_first = first_axis(self.half_steps, self.last) == "rows"
-        if rows_first and self.half_steps == 1:
-            return self.softmax(scores, values)
-        exponent, kernel, u = self.start(scores)
-        repeats = (self.half_steps - rows_first - 1) // 2
-        rows, columns = self.masses(kernel, repeats)
-        v = weigh(column_scaling(kernel, u), columns)
-        for _ in range(repeats):
-            u = weigh(row_scaling(kernel, v), rows)
-            v = weigh(column_scaling(kernel, u), columns)
-        if self.last == "rows" and values is not None:
-            output = row_normalised_output(kernel, v, values)
-            return output if self.row_mass is None else output * self.row_mass.unsqueeze(-1)
-        if self.last == "rows":
-            u = weigh(row_scaling(kernel, v), rows)
-        u = u.transpose(-1, -2)
-        if values is not None:
-            return u * (kernel @ (v.transpose(-1, -2) * values))
+        scores = scores.transpose(-1, -2) if self.turned else scores
+        exponent = log_row_softmax(scores, self.masked) if self.logarithm or self.wide else None
+        kernel = row_softmax(scores, self.masked) if exponent is None else torch.exp(exponent)
+        rows, columns = self.masses(kernel)
+        u = weigh(scores.new_ones(1, scores.shape[-2]), rows)
+        if self.wide and exponent is not None and self.half_steps > 1:
+            exponent, shift = scaling_exponent(exponent, self.masked)
+            kernel, u = torch.exp(exponent), u * torch.exp(shift)
+        v = scores.new_ones(1, scores.shape[-1])
+        for step in range(1, self.half_steps):
+            if step % 2:
+                v = weigh(column_scaling(kernel, u), columns)
+            else:
+                u = weigh(row_scaling(kernel, v), rows)
         if self.logarithm and exponent is not None:
-            return exponent + torch.log(u) + torch.log(v)
-        return u * kernel * v
+            log_plan = exponent + torch.log(u).transpose(-1, -2) + torch.log(v)
+            return log_plan.transpose(-1, -2) if self.turned else log_plan
+        return scaled_plan(kernel, u, v, values, self.turned)

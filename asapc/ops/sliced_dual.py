@@ -14,7 +14,7 @@ from torch import nn
 from asapc.artifacts import Axis, SlicedDualParams
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.potentials import potentials, potentials_ref
-from asapc.ops.scaling import LOWEST_LIVE, column_scaling, row_normalised_output, row_scaling, row_softmax
+from asapc.ops.scaling import LOWEST_LIVE, column_scaling, row_scaling, row_softmax, scaled_plan
 from asapc.ops.sinkhorn import sinkhorn_duals, weigh
 from asapc.shapes import check_shape
 
@@ -24,22 +24,30 @@ FIRST_HALF_STEPS = 3  # rows (the softmax), columns, rows; each closure step add
 
 
 def project(points: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Coordinates (B, H, N, D) of points (B, H, N, D) in a basis (H, D, D) whose columns are directions."""
-    return points @ basis
+    """Coordinates (B, H, D, N) of points (B, H, N, D) in a basis (H, D, D) whose columns are directions.
+
+    Points come last, here and in all that follows, since what is done to a coordinate is done to all points alike.
+    """
+    return basis.transpose(-1, -2) @ points.transpose(-1, -2)
 
 
 def live_mask(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """1 where a row or column takes part and 0 where it is masked: (B, H, N, 1) and (B, H, M, 1), of scores' dtype."""
+    """1 where a row or column takes part and 0 where it is masked: (B, H, 1, N) and (B, H, 1, M), of scores' dtype."""
     live = scores >= LOWEST_LIVE
-    columns = live.any(dim=-2, keepdim=True).transpose(-1, -2)
-    return live.any(dim=-1, keepdim=True).to(scores.dtype), columns.to(scores.dtype)
+    rows = live.any(dim=-1, keepdim=True).transpose(-1, -2)
+    return rows.to(scores.dtype), live.any(dim=-2, keepdim=True).to(scores.dtype)
 
 
 def mean(values: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the points (B, H, N, D), of what is live (B, H, N, 1)."""
+    """Mean over the last axis, of what is live."""
     if live is None:
-        return values.mean(dim=-2, keepdim=True)
-    return (values * live).sum(dim=-2, keepdim=True) / live.sum(dim=-2, keepdim=True).clamp_min(1)
+        return values.mean(dim=-1, keepdim=True)
+    return (values * live).sum(dim=-1, keepdim=True) / live.sum(dim=-1, keepdim=True).clamp_min(1)
+
+
+def spread(centred: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """Standard deviation over the last axis of values less their mean, of what is live; never zero."""
+    return mean(centred * centred, live).clamp_min(MIN_VARIANCE).sqrt()
 
 
 def dual_features(
@@ -49,10 +57,10 @@ def dual_features(
     knots: torch.Tensor,
     live_x: torch.Tensor | None = None,
     live_y: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     """Functions of the points x from which their dual, against the points y, is estimated.
 
-    In the order of the groups:
+    In the order of the features' axis:
 
     - `slices` exact potentials of the first coordinates; 0 where there is a mask;
     - `bquad`, one for each coordinate: the potential between two Gaussians in one dimension,
@@ -62,47 +70,81 @@ def dual_features(
       differs by from a parabola is convex (Brenier), and sums of hinges are what is convex and piecewise linear.
 
     Args:
-        x: coordinates of the points that the dual belongs to, (B, H, N, D), in a balanced basis.
-        y: coordinates of the points on the other side, (B, H, M, D), so that x.y is the score.
+        x: coordinates of the points that the dual belongs to, (B, H, D, N), in a balanced basis.
+        y: coordinates of the points on the other side, (B, H, D, M), so that the sum of x * y over D is the score.
         slices: number of coordinates, from the first, whose exact potential is taken.
         knots: (H, C, P) places of P hinges in each of the first C coordinates, in standard deviations.
         live_x: see `live_mask`; None where nothing is masked.
         live_y: the same.
 
     Returns:
-        Groups (B, H, N, F_i), in units of the scores, each function determined up to a constant over N.
+        (B, H, F, N), in units of the scores, each function determined up to a constant over N.
     """
-    y_mean = mean(y, live_y)
-    x = x - mean(x, live_x)
-    x_spread = mean(x * x, live_x).clamp_min(MIN_VARIANCE).sqrt()
-    y_spread = mean((y - y_mean) * (y - y_mean), live_y).sqrt()
-    groups = []
-    if slices:
-        first = potentials(x[..., :slices].transpose(-1, -2), y[..., :slices].transpose(-1, -2))
-        groups.append(first.transpose(-1, -2))
-    groups += [x * x * (-0.5 * y_spread / x_spread), -(x @ y_mean.transpose(-1, -2))]
-    if count := knots.shape[-2]:
-        places = knots * (x_spread * y_spread)[..., 0, :count, None]  # B H C P
-        scaled = (x * y_spread)[..., :count].unsqueeze(-1)  # B H N C 1
-        groups.append(torch.relu(scaled - places.unsqueeze(-3)).flatten(-2))
-    return groups if live_x is None else [group * live_x for group in groups]
+    x, y_mean = x - mean(x, live_x), mean(y, live_y)
+    x_spread, y_spread = spread(x, live_x), spread(y - y_mean, live_y)
+    bquad = -0.5 * (y_spread / x_spread) * x * x
+    towards_mean = -(x * y_mean).sum(dim=-2, keepdim=True)
+    groups = [*sorted_potentials(x, y, slices), bquad, towards_mean]
+    if knots.numel():
+        scales = y_spread[..., : knots.shape[-2], :].repeat_interleave(knots.shape[-1], dim=-2)
+        groups.append(scales * hinges(x, x_spread, knots))
+    features = torch.cat(groups, dim=-2)
+    return features if live_x is None else features * live_x
+
+
+def estimate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    slices: int,
+    knots: torch.Tensor,
+    weights: torch.Tensor,
+    live_x: torch.Tensor | None = None,
+    live_y: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Weights (H, S, F) times the features: (B, H, S, N). The arguments are those of `dual_features`.
+
+    What depends on a sample's moments multiplies the weights, which are few, and not the points.
+    """
+    x, y_mean = x - mean(x, live_x), mean(y, live_y)
+    x_spread, y_spread = spread(x, live_x).transpose(-1, -2), spread(y - y_mean, live_y).transpose(-1, -2)
+    sizes = (slices, x.shape[-2], 1, knots[0].numel())
+    of_slices, of_parabolas, of_mean, of_hinges = weights.split(sizes, dim=-1)
+    total = (-0.5 * (y_spread / x_spread) * of_parabolas) @ (x * x) - (of_mean * y_mean.transpose(-1, -2)) @ x
+    for sliced in sorted_potentials(x, y, slices):
+        total = total + of_slices @ sliced
+    if knots.numel():
+        scales = y_spread[..., : knots.shape[-2]].repeat_interleave(knots.shape[-1], dim=-1)
+        total = total + (of_hinges * scales) @ hinges(x, x_spread.transpose(-1, -2), knots)
+    return total if live_x is None else total * live_x
+
+
+def sorted_potentials(x: torch.Tensor, y: torch.Tensor, slices: int) -> list[torch.Tensor]:
+    """Exact potentials (B, H, slices, N) of the first coordinates, as a list of one; of none without slices."""
+    return [potentials(x[..., :slices, :], y[..., :slices, :])] if slices else []
+
+
+def hinges(centred: torch.Tensor, x_spread: torch.Tensor, knots: torch.Tensor) -> torch.Tensor:
+    """Hinges (B, H, C * P, N) of points less their mean (B, H, D, N), at knots (H, C, P) of their spread (B, H, D, 1)."""
+    count = knots.shape[-2]
+    places = knots.unsqueeze(-1) * x_spread[..., :count, :].unsqueeze(-2)  # B H C P 1
+    return torch.relu(centred[..., :count, :].unsqueeze(-2) - places).flatten(-3, -2)
 
 
 def dual_features_ref(x: torch.Tensor, y: torch.Tensor, slices: int, knots: torch.Tensor) -> torch.Tensor:
-    """Float64 reference of `dual_features`, function by function: (B, H, N, F)."""
+    """Float64 reference of `dual_features`, function by function: (B, H, F, N)."""
     x, y = x.double(), y.double()
-    quadratic, hinges = [], []
-    for i in range(x.shape[-1]):
-        deviation = x[..., i] - x[..., i].mean(dim=-1, keepdim=True)
+    quadratic, hinged = [], []
+    for i in range(x.shape[-2]):
+        deviation = x[..., i, :] - x[..., i, :].mean(dim=-1, keepdim=True)
         spread_x = deviation.square().mean(dim=-1, keepdim=True).clamp_min(MIN_VARIANCE).sqrt()
-        spread_y = y[..., i].std(dim=-1, keepdim=True, correction=0)
+        spread_y = y[..., i, :].var(dim=-1, keepdim=True, correction=0).clamp_min(MIN_VARIANCE).sqrt()
         quadratic.append(-0.5 * spread_y / spread_x * deviation**2)
         if i < knots.shape[-2]:
             for knot in knots[:, i].double().unbind(dim=-1):
-                hinges.append(spread_y * (deviation - knot[:, None] * spread_x).clamp_min(0))
-    sliced = [potentials_ref(x[..., i], y[..., i]) for i in range(slices)]
-    towards_mean = -torch.einsum("bhnd,bhd->bhn", x - x.mean(dim=-2, keepdim=True), y.mean(dim=-2))
-    return torch.stack([*sliced, *quadratic, towards_mean, *hinges], dim=-1)
+                hinged.append(spread_y * (deviation - knot[:, None] * spread_x).clamp_min(0))
+    sliced = [potentials_ref(x[..., i, :], y[..., i, :]) for i in range(slices)]
+    towards_mean = -torch.einsum("bhdn,bhd->bhn", x - x.mean(dim=-1, keepdim=True), y.mean(dim=-1))
+    return torch.stack([*sliced, *quadratic, towards_mean, *hinged], dim=-2)
 
 
 def target_dual(scores: torch.Tensor, half_steps: int) -> torch.Tensor:
@@ -153,7 +195,7 @@ class SlicedDual(nn.Module):
         if params.weights:
             # What all sets make of the features is one product.
             features = params.weights[0].shape[-1]
-            self.register_buffer("feature_weights", torch.stack([w[:, :features] for w in params.weights], dim=-1))
+            self.register_buffer("feature_weights", torch.stack([w[:, :features] for w in params.weights], dim=-2))
             for step, weights in enumerate(params.weights[1:], start=1):
                 self.register_buffer(f"closure_weights_{step}", weights[:, None, features:])  # H 1 step
 
@@ -173,13 +215,12 @@ class SlicedDual(nn.Module):
         """Exchange queries and keys of a loop that ends on columns, so that it ends on rows."""
         return (scores, queries, keys) if self.last == "rows" else (scores.transpose(-1, -2), keys, queries)
 
-    def features(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> list[torch.Tensor]:
-        """Groups (B, H, M, F_i) of features of the keys, of oriented arguments."""
-        bases = self.query_basis, self.key_basis
-        query_basis, key_basis = bases if self.last == "rows" else bases[::-1]
-        live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
-        x, y = project(keys, key_basis), project(queries, query_basis)
-        return dual_features(x, y, self.slices, self.knots, live_columns, live_rows)
+    def coordinates(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Coordinates of the keys and of the queries, of oriented arguments."""
+        key_basis, query_basis = self.key_basis, self.query_basis
+        if self.last == "columns":
+            key_basis, query_basis = query_basis, key_basis
+        return project(keys, key_basis), project(queries, query_basis)
 
     def scale_columns(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
@@ -190,22 +231,20 @@ class SlicedDual(nn.Module):
             The kernel (B, H, N, M), the scaling vector (B, H, 1, M) of its columns, and the closures
             (B, H, 1, M) of all estimates, 0 where masked.
         """
-        groups = self.features(scores, queries, keys)
-        shares = self.feature_weights.split([group.shape[-1] for group in groups], dim=-2)
-        estimates = sum(group @ weights for group, weights in zip(groups, shares, strict=True))  # B H M sets
-        estimates = torch.as_tensor(estimates).transpose(-1, -2)
+        live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
+        points = self.coordinates(queries, keys)
+        estimates = estimate(*points, self.slices, self.knots, self.feature_weights, live_columns, live_rows)
         first = estimates[..., :1, :]
-        live = live_mask(scores)[1].transpose(-1, -2) if self.masked else None
         kernel = row_softmax(scores + first, self.masked)
         v = column_scaling(kernel, kernel.new_ones(1, kernel.shape[-2]))
-        closures = [close(first, v, live)]
+        closures = [close(first, v, live_columns)]
         for step in range(1, self.steps + 1):
             weights: torch.Tensor = getattr(self, f"closure_weights_{step}")
             dual = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
             relative = dual - first
             v = torch.exp(relative - relative.amax(dim=-1, keepdim=True))
             v = column_scaling(kernel, row_scaling(kernel, v))
-            closures.append(close(first, v, live))
+            closures.append(close(first, v, live_columns))
         return kernel, v, closures
 
     def vectors(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -213,11 +252,13 @@ class SlicedDual(nn.Module):
 
         N takes the place of M where the loop ends on columns.
         """
-        oriented = self.orient(scores, queries, keys)
-        features = torch.cat(self.features(*oriented), dim=-1).transpose(-1, -2)
+        scores, queries, keys = self.orient(scores, queries, keys)
+        live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
+        points = self.coordinates(queries, keys)
+        features = dual_features(*points, self.slices, self.knots, live_columns, live_rows)
         if self.steps < 0:
             return features
-        _, _, closures = self.scale_columns(*oriented)
+        _, _, closures = self.scale_columns(scores, queries, keys)
         return torch.cat([features, *closures], dim=-2)
 
     def forward(
@@ -232,14 +273,8 @@ class SlicedDual(nn.Module):
             values: (B, H, M, E).
         """
         kernel, v, _ = self.scale_columns(*self.orient(scores, queries, keys))
-        if self.last == "rows" and values is not None:
-            return weigh(row_normalised_output(kernel, v, values), self.mass)
-        u = weigh(row_scaling(kernel, v), self.mass).transpose(-1, -2)
-        if self.last == "rows":
-            return u * kernel * v
-        if values is not None:
-            return v.transpose(-1, -2) * (kernel.transpose(-1, -2) @ (u * values))
-        return (u * kernel * v).transpose(-1, -2)
+        u = weigh(row_scaling(kernel, v), self.mass)
+        return scaled_plan(kernel, u, v, values, turned=self.last == "columns")
 
 
 def close(first: torch.Tensor, v: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
@@ -262,11 +297,11 @@ def sliced_dual_plan_ref(
     check_shape(dims, queries, "B H N D")
     check_shape(dims, keys, "B H M D")
     scores = scores.double()
-    x = torch.einsum("bhnd,hdl->bhnl", queries.double(), params.query_basis.double())
-    y = torch.einsum("bhmd,hdl->bhml", keys.double(), params.key_basis.double())
+    x = torch.einsum("bhnd,hdl->bhln", queries.double(), params.query_basis.double())
+    y = torch.einsum("bhmd,hdl->bhlm", keys.double(), params.key_basis.double())
     if last == "columns":
         scores, x, y = scores.transpose(-1, -2), y, x
-    vectors = list(dual_features_ref(y, x, params.slices, params.knots).unbind(dim=-1))
+    vectors = list(dual_features_ref(y, x, params.slices, params.knots).unbind(dim=-2))
     g = torch.zeros(())
     for weights in params.weights:
         g = torch.einsum("hf,bhfm->bhm", weights.double(), torch.stack(vectors, dim=-2))

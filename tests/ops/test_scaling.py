@@ -10,9 +10,9 @@ from asapc.ops.scaling import (
     LOWEST_LIVE,
     column_scaling,
     log_row_softmax,
-    row_normalised_output,
     row_scaling,
     row_softmax,
+    scaled_plan,
     scaling_exponent,
 )
 
@@ -71,14 +71,18 @@ def test_a_column_scaling_makes_the_columns_equal_in_sum(scores):
     assert difference(columns, columns[..., :1].expand_as(columns)) < FLOAT64
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @quick
 @given(scores_within_range)
-def test_the_row_normalised_output_is_the_plan_after_a_row_step_times_the_values(scores):
+def test_a_scaled_plan_times_values_is_the_product_of_the_two(turned, scores):
     kernel, shift = scaling_kernel(scores)
-    v = column_scaling(kernel, shift.exp())
-    values = torch.linspace(-1, 2, 4 * scores.shape[-1], dtype=torch.float64).view(-1, 4).expand(2, 3, -1, -1)
-    plan = row_scaling(kernel, v).transpose(-1, -2) * kernel * v
-    assert difference(row_normalised_output(kernel, v, values), plan @ values) < FLOAT64
+    u = shift.exp()
+    v = column_scaling(kernel, u)
+    plan = u.transpose(-1, -2) * kernel * v
+    plan = plan.transpose(-1, -2) if turned else plan
+    values = torch.linspace(-1, 2, 4 * plan.shape[-1], dtype=torch.float64).view(-1, 4).expand(2, 3, -1, -1)
+    assert difference(scaled_plan(kernel, u, v, None, turned), plan) < FLOAT64
+    assert difference(scaled_plan(kernel, u, v, values, turned), plan @ values) < FLOAT64
 
 
 @quick
@@ -91,7 +95,8 @@ def test_extreme_scores_stay_finite_in_float32(scores):
         v = column_scaling(kernel, u)
         assert torch.isfinite(u).all()
         assert torch.isfinite(v).all()
-    assert torch.isfinite(row_normalised_output(kernel, v, torch.ones(2, 3, scores.shape[-1], 2))).all()
+    values = torch.ones(2, 3, scores.shape[-1], 2)
+    assert torch.isfinite(scaled_plan(kernel, row_scaling(kernel, v), v, values, turned=False)).all()
 
 
 @quick

@@ -13,6 +13,7 @@ from asapc.ops.sliced_dual import (
     SlicedDual,
     dual_features,
     dual_features_ref,
+    estimate,
     live_mask,
     project,
     sliced_dual_plan_ref,
@@ -76,17 +77,30 @@ def test_the_operator_equals_its_reference(case):
 def test_features_equal_their_reference(case):
     params, _, queries, keys, _, _ = case
     x, y = project(queries, params.query_basis), project(keys, params.key_basis)
-    seen = torch.cat(dual_features(x, y, params.slices, params.knots), dim=-1)
-    assert seen.shape == (2, HEADS, queries.shape[-2], params.weights[0].shape[-1])
+    seen = dual_features(x, y, params.slices, params.knots)
+    assert seen.shape == (2, HEADS, params.weights[0].shape[-1], queries.shape[-2])
     # Each is determined up to a constant over the points.
-    seen = seen - seen.mean(dim=-2, keepdim=True)
+    seen = seen - seen.mean(dim=-1, keepdim=True)
     expected = dual_features_ref(x, y, params.slices, params.knots)
-    assert difference(seen, expected - expected.mean(dim=-2, keepdim=True)) < tolerance(queries)
+    assert difference(seen, expected - expected.mean(dim=-1, keepdim=True)) < tolerance(queries)
+
+
+@quick
+@given(cases(dtypes=[torch.float64]), st.booleans())
+def test_an_estimate_is_the_features_times_the_weights(case, masked):
+    params, _, queries, keys, _, _ = case
+    x, y = project(queries, params.query_basis), project(keys, params.key_basis)
+    slices = 0 if masked else params.slices
+    weights = params.weights[0][:, None, params.slices - slices :]
+    live = [(torch.arange(p.shape[-1]) <= p.shape[-1] // 2).double().expand(2, HEADS, 1, -1) for p in (x, y)]
+    live = live if masked else []
+    expected = weights @ dual_features(x, y, slices, params.knots, *live)
+    assert difference(estimate(x, y, slices, params.knots, weights, *live), expected) < FLOAT64
 
 
 def test_projection_takes_the_columns_of_the_basis_for_directions():
     points, basis = torch.randn(2, HEADS, 5, DIM), torch.randn(HEADS, DIM, DIM)
-    expected = torch.einsum("bhnd,hdl->bhnl", points, basis)
+    expected = torch.einsum("bhnd,hdl->bhln", points, basis)
     assert difference(project(points, basis), expected) < FLOAT32
 
 
@@ -128,7 +142,7 @@ def test_the_vectors_are_the_features_and_every_closure_so_far(case):
     vectors = SlicedDual(params, last).vectors(scores, queries, keys)
     x, y = project(queries, params.query_basis), project(keys, params.key_basis)
     oriented, points, others = (scores, y, x) if last == "rows" else (scores.transpose(-1, -2), x, y)
-    expected = list(dual_features_ref(points, others, params.slices, params.knots).unbind(dim=-1))
+    expected = list(dual_features_ref(points, others, params.slices, params.knots).unbind(dim=-2))
     for weights in params.weights:
         estimate = torch.einsum("hf,bhfm->bhm", weights, torch.stack(expected, dim=-2))
         expected.append(column_step(oriented, row_step(oriented, estimate)))
@@ -142,8 +156,8 @@ def test_without_weights_the_vectors_are_the_features():
     basis = torch.eye(DIM).repeat(HEADS, 1, 1)
     operator = SlicedDual(SlicedDualParams(basis, basis, slices=2, knots=torch.zeros(HEADS, 0, 0)))
     given_points = torch.randn(2, HEADS, 5, 7), torch.randn(2, HEADS, 5, DIM), torch.randn(2, HEADS, 7, DIM)
-    expected = torch.cat(operator.features(*given_points), dim=-1).transpose(-1, -2)
-    assert torch.equal(operator.vectors(*given_points), expected)
+    expected = dual_features(*(points.transpose(-1, -2) for points in given_points[:0:-1]), 2, operator.knots)
+    assert difference(operator.vectors(*given_points), expected) < FLOAT32
 
 
 @quick
