@@ -140,7 +140,16 @@ def compile_command(
         list[str] | None,
         typer.Option(
             help="Term of the budget: agreement>=X, metric-drop<=POINTS, relc<=X or column-marginal<=X.",
-            show_default="agreement>=0.98, relc<=0.1",
+            show_default="agreement>=0.98, relc<=0.08",
+        ),
+    ] = None,
+    level: Annotated[
+        int | None,
+        typer.Option(
+            "-O",
+            metavar="LEVEL",
+            help="0 leaves the loops as written, 1 rewrites them exactly, 2 approximates within the budget.",
+            show_default="2",
         ),
     ] = None,
     early_stop: Annotated[
@@ -177,6 +186,7 @@ def compile_command(
             "calib": calib,
             **loading_options(model, model_args, inputs, input_shape, unsafe_load),
             "fidelity": tuple(fidelity) if fidelity else None,
+            "level": level,
             "early_stop": early_stop.value if early_stop else None,
             "slices": tuple(slices) if slices else None,
             "batches": tuple(batch) if batch else None,
@@ -316,8 +326,9 @@ def stages(shown: bool) -> Iterator[Callable[[Event], None]]:
 
 
 def show_report(folder: Path, data: dict[str, Any]) -> None:
-    """Print the two tables, what they say in words, and where the files are."""
+    """Print the tables, what they say in words, and where the files are."""
     out.print(choices_table(data["sites"]))
+    out.print(bill_table(data["sites"]))
     out.print(latency_table(data))
     fidelity, latency = data["fidelity"], data["latency"]
     show_early_stops(data["early_stops"])
@@ -373,11 +384,41 @@ def choices_table(sites: list[dict[str, Any]]) -> Table:
             site["name"],
             f"{site['queries']} x {site['keys']}",
             f"{site['half_steps']} -> {choice['half_steps']}",
-            choice["operator"] + (f", {choice['slices']} slices" if choice["slices"] else ""),
+            named(choice),
             "" if cost is None else f"{cost['relc']:.3f}",
             "" if cost is None else f"{cost['column_marginal_error']:.3f}",
         )
     return made
+
+
+def bill_table(sites: list[dict[str, Any]]) -> Table:
+    """What the neighbours of each choice would have cost and given; all of them stand in report.json."""
+    made = table("What else there was, by estimate and on calibration samples", "site|operator|half-steps|ms|relc", ())
+    for column in made.columns[:2]:
+        column.justify = "left"
+    for site in sites:
+        choice = site["choice"]
+        chosen = {key: value for key, value in choice.items() if key not in ("reason", "front")}
+        front = choice["front"]
+        at = front.index(chosen) if chosen in front else len(front) - 1
+        near = front[max(at - 1, 0) : at + 2]
+        for candidate in [*near, *(c for c in front[-1:] if c not in near)]:
+            made.add_row(
+                site["name"] if candidate is near[0] else "",
+                named(candidate) + ("  <- chosen" if candidate == chosen else ""),
+                str(candidate["half_steps"]),
+                "" if candidate["estimated_ms"] is None else f"{candidate['estimated_ms']:.2f}",
+                "" if candidate["calibration_relc"] is None else f"{candidate['calibration_relc']:.2g}",
+                end_section=candidate is front[-1],
+            )
+    return made
+
+
+def named(candidate: dict[str, Any]) -> str:
+    """An operator with what sets it apart."""
+    more = [f"{candidate['slices']} slices"] if candidate["slices"] else []
+    more += ["hinges"] if "hinges" in candidate["features"] else []
+    return ", ".join([candidate["operator"], *more])
 
 
 def epsilon(site: dict[str, Any]) -> str:

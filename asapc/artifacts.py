@@ -9,16 +9,13 @@ units of the temperature: the plan is exp(scores + f + g), scores = scale * q.k.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from asapc.results import SiteFidelity
-
 Axis = Literal["rows", "columns"]
-Operator = Literal["keep", "exact", "truncated", "sliced_dual"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,105 +214,6 @@ class Findings:
     sites: tuple[Site, ...]
     misses: tuple[Miss, ...]
     early_stops: EarlyStops | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Regression:
-    """Sufficient statistics of one least-squares problem per head; float64, both centred over the points of a sample.
-
-    Attributes:
-        gram: (H, F, F) sum over samples and points of products of features.
-        moment: (H, F) sum of feature times target.
-        energy: (H,) sum of the target's square.
-        count: number of summed terms (samples * points).
-    """
-
-    gram: Tensor
-    moment: Tensor
-    energy: Tensor
-    count: int
-
-
-class FeatureSet(NamedTuple):
-    """What a dual is estimated from, beside a parabola for each coordinate and the mean of the other side.
-
-    Attributes:
-        slices: number of coordinates whose exact potential is taken, by sorting.
-        pieces: linear pieces that hinges give the first coordinates; 0 for no hinges.
-    """
-
-    slices: int = 0
-    pieces: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class SlicedDualParams:
-    """What the sliced-dual operator of one site needs.
-
-    Attributes:
-        query_basis, key_basis: (H, D, D), so that (q @ query_basis).(k @ key_basis) is the score without any bias.
-        slices: number of slices L, the first columns of the bases.
-        knots: (H, C, P) places of P hinges in each of the first C coordinates, in standard deviations; C may be 0.
-        weights: linear maps to the dual. The first is (H, F), over the features of
-            `ops.sliced_dual.dual_features`; each further one is a fitted closure step, (H, F + 1),
-            (H, F + 2) ..., over the features and the closures so far. Empty before the fit.
-    """
-
-    query_basis: Tensor
-    key_basis: Tensor
-    slices: int
-    knots: Tensor
-    weights: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """An operator that could stand in the place of one site.
-
-    Attributes:
-        operator: "keep" leaves the site as it is, "exact" is the scaling form of the same half-steps,
-            "truncated" the scaling form of fewer, "sliced_dual" the fitted approximation.
-        half_steps: half-steps over the scores that the operator takes.
-        cost: estimated milliseconds at the largest batch; infinite for a loop as it was written.
-        fidelity: on calibration samples that were not fitted; None where it was not looked at.
-        params: of a sliced dual, else None.
-    """
-
-    operator: Operator
-    half_steps: int
-    cost: float
-    fidelity: SiteFidelity | None = None
-    params: SlicedDualParams | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """The operator that a plan puts in the place of one site, and what else there was.
-
-    Attributes:
-        candidate: what was chosen.
-        reason: why this one.
-        front: the candidates that no other beats in both cost and error, cheapest first.
-    """
-
-    candidate: Candidate
-    reason: str
-    front: tuple[Candidate, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """One choice for each site, by the site's name.
-
-    Attributes:
-        choices: by the site's name.
-        wide: sites whose scores spread so far that the scaling form has to level its kernel twice, see `ops.scaling`.
-        repairs: how often a site got a closer operator because the whole model missed the budget on held-out samples.
-    """
-
-    choices: Mapping[str, Choice]
-    wide: frozenset[str] = frozenset()
-    repairs: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from asapc.artifacts import CapturedGraph, FeatureSet, Regression, Samples, Site, SlicedDualParams
+from asapc.artifacts import CapturedGraph, Samples, Site
+from asapc.choices import FeatureSet, Regression, SlicedDualParams
 from asapc.fit import fit
 from asapc.ops.scaling import LOWEST_LIVE
-from asapc.ops.sliced_dual import SlicedDual, live_mask, mean, project, spread, target_dual
+from asapc.ops.features import live_mask, mean, project, spread
+from asapc.ops.sliced_dual import SlicedDual, target_dual
 from asapc.passes.layout import operands, score_factor, site_inputs
 from asapc.passes.record import record
 

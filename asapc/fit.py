@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from asapc.artifacts import Regression
+from asapc.choices import Regression
 
 # Relative; all features have the units of the scores, so that their spreads compare.
 SMALLEST_SPREAD = 1e-6

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from asapc.archives import sha256
-from asapc.artifacts import EngineArtifact, OnnxArtifact, Plan, Site
+from asapc.artifacts import EngineArtifact, OnnxArtifact, Site
+from asapc.choices import Plan
 from asapc.errors import OutputError
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asapc.artifacts import CapturedGraph, Findings, LoadedModel, Plan, Samples, Site
+from asapc.artifacts import CapturedGraph, Findings, LoadedModel, Samples, Site
+from asapc.choices import Plan
 from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx

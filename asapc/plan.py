@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
-import torch
 from torch import nn
 
-from asapc.artifacts import Candidate, CapturedGraph, Choice, FeatureSet, Plan, Samples, Site, SlicedDualParams
+from asapc.artifacts import CapturedGraph, Samples, Site
+from asapc.choices import Candidate, Choice, FeatureSet, Plan, SlicedDualParams
 from asapc.backends.eager.runner import EagerRunner
 from asapc.calibrate import BATCH, Fitted, calibrate, masked_scores
 from asapc.config import DEFAULT_BUDGET, SITE_METRICS, CompileConfig
@@ -193,7 +193,7 @@ def repair(
     config: CompileConfig,
     advance: Callable[[str], None],
 ) -> Plan:
-    """Spend on closer operators until the whole model keeps the budget on held-out samples, or nothing is left to buy."""
+    """Spend on closer operators until the whole model keeps the budget on held-out samples, or nothing is left."""
     while True:
         advance(f"checking the whole model, {chosen.repairs} repairs")
         fidelity = check(graph, sites, chosen, held_out)

@@ -7,7 +7,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from asapc.artifacts import Candidate, Choice, EarlyStops, Findings, LoadedModel, Miss, Plan, Site
+from asapc.artifacts import EarlyStops, Findings, LoadedModel, Miss, Site
+from asapc.choices import Candidate, Choice, Plan
 from asapc.results import Fidelity, Latency
 
 SCHEMA = "asapc.report/1"

@@ -131,12 +131,16 @@ def amortised(
     expected: list[Tensor],
 ) -> Row:
     """The operators that the default budget gets, and what they do to the outputs."""
-    chosen = plan(graph, findings.sites, Samples(fitted), CompileConfig())
+    chosen = plan(graph, findings.sites, Samples(fitted), Samples(held_out), CompileConfig(fidelity=("relc<=0.08",)))
     modules = operators(findings.sites, chosen)
     rewritten = RewriteSinkhorn(findings.sites, modules)(graph.program.module()).program
     return {
         "choices": [
-            {"operator": choice.operator, "half_steps": choice.half_steps, "reason": choice.reason}
+            {
+                "operator": choice.candidate.operator,
+                "half_steps": choice.candidate.half_steps,
+                "reason": choice.reason,
+            }
             for choice in chosen.choices.values()
         ],
         "amortised_difference": worst(outputs(rewritten, held_out), expected),

@@ -109,13 +109,16 @@ def score_factor(site: Site, dtype: torch.dtype) -> Tensor | None:
     return factor.to(dtype).reshape(-1, 1, 1)
 
 
-def site_inputs(site: Site, tensors: Sequence[Tensor], factor: Tensor | None) -> list[Tensor | None]:
+def site_inputs(
+    site: Site, tensors: Sequence[Tensor], factor: Tensor | None, turned: bool = False
+) -> list[Tensor | None]:
     """Arguments of a site's operator: scores, queries, keys and values, (B, H, ...) each, None where it has none.
 
     Args:
         site: the site.
         tensors: values of `operands(site)`, in that order, in the graph's own layout.
         factor: what `score_factor` gave for the site; apart, since it takes no part in tracing.
+        turned: whether the scores of a product are wanted as (B, H, M, N): made that way they need no transposition.
     """
     rest = list(tensors)
     batch = None
@@ -140,7 +143,8 @@ def site_inputs(site: Site, tensors: Sequence[Tensor], factor: Tensor | None) ->
         assert queries is not None
         assert keys is not None
         scaled = queries if factor is None else queries * factor
-        return [scaled @ keys.transpose(-1, -2), queries, keys, values]
+        scores = keys @ scaled.transpose(-1, -2) if turned else scaled @ keys.transpose(-1, -2)
+        return [scores, queries, keys, values]
     if site.exponential:
         scores = scores.log()
     return [scores if factor is None else scores * factor, queries, keys, values]

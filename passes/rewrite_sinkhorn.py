@@ -5,7 +5,7 @@ reads it too; the loop before it dies for want of readers. Exporting the result 
 the graph, so its graph comes from its one definition in torch, and no node is built by hand.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,9 @@ class InLayout(nn.Module):
         """What stands at the node that is replaced, of the values of `operands(site)`."""
         site, target = self.site, replaced(self.site)
         given = [tensor if tensor.dtype == site.dtype else tensor.to(site.dtype) for tensor in tensors]
-        result: Tensor = self.operator(*site_inputs(site, given, self.factor))
+        turned = site.product and bool(getattr(self.operator, "turned", False))
+        run: Callable[..., Tensor] = self.operator.oriented if turned else self.operator  # type: ignore[assignment]
+        result = run(*site_inputs(site, given, self.factor, turned))
         result = result if result.dtype == self.dtype else result.to(self.dtype)
         return restore(result, target.axes, "nm" if site.output is None else "ne", site.groups, site.heads)
 

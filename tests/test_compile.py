@@ -221,7 +221,7 @@ def test_the_operators_parameters_are_there_for_every_site(report):
         assert tensors[f"{name}.scale"].shape == (heads,)
         assert tensors[f"{name}.query_basis"].shape == (heads, size, size)
         assert tensors[f"{name}.key_basis"].shape == (heads, size, size)
-        steps = site["choice"]["half_steps"] // 2
+        steps = (site["choice"]["half_steps"] - 1) // 2
         assert sum(key.startswith(f"{name}.weights.") for key in tensors) == steps
     assert all(value.dtype == np.float32 and np.isfinite(value).all() for value in tensors.values())
 
@@ -231,7 +231,7 @@ def test_a_second_run_gives_the_same_bytes(report, shipped, tmp_path):
     code = f"""
 from pathlib import Path
 import asapc
-config = asapc.CompileConfig(out=Path("out"), batches=(1,), seconds=0.1, threads=1)
+config = asapc.CompileConfig(out=Path("out"), seconds=0.1, threads=1)
 asapc.compile_model({str(shipped)!r}, config)
 """
     environment = {**os.environ, **ONE_THREAD, "PYTHONHASHSEED": "12345"}

@@ -3,14 +3,15 @@ import pytest
 import torch
 from tolerances import FLOAT64, RIDGE, difference
 
-from asapc.artifacts import Regression
-from asapc.fit import ridge
+from asapc.choices import Regression
+from asapc.fit import PENALTIES, fit, residual, ridge
 
 
 def regression(features, target):
     """Statistics of features (rows, H, F) and target (rows, H)."""
     gram = torch.einsum("nhf,nhe->hfe", features, features)
-    return Regression(gram, torch.einsum("nhf,nh->hf", features, target), len(features))
+    moment = torch.einsum("nhf,nh->hf", features, target)
+    return Regression(gram, moment, target.square().sum(dim=0), len(features))
 
 
 def problem(rows=50, heads=3, features=4):
@@ -78,3 +79,19 @@ def test_equal_features_share_their_weight():
 def test_features_that_are_all_zero_get_weights_zero():
     x, y = problem()
     assert (ridge(regression(torch.zeros_like(x), y), 1e-3) == 0).all()
+
+
+def test_the_residual_is_the_sum_of_squared_errors():
+    x, y = problem()
+    weights = torch.randn(3, 4, dtype=torch.float64)
+    expected = (y - torch.einsum("nhf,hf->nh", x, weights)).square().sum(dim=0)
+    assert difference(residual(regression(x, y), weights), expected) < FLOAT64
+
+
+def test_each_head_gets_the_penalty_that_serves_other_samples_best():
+    x, y = problem(rows=9)
+    others_x, others_y = problem(rows=200)
+    fitting, selection = regression(x, y), regression(others_x, others_y)
+    weights = fit(fitting, selection)
+    least = torch.stack([residual(selection, ridge(fitting, penalty)) for penalty in PENALTIES]).amin(dim=0)
+    assert difference(residual(selection, weights), least) < FLOAT64

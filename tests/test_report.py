@@ -1,12 +1,14 @@
 import json
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
 
-from asapc.artifacts import Choice, EarlyStops, Findings, LoadedModel, Miss, Operand, Plan, Site, SlicedDualParams
+from asapc.artifacts import EarlyStops, Findings, LoadedModel, Miss, Operand, Site
+from asapc.choices import Candidate, Choice, Plan, SlicedDualParams
 from asapc.environment import environment
 from asapc.report import early_stop_data, early_stop_note, miss_data, report_data, site_data
 from asapc.results import Fidelity, Hop, Latency, LatencyRun, Metric, SiteFidelity, VariantFidelity
@@ -57,12 +59,15 @@ def matching(name: str) -> Site:
 
 def report() -> dict:
     sites = (site("a", [1.0, 1.0]), site("b", [1.0, 2.0]), matching("c"))
-    basis, weights = torch.eye(16).expand(2, -1, -1), (torch.zeros(2, 25), torch.zeros(2, 26))
+    basis, knots = torch.eye(16).expand(2, -1, -1), torch.zeros(2, 0, 0)
+    params = SlicedDualParams(basis, basis, 8, knots, (torch.zeros(2, 25), torch.zeros(2, 26)))
+    quality = SiteFidelity(0.1, 0.1, 0.0, 0.1)
+    sliced, exact = Candidate("sliced_dual", 5, 1.0, quality, params), Candidate("exact", 40, 2.0, quality)
     plan = Plan(
         {
-            "a": Choice("sliced_dual", 4, "why", SlicedDualParams(basis, basis, 8, weights)),
-            "b": Choice("keep", 40, "why"),
-            "c": Choice("exact", 40, "why"),
+            "a": Choice(sliced, "why", (sliced, exact)),
+            "b": Choice(Candidate("keep", 40, inf), "why", (exact,)),
+            "c": Choice(exact, "why"),
         }
     )
     fidelity = Fidelity(
@@ -144,7 +149,7 @@ def test_a_miss_carries_its_hint() -> None:
 
 def test_a_sliced_dual_names_its_features_and_a_kept_site_none() -> None:
     first, second, _ = (entry["choice"] for entry in report()["sites"])
-    assert first["features"] == ["slices", "bquad", "qmean"]
+    assert first["features"] == ["slices", "bquad", "mean"]
     assert first["closure_half_steps"] == 4
     assert second["features"] == []
     assert second["closure_half_steps"] == 0

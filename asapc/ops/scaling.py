@@ -27,7 +27,7 @@ def subtract_largest(scores: torch.Tensor, dim: int, masked: bool) -> tuple[torc
 
 
 def scaling_exponent(scores: torch.Tensor, masked: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exponent of a kernel that holds a 1 in every row and column, or is masked there, for a column step that comes first.
+    """Exponent of a kernel that holds a 1 in every row and column that is not masked, for a column step to come first.
 
     Args:
         scores: (B, H, N, M), with any query-side dual already added.
@@ -51,43 +51,61 @@ def log_row_softmax(scores: torch.Tensor, masked: bool = False) -> torch.Tensor:
     return scores - torch.log(torch.exp(scores).sum(dim=-1, keepdim=True).clamp_min(SMALLEST_SUM))
 
 
-def row_softmax(scores: torch.Tensor, masked: bool = False) -> torch.Tensor:
-    """Softmax over the last axis; with `masked` what lies below LOWEST_LIVE gets 0, whole rows of it too."""
-    if not masked:
-        return torch.softmax(scores, dim=-1)
+def start(scores: torch.Tensor, masked: bool, fused: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A kernel and the scaling vector of its rows with which they sum to 1, None for 1.
+
+    Args:
+        scores: (B, H, N, M).
+        masked: whether what lies below LOWEST_LIVE gets 0, whole rows of it too.
+        fused: whether softmax is the fastest way there. It is not where the scores had to be transposed first:
+            runtimes then take a slow softmax over the other axis.
+
+    Returns:
+        kernel (B, H, N, M), between 0 and 1, and the vector (B, H, 1, N).
+    """
+    if fused and not masked:
+        return torch.softmax(scores, dim=-1), None
     kernel = torch.exp(subtract_largest(scores, -1, masked)[0])
-    return kernel / kernel.sum(dim=-1, keepdim=True).clamp_min(SMALLEST_SUM)
+    return kernel, row_scaling(kernel, None)
 
 
-def column_scaling(kernel: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def column_scaling(kernel: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
     """Key-side vector (B, H, 1, M), up to a constant, that makes the columns of u * kernel * v equal in sum."""
+    u = kernel.new_ones(1, kernel.shape[-2]) if u is None else u
     return 1 / (u @ kernel).clamp_min(SMALLEST_SUM)
 
 
-def row_scaling(kernel: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def row_scaling(kernel: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:
     """Query-side vector (B, H, 1, N) that makes the rows of u * kernel * v sum to 1."""
-    return 1 / (v @ kernel.transpose(-1, -2)).clamp_min(SMALLEST_SUM)
+    return column_scaling(kernel.transpose(-1, -2), v)
 
 
 def scaled_plan(
-    kernel: torch.Tensor, u: torch.Tensor, v: torch.Tensor, values: torch.Tensor | None, turned: bool
+    kernel: torch.Tensor,
+    u: torch.Tensor | None,
+    v: torch.Tensor | None,
+    values: torch.Tensor | None,
+    turned: bool,
 ) -> torch.Tensor:
     """The plan u * kernel * v, or its product with values.
 
     Args:
         kernel: (B, H, N, M), or (B, H, M, N) with `turned`.
-        u: scaling vector of the kernel's rows, broadcast to (B, H, 1, rows).
-        v: scaling vector of its columns, broadcast to (B, H, 1, columns).
+        u: scaling vector of the kernel's rows, broadcast to (B, H, 1, rows); None for 1.
+        v: scaling vector of its columns, broadcast to (B, H, 1, columns); None for 1.
         values: (B, H, M, E), or None.
         turned: whether the kernel lies the other way than the plan.
 
     Returns:
         (B, H, N, E), or without values (B, H, N, M).
     """
-    u = u.transpose(-1, -2)
-    if values is None:
-        plan = u * kernel * v
-        return plan.transpose(-1, -2) if turned else plan
     if turned:
-        return v.transpose(-1, -2) * (kernel.transpose(-1, -2) @ (u * values))
-    return u * (kernel @ (v.transpose(-1, -2) * values))
+        kernel, u, v = kernel.transpose(-1, -2), v, u
+    right = values
+    if v is not None:
+        right = v if values is None else v.transpose(-1, -2) * values
+    if right is None:
+        product = kernel
+    else:
+        product = kernel * right if values is None else kernel @ right
+    return product if u is None else u.transpose(-1, -2) * product

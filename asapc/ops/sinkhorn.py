@@ -13,9 +13,9 @@ from asapc.ops.scaling import (
     column_scaling,
     log_row_softmax,
     row_scaling,
-    row_softmax,
     scaled_plan,
     scaling_exponent,
+    start,
 )
 
 
@@ -79,9 +79,11 @@ def sinkhorn_plan_ref(
     return plan(scores, *sinkhorn_duals(scores, half_steps, last, row_mass, column_mass))
 
 
-def weigh(vector: torch.Tensor, mass: torch.Tensor | float) -> torch.Tensor:
-    """Multiply a scaling vector, or what it scales, by what its axis is scaled to, where that is not 1."""
-    return vector if isinstance(mass, float) and mass == 1.0 else vector * mass
+def times(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """Product of two scaling vectors, None for 1."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one * other
 
 
 def kernel_spread(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> float:
@@ -140,20 +142,24 @@ class Sinkhorn(nn.Module):
     row_mass: torch.Tensor | None
     column_mass: torch.Tensor | None
 
-    def masses(self, kernel: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        """What the steps scale the kernel's rows and columns to, broadcast to (B, H, 1, rows) and (B, H, 1, columns).
+    def masses(self, kernel: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the steps scale the kernel's rows and columns to, (B, H, 1, rows) and (B, H, 1, columns); None for 1.
 
         On the axis that is not last a factor changes nothing, and is chosen so that both axes carry the same mass in
         all: if they did not, the scaling vectors would run apart with every repetition, out of the range of float32.
         """
-        n, m = kernel.shape[-2:] if not self.turned else (kernel.shape[-1], kernel.shape[-2])
-        given_rows = 1.0 if self.row_mass is None else self.row_mass
-        given_columns = n / m if self.column_mass is None else self.column_mass
-        rows, columns = (given_columns, given_rows) if self.turned else (given_rows, given_columns)
-        plain = not (self.masked or self.row_mass is not None or self.column_mass is not None)
-        if plain or self.half_steps <= 2:
+        n, m = kernel.shape[-2:][:: -1 if self.turned else 1]
+        default = None if n == m else kernel.new_full((1,), n / m)
+        given = (self.row_mass, default if self.column_mass is None else self.column_mass)
+        rows, columns = (
+            None if mass is None else mass.expand(size).unsqueeze(0)
+            for mass, size in zip(given[:: -1 if self.turned else 1], kernel.shape[-2:], strict=True)
+        )
+        uniform = self.row_mass is None and self.column_mass is None
+        if self.half_steps <= 2 or (uniform and not self.masked):
             return rows, columns
-        live_rows, live_columns = kernel.new_ones(1, kernel.shape[-2]), kernel.new_ones(1, kernel.shape[-1])
+        live_rows, live_columns = (kernel.new_ones(1, size) for size in kernel.shape[-2:])
+        rows, columns = live_rows if rows is None else rows, live_columns if columns is None else columns
         if self.masked:
             live_rows = (kernel.amax(dim=-1, keepdim=True) > 0).to(kernel.dtype).transpose(-1, -2)
             live_columns = (kernel.amax(dim=-2, keepdim=True) > 0).to(kernel.dtype)
@@ -180,21 +186,35 @@ class Sinkhorn(nn.Module):
             keys: not needed either.
             values: (B, H, M, E).
         """
-        scores = scores.transpose(-1, -2) if self.turned else scores
+        if self.turned:
+            return self.oriented(scores.transpose(-1, -2), queries, keys, values, fused=False)
+        return self.oriented(scores, queries, keys, values)
+
+    def oriented(
+        self,
+        scores: torch.Tensor,
+        queries: torch.Tensor | None,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        fused: bool = True,
+    ) -> torch.Tensor:
+        """Do as `forward`, of scores that lie (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
         exponent = log_row_softmax(scores, self.masked) if self.logarithm or self.wide else None
-        kernel = row_softmax(scores, self.masked) if exponent is None else torch.exp(exponent)
+        kernel, u = start(scores, self.masked, fused) if exponent is None else (torch.exp(exponent), None)
         rows, columns = self.masses(kernel)
-        u = weigh(scores.new_ones(1, scores.shape[-2]), rows)
+        u = times(u, rows)
         if self.wide and exponent is not None and self.half_steps > 1:
             exponent, shift = scaling_exponent(exponent, self.masked)
-            kernel, u = torch.exp(exponent), u * torch.exp(shift)
-        v = scores.new_ones(1, scores.shape[-1])
+            kernel, u = torch.exp(exponent), times(u, torch.exp(shift))
+        v: torch.Tensor | None = None
         for step in range(1, self.half_steps):
             if step % 2:
-                v = weigh(column_scaling(kernel, u), columns)
+                v = times(column_scaling(kernel, u), columns)
             else:
-                u = weigh(row_scaling(kernel, v), rows)
+                u = times(row_scaling(kernel, v), rows)
         if self.logarithm and exponent is not None:
-            log_plan = exponent + torch.log(u).transpose(-1, -2) + torch.log(v)
+            log_plan = exponent
+            log_plan = log_plan if u is None else log_plan + torch.log(u).transpose(-1, -2)
+            log_plan = log_plan if v is None else log_plan + torch.log(v)
             return log_plan.transpose(-1, -2) if self.turned else log_plan
         return scaled_plan(kernel, u, v, values, self.turned)

@@ -8,7 +8,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from asapc.artifacts import CapturedGraph, OnnxArtifact, Samples, SlicedDualParams
+from asapc.artifacts import CapturedGraph, OnnxArtifact, Samples
+from asapc.choices import SlicedDualParams
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.tensorrt.builder import build_engine
 from asapc.capture import export

@@ -11,9 +11,9 @@ from asapc.ops.scaling import (
     column_scaling,
     log_row_softmax,
     row_scaling,
-    row_softmax,
     scaled_plan,
     scaling_exponent,
+    start,
 )
 
 quick = settings(max_examples=40, deadline=None)
@@ -105,7 +105,8 @@ def test_where_nothing_is_masked_the_masked_forms_change_nothing(scores):
     for masked, plain in zip(scaling_exponent(scores, masked=True), scaling_exponent(scores), strict=True):
         assert torch.equal(masked, plain)
     assert difference(log_row_softmax(scores, masked=True), scores.log_softmax(dim=-1)) < FLOAT64
-    assert difference(row_softmax(scores, masked=True), scores.softmax(dim=-1)) < FLOAT64
+    for masked, fused in ((False, True), (False, False), (True, True)):
+        assert difference(scaled_plan(*start(scores, masked, fused), None, None, False), scores.softmax(-1)) < FLOAT64
 
 
 @pytest.mark.parametrize("mask", [-math.inf, -1e9, -1e4, torch.finfo(torch.float32).min])
@@ -125,7 +126,7 @@ def test_masked_rows_and_columns_have_a_kernel_of_zero_and_leave_the_others_as_t
     assert torch.equal(shift[..., :rows], expected_shift)
     assert (kernel[..., rows:, :] == 0).all()
     assert (kernel[..., columns:] == 0).all()
-    plan = row_softmax(masked, masked=True)
+    plan = scaled_plan(*start(masked, masked=True, fused=True), None, None, turned=False)
     assert difference(plan[..., :rows, :columns], live.softmax(dim=-1)) < FLOAT32
     assert (plan[..., rows:, :] == 0).all()
     assert (plan[..., columns:] == 0).all()

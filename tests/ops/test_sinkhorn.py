@@ -176,7 +176,14 @@ def test_the_loop_scales_to_the_masses_that_it_is_given(seed, n, m, half_steps, 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
 @quick
 @given(
-    seeds, sizes, sizes, st.integers(1, 41), axes, st.booleans(), st.booleans(), st.booleans(),
+    seeds,
+    sizes,
+    sizes,
+    st.integers(1, 41),
+    axes,
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
     st.sampled_from([0.1, 1.0, 8.0]),
 )
 def test_the_scaling_form_keeps_to_masses_as_the_reference_does(

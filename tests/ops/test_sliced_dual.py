@@ -6,19 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import FLOAT32, FLOAT64, difference
 
-from asapc.artifacts import SlicedDualParams
+from asapc.choices import SlicedDualParams
 from asapc.ops.c_transform import closure, column_step, plan, row_step
 from asapc.ops.sinkhorn import sinkhorn_duals, sinkhorn_plan_ref
-from asapc.ops.sliced_dual import (
-    SlicedDual,
-    dual_features,
-    dual_features_ref,
-    estimate,
-    live_mask,
-    project,
-    sliced_dual_plan_ref,
-    target_dual,
-)
+from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, project
+from asapc.ops.sliced_dual import SlicedDual, sliced_dual_plan_ref, target_dual
 
 quick = settings(max_examples=40, deadline=None)
 HEADS, DIM, MASS = 3, 4, 0.6
@@ -26,7 +18,7 @@ HEADS, DIM, MASS = 3, 4, 0.6
 
 @st.composite
 def cases(draw, dtypes=(torch.float64, torch.float32), most_slices=DIM):
-    """Random parameters of 1 to 4 sets of weights; scores, queries, keys and values, all of one dtype; the last axis."""
+    """Random parameters of 1 to 4 sets of weights; scores, queries, keys, values, all of one dtype; the last axis."""
     dtype = draw(st.sampled_from(dtypes))
     n, m, slices = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(0, most_slices))
     sets = draw(st.integers(1, 4))
