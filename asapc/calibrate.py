@@ -17,8 +17,8 @@ from torch import Tensor
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.choices import FeatureSet, Regression, SlicedDualParams
 from asapc.fit import fit
-from asapc.ops.scaling import LOWEST_LIVE
 from asapc.ops.features import live_mask, mean, project, spread
+from asapc.ops.scaling import LOWEST_LIVE
 from asapc.ops.sliced_dual import SlicedDual, target_dual
 from asapc.passes.layout import operands, score_factor, site_inputs
 from asapc.passes.record import record

@@ -134,7 +134,7 @@ class CompileConfig:
             choices = " or ".join(get_args(EarlyStopRule))
             raise OptionError(f"early_stop is {self.early_stop!r}", f"give early_stop the value {choices}")
         if self.level not in LEVELS:
-            raise OptionError(f"level is {self.level}", "give -O0, -O1 or -O2")
+            raise OptionError(f"level is {self.level}", "give the level 0, 1 or 2")
         if self.seed >= 2**63:
             raise OptionError(f"seed is {self.seed}", "give seed a value below 2^63")
         if not 0 < self.seconds < inf:

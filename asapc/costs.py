@@ -1,8 +1,8 @@
 """Estimates what an operator costs on the target runtime.
 
 The estimate is a sum of units of work, each times milliseconds that `python -m benchmarks.costs` has measured. They
-were measured once and are kept in `costs.json`, rather than anew in each compilation, so that a plan does not hang on the
-noise of a machine: the same checkpoint gives the same model, byte for byte.
+were measured once and are kept in `costs.json`, rather than anew in each compilation, so that a plan does not hang on
+the noise of a machine: the same checkpoint gives the same model, byte for byte.
 """
 
 import json

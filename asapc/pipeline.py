@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from asapc.artifacts import CapturedGraph, Findings, LoadedModel, Samples, Site
-from asapc.choices import Plan
 from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
@@ -18,6 +17,7 @@ from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.onnxruntime.splicer import splice_onnx
 from asapc.backends.tensorrt.builder import build_engine
 from asapc.capture import capture, export, order_inputs
+from asapc.choices import Plan
 from asapc.config import CompileConfig
 from asapc.environment import cpu_name, environment
 from asapc.errors import NoSinkhornError, SamplesError

@@ -7,9 +7,9 @@ from math import inf
 from torch import nn
 
 from asapc.artifacts import CapturedGraph, Samples, Site
-from asapc.choices import Candidate, Choice, FeatureSet, Plan, SlicedDualParams
 from asapc.backends.eager.runner import EagerRunner
 from asapc.calibrate import BATCH, Fitted, calibrate, masked_scores
+from asapc.choices import Candidate, Choice, FeatureSet, Plan, SlicedDualParams
 from asapc.config import DEFAULT_BUDGET, SITE_METRICS, CompileConfig
 from asapc.costs import estimate
 from asapc.ops.scaling import MOST_SPREAD

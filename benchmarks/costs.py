@@ -18,10 +18,10 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from asapc.artifacts import CapturedGraph, Samples
-from asapc.choices import SlicedDualParams
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capture import export
+from asapc.choices import SlicedDualParams
 from asapc.costs import MODEL, Shape, work
 from asapc.environment import environment
 from asapc.measure import measure

@@ -28,7 +28,7 @@ class Product:
     @property
     def contracted(self) -> str:
         """Letters that are summed over."""
-        return "".join(a for a in self.left_axes if a in self.right_axes and a not in self.out_axes)
+        return "".join(a for a in self.left_axes if a in self.right_axes and a not in self.out_axes + "1")
 
     def only(self, side: str) -> str:
         """Letters of one operand, "left" or "right", that the other lacks and the result has."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -13,6 +14,10 @@ def shipped() -> Path:
     """The trained checkpoint that the repository ships."""
     return ROOT / "models" / "digits.pt"
 
+
+# The same examples in every run: whether a change passes must not hang on the draw. Fuzzing proper is a benchmark.
+settings.register_profile("reproducible", derandomize=True)
+settings.load_profile("reproducible")
 
 # Small operations on a busy machine lose most of their time to threads that wait for each other.
 torch.set_num_threads(1)

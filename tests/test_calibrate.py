@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tolerances import FLOAT32, FLOAT64, SOLVE, difference
 
 from asapc.artifacts import CapturedGraph, Operand, Samples, Site
-from asapc.choices import FeatureSet, SlicedDualParams
 from asapc.calibrate import (
     BINS,
     COVARIANCE_RIDGE,
@@ -25,10 +24,11 @@ from asapc.calibrate import (
     scatter,
 )
 from asapc.capture import export
+from asapc.choices import FeatureSet, SlicedDualParams
 from asapc.models.vit import VisionTransformer
 from asapc.ops.c_transform import column_step, row_step
-from asapc.ops.sinkhorn import Sinkhorn, sinkhorn_plan_ref
 from asapc.ops.features import dual_features, project
+from asapc.ops.sinkhorn import Sinkhorn, sinkhorn_plan_ref
 from asapc.ops.sliced_dual import SlicedDual, sliced_dual_plan_ref, target_dual
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.layout import operands, score_factor, site_inputs

@@ -241,38 +241,27 @@ asapc.compile_model({str(shipped)!r}, config)
 
 
 @pytest.fixture(scope="module")
-def sliced(shipped, tmp_path_factory):
-    """The shipped checkpoint compiled with samples from a file, and with slices asked for."""
-    folder = tmp_path_factory.mktemp("sliced")
+def from_file(shipped, tmp_path_factory):
+    """The shipped checkpoint compiled exactly, with samples from a file."""
+    folder = tmp_path_factory.mktemp("from_file")
     images, labels = load_digits()
     np.savez(folder / "samples.npz", images=images[:96].numpy(), labels=labels[:96].numpy())
     config = CompileConfig(
-        out=folder / "out",
-        calib=folder / "samples.npz",
-        slices=(8,),
-        batches=(1, 2),
-        seconds=0.2,
-        threads=1,
-        fidelity=("relc<=0.2", "agreement>=0.8"),
+        out=folder / "out", calib=folder / "samples.npz", level=1, batches=(1, 2), seconds=0.2, threads=1
     )
     return asapc.compile_model(shipped, config)
 
 
-def test_samples_from_a_file_are_used_and_a_quarter_of_them_held_out(sliced):
-    fidelity = sliced.data["fidelity"]
+def test_samples_from_a_file_are_used_and_a_quarter_of_them_held_out(from_file):
+    fidelity = from_file.data["fidelity"]
     assert fidelity["samples"] == 24
     assert fidelity["metric"]["name"] == "accuracy"
     assert 0.5 < fidelity["metric"]["teacher"] <= 1
-    assert {run["batch"] for run in sliced.data["latency"]["runs"]} == {1, 2}
+    assert {run["batch"] for run in from_file.data["latency"]["runs"]} == {1, 2}
 
 
-def test_slices_are_sorted_in_the_graph(sliced, report):
-    choices = [site["choice"] for site in sliced.data["sites"]]
-    assert {choice["slices"] for choice in choices} == {8}
-    sorts = [node for node in onnx.load(sliced.folder / "model.onnx").graph.node if node.op_type == "TopK"]
-    assert len(sorts) >= len(choices)
-
-
-def test_the_sliced_engine_builds_too(sliced):
-    engine = next(artifact for artifact in sliced.data["artifacts"] if artifact["kind"] == "engine")
+def test_the_first_level_rewrites_exactly_and_its_engine_builds(from_file):
+    assert {site["choice"]["operator"] for site in from_file.data["sites"]} == {"exact"}
+    assert from_file.data["fidelity"]["logits_rel"] < FLOAT32
+    engine = next(artifact for artifact in from_file.data["artifacts"] if artifact["kind"] == "engine")
     assert engine["targets"]

@@ -76,6 +76,8 @@ def test_a_config_reads_its_budget_when_it_is_made():
     [
         ("slices", (-1,)),
         ("slices", ()),
+        ("pieces", (-1,)),
+        ("level", 3),
         ("batches", (0,)),
         ("batches", (1, -32)),
         ("batches", ()),
@@ -114,7 +116,9 @@ def test_every_option_can_stand_in_a_toml_file(tmp_path):
         input_shape = ["x=2,3", "ids=2,5:int64:0..9"]
         unsafe_load = true
         early_stop = "refuse"
+        level = 1
         slices = [0, 4]
+        pieces = [4]
         batches = [1, 8]
         seconds = 2
         threads = 1
@@ -135,7 +139,9 @@ def test_every_option_can_stand_in_a_toml_file(tmp_path):
         input_shape=("x=2,3", "ids=2,5:int64:0..9"),
         unsafe_load=True,
         early_stop="refuse",
+        level=1,
         slices=(0, 4),
+        pieces=(4,),
         batches=(1, 8),
         seconds=2.0,
         threads=1,

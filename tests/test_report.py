@@ -150,7 +150,7 @@ def test_a_miss_carries_its_hint() -> None:
 def test_a_sliced_dual_names_its_features_and_a_kept_site_none() -> None:
     first, second, _ = (entry["choice"] for entry in report()["sites"])
     assert first["features"] == ["slices", "bquad", "mean"]
-    assert first["closure_half_steps"] == 4
+    assert first["closure_half_steps"] == 5
     assert second["features"] == []
     assert second["closure_half_steps"] == 0
 

@@ -1,7 +1,7 @@
 """What the dual of a set of points is estimated from: cheap functions of their coordinates.
 
-Each is, up to a constant, the potential of a one-dimensional transport problem along one coordinate of a balanced basis,
-exactly or under an assumption, or a piece of which such potentials are made (docs/method.md).
+Each is, up to a constant, the potential of a one-dimensional transport problem along one coordinate of a balanced
+basis, exactly or under an assumption, or a piece of which such potentials are made (docs/method.md).
 """
 
 import torch
@@ -97,9 +97,10 @@ def estimate(
     """
     x, y_mean = x - mean(x, live_x), mean(y, live_y)
     x_spread, y_spread = spread(x, live_x).transpose(-1, -2), spread(y - y_mean, live_y).transpose(-1, -2)
-    sizes = (slices, x.shape[-2], 1, knots[0].numel())
+    sizes = [slices, x.shape[-2], 1, knots[0].numel()]
     of_slices, of_parabolas, of_mean, of_hinges = torch.split(weights, sizes, dim=-1)
-    total: torch.Tensor = (-0.5 * (y_spread / x_spread) * of_parabolas) @ (x * x) - (of_mean * y_mean.transpose(-1, -2)) @ x
+    square, linear = -0.5 * (y_spread / x_spread) * of_parabolas, of_mean * y_mean.transpose(-1, -2)
+    total: torch.Tensor = square @ (x * x) - linear @ x
     for sliced in sorted_potentials(x, y, slices):
         total = total + of_slices @ sliced
     if knots.numel():

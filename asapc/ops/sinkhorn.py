@@ -127,8 +127,8 @@ class Sinkhorn(nn.Module):
             column_mass: (1,) or (M,), what columns are normalised to; None for N / M.
             masked: whether scores below `scaling.LOWEST_LIVE` are left out.
             logarithm: whether the plan is returned as its logarithm.
-            wide: whether the scores spread so far, see `scaling.MOST_SPREAD`, that the kernel has to be levelled on both
-                axes. That takes more passes over the scores.
+            wide: whether the scores spread so far, see `scaling.MOST_SPREAD`, that the kernel has to be levelled on
+                both axes. That takes more passes over the scores.
         """
         super().__init__()
         if half_steps < 1:

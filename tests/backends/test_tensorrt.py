@@ -9,10 +9,10 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from asapc.artifacts import CapturedGraph, OnnxArtifact, Samples
-from asapc.choices import SlicedDualParams
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.tensorrt.builder import build_engine
 from asapc.capture import export
+from asapc.choices import SlicedDualParams
 from asapc.errors import BuildError, DependencyError
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
@@ -41,24 +41,45 @@ def ahead_of_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def sliced_dual(slices: int, masked: bool = False) -> nn.Module:
-    features = slices + SIZE + 1
+def sliced_dual(slices: int, masked: bool = False, last: str = "rows", pieces: int = 0) -> nn.Module:
+    features = slices + SIZE + 1 + 2 * pieces
     operator = SlicedDual(
         SlicedDualParams(
             query_basis=torch.randn(HEADS, SIZE, SIZE),
             key_basis=torch.randn(HEADS, SIZE, SIZE),
             slices=slices,
+            knots=torch.linspace(-1, 1, pieces).expand(HEADS, 2, -1) if pieces else torch.zeros(HEADS, 0, 0),
             weights=(0.1 * torch.randn(HEADS, features), 0.1 * torch.randn(HEADS, features + 1)),
         ),
+        last,
         masked,
     )
     return OfPoints(operator, masked)
 
 
+class Projected(nn.Module):
+    """A scaling loop between projections, as models have it: what NVIDIA's compiler fuses, or tries to."""
+
+    def __init__(self, operator: nn.Module) -> None:
+        super().__init__()
+        self.operator, self.qkv, self.out = operator, nn.Linear(SIZE, 3 * SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(queries + keys + values).chunk(3, dim=-1)
+        scores = k @ q.transpose(-1, -2) if self.operator.turned else q @ k.transpose(-1, -2)
+        return self.out(self.operator.oriented(scores, q, k, v))
+
+
 OPERATORS = {
     "sliced dual": lambda: sliced_dual(0),
     "sliced dual with slices": lambda: sliced_dual(3),
+    "sliced dual with hinges": lambda: sliced_dual(0, pieces=3),
     "masked sliced dual": lambda: sliced_dual(0, masked=True),
+    "sliced dual that ends on columns": lambda: sliced_dual(0, last="columns"),
+    "projected Sinkhorn": lambda: Projected(Sinkhorn(7)),
+    "projected Sinkhorn, turned": lambda: Projected(Sinkhorn(8)),
+    "projected Sinkhorn, wide": lambda: Projected(Sinkhorn(7, wide=True)),
+    "projected softmax": lambda: Projected(Sinkhorn(1)),
     "Sinkhorn": lambda: OfPoints(Sinkhorn(6)),
     "Sinkhorn that ends on columns": lambda: OfPoints(Sinkhorn(5, "columns")),
     "masked Sinkhorn": lambda: OfPoints(Sinkhorn(6, masked=True), masked=True),

@@ -8,8 +8,8 @@ from tolerances import FLOAT32, FLOAT64, difference
 
 from asapc.choices import SlicedDualParams
 from asapc.ops.c_transform import closure, column_step, plan, row_step
-from asapc.ops.sinkhorn import sinkhorn_duals, sinkhorn_plan_ref
 from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, project
+from asapc.ops.sinkhorn import sinkhorn_duals, sinkhorn_plan_ref
 from asapc.ops.sliced_dual import SlicedDual, sliced_dual_plan_ref, target_dual
 
 quick = settings(max_examples=40, deadline=None)

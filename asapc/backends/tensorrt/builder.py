@@ -19,6 +19,7 @@ import torch
 from asapc.artifacts import EngineArtifact, OnnxArtifact
 from asapc.backends.base import temporary
 from asapc.errors import BuildError, DependencyError
+from asapc.passes.unfuse_attention import UnfuseAttention
 
 
 def build_engine(onnx: OnnxArtifact, path: Path, largest_batch: int) -> EngineArtifact:
@@ -85,8 +86,15 @@ class Compiler:
         self.builder = trt.Builder(self.log)
         self.network = self.builder.create_network(0)
         self.parser = trt.OnnxParser(self.network, self.log)
+        import onnx
+        from google.protobuf.message import DecodeError
+
+        try:
+            model = UnfuseAttention()(onnx.load(path)).program
+        except DecodeError as error:
+            raise BuildError(f"{path.name} is no ONNX model: {error}", "report the model") from error
         with deferred_interrupt():
-            parsed = self.parser.parse_from_file(str(path))
+            parsed = self.parser.parse(model.SerializeToString())
         if not parsed:
             raise BuildError(
                 f"TensorRT cannot parse the model: {self.parser.get_error(0).desc()}",
