@@ -17,7 +17,7 @@ from torch import Tensor
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.choices import FeatureSet, Regression, SlicedDualParams
 from asapc.fit import fit
-from asapc.ops.features import live_mask, mean, project, spread
+from asapc.ops.features import live_mask, mean, project, variance
 from asapc.ops.scaling import LOWEST_LIVE
 from asapc.ops.sliced_dual import SlicedDual, target_dual
 from asapc.passes.layout import operands, score_factor, site_inputs
@@ -189,7 +189,7 @@ def count_places(
             live = live_mask(scores)[1 if rows else 0] if site.masked else None
             x = project(points, basis)[..., :HINGED, :]
             x = x - mean(x, live)
-            places = x / spread(x, live)
+            places = x / variance(x, live).sqrt()
             bins = ((places / WIDEST + 1) * (BINS / 2)).long().clamp(0, BINS - 1).permute(1, 2, 0, 3).flatten(2)
             weights = torch.ones_like(places) if live is None else live.expand_as(places)
             found = torch.zeros(*bins.shape[:2], BINS, dtype=torch.float64)

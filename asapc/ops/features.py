@@ -35,9 +35,9 @@ def mean(values: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
     return (values * live).sum(dim=-1, keepdim=True) / live.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
-def spread(centred: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """Standard deviation over the last axis of values less their mean, of what is live; never zero."""
-    return mean(centred * centred, live).clamp_min(MIN_VARIANCE).sqrt()
+def variance(centred: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """Variance over the last axis of values less their mean, of what is live; never zero."""
+    return mean(centred * centred, live).clamp_min(MIN_VARIANCE)
 
 
 def dual_features(
@@ -71,7 +71,7 @@ def dual_features(
         (B, H, F, N), in units of the scores, each function determined up to a constant over N.
     """
     x, y_mean = x - mean(x, live_x), mean(y, live_y)
-    x_spread, y_spread = spread(x, live_x), spread(y - y_mean, live_y)
+    x_spread, y_spread = variance(x, live_x).sqrt(), variance(y - y_mean, live_y).sqrt()
     bquad = -0.5 * (y_spread / x_spread) * x * x
     towards_mean = -(x * y_mean).sum(dim=-2, keepdim=True)
     groups = [*sorted_potentials(x, y, slices), bquad, towards_mean]
@@ -96,16 +96,18 @@ def estimate(
     What depends on a sample's moments multiplies the weights, which are few, and not the points.
     """
     x, y_mean = x - mean(x, live_x), mean(y, live_y)
-    x_spread, y_spread = spread(x, live_x).transpose(-1, -2), spread(y - y_mean, live_y).transpose(-1, -2)
+    squares = x * x
+    x_variance = mean(squares, live_x).clamp_min(MIN_VARIANCE).transpose(-1, -2)  # B H 1 D
+    y_variance = variance(y - y_mean, live_y).transpose(-1, -2)
     sizes = [slices, x.shape[-2], 1, knots[0].numel()]
     of_slices, of_parabolas, of_mean, of_hinges = torch.split(weights, sizes, dim=-1)
-    square, linear = -0.5 * (y_spread / x_spread) * of_parabolas, of_mean * y_mean.transpose(-1, -2)
-    total: torch.Tensor = square @ (x * x) - linear @ x
+    square = (-0.5 * of_parabolas) * (y_variance / x_variance).sqrt()
+    total = square @ squares + (-of_mean * y_mean.transpose(-1, -2)) @ x
     for sliced in sorted_potentials(x, y, slices):
         total = total + of_slices @ sliced
     if knots.numel():
-        scales = y_spread[..., : knots.shape[-2]].repeat_interleave(knots.shape[-1], dim=-1)
-        total = total + (of_hinges * scales) @ hinges(x, x_spread.transpose(-1, -2), knots)
+        scales = y_variance[..., : knots.shape[-2]].sqrt().repeat_interleave(knots.shape[-1], dim=-1)
+        total = total + (of_hinges * scales) @ hinges(x, x_variance.transpose(-1, -2).sqrt(), knots)
     return total if live_x is None else total * live_x
 
 

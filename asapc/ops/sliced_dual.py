@@ -20,6 +20,8 @@ from asapc.ops.sinkhorn import sinkhorn_duals
 from asapc.shapes import check_shape
 
 FIRST_HALF_STEPS = 3  # rows (the softmax), columns, rows; each closure step adds two
+# Scaling vectors keep within exp of this: float32 reaches it only far outside of what was calibrated.
+LARGEST_LOG = 60.0
 
 
 def target_dual(scores: torch.Tensor, half_steps: int) -> torch.Tensor:
@@ -66,11 +68,16 @@ class SlicedDual(nn.Module):
         self.register_buffer("key_basis", params.key_basis)
         self.register_buffer("knots", params.knots)
         if params.weights:
-            # What all sets make of the features is one product.
+            # What the operator needs of each estimate is by how much it differs from the first one, and closures are
+            # at hand as they differ from it. What all sets then make of the features is one product.
             features = params.weights[0].shape[-1]
-            self.register_buffer("feature_weights", torch.stack([w[:, :features] for w in params.weights], dim=-2))
+            first = params.weights[0]
+            shares = [first]
             for step, weights in enumerate(params.weights[1:], start=1):
-                self.register_buffer(f"closure_weights_{step}", weights[:, None, features:])  # H 1 step
+                of_closures = weights[:, features:]
+                shares.append(weights[:, :features] + (of_closures.sum(dim=-1, keepdim=True) - 1) * first)
+                self.register_buffer(f"closure_weights_{step}", of_closures.unsqueeze(-2))  # H 1 step
+            self.register_buffer("feature_weights", torch.stack(shares, dim=-2))  # H sets F
 
     query_basis: torch.Tensor
     key_basis: torch.Tensor
@@ -89,12 +96,12 @@ class SlicedDual(nn.Module):
 
     def scale_columns(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, fused: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Go through all steps up to the columns' last, of scores as in `oriented`; N and M are the kernel's axes.
 
         Returns:
-            The kernel (B, H, N, M), the scaling vector (B, H, 1, M) of its columns, and the closures
-            (B, H, 1, M) of all estimates, 0 where masked.
+            The kernel (B, H, N, M); the scaling vector (B, H, 1, M) of its columns; the first estimate (B, H, 1, M), and
+            by how much the closures of all estimates differ from it, 0 where masked.
         """
         live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
         points = self.coordinates(queries, keys)
@@ -102,15 +109,14 @@ class SlicedDual(nn.Module):
         first = estimates[..., :1, :]
         kernel, u = start(scores + first, self.masked, fused)
         v = column_scaling(kernel, u)
-        closures = [close(first, v, live_columns)]
+        closures = [log_where_live(v, live_columns)]
         for step in range(1, self.steps + 1):
             weights: torch.Tensor = getattr(self, f"closure_weights_{step}")
-            dual = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
-            relative = dual - first
-            v = torch.exp(relative - relative.amax(dim=-1, keepdim=True))
+            difference = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
+            v = torch.exp(difference.clamp(-LARGEST_LOG, LARGEST_LOG))
             v = column_scaling(kernel, row_scaling(kernel, v))
-            closures.append(close(first, v, live_columns))
-        return kernel, v, closures
+            closures.append(log_where_live(v, live_columns))
+        return kernel, v, first, closures
 
     def vectors(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """What a next set of weights may combine: features and closures so far, (B, H, F + sets, M).
@@ -123,8 +129,8 @@ class SlicedDual(nn.Module):
         features = dual_features(*points, self.slices, self.knots, live_columns, live_rows)
         if self.steps < 0:
             return features
-        _, _, closures = self.scale_columns(scores, queries, keys, fused=True)
-        return torch.cat([features, *closures], dim=-2)
+        _, _, first, closures = self.scale_columns(scores, queries, keys, fused=True)
+        return torch.cat([features, *(first + closure for closure in closures)], dim=-2)
 
     def forward(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | None = None
@@ -150,15 +156,14 @@ class SlicedDual(nn.Module):
         fused: bool = True,
     ) -> torch.Tensor:
         """Do as `forward`, of scores that lie (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
-        kernel, v, _ = self.scale_columns(scores, queries, keys, fused)
+        kernel, v, _, _ = self.scale_columns(scores, queries, keys, fused)
         u = row_scaling(kernel, v)
         return scaled_plan(kernel, u if self.mass == 1.0 else u * self.mass, v, values, self.turned)
 
 
-def close(first: torch.Tensor, v: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """Dual (B, H, 1, M) that a scaling vector of the columns stands for; 0 where they are masked."""
-    closure = first + torch.log(v)
-    return closure if live is None else closure * live
+def log_where_live(v: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """Logarithm of a scaling vector of the columns, 0 where they are masked."""
+    return torch.log(v) if live is None else torch.log(v) * live
 
 
 def sliced_dual_plan_ref(
