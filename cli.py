@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from asapc.config import CompileConfig
-from asapc.errors import AsapcError, InternalError
+from asapc.errors import AsapcError, InternalError, OptionError
 from asapc.events import Event, StageAdvanced, StageDone, StageStarted
 from asapc.version import __version__
 
@@ -29,19 +28,6 @@ app = typer.Typer(
 )
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
-
-
-class Recipe(StrEnum):
-    """What `asapc train` can train."""
-
-    digits = "digits"
-
-
-class EarlyStop(StrEnum):
-    """What `asapc compile` does with loops that stop early."""
-
-    bound = "bound"
-    refuse = "refuse"
 
 
 @contextmanager
@@ -153,8 +139,9 @@ def compile_command(
         ),
     ] = None,
     early_stop: Annotated[
-        EarlyStop | None,
+        str | None,
         typer.Option(
+            metavar="bound|refuse",
             help="What to do with loops that stop early on the calibration samples: take them to their bound, or "
             "refuse the model.",
             show_default="bound",
@@ -187,7 +174,7 @@ def compile_command(
             **loading_options(model, model_args, inputs, input_shape, unsafe_load),
             "fidelity": tuple(fidelity) if fidelity else None,
             "level": level,
-            "early_stop": early_stop.value if early_stop else None,
+            "early_stop": early_stop,
             "slices": tuple(slices) if slices else None,
             "batches": tuple(batch) if batch else None,
             "seconds": seconds,
@@ -250,7 +237,7 @@ def inspect(
 
 @app.command()
 def train(
-    recipe: Annotated[Recipe, typer.Argument(help="What to train.", show_default=False)],
+    recipe: Annotated[str, typer.Argument(metavar="digits", help="What to train.", show_default=False)],
     out_file: Annotated[Path, typer.Option("--out", help="Checkpoint to write.")] = Path("model.pt"),
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint if it exists.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
@@ -261,6 +248,8 @@ def train(
         from asapc.models import digits
         from asapc.output import output_file
 
+        if recipe != "digits":
+            raise OptionError(f"there is no recipe {recipe!r}", "train digits")
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         with (
             output_file(out_file, force) as partial,

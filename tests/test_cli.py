@@ -117,8 +117,6 @@ def test_help_names_the_commands_and_the_options():
         ("translate", "model.pt"),
         ("compile", "model.pt", "--colour"),
         ("compile", "model.pt", "--seed", "many"),
-        ("compile", "model.pt", "--early-stop", "maybe"),
-        ("train", "cifar"),
         ("train", "digits", "--epochs", "0"),
     ],
 )
@@ -318,6 +316,8 @@ BAD_INPUTS = {
     "output with too long a name": (lambda small: [small, "--out", "x" * 300], ""),
     "unknown budget": (lambda small: [small, "--fidelity", "beauty>=1"], "beauty"),
     "budget the wrong way round": (lambda small: [small, "--fidelity", "agreement<=1"], "agreement"),
+    "unknown rule": (lambda small: [small, "--early-stop", "maybe"], "maybe"),
+    "unknown level": (lambda small: [small, "-O", "7"], "level"),
     "negative slices": (lambda small: [small, "--slices", "-1"], "slices"),
     "batch of none": (lambda small: [small, "--batch", "0"], "batches"),
     "no time": (lambda small: [small, "--seconds", "0"], "seconds"),
@@ -348,6 +348,12 @@ def test_bad_input_gets_one_message_and_a_hint_and_nothing_is_written(name, smal
     assert len(hint) > len("hint: ")
     assert sorted(Path.cwd().rglob("*")) == before  # hidden leftovers would show
     assert [path.name for path in small.parent.iterdir()] == ["small.pt"]
+
+
+def test_train_refuses_a_recipe_that_there_is_none_of():
+    error, hint = assert_user_error(run("train", "cifar"))
+    assert "cifar" in error
+    assert "digits" in hint
 
 
 def test_inspect_refuses_bad_input_as_compile_does(small):
