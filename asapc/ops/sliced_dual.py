@@ -100,8 +100,8 @@ class SlicedDual(nn.Module):
         """Go through all steps up to the columns' last, of scores as in `oriented`; N and M are the kernel's axes.
 
         Returns:
-            The kernel (B, H, N, M); the scaling vector (B, H, 1, M) of its columns; the first estimate (B, H, 1, M), and
-            by how much the closures of all estimates differ from it, 0 where masked.
+            The kernel (B, H, N, M); the scaling vector (B, H, 1, M) of its columns; the first estimate (B, H, 1, M),
+            and by how much the closures of all estimates differ from it, 0 where masked.
         """
         live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
         points = self.coordinates(queries, keys)

@@ -1,6 +1,8 @@
 """TensorRT engines, built ahead of time by NVIDIA's own compiler: no GPU is needed."""
 
 import importlib.util
+import subprocess
+import sys
 
 import onnx
 import pytest
@@ -8,6 +10,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
+import asapc.backends.tensorrt.builder
 from asapc.artifacts import CapturedGraph, OnnxArtifact, Samples
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.tensorrt.builder import build_engine
@@ -158,6 +161,23 @@ def test_a_fixed_batch_is_refused_where_a_dynamic_one_is_asked_for(ahead_of_time
 def test_a_file_that_cannot_be_parsed_is_refused(content, ahead_of_time, tmp_path):
     (tmp_path / "model.onnx").write_bytes(content)
     assert_refused(OnnxArtifact(tmp_path / "model.onnx", 18))
+
+
+def test_a_compiler_that_crashes_is_an_error_of_one_line(ahead_of_time, monkeypatch, tmp_path):
+    artifact = exported(OPERATORS["Sinkhorn"](), tmp_path / "model.onnx")
+    crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    monkeypatch.setattr(asapc.backends.tensorrt.builder, "CHILD", crash)
+    assert "SIGSEGV" in assert_refused(artifact)
+    monkeypatch.setattr(asapc.backends.tensorrt.builder, "CHILD", "raise RuntimeError('no licence')")
+    message = assert_refused(artifact)
+    assert "no licence" in message
+    assert "\n" not in message
+
+
+def test_the_compilers_process_imports_no_torch():
+    code = "import sys, asapc.backends.tensorrt.compiler; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_without_a_builder_the_missing_package_is_named(monkeypatch, tmp_path):

@@ -1,0 +1,110 @@
+"""NVIDIA's parser and compiler, in a process of their own.
+
+They are native code and have been seen to crash on models that are in order, which must not take a compilation down
+with them. `builder.py` starts this module and waits for its answer. It imports neither torch nor the rest of asapc.
+"""
+
+import importlib
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from asapc.errors import BuildError
+from asapc.passes.unfuse_attention import UnfuseAttention
+
+
+def main() -> None:
+    """Read a request, a JSON object, from the last argument; write the answer to the file that it names.
+
+    The request holds `package`, `onnx`, `engine`, `answer`, `largest_batch`, and `target`: the architecture of the GPU
+    at hand, or null to build ahead of time for all that the package knows. The answer holds `builder`, `targets` and
+    `refused`, or `error` and `hint`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends this process
+    request = json.loads(sys.argv[-1])
+    try:
+        answer = build(request)
+    except BuildError as error:
+        answer = {"error": str(error), "hint": error.hint}
+    Path(request["answer"]).write_text(json.dumps(answer))
+
+
+def build(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Build an engine for every target that can have one; see `main`."""
+    trt = importlib.import_module(request["package"])
+    if request["target"] is None:
+        known = trt.ComputeCapability.__members__
+        candidates = {name: value for name, value in known.items() if name.startswith("SM")}
+    else:
+        candidates = {request["target"]: None}
+    compiler = Compiler(trt, Path(request["onnx"]), request["largest_batch"])
+    refused: dict[str, str] = {}
+    # One target that the compiler cannot serve fails a build for all, so each is tried alone first.
+    for name, capability in candidates.items():
+        try:
+            data = compiler.build([capability])
+        except BuildError as error:
+            refused[name] = str(error)
+    targets = sorted((name for name in candidates if name not in refused), key=lambda name: int(name[2:]))
+    if not targets:
+        raise BuildError(next(iter(refused.values())), "run `asapc inspect` and report the operation that it names")
+    if len(targets) > 1:
+        data = compiler.build([candidates[name] for name in targets])
+    Path(request["engine"]).write_bytes(data)
+    builder = f"{request['package'].replace('_', '-')} {trt.__version__}"
+    return {"builder": builder, "targets": targets, "refused": refused}
+
+
+class Compiler:
+    """One model and NVIDIA's compiler, `tensorrt` or `tensorrt_rtx`: nearly the same module twice."""
+
+    def __init__(self, trt: Any, path: Path, largest_batch: int) -> None:
+        import onnx
+        from google.protobuf.message import DecodeError
+
+        errors: list[str] = []
+
+        class Log(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, msg: str) -> None:
+                if severity <= trt.ILogger.ERROR:
+                    errors.append(msg)
+
+        self.trt, self.errors, self.log = trt, errors, Log()
+        self.builder = trt.Builder(self.log)
+        self.network = self.builder.create_network(0)
+        self.parser = trt.OnnxParser(self.network, self.log)
+        try:
+            model = UnfuseAttention()(onnx.load(path)).program
+        except DecodeError as error:
+            raise BuildError(f"{path.name} is no ONNX model: {error}", "report the model") from error
+        if not self.parser.parse(model.SerializeToString()):
+            raise BuildError(
+                f"TensorRT cannot parse the model: {self.parser.get_error(0).desc()}",
+                "report the operation that it names",
+            )
+        self.largest_batch = largest_batch
+
+    def build(self, capabilities: list[Any]) -> bytes:
+        """Serialised engine for the given compute capabilities; [None] means the GPU at hand."""
+        config = self.builder.create_builder_config()
+        if capabilities != [None]:
+            config.num_compute_capabilities = len(capabilities)
+            for i, capability in enumerate(capabilities):
+                config.set_compute_capability(capability, i)
+        profile = self.builder.create_optimization_profile()
+        for i in range(self.network.num_inputs):
+            tensor = self.network.get_input(i)
+            rest = tuple(tensor.shape)[1:]
+            profile.set_shape(tensor.name, (1, *rest), (self.largest_batch, *rest), (self.largest_batch, *rest))
+        config.add_optimization_profile(profile)
+        self.errors.clear()
+        engine = self.builder.build_serialized_network(self.network, config)
+        if engine is None:
+            raise BuildError(self.errors[-1] if self.errors else "TensorRT gave no reason", "see the report")
+        return bytes(engine)
