@@ -89,6 +89,13 @@ UnsafeLoad = Annotated[
         "only for files that you would run as a program.",
     ),
 ]
+Fidelity = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Term of the budget: agreement>=X, metric-drop<=POINTS, relc<=X or column-marginal<=X.",
+        show_default="agreement>=0.98, relc<=0.08",
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(help="TOML file of options; those on the command line win.", show_default=False),
@@ -122,13 +129,7 @@ def compile_command(
     inputs: Inputs = None,
     input_shape: InputShape = None,
     unsafe_load: UnsafeLoad = False,
-    fidelity: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Term of the budget: agreement>=X, metric-drop<=POINTS, relc<=X or column-marginal<=X.",
-            show_default="agreement>=0.98, relc<=0.08",
-        ),
-    ] = None,
+    fidelity: Fidelity = None,
     level: Annotated[
         int | None,
         typer.Option(
@@ -236,6 +237,39 @@ def inspect(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
+    data: Annotated[Path, typer.Option(help="Samples, .npz or .pt, with labels if there are any.", show_default=False)],
+    teacher: Annotated[
+        Path | None, typer.Option(help="The model that was compiled.", show_default="where the report says it was")
+    ] = None,
+    model: ModelName = None,
+    model_args: ModelArgs = None,
+    unsafe_load: UnsafeLoad = False,
+    fidelity: Fidelity = None,
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Compare a compiled model with its teacher again, on other samples."""
+    with exit_codes():
+        from asapc.recheck import recheck
+        from asapc.verify import check_budget
+
+        given = {
+            **loading_options(model, model_args, None, None, unsafe_load),
+            "fidelity": tuple(fidelity) if fidelity else None,
+        }
+        options = options_of(config, given)
+        warn_of_unsafe_load(teacher or folder, options)
+        found = recheck(folder, data, teacher, options)
+        if as_json:
+            sys.stdout.write(json.dumps(found.data(), indent=2) + "\n")
+        else:
+            show_recheck(found.data())
+        check_budget(found.fidelity, options.bounds())
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(metavar="digits", help="What to train.", show_default=False)],
     out_file: Annotated[Path, typer.Option("--out", help="Checkpoint to write.")] = Path("model.pt"),
@@ -328,6 +362,26 @@ def show_report(folder: Path, data: dict[str, Any]) -> None:
         targets = f" for {', '.join(artifact['targets'])}" if artifact["targets"] else ""
         out.print(f"{folder / artifact['path']}  ({artifact['builder']}{targets})", markup=False, soft_wrap=True)
     out.print(f"{folder / 'report.json'}", markup=False, soft_wrap=True)
+
+
+def show_recheck(data: dict[str, Any]) -> None:
+    """Print the fidelity of a compiled model on other samples, whole and site by site."""
+    fidelity = data["fidelity"]
+    made = table("Sinkhorn attention", "site|relc|col error|outside calibration", ("site",))
+    for site in data["sites"]:
+        cost = site["fidelity"]
+        made.add_row(
+            site["name"],
+            "" if cost is None else f"{cost['relc']:.3f}",
+            "" if cost is None else f"{cost['column_marginal_error']:.3f}",
+            f"{site['outside_calibration']:.1%}" + (" (shifted)" if site["shifted"] else ""),
+        )
+    out.print(made)
+    out.print(f"{fidelity['samples']} samples: logits differ by {fidelity['logits_rel']:.2%}")
+    if fidelity["agreement"] is not None:
+        out.print(f"agreement with the teacher {fidelity['agreement']:.4f}")
+    if (metric := fidelity["metric"]) is not None:
+        out.print(f"{metric['name']} {metric['compiled']:.4f}, of the teacher {metric['teacher']:.4f}")
 
 
 def show_early_stops(data: dict[str, Any] | None) -> None:

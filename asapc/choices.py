@@ -4,7 +4,7 @@ Shapes as in `artifacts`, and F features.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -105,9 +105,11 @@ class Plan:
     Attributes:
         choices: by the site's name.
         wide: sites whose scores spread so far that the scaling form has to level its kernel twice, see `ops.scaling`.
+        ranges: least and largest standard deviation of a calibration sample's scores, see `ranges.ScoreRange`.
         repairs: how often a site got a closer operator because the whole model missed the budget on held-out samples.
     """
 
     choices: Mapping[str, Choice]
     wide: frozenset[str] = frozenset()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     repairs: int = 0

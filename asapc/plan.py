@@ -8,16 +8,15 @@ from torch import nn
 
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.backends.eager.runner import EagerRunner
-from asapc.calibrate import BATCH, Fitted, calibrate, masked_scores
+from asapc.calibrate import Fitted, calibrate
 from asapc.choices import Candidate, Choice, FeatureSet, Plan, SlicedDualParams
 from asapc.config import DEFAULT_BUDGET, SITE_METRICS, CompileConfig
 from asapc.costs import estimate
 from asapc.ops.scaling import MOST_SPREAD
-from asapc.ops.sinkhorn import Sinkhorn, kernel_spread
+from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import FIRST_HALF_STEPS, SlicedDual
-from asapc.passes.layout import operands
-from asapc.passes.record import record
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
+from asapc.ranges import limits, score_ranges
 from asapc.results import Fidelity, SiteFidelity
 from asapc.verify import candidate_fidelity, missed, site_fidelity, verify
 
@@ -60,30 +59,19 @@ def plan(
         config: options; the level, the feature sets, the budget and the batches matter here.
         advance: called with a line about the progress.
     """
-    if config.level == 0:
-        return Plan({s.name: Choice(Candidate("keep", s.half_steps, inf), "-O0 leaves all as it is") for s in sites})
     selection = samples[: len(samples) // SELECTION_SHARE]
     fitting = samples[len(samples) // SELECTION_SHARE :]
     advance("range of the scores")
-    wide = wide_sites(graph, sites, selection)
+    ranges = score_ranges(graph, sites, samples)
+    wide = frozenset(name for name, found in ranges.items() if not found.kernel_spread <= MOST_SPREAD)
+    if config.level == 0:
+        kept = {s.name: Choice(Candidate("keep", s.half_steps, inf), "-O0 leaves all as it is") for s in sites}
+        return Plan(kept, wide, limits(ranges))
     candidates = propose(graph, sites, fitting, selection, config, advance)
     advance(f"comparing {sum(map(len, candidates.values()))} candidates")
     costed = judge(graph, sites, candidates, wide, selection, max(config.batches))
     choices = {site.name: choose(site, costed[site.name], config) for site in sites}
-    return repair(graph, sites, Plan(choices, wide), held_out, config, advance)
-
-
-def wide_sites(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) -> frozenset[str]:
-    """Sites whose kernel has to be levelled on both axes, by their scores on some samples."""
-    module = graph.program.module()
-    names = {operand.node for site in sites for operand in operands(site)}
-    spreads = dict.fromkeys((site.name for site in sites), 0.0)
-    for batch in samples.batches(BATCH):
-        values = record(module, batch, names)
-        for site in sites:
-            seen = kernel_spread(masked_scores(site, values), site.half_steps, site.last)
-            spreads[site.name] = max(seen, spreads[site.name])
-    return frozenset(name for name, spread in spreads.items() if not spread <= MOST_SPREAD)
+    return repair(graph, sites, Plan(choices, wide, limits(ranges)), held_out, config, advance)
 
 
 def propose(
@@ -147,13 +135,13 @@ def judge(
 def choose(site: Site, candidates: Sequence[Candidate], config: CompileConfig) -> Choice:
     """The cheapest candidate that keeps the budget of a site, the exact form where none saves anything."""
     exact, *others = candidates
-    limits = {b.metric: MARGIN * b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
+    most = {b.metric: MARGIN * b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
     saving = [c for c in others if c.cost <= (1 - LEAST_SAVING) * exact.cost]
-    close = [c for c in saving if keeps(c.fidelity, limits)]
+    close = [c for c in saving if keeps(c.fidelity, most)]
     curve = tuple(front([exact, *others]))
     if close:
         best = min(close, key=lambda c: (c.cost, c.half_steps))
-        return Choice(best, f"the cheapest with relc at most {limits['relc']:.3g} on calibration samples", curve)
+        return Choice(best, f"the cheapest with relc at most {most['relc']:.3g} on calibration samples", curve)
     if saving:
         nearest = min(saving, key=lambda c: relc(c))
         why = f"no approximation is close enough, the closest has relc {relc(nearest):.3g} on calibration samples"
@@ -171,9 +159,9 @@ def relc(candidate: Candidate) -> float:
     return value if value == value else inf
 
 
-def keeps(fidelity: SiteFidelity | None, limits: Mapping[str, float]) -> bool:
+def keeps(fidelity: SiteFidelity | None, most: Mapping[str, float]) -> bool:
     """Whether a site's fidelity keeps limits by the name of the metric; nan never does."""
-    return fidelity is not None and all(getattr(fidelity, SITE_METRICS[m]) <= limits[m] for m in limits)
+    return fidelity is not None and all(getattr(fidelity, SITE_METRICS[name]) <= most[name] for name in most)
 
 
 def front(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
@@ -200,8 +188,8 @@ def repair(
         if not missed(fidelity, config.bounds()):
             return chosen
         # A site that misses its own limit comes first; else all may be to blame.
-        limits = {b.metric: b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
-        blamed = [s.name for s in sites if s.name in fidelity.sites and not keeps(fidelity.sites[s.name], limits)]
+        most = {b.metric: b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
+        blamed = [s.name for s in sites if s.name in fidelity.sites and not keeps(fidelity.sites[s.name], most)]
         steps = {
             site.name: step
             for site in sites

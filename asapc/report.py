@@ -44,6 +44,7 @@ def report_data(
             {
                 **site_data(site),
                 "choice": choice_data(plan.choices[site.name]),
+                "calibration_range": list(plan.ranges[site.name]),
                 "fidelity": None if (found := fidelity.sites.get(site.name)) is None else asdict(found),
             }
             for site in findings.sites

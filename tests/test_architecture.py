@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the top down. A module may import those of its own layer and of the layers below.
 LAYERS = {
     "entry points": ("asapc", "asapc.cli", "benchmarks"),
-    "line": ("asapc.pipeline",),
+    "line": ("asapc.pipeline", "asapc.recheck"),
     "stages": (
         "asapc.loading",
         "asapc.archives",
@@ -42,6 +42,7 @@ LAYERS = {
         "asapc.calibrate",
         "asapc.fit",
         "asapc.costs",
+        "asapc.ranges",
         "asapc.plan",
         "asapc.verify",
         "asapc.measure",

@@ -20,7 +20,6 @@ from asapc.plan import (
     propose,
     repair,
     rivals,
-    wide_sites,
 )
 from asapc.results import SiteFidelity
 
@@ -153,9 +152,3 @@ def test_rivals_take_as_many_half_steps_as_they_are_said_to(teacher):
     assert (found["exact"][name].half_steps, found["exact"][name].wide) == (teacher.site.half_steps, True)
     assert found["truncated"][name].half_steps == 5
     assert found["softmax"][name].half_steps == 1
-
-
-def test_scores_far_apart_need_the_wide_kernel(teacher):
-    assert wide_sites(teacher.graph, [teacher.site], teacher.samples) == frozenset()
-    sharp = replace(teacher.site, temperature=1e3 * teacher.site.temperature, scale=1e3 * teacher.site.scale)
-    assert wide_sites(teacher.graph, [sharp], teacher.samples) == {sharp.name}

@@ -68,7 +68,8 @@ def report() -> dict:
             "a": Choice(sliced, "why", (sliced, exact)),
             "b": Choice(Candidate("keep", 40, inf), "why", (exact,)),
             "c": Choice(exact, "why"),
-        }
+        },
+        ranges=dict.fromkeys("abc", (1.0, 2.5)),
     )
     fidelity = Fidelity(
         samples=10,
