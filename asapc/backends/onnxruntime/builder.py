@@ -12,7 +12,7 @@ import torch
 
 from asapc.artifacts import CapturedGraph, OnnxArtifact
 from asapc.backends.base import temporary
-from asapc.errors import BuildError
+from asapc.errors import BuildError, first_line
 from asapc.passes.onnx_cleanup import OnnxCleanup
 
 OPSET = 18  # what every runtime of the last years takes, TensorRT 10 and ONNX Runtime 1.14 among them
@@ -55,7 +55,7 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET) -> Any:
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise BuildError(
-                f"torch.onnx cannot export the model: {str(cause).strip().splitlines()[0]}",
+                f"torch.onnx cannot export the model: {first_line(cause)}",
                 "replace the operation that it names in the model",
             ) from error
     assert program is not None  # with dynamo=True the exporter always returns one
