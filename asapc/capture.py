@@ -1,6 +1,5 @@
 """Captures a model as one graph: the only place that calls torch.export."""
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from math import isfinite
@@ -9,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_structure
 
 from asapc.artifacts import CapturedGraph, EarlyStops, LoadedModel, Samples
 from asapc.config import EarlyStopRule
 from asapc.early_stop import Unconverged
-from asapc.errors import AsapcError, CaptureError, SamplesError
+from asapc.errors import AsapcError, CaptureError, SamplesError, first_line
+from asapc.inputs import arguments, order_inputs
 from asapc.onnx_graph import check_memory, unmark
 from asapc.onnx_import import OnnxModule
 
@@ -42,7 +42,7 @@ def capture(loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule = "
         CaptureError: the model has control flow that cannot be captured, fixes the batch, or stops early though
             that is to be refused.
     """
-    samples = order_inputs(loaded.module, samples)
+    samples = order_inputs(loaded, samples)
     example = samples[:EXAMPLE_BATCH]
     if isinstance(loaded.module, OnnxModule):
         check_memory(loaded.module, example)
@@ -75,8 +75,9 @@ def run(module: nn.Module, batch: Samples, samples: Samples) -> list[Tensor]:
         SamplesError: the model refuses them.
     """
     try:
+        args, kwargs = arguments(module, batch.inputs)
         with torch.no_grad():
-            outputs = module(*batch.inputs.values())
+            outputs = module(*args, **kwargs)
     except AsapcError:
         raise
     except Exception as error:
@@ -118,20 +119,28 @@ def compare_stops(
 def export(
     module: nn.Module, inputs: Mapping[str, Tensor], dims: tuple[dict[int, Any], ...] | None = None
 ) -> ExportedProgram:
-    """torch.export with the first axis of every input dynamic and called "batch", or with dynamic axes of one's own."""
+    """torch.export with the first axis of every input dynamic and called "batch", or with dynamic axes of one's own.
+
+    Inputs reach the parameters of their names. The program's graph, and its module, take them by position, in the
+    order given.
+    """
     batch = Dim("batch", min=1)
+    args, kwargs = arguments(module, inputs)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program: ExportedProgram = torch.export.export(
                 module,
-                tuple(inputs.values()),
+                args,
+                kwargs,
                 dynamic_shapes=tuple({0: batch} for _ in inputs) if dims is None else dims,
                 strict=False,
             )
             # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
             # plan in place would otherwise outlive the rewrite, since such nodes never count as dead.
             program = program.run_decompositions({})
+            if kwargs:
+                by_position(program, inputs)
     except AsapcError:
         raise
     except Exception as error:
@@ -142,25 +151,10 @@ def export(
     return program
 
 
-def order_inputs(module: nn.Module, samples: Samples) -> Samples:
-    """Put the inputs in the order of the forward's parameters; they are passed by position from here on."""
-    if isinstance(module, OnnxModule):  # its names need not be Python's
-        parameters = {
-            name: inspect.Parameter("input", inspect.Parameter.POSITIONAL_ONLY) for name in module.input_names
-        }
-    else:
-        parameters = dict(inspect.signature(module.forward).parameters)
-    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
-    unknown = [name for name in samples.inputs if name not in parameters]
-    missing = [name for name in required if name not in samples.inputs]
-    if unknown or missing:
-        raise SamplesError(
-            f"the samples hold {', '.join(samples.inputs)}; the model's inputs are {', '.join(parameters)}",
-            "name the arrays as the parameters of the model's forward",
-        )
-    return Samples({name: samples.inputs[name] for name in parameters if name in samples.inputs}, samples.labels)
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's text, for messages of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def by_position(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> None:
+    """Let a program that was exported with keyword arguments take them by position, as its graph does."""
+    signature = program.module_call_graph[0].signature
+    assert signature is not None  # the first is that of the whole program
+    example: tuple[tuple[Tensor, ...], dict[str, Tensor]] = (tuple(inputs.values()), {})
+    signature.in_spec = tree_structure(example)
+    program.example_inputs = example
