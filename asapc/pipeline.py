@@ -102,7 +102,7 @@ def compile_model(
 
         with stage("verify", on_event) as step:
             runners = export_rivals(graph, findings.sites, chosen, threads, step.advance)
-            runners["compiled"] = OnnxRuntimeRunner(onnx.path, threads)
+            runners["compiled"] = OnnxRuntimeRunner(onnx.path, threads, "compiled")
             step.advance(f"{len(held_out)} held-out samples")
             hops: dict[str, Runner] = {
                 "teacher": OnnxRuntimeRunner(path) if isinstance(graph, OnnxGraph) else EagerRunner(loaded.module),
@@ -276,5 +276,5 @@ def export_rivals(
                 artifact = splice_onnx(graph, sites, modules, target, {})
             else:
                 artifact = export_onnx(rewrite(graph, sites, modules), target, {})
-            runners[name] = OnnxRuntimeRunner(artifact.path, threads)
+            runners[name] = OnnxRuntimeRunner(artifact.path, threads, name)
     return runners
