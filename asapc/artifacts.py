@@ -43,18 +43,32 @@ class Samples:
             yield self[start : start + size]
 
 
+@dataclass(frozen=True)
+class InputType:
+    """What an exported model takes as one of its inputs.
+
+    Attributes:
+        sizes: of its axes, None for those that are left open, as the first always is; None for nothing known.
+        dtype: of its elements.
+    """
+
+    sizes: tuple[int | None, ...] | None
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """A trained model in evaluation mode, and the samples that came with it.
 
     Attributes:
-        module: the model; maps `Samples.inputs` as keyword arguments to its outputs.
+        module: the model; `inputs.arguments` says how `Samples.inputs` reach it.
         path: the file it was read from.
         sha256: hash of that file.
         parameters: number of parameters.
         calibration: samples for fitting, None where the file carries none.
         held_out: samples that no stage may fit on, None where the file carries none.
         program: the graph of a torch.export archive, free of writes in place; None where there is but the module.
+        inputs: what an exported model takes, by name and in its order; None for code, whose forward has parameters.
         example: inputs that are good enough to capture the model with, not to fit on; None for none.
         notes: what the user should know about how the file was read.
     """
@@ -66,6 +80,7 @@ class LoadedModel:
     calibration: Samples | None
     held_out: Samples | None
     program: ExportedProgram | None = None
+    inputs: Mapping[str, InputType] | None = None
     example: Samples | None = None
     notes: tuple[str, ...] = ()
 

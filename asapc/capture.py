@@ -1,20 +1,20 @@
 """Captures a model as one graph: the only place that calls torch.export."""
 
-import inspect
 import warnings
-from collections.abc import Mapping
-from math import isfinite
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_structure
 
 from asapc.artifacts import CapturedGraph, EarlyStops, LoadedModel, Samples
 from asapc.config import EarlyStopRule
 from asapc.early_stop import Unconverged
-from asapc.errors import AsapcError, CaptureError, SamplesError
+from asapc.errors import AsapcError, CaptureError, SamplesError, first_line
+from asapc.inputs import arguments, order_inputs
 from asapc.onnx_graph import check_memory, unmark
 from asapc.onnx_import import OnnxModule
 
@@ -25,6 +25,9 @@ EXAMPLE_BATCH = 2
 COMPARED_BATCH = 32
 # Relative, above what another order of the same operations costs in float32.
 ROUNDING = 1e-6
+# Relative to what a model and its graph differ by for several samples, and beyond rounding: with short floats, or
+# random numbers in the forward, they always differ.
+SINGLE_RATIO, SINGLE_ROUNDING = 10, 1e-3
 
 
 def capture(loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule = "bound") -> CapturedGraph:
@@ -39,10 +42,10 @@ def capture(loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule = "
 
     Raises:
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
-        CaptureError: the model has control flow that cannot be captured, fixes the batch, or stops early though
-            that is to be refused.
+        CaptureError: the model has control flow that cannot be captured, returns more than tensors, does something
+            else for a batch of one, or stops early though that is to be refused.
     """
-    samples = order_inputs(loaded.module, samples)
+    samples = order_inputs(loaded, samples)
     example = samples[:EXAMPLE_BATCH]
     if isinstance(loaded.module, OnnxModule):
         check_memory(loaded.module, example)
@@ -50,9 +53,12 @@ def capture(loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule = "
     if loaded.program is not None:
         return CapturedGraph(loaded.program, example)
     if isinstance(loaded.module, OnnxModule):
-        return unmark(export(loaded.module, example.inputs), example, loaded.module)
+        graph = unmark(export(loaded.module, example.inputs), example, loaded.module)
+        check_single(loaded.module, graph.program, example)
+        return graph
     with Unconverged(loaded.module) as unconverged:
         program = export(loaded.module, example.inputs)
+    check_single(loaded.module, program, example, stops=bool(unconverged.questions))
     if not unconverged.questions:
         return CapturedGraph(program, example)
     # What was only computed to be asked about is of no use any more.
@@ -73,10 +79,12 @@ def run(module: nn.Module, batch: Samples, samples: Samples) -> list[Tensor]:
 
     Raises:
         SamplesError: the model refuses them.
+        CaptureError: it returns more than tensors.
     """
     try:
+        args, kwargs = arguments(module, batch.inputs)
         with torch.no_grad():
-            outputs = module(*batch.inputs.values())
+            outputs = module(*args, **kwargs)
     except AsapcError:
         raise
     except Exception as error:
@@ -85,8 +93,72 @@ def run(module: nn.Module, batch: Samples, samples: Samples) -> list[Tensor]:
             f"the model does not run on these samples ({shapes}): {first_line(error)}",
             "give samples of the shape and dtype that the model was trained on",
         ) from error
+    check_outputs(outputs)
     leaves = tree_leaves(outputs)
     return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def check_outputs(outputs: Any) -> None:
+    """Raise CaptureError where a model returns anything but tensors; None in their place is left out."""
+    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(outputs)[0] if leaf is not None]
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            where = f"{keystr(path)} of its outputs is" if path else "what it returns is"
+            raise CaptureError(
+                f"a graph gives tensors alone, and the model more: {where} of type {type(leaf).__name__}",
+                "leave it out of what the forward returns, or return None in its place",
+            )
+    if not leaves:
+        raise CaptureError("the model returns nothing", "return the tensors that are wanted from the forward")
+
+
+def check_single(module: nn.Module, program: ExportedProgram, example: Samples, stops: bool = False) -> None:
+    """Raise CaptureError where a graph does not do for a batch of one what the model does.
+
+    Code may treat it apart, as `squeeze()` does; a graph was captured with several samples and has but one way.
+
+    Args:
+        module: the model.
+        program: its graph.
+        example: what it was captured with.
+        stops: whether the model stops early: the graph then gives other numbers anyway, and only shapes can be held
+            against each other.
+    """
+    hint = "let the forward treat a batch of one as any other; squeeze() without a dimension, for one, does not"
+    captured, differences, axes = program.module(), [], []
+    for batch in (example, example[:1]):
+        try:
+            expected, seen = run(module, batch, batch), run(captured, batch, batch)
+        except SamplesError as error:
+            raise CaptureError(f"at batch {len(batch)} {error}", hint) from error
+        shapes = [", ".join(str(tuple(value.shape)) for value in values) for values in (expected, seen)]
+        if shapes[0] != shapes[1]:
+            raise CaptureError(f"at batch {len(batch)} the model gives {shapes[0]}, and its graph {shapes[1]}", hint)
+        axes.append([value.dim() for value in expected])
+        error_square, norm = squares(expected, seen)
+        differences.append((error_square / (norm or 1.0)) ** 0.5)
+    if axes[0] != axes[1]:
+        raise CaptureError(f"at batch 1 the model's outputs have {axes[1]} axes, at batch 2 {axes[0]}", hint)
+    several, single = differences
+    if not stops and single > SINGLE_RATIO * several + SINGLE_ROUNDING:
+        raise CaptureError(
+            f"for a batch of one the graph differs from the model by {single:.1e}, for {len(example)} samples by "
+            f"{several:.1e}",
+            hint,
+        )
+
+
+def squares(expected: Sequence[Tensor], seen: Sequence[Tensor]) -> tuple[float, float]:
+    """Sums of squares over some outputs: of what they differ by, infinite where only one is finite, and of their own.
+
+    Equal infinities, as in masked scores, and NaN in the same places are no difference.
+    """
+    error = norm = 0.0
+    for reference, candidate in zip(expected, seen, strict=True):
+        same = (candidate == reference) | (candidate.isnan() & reference.isnan())
+        error += torch.where(same, 0.0, candidate - reference).square().nan_to_num(nan=inf, posinf=inf).sum().item()
+        norm += torch.where(reference.isfinite(), reference, 0.0).square().sum().item()
+    return error, norm
 
 
 def compare_stops(
@@ -100,11 +172,8 @@ def compare_stops(
     captured = program.module()
     error = norm = 0.0
     for batch in samples.batches(COMPARED_BATCH):
-        for expected, seen in zip(run(module, batch, samples), run(captured, batch, samples), strict=True):
-            # Equal infinities, as in masked scores, and NaN in the same places are no difference.
-            same = (seen == expected) | (seen.isnan() & expected.isnan())
-            error += torch.where(same, 0.0, seen - expected).square().sum().item()
-            norm += torch.where(expected.isfinite(), expected, 0.0).square().sum().item()
+        more = squares(run(module, batch, samples), run(captured, batch, samples))
+        error, norm = error + more[0], norm + more[1]
     if not isfinite(error):
         raise CaptureError(
             f"with and without the early stop at {', '.join(questions)} the model gives NaN or infinity for different "
@@ -118,20 +187,28 @@ def compare_stops(
 def export(
     module: nn.Module, inputs: Mapping[str, Tensor], dims: tuple[dict[int, Any], ...] | None = None
 ) -> ExportedProgram:
-    """torch.export with the first axis of every input dynamic and called "batch", or with dynamic axes of one's own."""
+    """torch.export with the first axis of every input dynamic and called "batch", or with dynamic axes of one's own.
+
+    Inputs reach the parameters of their names. The program's graph, and its module, take them by position, in the
+    order given.
+    """
     batch = Dim("batch", min=1)
+    args, kwargs = arguments(module, inputs)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program: ExportedProgram = torch.export.export(
                 module,
-                tuple(inputs.values()),
+                args,
+                kwargs,
                 dynamic_shapes=tuple({0: batch} for _ in inputs) if dims is None else dims,
                 strict=False,
             )
             # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
             # plan in place would otherwise outlive the rewrite, since such nodes never count as dead.
             program = program.run_decompositions({})
+            if kwargs:
+                by_position(program, inputs)
     except AsapcError:
         raise
     except Exception as error:
@@ -142,25 +219,10 @@ def export(
     return program
 
 
-def order_inputs(module: nn.Module, samples: Samples) -> Samples:
-    """Put the inputs in the order of the forward's parameters; they are passed by position from here on."""
-    if isinstance(module, OnnxModule):  # its names need not be Python's
-        parameters = {
-            name: inspect.Parameter("input", inspect.Parameter.POSITIONAL_ONLY) for name in module.input_names
-        }
-    else:
-        parameters = dict(inspect.signature(module.forward).parameters)
-    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
-    unknown = [name for name in samples.inputs if name not in parameters]
-    missing = [name for name in required if name not in samples.inputs]
-    if unknown or missing:
-        raise SamplesError(
-            f"the samples hold {', '.join(samples.inputs)}; the model's inputs are {', '.join(parameters)}",
-            "name the arrays as the parameters of the model's forward",
-        )
-    return Samples({name: samples.inputs[name] for name in parameters if name in samples.inputs}, samples.labels)
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's text, for messages of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def by_position(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> None:
+    """Let a program that was exported with keyword arguments take them by position, as its graph does."""
+    signature = program.module_call_graph[0].signature
+    assert signature is not None  # the first is that of the whole program
+    example: tuple[tuple[Tensor, ...], dict[str, Tensor]] = (tuple(inputs.values()), {})
+    signature.in_spec = tree_structure(example)
+    program.example_inputs = example

@@ -1,5 +1,6 @@
 """What a compilation can be told, in one frozen dataclass."""
 
+import os
 import re
 import tomllib
 from dataclasses import dataclass, fields
@@ -53,6 +54,11 @@ def parse_bound(text: str) -> Bound:
 DEFAULT_BUDGET = (Bound("agreement", 0.98), Bound("relc", 0.08))
 
 
+# More only wait for each other, and far more crash ONNX Runtime for want of memory, without an error to catch.
+MOST_THREADS = 4 * (os.cpu_count() or 1)
+# Activations grow with the batch: a slip of the keyboard here would take all memory, and the process with it.
+LARGEST_BATCH = 4096
+
 LEVELS = (0, 1, 2)  # loops as written, exact rewrites only, approximations within the budget
 
 # What to do with a model that stops early on the calibration samples: take its loops to their bound, or refuse it.
@@ -91,9 +97,10 @@ class CompileConfig:
         early_stop: "bound" captures loops that stop early at their bound, and says what that changes; "refuse"
             refuses the model where it changes anything on the calibration samples.
         slices: numbers of sorted slices that the planner may give a site, in the order it tries them.
-        batches: batch sizes at which latency is measured.
+        batches: batch sizes at which latency is measured, up to LARGEST_BATCH.
         seconds: time spent on measuring each batch size.
-        threads: threads of torch and ONNX Runtime; 0 for as many as torch takes by itself, one a core.
+        threads: threads of torch and ONNX Runtime, up to MOST_THREADS, four a core; 0 for as many as torch takes by
+            itself, one a core.
         seed: seeds everything that draws random numbers.
     """
 
@@ -120,23 +127,22 @@ class CompileConfig:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(value))
         self.bounds()
-        for name, values, low in (
-            ("slices", self.slices, 0),
-            ("pieces", self.pieces, 0),
-            ("batches", self.batches, 1),
-            ("threads", (self.threads,), 0),
-            ("seed", (self.seed,), 0),
+        for name, values, low, high in (
+            ("slices", self.slices, 0, inf),
+            ("pieces", self.pieces, 0, inf),
+            ("batches", self.batches, 1, LARGEST_BATCH),
+            ("threads", (self.threads,), 0, MOST_THREADS),
+            ("seed", (self.seed,), 0, 2**63 - 1),
         ):
-            if not values or min(values) < low:
+            if not values or min(values) < low or max(values) > high:
                 shown = ", ".join(map(str, values)) or "empty"
-                raise OptionError(f"{name} is {shown}", f"give {name} a value of at least {low}")
+                span = f"of at least {low}" if high == inf else f"from {low} to {high}"
+                raise OptionError(f"{name} is {shown}", f"give {name} a value {span}")
         if self.early_stop not in get_args(EarlyStopRule):
             choices = " or ".join(get_args(EarlyStopRule))
             raise OptionError(f"early_stop is {self.early_stop!r}", f"give early_stop the value {choices}")
         if self.level not in LEVELS:
             raise OptionError(f"level is {self.level}", "give the level 0, 1 or 2")
-        if self.seed >= 2**63:
-            raise OptionError(f"seed is {self.seed}", "give seed a value below 2^63")
         if not 0 < self.seconds < inf:
             raise OptionError(f"seconds is {self.seconds}", "give seconds a positive, finite value")
 
@@ -153,7 +159,10 @@ class CompileConfig:
         """
         try:
             values: dict[str, Any] = tomllib.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            why = (error.strerror or "it is no file").lower()
+            raise OptionError(f"cannot read {path}: {why}", "give a TOML file of options") from None
+        except ValueError as error:  # no TOML, no text, or no path
             raise OptionError(f"cannot read {path}: {error}", "give a TOML file of options") from None
         known = [field.name for field in fields(cls)]
         for name, value in values.items():

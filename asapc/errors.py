@@ -14,6 +14,17 @@ InternalError              70   a defect in asapc: no AsapcError, so that its tr
 """
 
 
+def printable(text: str) -> str:
+    """A text in one line, without what would move a terminal's cursor."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def first_line(error: BaseException) -> str:
+    """An exception of someone else's in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+
+
 class AsapcError(Exception):
     """An error that the user can mend: `str(error)` says what is wrong, `error.hint` what to do."""
 
@@ -21,8 +32,8 @@ class AsapcError(Exception):
 
     def __init__(self, message: str, hint: str) -> None:
         # One line, whatever the names in it: those of files and of what they hold are chosen by others.
-        super().__init__("".join(character if character.isprintable() else " " for character in message))
-        self.hint = hint
+        super().__init__(printable(message))
+        self.hint = printable(hint)
 
 
 class CheckpointError(AsapcError):

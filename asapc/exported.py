@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.numbers import int_oo
 
 from asapc.archives import sha256
-from asapc.artifacts import LoadedModel, Samples
+from asapc.artifacts import InputType, LoadedModel, Samples
 from asapc.errors import CheckpointError
 from asapc.pt2_archive import ANEW, read_archive
 from asapc.samples import as_samples, is_finite
@@ -39,11 +39,11 @@ def load_program(path: Path) -> LoadedModel:
     with damage(path, CheckpointError):
         check_graph(path, program)
         module = program.module()
-        names = batch_inputs(path, program, module)
+        inputs = batch_inputs(path, program, module)
         for name, value in program.named_parameters():
             if not is_finite(value):
                 raise CheckpointError(f"{path}: {name} holds NaN or infinity", "give one of a run that went well")
-        example = sample_inputs(path, names, sample)
+        example = sample_inputs(path, list(inputs), sample)
     return LoadedModel(
         module=module,
         path=path,
@@ -52,6 +52,7 @@ def load_program(path: Path) -> LoadedModel:
         calibration=None,
         held_out=None,
         program=program,
+        inputs=inputs,
         example=example,
         notes=("torch.export archive with sample inputs" if example else "torch.export archive",),
     )
@@ -83,8 +84,8 @@ def sample_inputs(path: Path, names: list[str], sample: Any) -> Samples | None:
     return found if len(found) > 1 else None
 
 
-def batch_inputs(path: Path, program: ExportedProgram, module: torch.nn.Module) -> list[str]:
-    """Names of the inputs of a program: tensors by position, all with one dynamic batch in front.
+def batch_inputs(path: Path, program: ExportedProgram, module: torch.nn.Module) -> dict[str, InputType]:
+    """The inputs of a program by name: tensors by position, all with one dynamic batch in front.
 
     Raises:
         CheckpointError: they are not.
@@ -107,4 +108,6 @@ def batch_inputs(path: Path, program: ExportedProgram, module: torch.nn.Module) 
     limits = program.range_constraints.get(next(iter(batches)))
     if len(batches) > 1 or limits is None or limits.lower > 2 or limits.upper != int_oo:
         raise CheckpointError(f"{path} does not take batches of every size, one for all inputs", hint)
-    return list(inspect.signature(module.forward).parameters)
+    values = [node.meta["val"] for node in inputs]
+    kinds = [InputType(tuple(n if isinstance(n, int) else None for n in v.shape), v.dtype) for v in values]
+    return dict(zip(inspect.signature(module.forward).parameters, kinds, strict=True))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from asapc.archives import check_file
-from asapc.errors import OptionError
+from asapc.errors import OptionError, first_line
 
 ARGS_BYTES = 2**20  # of a JSON file of arguments; a configuration takes a few thousand
 
@@ -116,9 +116,3 @@ def read_arguments(args: str | Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise OptionError(f"the model's arguments {args[:80]!r} are no JSON object", hint)
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

@@ -14,9 +14,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from asapc.archives import RUNS_CODE, detect, sha256
 from asapc.artifacts import LoadedModel, Samples
 from asapc.config import CompileConfig
-from asapc.errors import CheckpointError, OptionError, SamplesError
+from asapc.errors import CheckpointError, OptionError, SamplesError, first_line
 from asapc.exported import load_program
-from asapc.factories import build_model, first_line, working_directory_importable
+from asapc.factories import build_model, working_directory_importable
 from asapc.onnx_import import load_onnx
 from asapc.samples import as_samples, draw_inputs, load_samples
 from asapc.tensors import damage, read_safetensors, read_torch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from asapc.archives import sha256
-from asapc.artifacts import LoadedModel
+from asapc.artifacts import InputType, LoadedModel
 from asapc.errors import CheckpointError
 from asapc.onnx_call import LARGEST, REWRITE, Call, Operator, Value, label_of, to_array, to_dtype, to_tensor
 from asapc.onnx_layers import LAYERS
@@ -48,6 +48,7 @@ class OnnxModule(nn.Module):
     Attributes:
         model: the same, never changed.
         input_names: of the file's inputs; the forward takes them by position.
+        input_types, input_sizes: their dtypes, and their sizes as in `artifacts.InputType`.
         initializers: names in the file of the module's buffers.
 
     Raises:
@@ -62,6 +63,7 @@ class OnnxModule(nn.Module):
         inputs = [value for value in model.graph.input if value.name not in stored]
         self.input_names = [value.name for value in inputs]
         self.input_types = [check_input(path, value) for value in inputs]
+        self.input_sizes = [open_sizes(value) for value in inputs]
         self.initializers: dict[str, str] = {}
         self.known: dict[str, Any] = {}
         constants = [(node.output[0], t) for node in model.graph.node if (t := constant_tensor(node)) is not None]
@@ -214,6 +216,14 @@ def check_input(path: Path, value: Any) -> torch.dtype:
         raise CheckpointError(f"{path}: its input {value.name} holds no numbers", EXPORT) from None
 
 
+def open_sizes(value: Any) -> tuple[int | None, ...] | None:
+    """Sizes of an input's axes as far as the file fixes them."""
+    kind = value.type.tensor_type
+    if not kind.HasField("shape"):
+        return None
+    return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+
+
 def with_signature(function: Any, names: list[str]) -> Any:
     """A function whose parameters bear the names of the file's inputs, as far as Python takes them."""
 
@@ -246,6 +256,7 @@ def load_onnx(path: Path) -> LoadedModel:
         tensor = getattr(module, buffer)
         if tensor.numel() > MOST_NUMBERS and bool(torch.isnan(tensor).any()):
             raise CheckpointError(f"{path}: {name[:80]} holds NaN", "give one of a run that went well")
+    kinds = map(InputType, module.input_sizes, module.input_types)
     notes = [f"ONNX, opset {opset_of(model)}, {len(model.graph.node)} nodes"]
     return LoadedModel(
         module=module,
@@ -254,5 +265,6 @@ def load_onnx(path: Path) -> LoadedModel:
         parameters=sum(t.numel() for t in module.buffers() if t.is_floating_point()),
         calibration=None,
         held_out=None,
+        inputs=dict(zip(module.input_names, kinds, strict=True)),
         notes=tuple(notes),
     )

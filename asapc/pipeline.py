@@ -16,12 +16,13 @@ from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.onnxruntime.splicer import splice_onnx
 from asapc.backends.tensorrt.builder import build_engine
-from asapc.capture import capture, export, order_inputs
+from asapc.capture import capture, export
 from asapc.choices import Plan
 from asapc.config import CompileConfig
 from asapc.environment import cpu_name, environment
 from asapc.errors import NoSinkhornError, SamplesError
 from asapc.events import OnEvent, stage
+from asapc.inputs import order_inputs, shape_options
 from asapc.loading import load_model
 from asapc.measure import measure
 from asapc.onnx_graph import OnnxGraph, name_sources
@@ -101,7 +102,7 @@ def compile_model(
 
         with stage("verify", on_event) as step:
             runners = export_rivals(graph, findings.sites, chosen, threads, step.advance)
-            runners["compiled"] = OnnxRuntimeRunner(onnx.path, threads)
+            runners["compiled"] = OnnxRuntimeRunner(onnx.path, threads, "compiled")
             step.advance(f"{len(held_out)} held-out samples")
             hops: dict[str, Runner] = {
                 "teacher": OnnxRuntimeRunner(path) if isinstance(graph, OnnxGraph) else EagerRunner(loaded.module),
@@ -168,11 +169,11 @@ def probe_samples(loaded: LoadedModel, config: CompileConfig) -> Samples:
         SamplesError: there are none, or they do not fit the model.
     """
     if config.calib is None and loaded.example is not None:
-        return order_inputs(loaded.module, loaded.example)
+        return order_inputs(loaded, loaded.example)
     if config.calib is None and loaded.calibration is None:
         raise SamplesError(
             f"{loaded.path} carries no samples",
-            "give inputs with --calib or --inputs file.npz, or their shapes with --input-shape x=2,197,64:float32",
+            f"give inputs with --calib or --inputs file.npz, or their shapes with {shape_options(loaded)}",
         )
     return gather_samples(loaded, config)[0]
 
@@ -222,7 +223,13 @@ def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples,
             f"{len(calibration)} calibration and {len(held_out)} held-out samples are too few",
             f"give at least {HELD_OUT_SHARE * FEWEST_HELD_OUT} samples with --calib; 64 and more are better",
         )
-    return order_inputs(loaded.module, calibration), order_inputs(loaded.module, held_out)
+    calibration, held_out = order_inputs(loaded, calibration), order_inputs(loaded, held_out)
+    if calibration.inputs.keys() != held_out.inputs.keys():
+        raise SamplesError(
+            f"calibration samples hold {', '.join(calibration.inputs)}, held-out ones {', '.join(held_out.inputs)}",
+            "give both the same inputs, or all samples with --calib",
+        )
+    return calibration, held_out
 
 
 def compare_kinds(path: Path, samples: Samples, known: Samples | None) -> None:
@@ -269,5 +276,5 @@ def export_rivals(
                 artifact = splice_onnx(graph, sites, modules, target, {})
             else:
                 artifact = export_onnx(rewrite(graph, sites, modules), target, {})
-            runners[name] = OnnxRuntimeRunner(artifact.path, threads)
+            runners[name] = OnnxRuntimeRunner(artifact.path, threads, name)
     return runners

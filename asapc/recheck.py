@@ -13,10 +13,11 @@ from asapc.archives import sha256
 from asapc.artifacts import Site
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.capture import capture, order_inputs
+from asapc.capture import capture
 from asapc.choices import Candidate, Choice, Plan, SlicedDualParams
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError
+from asapc.inputs import order_inputs
 from asapc.loading import load_model
 from asapc.onnx_graph import OnnxGraph
 from asapc.ops.scaling import MOST_SPREAD
@@ -86,7 +87,7 @@ def recheck(folder: Path, data: Path, teacher: Path | None = None, config: Compi
     loaded = load_model(teacher or Path(report["model"]["path"]), config)
     if loaded.sha256 != report["model"]["sha256"]:
         raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
-    samples = order_inputs(loaded.module, load_samples(data))
+    samples = order_inputs(loaded, load_samples(data))
     graph = build_plans(capture(loaded, samples, config.early_stop), most_different(samples))
     sites = find(graph, samples).sites
     if [site.name for site in sites] != [site["name"] for site in report["sites"]]:

@@ -85,7 +85,7 @@ def parse_shape(text: str) -> InputShape:
         OptionError: not of that form, an unknown dtype, or too large.
     """
     hint = "use NAME=SIZE,SIZE,...:DTYPE, the batch first, e.g. x=2,197,64:float32 or ids=2,128:int64:0..30000"
-    match = re.fullmatch(r"(\w{1,80})=(\d{1,9}(?:,\d{1,9})*)(?::(\w+)(?::(-?\d{1,18})\.\.(-?\d{1,18}))?)?", text)
+    match = re.fullmatch(r"([^\s=]{1,80})=(\d{1,9}(?:,\d{1,9})*)(?::(\w+)(?::(-?\d{1,18})\.\.(-?\d{1,18}))?)?", text)
     if match is None:
         raise OptionError(f"cannot read the input shape {text[:200]!r}", hint)
     name, sizes, dtype = match[1], tuple(int(size) for size in match[2].split(",")), match[3] or "float32"

@@ -35,6 +35,7 @@ LAYERS = {
         "asapc.pt2_archive",
         "asapc.pt2_graph",
         "asapc.samples",
+        "asapc.inputs",
         "asapc.tensors",
         "asapc.weights",
         "asapc.capture",

@@ -520,3 +520,82 @@ def test_samples_that_the_model_refuses_are_named_by_all_their_shape():
     samples = scores(count=24)
     with pytest.raises(SamplesError, match=r"\(24, 5, 5\)"):
         captured(nn.LayerNorm(7), Samples({"input": samples.inputs["x"]}))
+
+
+class Squeezes(nn.Module):
+    """Forgets the batch where it is one."""
+
+    def forward(self, x):
+        row = x.sum(-1).squeeze()
+        return x + row[:, None] if row.dim() > 1 else x + row[None, None] * 2
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.flatten(1).squeeze().dim() > 1 else x * 3
+
+
+class SqueezesOutput(nn.Module):
+    def forward(self, x):
+        return x.sum(-1).squeeze()
+
+
+class FailsForOne(nn.Module):
+    def forward(self, x):
+        return x.sum(-1).squeeze().unsqueeze(2)
+
+
+@pytest.mark.parametrize("kind", [Squeezes, Branches, SqueezesOutput, FailsForOne])
+def test_what_a_model_does_for_a_batch_of_one_alone_is_noticed(kind):
+    with pytest.raises(CaptureError, match=r"batch of one|at batch 1") as caught:
+        captured(kind())
+    assert "batch of one" in caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+class Short(nn.Module):
+    """Its float16 and bfloat16 round what float32 would not."""
+
+    def forward(self, x):
+        return (x.bfloat16().cos() @ x.half().mT.bfloat16()).float()
+
+
+@pytest.mark.parametrize("kind", [Noisy, Short, While, Done])
+def test_noise_short_floats_and_early_stops_are_no_reason_to_refuse_a_batch_of_one(kind):
+    assert captured(kind()).program is not None
+
+
+class Returns(nn.Module):
+    def __init__(self, more) -> None:
+        super().__init__()
+        self.more = more
+
+    def forward(self, x):
+        return self.more(x)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (lambda x: {"logits": x * 2, "n": 3}, ["['n']", "int"]),
+        (lambda x: (x * 2, {"deep": [x, "text"]}), ["[1]['deep'][1]", "str"]),
+        (lambda x: (x * 2, x.shape[0]), ["[1]", "int"]),
+        (lambda x: 2.0, ["what it returns", "float"]),
+        (lambda x: None, ["returns nothing"]),
+    ],
+)
+def test_outputs_that_are_no_tensors_are_refused_by_their_place(more, words):
+    with pytest.raises(CaptureError) as caught:
+        captured(Returns(more))
+    assert all(word in str(caught.value) for word in words)
+    assert caught.value.hint
+
+
+def test_none_among_the_outputs_is_left_out():
+    graph = captured(Returns(lambda x: {"logits": x * 2, "loss": None}))
+    assert torch.equal(graph.program.module()(scores().inputs["x"])["logits"], 2 * scores().inputs["x"])

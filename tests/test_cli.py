@@ -320,8 +320,10 @@ BAD_INPUTS = {
     "unknown level": (lambda small: [small, "-O", "7"], "level"),
     "negative slices": (lambda small: [small, "--slices", "-1"], "slices"),
     "batch of none": (lambda small: [small, "--batch", "0"], "batches"),
+    "batch beyond memory": (lambda small: [small, "--batch", "10000000"], "batches"),
+    "threads beyond measure": (lambda small: [small, "--threads", "100000"], "threads"),
     "no time": (lambda small: [small, "--seconds", "0"], "seconds"),
-    "missing options": (lambda small: [small, "--config", "missing.toml"], "missing.toml"),
+    "missing options": (lambda small: [small, "--config", "missing.toml"], "missing.toml: no such file"),
     "unknown rule in the options": (
         lambda small: [small, "--config", written(Path("o.toml"), b'early_stop = "maybe"')],
         "maybe",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from asapc.config import METRICS, Bound, CompileConfig, parse_bound
+from asapc.config import METRICS, MOST_THREADS, Bound, CompileConfig, parse_bound
 from asapc.errors import OptionError
 
 
@@ -81,7 +81,10 @@ def test_a_config_reads_its_budget_when_it_is_made():
         ("batches", (0,)),
         ("batches", (1, -32)),
         ("batches", ()),
+        ("batches", (1, 10**7)),  # more than any memory
         ("threads", -1),
+        ("threads", 100_000),  # crashed ONNX Runtime
+        ("threads", MOST_THREADS + 1),
         ("seed", -1),
         ("seed", 2**64),  # torch takes 64 bits
         ("seconds", 0.0),

@@ -1,5 +1,6 @@
 """ONNX files: exported whole or not at all, and run with the answers that PyTorch gives."""
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -100,3 +101,55 @@ def test_an_operation_without_an_onnx_form_is_named_and_nothing_is_written(tmp_p
 def test_an_export_says_nothing_on_the_terminal(tmp_path, capfd):
     export_onnx(graph(nn.Linear(3, 2), input=torch.rand(2, 3)), tmp_path / "model.onnx", {})
     assert capfd.readouterr() == ("", "")
+
+
+def fixed_reshape(path):
+    """A file that runs for a batch of two alone, whatever its input says."""
+    shape = onnx.numpy_helper.from_array(np.array([2, 3]), "shape")
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Reshape", ["x", "shape"], ["y"], "turn")],
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, ["batch", 3])],
+        [value("y", onnx.TensorProto.FLOAT, [None, 3])],
+        [shape],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def test_an_error_in_onnx_runtime_is_one_line_that_names_variant_and_batch(tmp_path, capfd):
+    runner = OnnxRuntimeRunner(fixed_reshape(tmp_path / "m.onnx"), 1, "truncated")
+    (output,) = runner(Samples({"x": torch.rand(2, 3)}))
+    assert output.shape == (2, 3)
+    with pytest.raises(BuildError, match="truncated at batch 5") as caught:
+        runner(Samples({"x": torch.rand(5, 3)}))
+    assert "\n" not in str(caught.value)
+    assert "Reshape" in str(caught.value)
+    assert caught.value.hint
+    with pytest.raises(BuildError, match="truncated at batch 2"):
+        runner(Samples({"x": torch.rand(2, 3).double()}))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_onnx_runtime_refuses_is_named(tmp_path, capfd):
+    (tmp_path / "m.onnx").write_bytes(b"no model")
+    with pytest.raises(BuildError, match=r"refuses m\.onnx"):
+        OnnxRuntimeRunner(tmp_path / "m.onnx")
+    model = onnx.load(fixed_reshape(tmp_path / "m.onnx"))
+    model.graph.node[0].op_type = "Unheard"
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(BuildError, match="refuses exact"):
+        OnnxRuntimeRunner(tmp_path / "m.onnx", 1, "exact")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_batch_is_called_batch(tmp_path):
+    class Reshapes(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x.flatten(0, 1), x.exp()
+
+    path = export_onnx(graph(Reshapes(), x=torch.rand(2, 3, 4)), tmp_path / "model.onnx", {}).path
+    found = onnx.load(path).graph
+    dims = [value.type.tensor_type.shape.dim[0].dim_param for value in (*found.input, *found.output)]
+    assert dims == ["batch", "3*batch", "batch"]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from asapc.artifacts import Samples
+from asapc.inputs import arguments
 
 
 class EagerRunner:
@@ -16,7 +17,8 @@ class EagerRunner:
 
     def __call__(self, samples: Samples) -> list[Tensor]:
         """All tensor outputs of the model for one batch, in the order in which it returns them."""
+        args, kwargs = arguments(self.module, samples.inputs)
         with torch.no_grad():
-            outputs = self.module(*samples.inputs.values())
+            outputs = self.module(*args, **kwargs)
         leaves = torch.utils._pytree.tree_leaves(outputs)
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -12,7 +12,7 @@ import torch
 
 from asapc.artifacts import CapturedGraph, OnnxArtifact
 from asapc.backends.base import temporary
-from asapc.errors import BuildError
+from asapc.errors import BuildError, first_line
 from asapc.passes.onnx_cleanup import OnnxCleanup
 
 OPSET = 18  # what every runtime of the last years takes, TensorRT 10 and ONNX Runtime 1.14 among them
@@ -29,14 +29,20 @@ def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str]) -
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
     """
-    model = OnnxCleanup(metadata)(to_proto(graph)).program
+    batch = [{0: "batch"} for _ in graph.example.inputs]
+    model = OnnxCleanup(metadata)(to_proto(graph, axes=batch)).program
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
     temporary(path).rename(path)
     return OnnxArtifact(path, next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")))
 
 
-def to_proto(graph: CapturedGraph, opset: int = OPSET) -> Any:
+def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]] | None = None) -> Any:
     """The graph as a ModelProto, as the exporter writes it.
+
+    Args:
+        graph: the graph.
+        opset: version of the ONNX standard.
+        axes: what to call the dynamic axes of each input; None for names like s77.
 
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
@@ -49,13 +55,14 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET) -> Any:
                 opset_version=opset,
                 verbose=False,
                 input_names=list(graph.example.inputs),
+                dynamic_shapes=axes,
             )
         except torch.onnx.errors.OnnxExporterError as error:
             cause: BaseException = error  # the innermost names the operation; those around it are boilerplate
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise BuildError(
-                f"torch.onnx cannot export the model: {str(cause).strip().splitlines()[0]}",
+                f"torch.onnx cannot export the model: {first_line(cause)}",
                 "replace the operation that it names in the model",
             ) from error
     assert program is not None  # with dynamo=True the exporter always returns one

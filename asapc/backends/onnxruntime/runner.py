@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from asapc.artifacts import Samples
+from asapc.errors import BuildError, first_line
 
 
 class OnnxRuntimeRunner:
@@ -14,23 +15,41 @@ class OnnxRuntimeRunner:
     Args:
         path: the ONNX file.
         threads: threads inside an operator; 0 leaves the choice to ONNX Runtime (one a core).
+        name: what messages call the model; None for the file's name.
+
+    Raises:
+        BuildError: ONNX Runtime refuses the file.
     """
 
     runtime = "onnxruntime"
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
+    def __init__(self, path: Path, threads: int = 0, name: str | None = None) -> None:
         import onnxruntime
 
+        self.name = name or path.name
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # fatal alone: errors are raised too, and shown by who catches them
         # Several sessions live side by side while latency is measured. Idle threads of one, spinning, would take
         # the cores from the one that is timed.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own, which share no base
+            raise BuildError(f"ONNX Runtime refuses {self.name}: {first_line(error)}", "report the model") from error
         self.names = [value.name for value in self.session.get_inputs()]
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """All outputs for one batch."""
-        feed = {name: value.numpy() for name, value in samples.inputs.items() if name in self.names}
-        return [torch.from_numpy(value) for value in self.session.run(None, feed)]
+        """All outputs for one batch.
+
+        Raises:
+            BuildError: ONNX Runtime cannot compute them.
+        """
+        try:
+            feed = {name: value.numpy() for name, value in samples.inputs.items() if name in self.names}
+            return [torch.from_numpy(value) for value in self.session.run(None, feed)]
+        except Exception as error:
+            raise BuildError(
+                f"ONNX Runtime cannot run {self.name} at batch {len(samples)}: {first_line(error)}",
+                "measure smaller batches with --batch where memory is short, else report the model",
+            ) from error
