@@ -167,9 +167,10 @@ def pop(stack: list[int], before: list[str]) -> list[int]:
 def would_run(where: object, kind: Kind, name: object = None) -> AsapcError:
     """The error for a file whose pickle could run code."""
     named = f" ({str(name).replace(' ', '.')[:80]})" if name else ""
+    samples = "save arrays of numbers by input name, with numpy.savez or torch.save"
     return kind(
         f"{where} holds Python objects that {RUNS_CODE}{named}; nothing was run",
-        "save tensors only: model.state_dict(), not the model",
+        samples if kind is SamplesError else "save tensors only: model.state_dict(), not the model",
     )
 
 

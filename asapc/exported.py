@@ -14,8 +14,9 @@ from asapc.archives import sha256
 from asapc.artifacts import InputType, LoadedModel, Samples
 from asapc.errors import CheckpointError
 from asapc.pt2_archive import ANEW, read_archive
-from asapc.samples import as_samples, is_finite
+from asapc.samples import as_samples
 from asapc.tensors import damage
+from asapc.weights import check_finite
 
 # Elements of a tensor in a graph, for one sample. A graph may ask for any size, whatever that of its file.
 LARGEST = 2**32
@@ -40,9 +41,9 @@ def load_program(path: Path) -> LoadedModel:
         check_graph(path, program)
         module = program.module()
         inputs = batch_inputs(path, program, module)
-        for name, value in program.named_parameters():
-            if not is_finite(value):
-                raise CheckpointError(f"{path}: {name} holds NaN or infinity", "give one of a run that went well")
+        # A single NaN among constants may be meant, to compare or to fill with; one among buffers is none of these.
+        constants = [(n, v) for n, v in program.constants.items() if isinstance(v, Tensor) and v.numel() > 1]
+        check_finite(path, program.named_parameters(), [*program.named_buffers(), *constants])
         example = sample_inputs(path, list(inputs), sample)
     return LoadedModel(
         module=module,

@@ -20,7 +20,7 @@ from asapc.factories import build_model, working_directory_importable
 from asapc.onnx_import import load_onnx
 from asapc.samples import as_samples, draw_inputs, load_samples
 from asapc.tensors import damage, read_safetensors, read_torch
-from asapc.weights import give_weights, load_weights
+from asapc.weights import check_finite, give_weights, load_weights
 
 FORMAT = "asapc.checkpoint/1"
 # A checkpoint names the class that builds its model. Only these are followed: a name in a file must not be able
@@ -104,6 +104,7 @@ def load_content(path: Path, content: Any, unsafe: bool, config: CompileConfig) 
         module = build_checkpoint(path, content)
     elif found := next(find_modules(content), None):
         place, module = found
+        check_finite(path, module.named_parameters(), module.named_buffers())
         notes.append(f"a pickled {type(module).__name__}" + (f" found at {place!r}" if place else ""))
     else:
         raise CheckpointError(

@@ -35,7 +35,7 @@ from asapc.plan import operators, plan, rivals
 from asapc.report import CompileReport, early_stop_data, early_stop_note, plan_note, report_data
 from asapc.results import Latency
 from asapc.samples import load_samples
-from asapc.verify import check_budget, site_fidelity, verify
+from asapc.verify import check_budget, check_labels, site_fidelity, verify
 from asapc.version import __version__
 
 FEWEST_CALIBRATION, FEWEST_HELD_OUT = 8, 4
@@ -69,6 +69,7 @@ def compile_model(
 
         with stage("capture", on_event) as step:
             graph = capture(loaded, calibration, config.early_stop)
+            check_labels(EagerRunner(graph.program.module()), calibration, held_out)
             note = early_stop_note(early_stop_data(graph.early_stops))
             step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}"
 

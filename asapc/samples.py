@@ -72,10 +72,18 @@ def as_samples(content: Any, where: str) -> Samples:
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity; torch itself cannot tell for floats of 8 bits."""
-    if value.is_floating_point() and value.itemsize == 1:
-        value = value.float()
-    return bool(torch.isfinite(value).all())
+    """Whether a tensor holds no NaN and no infinity."""
+    return bool(torch.isfinite(widened(value)).all())
+
+
+def has_nan(value: Tensor) -> bool:
+    """Whether a tensor holds NaN; infinities may be meant."""
+    return bool(torch.isnan(widened(value)).any())
+
+
+def widened(value: Tensor) -> Tensor:
+    """A tensor that torch can look into, which it cannot at floats of 8 bits."""
+    return value.float() if value.is_floating_point() and value.itemsize == 1 else value
 
 
 def parse_shape(text: str) -> InputShape:

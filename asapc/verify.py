@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.backends.base import Runner
 from asapc.config import DEFAULT_BUDGET, SITE_METRICS, Bound
-from asapc.errors import FidelityError, OptionError
+from asapc.errors import FidelityError, OptionError, SamplesError
 from asapc.passes.layout import arrange, operands, score_factor, site_inputs
 from asapc.passes.record import record
 from asapc.results import Fidelity, Hop, Metric, SiteFidelity, VariantFidelity
@@ -201,9 +201,23 @@ def compare(name: str, reference: Tensor, candidate: Tensor) -> Hop:
     )
 
 
+def check_labels(teacher: Runner, *parts: Samples) -> None:
+    """Raise SamplesError where labels are not among the classes that the model tells apart."""
+    output = first_output(teacher, parts[0][:1])
+    labels = [samples.labels for samples in parts if samples.labels is not None]
+    if not labels or not has_classes(output):
+        return
+    classes, given = output.shape[-1], torch.cat(labels)
+    if not bool(((given >= 0) & (given < classes)).all()):
+        raise SamplesError(
+            f"labels run from {given.min().item()} to {given.max().item()}, the model tells {classes} classes apart",
+            f"give labels from 0 to {classes - 1}, and leave out samples without one",
+        )
+
+
 def metric(teacher: Tensor, compiled: Tensor, labels: Tensor | None) -> Metric | None:
-    """Accuracy of both models where there are labels and classes."""
-    if labels is None or not is_classifier(teacher):
+    """Accuracy of both models where there are labels, and classes of whole samples to hold against them."""
+    if labels is None or not has_classes(teacher):
         return None
     return Metric("accuracy", accuracy(teacher, labels), accuracy(compiled, labels))
 
@@ -211,6 +225,11 @@ def metric(teacher: Tensor, compiled: Tensor, labels: Tensor | None) -> Metric |
 def is_classifier(output: Tensor) -> bool:
     """Whether the output has a class axis: (samples, ..., classes) with more than one class."""
     return output.dim() >= 2 and output.shape[-1] > 1
+
+
+def has_classes(output: Tensor) -> bool:
+    """Whether the output is (samples, classes), as labels are one a sample."""
+    return output.dim() == 2 and is_classifier(output)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Finds a model's weights in what a checkpoint holds, by structure, and gives them to the model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from asapc.errors import CheckpointError
-from asapc.samples import is_finite
+from asapc.samples import has_nan, is_finite
 
 ONE_RUN = "the weights and the model's arguments must be of one training run"
 COMPILED = "_orig_mod."  # of torch.compile
@@ -129,6 +129,14 @@ def compare_weights(path: Path, name: str, module: nn.Module, found: Mapping[str
         for other in more:
             if not torch.equal(found[first], found[other]):
                 raise CheckpointError(f"{path}: {first} and {other} differ, {name} has one weight for both", ONE_RUN)
+
+
+def check_finite(path: Path, parameters: Iterable[tuple[str, Tensor]], others: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise CheckpointError where parameters are not finite or buffers hold NaN: a mask may well hold infinities."""
+    broken = [name for name, value in parameters if not is_finite(value)]
+    broken += [name for name, value in others if has_nan(value)]
+    for name in broken[:1]:
+        raise CheckpointError(f"{path}: {name[:200]} holds NaN or infinity", "give one of a run that went well")
 
 
 def ties(weights: Mapping[str, Tensor]) -> list[set[str]]:

@@ -307,6 +307,10 @@ BAD_INPUTS = {
         lambda small: [small, "--calib", samples(Path("s.npz"), labels=np.eye(24))],
         "labels",
     ),
+    "labels that the model does not know": (
+        lambda small: [small, "--calib", samples(Path("s.npz"), labels=np.full(24, 99))],
+        "from 99 to 99, the model tells 3 classes apart",
+    ),
     "unwritable output": (
         lambda small: [small, "--out", written(Path("file")) / "out"],
         "cannot write",

@@ -155,6 +155,35 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     assert "head.weight" in assert_refused(CheckpointError, load_model, export(tmp_path / "m.pt2", module))
 
 
+class WithConstants(nn.Module):
+    """Has a buffer that is saved, one that is not, a plain tensor, and a number to fill with."""
+
+    def __init__(self, **values: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("saved", values.get("saved", torch.tensor([0.0, -torch.inf])))
+        self.register_buffer("unsaved", values.get("unsaved", torch.zeros(2)), persistent=False)
+        self.plain = values.get("plain", torch.zeros(2))
+
+    def forward(self, x):
+        return torch.where(x > 9, torch.tensor(torch.nan), x) + self.saved + self.unsaved + self.plain
+
+
+def with_constants(path: Path, **values: torch.Tensor) -> Path:
+    shapes = ({0: Dim("batch")},)
+    torch.export.save(torch.export.export(WithConstants(**values), (torch.rand(2, 2),), dynamic_shapes=shapes), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["saved", "unsaved", "plain"])
+def test_nan_in_buffers_and_constants_is_refused(name, tmp_path):
+    path = with_constants(tmp_path / "m.pt2", **{name: torch.tensor([1.0, torch.nan])})
+    assert name in assert_refused(CheckpointError, load_model, path)
+
+
+def test_infinities_of_a_mask_and_a_nan_to_fill_with_are_meant(tmp_path):
+    assert load_model(with_constants(tmp_path / "m.pt2")).parameters == 0
+
+
 # Code in an archive, wherever torch.export.load looks.
 
 

@@ -349,3 +349,16 @@ def test_a_damaged_byte_in_an_npz_is_an_error_of_the_samples_or_none(tmp_path):
         except SamplesError:
             refused += 1
     assert refused > 0
+
+
+@pytest.mark.parametrize("save", ["samples.pt", "samples.npz"])
+def test_samples_that_would_run_code_are_told_how_to_save_samples(save, tmp_path):
+    path = tmp_path / save
+    if path.suffix == ".npz":
+        np.savez(path, x=np.array([{}], dtype=object))
+    else:
+        torch.save({"x": Bomb(tmp_path / "marker")}, path)
+    with pytest.raises(SamplesError) as caught:
+        load_samples(path)
+    assert "numpy.savez" in caught.value.hint
+    assert "state_dict" not in caught.value.hint

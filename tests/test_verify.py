@@ -10,13 +10,13 @@ from tolerances import FLOAT32
 from asapc.artifacts import CapturedGraph, LoadedModel, Samples
 from asapc.capture import capture, export
 from asapc.config import Bound
-from asapc.errors import FidelityError, OptionError
+from asapc.errors import FidelityError, OptionError, SamplesError
 from asapc.models.vit import VisionTransformer
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.plan import exact_operator
 from asapc.results import Fidelity, Metric, SiteFidelity
-from asapc.verify import check_budget, compare, metric, site_fidelity, verify
+from asapc.verify import check_budget, check_labels, compare, metric, site_fidelity, verify
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 1.0], [5.0, 0.0, 0.0]])
 
@@ -52,6 +52,38 @@ def test_the_metric_is_the_accuracy_of_both_where_there_are_labels():
     compiled = LOGITS.roll(1, dims=0)
     assert metric(LOGITS, compiled, torch.tensor([0, 1, 2, 1])) == Metric("accuracy", 0.75, 0.25)
     assert metric(LOGITS, compiled, None) is None
+
+
+class Gives:
+    """A runner that gives one output whatever the samples."""
+
+    runtime = "none"
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def __call__(self, samples):
+        return [torch.zeros(len(samples), *self.shape)]
+
+
+def labelled(*labels: int) -> Samples:
+    return Samples({"x": torch.zeros(len(labels), 2)}, torch.tensor(labels))
+
+
+def test_labels_must_be_among_the_classes():
+    check_labels(Gives(3), labelled(0, 1), labelled(2, 0))
+    check_labels(Gives(3), Samples({"x": torch.zeros(2, 2)}))
+    for parts in ((labelled(0, 1), labelled(3)), (labelled(-1, 1), labelled(2)), (labelled(99, 99),)):
+        with pytest.raises(SamplesError, match="the model tells 3 classes apart") as caught:
+            check_labels(Gives(3), *parts)
+        assert "from 0 to 2" in caught.value.hint
+
+
+def test_labels_do_not_count_where_samples_have_no_classes():
+    for shape in ((), (1,), (7, 5)):  # the last gives a class for each token
+        check_labels(Gives(*shape), labelled(0, 99))
+        output = torch.rand(2, *shape)
+        assert metric(output, output, torch.tensor([0, 99])) is None
 
 
 def fidelity(**changes) -> Fidelity:

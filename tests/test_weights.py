@@ -293,6 +293,19 @@ def test_weights_among_python_objects_need_the_same_word(tmp_path):
     assert marker.exists()
 
 
+def test_the_numbers_of_a_pickled_module_are_looked_at_as_those_of_weights(tmp_path):
+    read = CompileConfig(unsafe_load=True)
+    masked, spoilt = Tiny(), Tiny()
+    masked.mask.fill_(-torch.inf)
+    assert load_model(saved(tmp_path / "m.pt", masked), read).module.mask.isinf().all()
+    spoilt.head.bias.data[0] = torch.inf
+    assert "head.bias" in assert_refused(
+        CheckpointError, lambda p: load_model(p, read), saved(tmp_path / "m.pt", spoilt)
+    )
+    masked.mask[0, 0] = torch.nan
+    assert "mask" in assert_refused(CheckpointError, lambda p: load_model(p, read), saved(tmp_path / "m.pt", masked))
+
+
 def test_unsafe_load_runs_nothing_where_nothing_needs_it(shipped):
     assert load_model(shipped, CompileConfig(unsafe_load=True)).notes == ()
 
