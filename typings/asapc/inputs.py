@@ -1,0 +1,1 @@
+../../asapc/inputs.py
