@@ -20,7 +20,7 @@ from asapc.capture import capture, export, order_inputs
 from asapc.choices import Plan
 from asapc.config import CompileConfig
 from asapc.environment import cpu_name, environment
-from asapc.errors import NoSinkhornError, SamplesError
+from asapc.errors import CaptureError, InternalError, NoSinkhornError, SamplesError
 from asapc.events import OnEvent, stage
 from asapc.loading import load_model
 from asapc.measure import measure
@@ -249,11 +249,18 @@ def require_sites(findings: Findings) -> None:
 
 
 def rewrite(graph: CapturedGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module]) -> CapturedGraph:
-    """A copy of the graph with operators in the place of the sites that have one."""
+    """A copy of the graph with operators in the place of the sites that have one.
+
+    Raises:
+        InternalError: the rewritten graph cannot be exported. The user's model was, so that it is not at fault.
+    """
     if not modules:
         return graph
     module = RewriteSinkhorn(sites, modules)(graph.program.module()).program
-    return CapturedGraph(export(module, graph.example.inputs), graph.example)
+    try:
+        return CapturedGraph(export(module, graph.example.inputs), graph.example)
+    except CaptureError as error:
+        raise InternalError(f"the model cannot be exported with its operators: {error}") from error
 
 
 def export_rivals(

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
@@ -19,7 +18,7 @@ from asapc.artifacts import CapturedGraph, Samples
 from asapc.passes.base import GraphPass, PassResult, PreconditionError
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.kinds import SIZE
-from asapc.passes.layout import align
+from asapc.passes.layout import align, loosen_views
 from asapc.passes.products import SHAPE
 from asapc.passes.unbuilt import Scaling, Unbuilt, find_unbuilt, find_unbuilt_equation
 
@@ -143,9 +142,7 @@ def build(graph: Graph, unbuilt: Unbuilt) -> Node:
     # The end stays the node that it is, under its name; it only comes of the plan from now on.
     end.target, end.args, end.kwargs = last.target, last.args, last.kwargs
     graph.erase_node(last)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        if plan < node:  # traced for tensors that lay otherwise in memory
-            node.target = torch.ops.aten.reshape.default
+    loosen_views(plan)
     return plan
 
 
