@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from asapc.artifacts import CapturedGraph, Samples
 from asapc.passes.base import GraphPass, PassResult, PreconditionError
-from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.passes.evidence import find_with_evidence
 from asapc.passes.kinds import SIZE
 from asapc.passes.layout import align, loosen_views
 from asapc.passes.products import SHAPE
@@ -30,7 +30,7 @@ def build_plans(graph: CapturedGraph, samples: Samples) -> CapturedGraph:
 
     Args:
         graph: the captured model; it is not changed.
-        samples: what the finder is to look at, see `find_sinkhorn`.
+        samples: what the finder may look at, see `find_with_evidence`.
     """
     wanted: Collection[str] | None = None
     while True:
@@ -39,7 +39,7 @@ def build_plans(graph: CapturedGraph, samples: Samples) -> CapturedGraph:
         if not result.modified:
             return graph
         built = replace(graph, program=with_graph(graph.program, result.program))
-        plans = {site.plan.node for site in find_sinkhorn(built, samples).sites}
+        plans = {site.plan.node for site in find_with_evidence(built, samples).sites}
         found = {product for product, plan in build.plans.items() if plan in plans}
         if found == set(build.plans):
             return built
