@@ -233,7 +233,7 @@ def inspect(
             for miss in misses:
                 where = f"{miss['source'] or 'no source line'} (node {miss['node']})"
                 out.print(f"miss: {where}: {miss['reason']}; {miss['hint']}", markup=False, soft_wrap=True)
-        require_sites(findings)
+        require_sites(findings, file, listed=why or as_json)
 
 
 @app.command()
@@ -357,7 +357,7 @@ def show_report(folder: Path, data: dict[str, Any]) -> None:
     show_early_stops(data["early_stops"])
     out.print(f"Ratios at batch {latency['batch']}: {comparison(latency)}", soft_wrap=True)
     for hop in fidelity["hops"]:
-        out.print(f"  {hop['name']:<13} changes the logits by {hop['rel']:.1e} relative, {hop['max_abs']:.1e} at most")
+        out.print(f"  {hop['name']:<13} changes the outputs by {hop['rel']:.1e} relative, {hop['max_abs']:.1e} at most")
     for artifact in data["artifacts"]:
         targets = f" for {', '.join(artifact['targets'])}" if artifact["targets"] else ""
         out.print(f"{folder / artifact['path']}  ({artifact['builder']}{targets})", markup=False, soft_wrap=True)

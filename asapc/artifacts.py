@@ -224,11 +224,19 @@ class Miss:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What `find_sinkhorn` found: sites in the order of the graph, misses, and early stops that capture left out."""
+    """What was found in a graph.
+
+    Attributes:
+        sites: in the order of the graph.
+        misses: what came near.
+        early_stops: those that capture left out; None where the model has none.
+        untold: nodes that loops read and that are the same everywhere on the samples looked at: others may tell more.
+    """
 
     sites: tuple[Site, ...]
     misses: tuple[Miss, ...]
     early_stops: EarlyStops | None = None
+    untold: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

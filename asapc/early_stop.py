@@ -10,6 +10,7 @@ is traced as it would be without this module.
 """
 
 import linecache
+import os
 import sys
 from operator import attrgetter
 from pathlib import Path
@@ -36,12 +37,13 @@ QUESTIONS = {
 }
 # `tensor.data` leaves the graph too, and torch.export stumbles over it; `tensor.detach()` is the same and stays.
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-# Answers to one line within one call of a forward: far more than the iterations of a loop that anyone runs.
-MAX_ANSWERS = 1000
+# Answers to one line within one call of a forward: three times the iterations of any loop that is to be recognised,
+# since a forward may hold several. All are traced before a loop without a bound is refused, which takes time.
+MAX_ANSWERS = 300
 # What a Python number stands in with: beyond any tolerance, finite, and in turns, since a loop may compare an
 # error with the one before.
 LARGE = (2.0**1000, 2.0**1001)
-TORCH = str(Path(torch.__file__).parent)
+TORCH = str(Path(torch.__file__).parent) + os.sep  # and no other package whose name begins like that
 
 
 class Undecided(Exception):

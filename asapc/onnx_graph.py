@@ -1,7 +1,7 @@
 """A captured ONNX file: which node of the graph is which value of the file, exactly."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,12 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from asapc.artifacts import CapturedGraph, Findings, Samples
+from asapc.artifacts import CapturedGraph, Samples
 from asapc.errors import AsapcError
 from asapc.onnx_call import label_of
 from asapc.onnx_import import OnnxModule
-
-SOURCE = "asapc_source"  # metadata of a graph's node: the file and the name of its node that it is a step of
+from asapc.passes.describe import SOURCE
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +82,6 @@ def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> On
     graph.lint()
     program.graph_module.recompile()
     return OnnxGraph(program, example, None, module.model, values, module.initializers)
-
-
-def name_sources(graph: OnnxGraph, findings: Findings) -> Findings:
-    """Findings whose sites and misses name nodes of the file, where those of a model name lines of code."""
-    sources = {node.name: node.meta.get(SOURCE) for node in graph.program.graph.nodes}
-    return replace(
-        findings,
-        sites=tuple(replace(site, source=sources.get((site.output or site.plan).node)) for site in findings.sites),
-        misses=tuple(replace(miss, source=sources.get(miss.node)) for miss in findings.misses),
-    )
 
 
 def region_module(module: GraphModule, inputs: list[Node], body: list[Node], outputs: list[Node]) -> GraphModule:

@@ -20,19 +20,18 @@ from asapc.capture import capture, export
 from asapc.choices import Plan
 from asapc.config import CompileConfig
 from asapc.environment import cpu_name, environment
-from asapc.errors import NoSinkhornError, SamplesError
+from asapc.errors import CaptureError, InternalError, NoSinkhornError, SamplesError
 from asapc.events import OnEvent, stage
 from asapc.inputs import order_inputs, shape_options
 from asapc.loading import load_model
 from asapc.measure import measure
-from asapc.onnx_graph import OnnxGraph, name_sources
-from asapc.ops.scaling import LOWEST_LIVE
+from asapc.onnx_graph import OnnxGraph
 from asapc.output import list_artifacts, output_folder, write_json, write_manifest, write_operators
 from asapc.passes.build_plan import build_plans
-from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.passes.evidence import find_with_evidence
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
 from asapc.plan import operators, plan, rivals
-from asapc.report import CompileReport, early_stop_data, early_stop_note, plan_note, report_data
+from asapc.report import CompileReport, early_stop_data, early_stop_note, plan_note, report_data, shorten
 from asapc.results import Latency
 from asapc.samples import load_samples
 from asapc.verify import check_budget, check_labels, site_fidelity, verify
@@ -74,10 +73,10 @@ def compile_model(
             step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}"
 
         with stage("find", on_event) as step:
-            graph = build_plans(graph, most_different(calibration))
+            graph = build_plans(graph, calibration)
             findings = find(graph, calibration)
             step.summary = f"{len(findings.sites)} Sinkhorn sites"
-            require_sites(findings)
+            require_sites(findings, path)
 
         with stage("plan", on_event) as step:
             chosen = plan(graph, findings.sites, calibration, held_out, config, step.advance)
@@ -159,7 +158,7 @@ def inspect_model(
         step.summary = "; ".join((f"{loaded.parameters:,} parameters", *loaded.notes))
         if config.input_shape and config.calib is None:
             step.summary += f"; probed with random inputs, seed {config.seed}"
-    graph = build_plans(capture(loaded, samples, config.early_stop), most_different(samples))
+    graph = build_plans(capture(loaded, samples, config.early_stop), samples)
     return find(graph, samples)
 
 
@@ -181,20 +180,7 @@ def probe_samples(loaded: LoadedModel, config: CompileConfig) -> Samples:
 
 def find(graph: CapturedGraph, calibration: Samples) -> Findings:
     """What there is to find in a graph, with the early stops that capturing it has left out."""
-    findings = find_sinkhorn(graph, most_different(calibration))
-    if isinstance(graph, OnnxGraph):
-        findings = name_sources(graph, findings)
-    return replace(findings, early_stops=graph.early_stops)
-
-
-def most_different(samples: Samples) -> Samples:
-    """Two samples to probe with: those with the least and the most padding, as boolean and additive masks tell."""
-    masked = torch.zeros(len(samples))
-    for value in samples.inputs.values():
-        marks = value if value.dtype == torch.bool else value < LOWEST_LIVE
-        masked += marks.flatten(1).sum(dim=1) if value.dim() > 1 else marks
-    order = masked.argsort(stable=True).tolist()
-    return samples[[order[0], order[-1]]]
+    return replace(find_with_evidence(graph, calibration), early_stops=graph.early_stops)
 
 
 def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples, Samples]:
@@ -245,23 +231,41 @@ def compare_kinds(path: Path, samples: Samples, known: Samples | None) -> None:
             )
 
 
-def require_sites(findings: Findings) -> None:
-    """Raise NoSinkhornError if nothing was found, with the nearest miss."""
-    if not findings.sites:
-        miss = findings.misses[0] if findings.misses else None
+def require_sites(findings: Findings, path: Path, listed: bool = False) -> None:
+    """Raise NoSinkhornError if nothing was found, with a miss where there is one.
+
+    Args:
+        findings: what was found.
+        path: the model, as the user named it.
+        listed: whether the misses were shown already.
+    """
+    if findings.sites:
+        return
+    message = "no Sinkhorn attention was found in the model"
+    if not findings.misses:
         raise NoSinkhornError(
-            "no Sinkhorn attention was found in the model"
-            + (f"; {miss.source or miss.node}: {miss.reason}" if miss else ""),
-            "`asapc inspect` lists what came near",
+            message, "nothing in it looks like attention; asapc compiles Sinkhorn loops and no others"
         )
+    miss = findings.misses[0]
+    raise NoSinkhornError(
+        f"{message}; {shorten(miss.source) or miss.node}: {miss.reason}",
+        miss.hint if listed else f"run `asapc inspect {path} --why` to see all that came near, and what can be done",
+    )
 
 
 def rewrite(graph: CapturedGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module]) -> CapturedGraph:
-    """A copy of the graph with operators in the place of the sites that have one."""
+    """A copy of the graph with operators in the place of the sites that have one.
+
+    Raises:
+        InternalError: the rewritten graph cannot be exported. The user's model was, so that it is not at fault.
+    """
     if not modules:
         return graph
     module = RewriteSinkhorn(sites, modules)(graph.program.module()).program
-    return CapturedGraph(export(module, graph.example.inputs), graph.example)
+    try:
+        return CapturedGraph(export(module, graph.example.inputs), graph.example)
+    except CaptureError as error:
+        raise InternalError(f"the model cannot be exported with its operators: {error}") from error
 
 
 def export_rivals(

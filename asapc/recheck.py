@@ -22,7 +22,7 @@ from asapc.loading import load_model
 from asapc.onnx_graph import OnnxGraph
 from asapc.ops.scaling import MOST_SPREAD
 from asapc.passes.build_plan import build_plans
-from asapc.pipeline import find, most_different
+from asapc.pipeline import find
 from asapc.plan import operators
 from asapc.ranges import score_ranges
 from asapc.report import fidelity_data
@@ -88,7 +88,7 @@ def recheck(folder: Path, data: Path, teacher: Path | None = None, config: Compi
     if loaded.sha256 != report["model"]["sha256"]:
         raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
     samples = order_inputs(loaded, load_samples(data))
-    graph = build_plans(capture(loaded, samples, config.early_stop), most_different(samples))
+    graph = build_plans(capture(loaded, samples, config.early_stop), samples)
     sites = find(graph, samples).sites
     if [site.name for site in sites] != [site["name"] for site in report["sites"]]:
         raise CheckpointError(f"{folder} lists other sites than those found in {loaded.path}", COMPILE)

@@ -32,14 +32,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class Hop:
-    """The difference that one step of the compilation makes to the model's first output on held-out samples.
+    """The difference that one step of the compilation makes on held-out samples, to whichever output it is largest.
 
     Attributes:
         name: "capture" (model as loaded to its graph), "amortisation" (that to the rewritten torch graph) or
             "export" (that to ONNX Runtime).
         max_abs: largest absolute difference.
         rel: norm of the difference over the norm of the reference output.
-        agreement: share of samples with the same argmax; None where the output has no class axis.
+        agreement: share of samples whose first output has the same argmax; None where it has no class axis.
     """
 
     name: str

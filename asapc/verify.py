@@ -17,6 +17,13 @@ from asapc.passes.record import record
 from asapc.results import Fidelity, Hop, Metric, SiteFidelity, VariantFidelity
 
 BATCH = 32
+# What can be done where a hop of the compilation costs too much.
+HINTS = {
+    "capture": "early stops are left out of a captured graph: train and evaluate the model with a fixed number of "
+    "iterations; `--early-stop refuse` refuses such models before they are compiled, see docs/recognition.md",
+    "amortisation": "loosen the budget, ask for the exact form with -O1, or keep the model as it is",
+    "export": "ONNX Runtime should compute what torch does: report the model, or loosen the budget",
+}
 
 
 def verify(
@@ -34,13 +41,22 @@ def verify(
         sites: what `site_fidelity` gave.
         samples: held-out samples, with labels where there are any.
     """
-    outputs = {name: first_output(runner, samples) for name, runner in hops.items()}
-    names = list(outputs)
-    teacher, compiled = outputs[names[0]], outputs[names[-1]]
-    total = compare("total", teacher, compiled)
+    names = list(hops)
+    firsts: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}  # no more is kept of other outputs, which may be the maps of all layers
+    for batch in samples.batches(BATCH):
+        outputs = {name: floating_outputs(runner, batch) for name, runner in hops.items()}
+        for name in names:
+            firsts[name] = torch.cat([*([firsts[name]] if name in firsts else []), outputs[name][0]])
+        for before, after in pairwise(names):
+            found = torch.stack([errors(*pair) for pair in zip(outputs[before], outputs[after], strict=True)])
+            sums[after] = add_errors(sums[after], found) if after in sums else found
+    teacher, compiled = firsts[names[0]], firsts[names[-1]]
+    labelled = samples.labels is not None
+    total = compare("total", teacher, compiled, labelled)
 
     def variant(output: Tensor) -> VariantFidelity:
-        hop, scored = compare("total", teacher, output), metric(teacher, output, samples.labels)
+        hop, scored = compare("total", teacher, output, labelled), metric(teacher, output, samples.labels)
         return VariantFidelity(
             logits_rel=hop.rel if isfinite(hop.rel) else None,
             agreement=hop.agreement,
@@ -52,7 +68,10 @@ def verify(
         logits_rel=total.rel,
         agreement=total.agreement,
         metric=metric(teacher, compiled, samples.labels),
-        hops=tuple(compare(after, outputs[before], outputs[after]) for before, after in pairwise(names)),
+        hops=tuple(
+            to_hop(after, sums[after], agreement(firsts[before], firsts[after], labelled))
+            for before, after in pairwise(names)
+        ),
         variants={name: variant(first_output(runner, samples)) for name, runner in variants.items()},
         sites=sites,
     )
@@ -95,17 +114,27 @@ def check_budget(fidelity: Fidelity, budget: Sequence[Bound]) -> None:
         FidelityError: a term is missed, or the output is not finite.
         OptionError: a term of `budget` cannot be judged: agreement without classes, a metric without labels.
     """
-    if not isfinite(fidelity.logits_rel):
+    broken = next((hop for hop in fidelity.hops if not isfinite(hop.rel)), None)
+    if broken is not None or not isfinite(fidelity.logits_rel):
+        step = f", from the step of {broken.name} on" if broken is not None and broken.name in HINTS else ""
         raise FidelityError(
-            "the compiled model gives NaN or infinity on held-out samples",
+            f"the compiled model gives NaN or infinity on held-out samples{step}",
             "ask for the exact form with -O1, and report the model",
         )
     for bound in missed(fidelity, budget):
+        hop = blamed(fidelity, bound)
+        step = f"; of all steps {hop.name} changes the outputs most, by {hop.rel:.1e} relative" if hop else ""
         raise FidelityError(
             f"the closest model that could be had has {bound.metric} {seen_of(fidelity)[bound.metric]:.4g} on "
-            f"{fidelity.samples} held-out samples, outside the budget {bound}",
-            "loosen the budget, or keep the model as it is",
+            f"{fidelity.samples} held-out samples, outside the budget {bound}{step}",
+            HINTS[hop.name if hop else "amortisation"],
         )
+
+
+def blamed(fidelity: Fidelity, bound: Bound) -> Hop | None:
+    """The hop that changes the outputs most, where a missed term is about the outputs and the hops are known."""
+    known = [hop for hop in fidelity.hops if hop.name in HINTS]
+    return None if bound.metric in SITE_METRICS else max(known, key=lambda hop: hop.rel, default=None)
 
 
 def worst(errors: Sequence[float]) -> float:
@@ -184,21 +213,48 @@ def to_fidelity(error: float, norm: float, tv: float, rows: float, columns: floa
     return SiteFidelity(relc, tv / count, rows / count, columns / count)
 
 
+def floating_outputs(runner: Runner, batch: Samples) -> list[Tensor]:
+    """Outputs of a model for one batch in float64, those of other types left out unless there are no floating ones."""
+    outputs = runner(batch)
+    return [output.double() for output in outputs if output.is_floating_point()] or [o.double() for o in outputs]
+
+
 def first_output(runner: Runner, samples: Samples) -> Tensor:
-    """First output of the model on all samples, (samples, ...): the logits, where it is a classifier."""
-    return torch.cat([runner(batch)[0] for batch in samples.batches(BATCH)]).double()
+    """First floating output of the model on all samples, (samples, ...): the logits, where it is a classifier."""
+    return torch.cat([floating_outputs(runner, batch)[0] for batch in samples.batches(BATCH)])
 
 
-def compare(name: str, reference: Tensor, candidate: Tensor) -> Hop:
-    """The difference between two models' first outputs; non-finite candidates differ infinitely."""
-    difference = (candidate - reference).nan_to_num(nan=inf, posinf=inf, neginf=-inf)
-    error, norm = (torch.linalg.vector_norm(values).item() for values in (difference, reference))
-    return Hop(
-        name=name,
-        max_abs=difference.abs().max().item(),
-        rel=error / norm if norm else (inf if error else 0.0),
-        agreement=accuracy(candidate, reference.argmax(dim=-1)) if is_classifier(reference) else None,
-    )
+def errors(reference: Tensor, candidate: Tensor) -> Tensor:
+    """Squared norms of the difference and of the reference, and the largest difference.
+
+    What is not finite differs infinitely, but for equal infinities: a masked score is one, and so is log(0).
+    """
+    difference = torch.where(candidate == reference, 0.0, candidate - reference)
+    difference = difference.nan_to_num(nan=inf, posinf=inf, neginf=-inf)
+    known = torch.where(reference.isinf(), 0.0, reference)
+    return torch.stack([difference.square().sum(), known.square().sum(), difference.abs().max()])
+
+
+def add_errors(one: Tensor, other: Tensor) -> Tensor:
+    """What `errors` says of two batches together, for each output: (outputs, 3)."""
+    return torch.cat([one[:, :2] + other[:, :2], torch.maximum(one[:, 2:], other[:, 2:])], dim=1)
+
+
+def to_hop(name: str, found: Tensor, agree: float | None) -> Hop:
+    """A hop from the `errors` of all outputs, the worst of which counts."""
+    relative = [(error / norm) ** 0.5 if norm else (inf if error else 0.0) for error, norm, _ in found.tolist()]
+    return Hop(name, max_abs=worst(found[:, 2].tolist()), rel=worst(relative), agreement=agree)
+
+
+def compare(name: str, reference: Tensor, candidate: Tensor, labelled: bool = False) -> Hop:
+    """The difference between two models' first outputs; with labels any last axis is one of classes."""
+    return to_hop(name, errors(reference, candidate).unsqueeze(0), agreement(reference, candidate, labelled))
+
+
+def agreement(reference: Tensor, candidate: Tensor, labelled: bool) -> float | None:
+    """Share of equal classes, None where there are none: the last of three axes is mostly one of features."""
+    classes = reference.dim() == 2 or (labelled and reference.dim() > 2)
+    return accuracy(candidate, reference.argmax(dim=-1)) if classes and reference.shape[-1] > 1 else None
 
 
 def check_labels(teacher: Runner, *parts: Samples) -> None:
@@ -222,14 +278,9 @@ def metric(teacher: Tensor, compiled: Tensor, labels: Tensor | None) -> Metric |
     return Metric("accuracy", accuracy(teacher, labels), accuracy(compiled, labels))
 
 
-def is_classifier(output: Tensor) -> bool:
-    """Whether the output has a class axis: (samples, ..., classes) with more than one class."""
-    return output.dim() >= 2 and output.shape[-1] > 1
-
-
 def has_classes(output: Tensor) -> bool:
     """Whether the output is (samples, classes), as labels are one a sample."""
-    return output.dim() == 2 and is_classifier(output)
+    return output.dim() == 2 and output.shape[1] > 1
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

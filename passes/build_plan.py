@@ -9,7 +9,6 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
@@ -17,9 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from asapc.artifacts import CapturedGraph, Samples
 from asapc.passes.base import GraphPass, PassResult, PreconditionError
-from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.passes.evidence import find_with_evidence
 from asapc.passes.kinds import SIZE
-from asapc.passes.layout import align
+from asapc.passes.layout import align, loosen_views
 from asapc.passes.products import SHAPE
 from asapc.passes.unbuilt import Scaling, Unbuilt, find_unbuilt, find_unbuilt_equation
 
@@ -31,7 +30,7 @@ def build_plans(graph: CapturedGraph, samples: Samples) -> CapturedGraph:
 
     Args:
         graph: the captured model; it is not changed.
-        samples: what the finder is to look at, see `find_sinkhorn`.
+        samples: what the finder may look at, see `find_with_evidence`.
     """
     wanted: Collection[str] | None = None
     while True:
@@ -40,7 +39,7 @@ def build_plans(graph: CapturedGraph, samples: Samples) -> CapturedGraph:
         if not result.modified:
             return graph
         built = replace(graph, program=with_graph(graph.program, result.program))
-        plans = {site.plan.node for site in find_sinkhorn(built, samples).sites}
+        plans = {site.plan.node for site in find_with_evidence(built, samples).sites}
         found = {product for product, plan in build.plans.items() if plan in plans}
         if found == set(build.plans):
             return built
@@ -143,9 +142,7 @@ def build(graph: Graph, unbuilt: Unbuilt) -> Node:
     # The end stays the node that it is, under its name; it only comes of the plan from now on.
     end.target, end.args, end.kwargs = last.target, last.args, last.kwargs
     graph.erase_node(last)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        if plan < node:  # traced for tensors that lay otherwise in memory
-            node.target = torch.ops.aten.reshape.default
+    loosen_views(plan)
     return plan
 
 

@@ -12,14 +12,18 @@ from torch.fx import Node
 from asapc.artifacts import Operand, Site
 from asapc.passes.candidates import Candidate, carry, example_shape, paths_to, scaling_chain
 from asapc.passes.frames import Frame, place
-from asapc.passes.kinds import is_view, makes_scores
+from asapc.passes.kinds import is_view, makes_scores, viewed_by
 from asapc.passes.layout import arrange, follow_axes, invert, restore
 from asapc.passes.probe import Live, Recognised, difference, double_centre
 from asapc.passes.products import as_product
 from asapc.passes.regions import OpenRegionError, Region
 
 aten = torch.ops.aten
+# The code of torch and its modules, wherever an exported program was written.
+TORCH_FILE, TORCH_MODULES = re.compile(r"-packages[/\\]torch[/\\]"), "torch.nn.modules."
 LINEARITY_TOLERANCE = 1e-6
+# Metadata of a node that is a step of an ONNX file's node: the names of both. It stands for a line of code.
+SOURCE = "asapc_source"
 
 
 def describe(
@@ -38,10 +42,10 @@ def describe(
     query, key = (None, None) if origin is None or factor is None else (origin.query, origin.key)
     value, output = (None, None) if logarithm else values_and_output(candidate, frame)
     applied = any((placed := place(use, axes)) is not None and placed.contracted == "m" for use in candidate.uses)
-    last = candidate.uses[0].user if output else candidate.plan
+    last = candidate.uses[0].user if output else maker(candidate.plan)
     scores = values[start]
     return Site(
-        name=module_path(last) or "attention",
+        name=module_path(last),
         source=source_line(last),
         half_steps=found.half_steps,
         last=found.last,
@@ -200,13 +204,24 @@ def readers(node: Node) -> list[Node]:
     return [user for user in node.users if user.users or user.op == "output"]
 
 
+def maker(node: Node) -> Node:
+    """The node that makes what another only moves about or passes on, as dropout does."""
+    while (source := viewed_by(node)) is not None:
+        node = source
+    return node
+
+
 def source_line(node: Node) -> str | None:
-    """Return "file:line" of the user's code that a node was traced from."""
+    """Return "file:line" of the user's code, and none of torch's, that a node was traced from; or its SOURCE."""
+    if SOURCE in node.meta:
+        return str(node.meta[SOURCE])
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
-    return ":".join(frames[-1]) if frames else None
+    own = [frame for frame in frames if not TORCH_FILE.search(frame[0])]
+    return ":".join(own[-1]) if own else None
 
 
 def module_path(node: Node) -> str:
-    """Path of the innermost module that a node was traced in, e.g. "blocks.0.attention"."""
+    """Path of the innermost module that is no layer of torch's, e.g. "blocks.0"; "attention" for the model itself."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0] if stack else ""
+    own = [path for path, kind in stack if not str(kind).startswith(TORCH_MODULES)] or [path for path, _ in stack]
+    return (own[-1] if own else "") or "attention"

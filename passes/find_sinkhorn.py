@@ -19,10 +19,10 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from asapc.artifacts import CapturedGraph, Findings, Miss, Samples, Site
 from asapc.passes.candidates import Candidate, propose
-from asapc.passes.describe import describe, source_line
+from asapc.passes.describe import describe, module_path, source_line
 from asapc.passes.frames import frames
 from asapc.passes.kinds import is_constant
-from asapc.passes.probe import MASKED_LATER, NotSinkhorn, difference, find_scale, probe
+from asapc.passes.probe import MASKED_LATER, NotSinkhorn, amount, difference, find_scale, probe
 from asapc.passes.products import as_product
 from asapc.passes.regions import OpenRegionError, Region
 
@@ -72,6 +72,7 @@ class Finder(Interpreter):
         self.seconds: dict[Node, float] = {}
         self.sites: list[tuple[Candidate, Site]] = []
         self.misses: list[tuple[Candidate, Miss]] = []
+        self.untold: list[str] = []
 
     def run_node(self, n: Node) -> Any:
         """Run one node; judge the candidate that ends in it."""
@@ -94,6 +95,7 @@ class Finder(Interpreter):
         try:
             self.sites.append((candidate, identify(candidate, self.values, self.batch)))
         except NotSinkhorn as reason:
+            self.untold += reason.untold
             plan = self.values[candidate.plan]
             if bool((plan >= 0).all()) and any(as_product(use.user) for use in candidate.uses):
                 user = candidate.uses[0].user
@@ -108,24 +110,41 @@ class Finder(Interpreter):
         total = sum(self.seconds.values())
         sites: list[Site] = []
         used: set[Node] = set()  # what carries a site's plan to its use
+        places = set[tuple[str | None, str]]()
         for candidate, site in self.sites:
             if all(plans & set(use.path[1:]) or use.user in inside for use in candidate.uses):
                 continue
+            places.add((site.source, site.name))
             share = sum(self.seconds.get(node, 0.0) for node in candidate.region) / total
             sites.append(replace(site, name=unique(site.name, {other.name for other in sites}), share=share))
             used |= {node for use in candidate.uses for node in use.path}
-        misses = [miss for c, miss in self.misses if c.plan not in inside and c.plan not in used]
+        misses = [
+            miss
+            for candidate, miss in self.misses
+            if candidate.plan not in inside | used
+            and (miss.source, module_path(candidate.uses[0].user)) not in places  # a line may hold more than a loop
+        ]
         first: dict[str, Miss] = {}  # at each line of code: the one nearest to the use was judged first
         for miss in misses:
             first.setdefault(miss.source or miss.node, miss)
-        return Findings(tuple(sites), tuple(first.values()))
+        return Findings(tuple(sites), tuple(first.values()), untold=tuple(dict.fromkeys(self.untold)))
 
 
 def identify(candidate: Candidate, values: Mapping[Node, Any], batch: int) -> Site:
     """Judge one candidate; return its site, its name not yet made unique, or raise NotSinkhorn."""
     seen = values[candidate.plan].double()
+    if is_same_everywhere(seen):
+        raise NotSinkhorn(
+            "the plan is constant on the samples, so nothing can be told from it",
+            "give other samples, not wholly masked",
+            untold=(candidate.plan.name,),
+        )
     logarithm = bool((seen < 0).any())
-    failure = NotSinkhorn("nothing before it has its shape", nearness=-1)
+    failure = NotSinkhorn(
+        "nothing before it has its shape",
+        "if it is a loop, build the plan, a matrix of the scores' shape for each sample, and multiply that",
+        nearness=-1,
+    )
     for exponential in (False, True):
         if exponential and failure.nearness != MASKED_LATER:
             break  # the kernel may start the loop where it is exp(scores) and a mask, not where it is anything else
@@ -154,7 +173,8 @@ def identify(candidate: Candidate, values: Mapping[Node, Any], batch: int) -> Si
                     require_evidence(candidate, values)
                     if (error := difference(seen, plan)) > PRECISION_TOLERANCE:
                         raise NotSinkhorn(
-                            f"in its own precision the loop differs by {error:.1e} from what it computes in float64",
+                            f"in its own precision the loop differs by {amount(error)} from what it computes in "
+                            "float64",
                             "mask with -inf, and keep what is masked out of every step",
                             nearness=3,
                         )
@@ -171,17 +191,20 @@ def require_evidence(candidate: Candidate, values: Mapping[Node, Any]) -> None:
 
     What it does cannot be told then, and a rewrite could leave it out.
     """
-    for node in candidate.given:
-        value = values.get(node)
-        if not isinstance(value, Tensor) or value.numel() < 2 or is_constant(node):
-            continue
-        if bool((value == value.flatten()[0]).all()):
-            raise NotSinkhorn(
-                f"the loop reads {node.name}, which depends on the model's inputs and is the same everywhere on the "
-                "samples, so that what it does cannot be told",
-                "give samples in which it differs: for a mask, some with padding",
-                nearness=4,
-            )
+    same = [n for n in sorted(candidate.given) if is_same_everywhere(values.get(n)) and not is_constant(n)]
+    if same:
+        raise NotSinkhorn(
+            f"the loop reads {same[0].name}, which depends on the model's inputs and is the same everywhere on the "
+            "samples, so that what it does cannot be told",
+            "give samples in which it differs: for a mask, some with padding",
+            nearness=4,
+            untold=tuple(node.name for node in same),
+        )
+
+
+def is_same_everywhere(value: Any) -> bool:
+    """Whether a value is a tensor of several entries that are all equal."""
+    return isinstance(value, Tensor) and value.numel() > 1 and bool((value == value.flatten()[0]).all())
 
 
 def unique(name: str, taken: set[str]) -> str:

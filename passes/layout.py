@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from asapc.artifacts import Operand, Site
 
@@ -197,3 +198,10 @@ def invert(seen: Tensor, shape: Sequence[int]) -> Tensor | None:
     back = torch.full((seen.numel(),), -1)
     back[seen.flatten()] = torch.arange(seen.numel())
     return None if bool((back < 0).any()) else back.reshape(tuple(shape))
+
+
+def loosen_views(new: Node) -> None:
+    """Make reshapes of the views after a new node: they were traced for tensors that lay otherwise in memory."""
+    for node in new.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        if new < node:
+            node.target = torch.ops.aten.reshape.default

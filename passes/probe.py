@@ -27,6 +27,7 @@ MAX_HALF_STEPS = 200
 # Relative, in float64: what a different order of the same operations costs stays far below these, and
 # what a different algorithm costs far above.
 DECOMPOSITION_TOLERANCE = 1e-6
+ROUNDING = 1e-12
 MARGINAL_TOLERANCE = 1e-6
 # On the real scores: leaves room for the small constants that people add to divisors.
 PLAN_TOLERANCE = 1e-5
@@ -36,6 +37,10 @@ EXACT_TOLERANCE, CLOSE_TOLERANCE, DISTINCT = 1e-6, 1e-2, 10.0
 SHARPNESS = (4.0, 8.0, 16.0, 32.0)  # standard deviations of the random scores
 HEADS_COUNTED = 2  # that many heads are enough to count half-steps
 NOTHING = "nothing is to be done"
+PLAIN_LOOP = (
+    "if it is meant to be Sinkhorn, train with the plain loop: exp of the scores, no sigmoid, ReLU or squares, and "
+    "then nothing but rows and columns scaled by turns, to the same masses in all samples"
+)
 MASKED_LATER = 1  # nearness of a start whose mask comes in after it
 
 
@@ -46,11 +51,12 @@ class NotSinkhorn(Exception):
         reason: what was expected and what was seen.
         hint: what the user can change.
         nearness: how far the probe got; of several starts the one that got farthest tells the reason.
+        untold: names of nodes of which other samples may tell more.
     """
 
-    def __init__(self, reason: str, hint: str = NOTHING, nearness: int = 0) -> None:
+    def __init__(self, reason: str, hint: str = NOTHING, nearness: int = 0, untold: tuple[str, ...] = ()) -> None:
         super().__init__(reason)
-        self.hint, self.nearness = hint, nearness
+        self.hint, self.nearness, self.untold = hint, nearness, untold
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +100,8 @@ def find_scale(scores: Tensor, plan: Tensor) -> tuple[Tensor, Live]:
         NotSinkhorn: there is none.
     """
     live = find_live(plan)
-    log_plan = double_centre(torch.where(live.cells, plan, 1.0).log(), live)
+    logs = torch.where(live.cells, plan, 1.0).log()
+    log_plan = double_centre(logs, live)
     centred = double_centre(torch.where(live.cells, scores, 0.0), live)
     energy = centred.square().sum(dim=(0, 2, 3))
     if not bool(torch.isfinite(energy).all()):
@@ -105,10 +112,13 @@ def find_scale(scores: Tensor, plan: Tensor) -> tuple[Tensor, Live]:
         )
     scale = (log_plan * centred).sum(dim=(0, 2, 3)) / energy
     residual = difference(scale[:, None, None] * centred, log_plan)
+    if torch.linalg.vector_norm(log_plan) <= ROUNDING * torch.linalg.vector_norm(logs):
+        raise NotSinkhorn("the plan is a row times a column and does not depend on the scores otherwise")
     if residual > DECOMPOSITION_TOLERANCE:
         raise NotSinkhorn(
             "log(plan) should be a multiple of the scores plus row and column terms; "
-            f"{residual:.1e} of it is not, relative"
+            f"{amount(residual)} of it is not, relative",
+            PLAIN_LOOP,
         )
     dead = scores[~live.cells]
     dead_scale = scale[:, None, None].expand_as(scores)[~live.cells]
@@ -140,7 +150,9 @@ def find_live(plan: Tensor) -> Live:
         zeros = (~positive).double().mean().item()
         raise NotSinkhorn(
             f"{zeros:.1%} of the plan is zero, and not whole rows and columns: not an exponential of scores, or "
-            "a mask of another kind than key padding"
+            "a mask of another kind than key padding",
+            "mask whole keys or queries only, the padding, and use exp in the place of ReLU; with causal, banded and "
+            "top-k masks softmax is what there is",
         )
     return live
 
@@ -149,7 +161,7 @@ def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Call
     """Second test, after `find_scale`: count half-steps and read off axes and marginals.
 
     Args:
-        scores: real scores (B, H, N, M), float64, B at least 2.
+        scores: real scores (B, H, N, M), float64, one sample at least not wholly masked.
         plan: the real plan.
         scale: what `find_scale` gave.
         live: the same.
@@ -161,7 +173,11 @@ def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Call
     cells, factor = live.cells, scale[:, None, None]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(scores.shape, generator=generator, dtype=torch.float64)
-    noise[1:2] = 0  # equal scores in one sample, to read the marginals off
+    # Samples that are not wholly masked: scores are noise in one, and equal in another to read the marginals off.
+    alive = cells.flatten(1).any(dim=1).nonzero().flatten().tolist()
+    noisy, flat = alive[0], alive[-1]
+    if flat != noisy:
+        noise[flat] = 0
     found: tuple[int, Axis] | None = None
     masses: tuple[Tensor | None, Tensor | None] = (None, None)
     for sharpness in SHARPNESS:
@@ -170,8 +186,9 @@ def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Call
         if not bool(torch.isfinite(seen).all()):
             break  # the region's own form leaves the range of float64
         if masses == (None, None):
-            masses = marginals(seen, live)
-        counted = slice(0, 1), slice(0, HEADS_COUNTED)
+            equal = seen if flat != noisy else respond(torch.where(cells, 0.0, scores))
+            masses = marginals(equal, live, slice(flat, flat + 1))
+        counted = slice(noisy, noisy + 1), slice(0, HEADS_COUNTED)
         matches = count_half_steps(torch.where(cells, sharp, -inf)[counted], seen[counted], masses)
         if matches is None:
             break
@@ -182,12 +199,13 @@ def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Call
         raise NotSinkhorn(
             "log(plan) has the right form, but no loop of up to "
             f"{MAX_HALF_STEPS} half-steps gives this plan for other scores",
+            PLAIN_LOOP,
             nearness=2,
         )
     half_steps, last = found
     mass = masses[0] if last == "rows" else masses[1]
     if mass is None:
-        raise NotSinkhorn(f"the {last} of the plan sum to something else in each sample or head", nearness=2)
+        raise NotSinkhorn(f"the {last} of the plan sum to something else in each sample or head", PLAIN_LOOP, 2)
     if half_steps == 1:
         raise NotSinkhorn(f"one half-step on {last} is softmax, which is as cheap as it gets", nearness=2)
     row_mass, column_mass = (torch.ones(1, dtype=torch.float64) if m is None else m for m in masses)
@@ -195,14 +213,16 @@ def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Call
     duals = sinkhorn_duals(scaled, half_steps, last, row_mass, column_mass)
     if (error := difference(plan, plan_of(scaled, *duals))) > PLAN_TOLERANCE:
         raise NotSinkhorn(
-            f"on random scores it is Sinkhorn of {half_steps} half-steps, on the real ones it differs by {error:.1e}",
+            f"on random scores it is Sinkhorn of {half_steps} half-steps, on the real ones it differs by "
+            f"{amount(error)}",
+            PLAIN_LOOP,
             nearness=2,
         )
     return Recognised(half_steps, last, scale, row_mass, column_mass, live.masked)
 
 
-def marginals(answer: Tensor, live: Live) -> tuple[Tensor | None, Tensor | None]:
-    """Row and column masses from a region's answer to noise in the first sample and equal scores in the second.
+def marginals(answer: Tensor, live: Live, sample: slice) -> tuple[Tensor | None, Tensor | None]:
+    """Row and column masses from a region's answer to equal scores in one sample.
 
     Returns:
         (1,) where all are equal, (N,) or (M,) where they are not but are the same in all heads; None where
@@ -211,14 +231,14 @@ def marginals(answer: Tensor, live: Live) -> tuple[Tensor | None, Tensor | None]
     Raises:
         NotSinkhorn: the answer to equal scores is not an outer product.
     """
-    flat = answer[1:2]
+    flat = answer[sample]
     rows, columns = flat.sum(dim=-1, keepdim=True), flat.sum(dim=-2, keepdim=True)
     total = rows.sum(dim=-2, keepdim=True)
     if difference(rows * columns / total, flat) > MARGINAL_TOLERANCE:
-        raise NotSinkhorn("equal scores should give an outer product of marginals, and do not", nearness=2)
+        raise NotSinkhorn("equal scores should give an outer product of marginals, and do not", PLAIN_LOOP, 2)
 
     def mass(sums: Tensor, weights: Tensor, dim: int) -> Tensor | None:
-        used = sums[weights[1:2].bool()]
+        used = sums[weights[sample].bool()]
         if difference(used.mean().expand_as(used), used) < MARGINAL_TOLERANCE:
             return used.mean().reshape(1)
         vector = sums[0, 0].flatten()
@@ -261,3 +281,8 @@ def difference(a: Tensor, b: Tensor) -> float:
     """Norm of a - b over the norm of b; nan counts as infinite."""
     error = (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
     return error if error == error else inf
+
+
+def amount(error: float) -> str:
+    """A `difference`, in words where it is no number."""
+    return f"{error:.1e}" if error < inf else "more than can be measured"

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from asapc.artifacts import Operand, Site
 from asapc.passes.base import GraphPass, PassResult, PostconditionError, PreconditionError
-from asapc.passes.layout import operands, restore, score_factor, site_inputs
+from asapc.passes.layout import loosen_views, operands, restore, score_factor, site_inputs
 
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # what torch.export leaves behind at casts
 
@@ -79,6 +79,7 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
                 replacement = program.graph.call_module(target, args)
             replacement.meta = dict(old.meta)
             old.replace_all_uses_with(replacement)
+            loosen_views(replacement)
             # A later site may have been found to read what stood here.
             nodes[old.name] = replacement
             modified = True

@@ -261,12 +261,11 @@ class Unbounded(nn.Module):
     "asks",
     [lambda err: err > 0.5, lambda err: err.item() > 0.5, lambda err: float(err) > 0.5],  # unbounded
 )
-def test_a_loop_without_a_bound_is_refused_soon(asks, monkeypatch):
-    monkeypatch.setattr("asapc.early_stop.MAX_ANSWERS", 100)  # a thousand take half a minute where it is busy
-    start = time.perf_counter()
+def test_a_loop_without_a_bound_is_refused_soon(asks):
+    start = time.process_time()
     with pytest.raises(CaptureError, match="no bound") as caught:
         captured(Unbounded(asks))
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 20
     assert any(line in str(caught.value) for line in lines_with("# unbounded"))
     assert caught.value.hint
     assert "\n" not in str(caught.value)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from asapc.errors import FidelityError
 from asapc.loading import load_model
 from asapc.models.vit import VisionTransformer
 
+INSPECT_SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "inspect.schema.json").read_text())
 QUICK = ("--batch", "1", "--seconds", "0.05", "--threads", "1")
 
 
@@ -148,6 +150,7 @@ def test_inspect_json_is_json_alone(shipped):
     result = run("inspect", shipped, "--json")
     assert result.exit_code == 0
     data = json.loads(result.stdout)
+    jsonschema.validate(data, INSPECT_SCHEMA)
     assert data["schema"] == "asapc.inspect/1"
     assert data["sites"]
     for site in data["sites"]:
@@ -158,7 +161,8 @@ def test_inspect_json_is_json_alone(shipped):
 def test_inspect_why_says_what_was_turned_down(tmp_path):
     softmax = write_checkpoint(tmp_path / "softmax.pt", iterations=0)
     result = run("inspect", softmax, "--why")
-    assert_user_error(result)
+    _, hint = assert_user_error(result)
+    assert hint == "hint: nothing is to be done"  # and not to run what was run
     miss = next(line for line in result.stdout.splitlines() if line.startswith("miss: "))
     assert "vit.py:" in miss
     assert "softmax" in miss
@@ -171,9 +175,18 @@ def test_inspect_says_of_a_site_and_a_miss_what_the_finder_says(shipped, monkeyp
     result = run("inspect", shipped, "--why")
     assert "miss: no source line (node matmul_1): the reason [in brackets]; a hint" in result.stdout
     data = json.loads(run("inspect", shipped, "--json").stdout)
+    jsonschema.validate(data, INSPECT_SCHEMA)
     assert data["misses"] == [
         {"node": "matmul_1", "source": None, "reason": "the reason [in brackets]", "hint": "a hint"}
     ]
+
+
+def test_an_error_names_lines_as_the_table_does_and_no_misses_where_there_are_none(shipped, monkeypatch):
+    miss = Miss("matmul_1", str(Path.cwd() / "model.py:3"), "the reason", "a hint")
+    monkeypatch.setattr(asapc.pipeline, "inspect_model", lambda *args: Findings((), (miss,)))
+    assert "; model.py:3: the reason" in assert_user_error(run("inspect", shipped))[0]
+    monkeypatch.setattr(asapc.pipeline, "inspect_model", lambda *args: Findings((), ()))
+    assert "--why" not in assert_user_error(run("inspect", shipped))[1]
 
 
 def test_inspect_prints_which_early_stops_are_left_out_and_what_that_changes(shipped, monkeypatch):
@@ -183,6 +196,7 @@ def test_inspect_prints_which_early_stops_are_left_out_and_what_that_changes(shi
     assert "early stop at sinkhorn.py:7" in result.stdout
     assert "2.0e-03" in result.stdout
     data = json.loads(run("inspect", shipped, "--json").stdout)
+    jsonschema.validate(data, INSPECT_SCHEMA)
     assert data["early_stops"]["stops"] == [{"source": "sinkhorn.py:7", "question": "if err < tol:"}]
     assert data["early_stops"]["difference"] == 2e-3
 
@@ -222,7 +236,7 @@ def test_a_model_without_sinkhorn_exits_with_1_and_writes_nothing(tmp_path):
     for command in ("compile", "inspect"):
         error, hint = assert_user_error(run(command, softmax))
         assert "no Sinkhorn attention" in error
-        assert "asapc inspect" in hint
+        assert f"`asapc inspect {softmax} --why`" in hint
     result = run("inspect", softmax, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["sites"] == []

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
 import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import onnx
 import onnxruntime
@@ -30,6 +32,7 @@ from asapc.passes.build_plan import build_plans
 from asapc.pipeline import compile_model, find, inspect_model
 from asapc.plan import exact_operator
 
+ROOT = Path(__file__).resolve().parent.parent
 CASES = {case.name: case for case in POSITIVES}
 NAMES = (
     "columns_then_rows",
@@ -155,6 +158,8 @@ def test_the_whole_line(name, tmp_path, monkeypatch):
     np.savez(tmp_path / "samples.npz", **{name: value.numpy() for name, value in inputs.items()})
     config = CompileConfig(out=tmp_path / "out", calib=tmp_path / "samples.npz", seconds=0.02, batches=(2,), threads=1)
     report = compile_model(path, config)
+    jsonschema.validate(report.data, json.loads((ROOT / "docs" / "report.schema.json").read_text()))
+    assert all(str(site["source"]).startswith(f"{path.name}: ") for site in report.data["sites"])
     assert report.data["fidelity"]["agreement"] >= 0.98
     assert report.data["fidelity"]["hops"][0]["rel"] < 1e-5  # the file in ONNX Runtime against what was read of it
     after = onnx.load(tmp_path / "out" / "model.onnx")

@@ -20,6 +20,9 @@ REFUSED = {
 # Re-exporting takes longer than everything else, so that it is done here where layouts and masks come in; the
 # benchmark does it for all.
 EXPORTED = 6  # one case in so many
+# Their results are viewed otherwise than the operator's lie in memory, which shows when they are exported again.
+VIEWED = {"multi_query_by_equations"}
+FOUND = [case for case in POSITIVES if case.name not in REFUSED]
 EPSILON = 1e-4  # relative; parameters are float32
 
 
@@ -38,7 +41,7 @@ def found(name):
     return inputs, graph, find_sinkhorn(graph, Samples(inputs)[:PROBED])
 
 
-@by_name([case for case in POSITIVES if case.name not in REFUSED])
+@by_name(FOUND)
 def test_every_loop_is_found_as_declared(case):
     _, _, findings = found(case.name)
     seen = [(s.half_steps, s.last, "attention" if s.applied else "plan", s.masked) for s in findings.sites]
@@ -58,12 +61,12 @@ def relowering_changes_nothing(case, exported):
         assert worst(outputs(module, arguments), expected) < FLOAT32
 
 
-@by_name([case for case in POSITIVES if case.name not in REFUSED])
+@by_name(FOUND)
 def test_the_exact_operator_changes_no_output(case):
     relowering_changes_nothing(case, exported=False)
 
 
-@by_name([case for case in POSITIVES if case.name not in REFUSED][::EXPORTED])
+@by_name([case for i, case in enumerate(FOUND) if i % EXPORTED == 0 or case.name in VIEWED])
 def test_the_exact_operator_changes_no_output_of_the_graph_exported_again(case):
     relowering_changes_nothing(case, exported=True)
 

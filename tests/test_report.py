@@ -96,6 +96,27 @@ def test_a_report_keeps_to_its_schema_as_json() -> None:
     jsonschema.validate(json.loads(json.dumps(report(), allow_nan=False)), SCHEMA)
 
 
+def test_what_inspect_prints_is_described_as_it_is_in_the_report() -> None:
+    inspect = json.loads((ROOT / "docs" / "inspect.schema.json").read_text())
+    of_report, of_inspect = (schema["$defs"]["site"] for schema in (SCHEMA, inspect))
+    added = {"choice", "fidelity", "calibration_range"}
+    assert set(of_inspect["required"]) == set(of_report["required"]) - added == set(site_data(matching("a")))
+    assert of_inspect["properties"].items() <= of_report["properties"].items()
+    for name in ("misses", "early_stops"):
+        assert inspect["properties"][name] == SCHEMA["properties"][name]
+    assert inspect["$defs"]["source"] == SCHEMA["$defs"]["source"]
+
+
+@pytest.mark.parametrize("source", ["model.py:3", "model.onnx: node_einsum_22", "model.onnx: /blocks.0/MatMul", None])
+def test_a_source_is_a_line_of_code_or_a_node_of_a_file(source) -> None:
+    data = report()
+    data["sites"][0]["source"] = source
+    jsonschema.validate(data, SCHEMA)
+    data["sites"][0]["source"] = "model.py"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, SCHEMA)
+
+
 def test_the_schema_refuses_what_it_does_not_describe() -> None:
     data = report()
     data["sites"][0]["choice"]["operator"] = "guess"

@@ -15,7 +15,7 @@ from asapc.models.vit import VisionTransformer
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.plan import exact_operator
-from asapc.results import Fidelity, Metric, SiteFidelity
+from asapc.results import Fidelity, Hop, Metric, SiteFidelity
 from asapc.verify import check_budget, check_labels, compare, metric, site_fidelity, verify
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 1.0], [5.0, 0.0, 0.0]])
@@ -43,9 +43,23 @@ def test_a_candidate_with_nan_differs_infinitely():
 
 
 def test_an_output_without_a_class_axis_has_no_agreement_and_no_metric():
-    for output in (torch.rand(4), torch.rand(4, 1)):
+    for output in (torch.rand(4), torch.rand(4, 1), torch.rand(4, 6, 3)):  # the last are hidden states of tokens
         assert compare("export", output, output).agreement is None
         assert metric(output, output, torch.zeros(4)) is None
+
+
+def test_with_labels_the_last_axis_is_one_of_classes():
+    output = torch.rand(4, 6, 3)
+    assert compare("export", output, output, labelled=True).agreement == 1.0
+
+
+def test_equal_infinities_are_no_difference_and_others_are():
+    masked = torch.tensor([[1.0, -inf], [2.0, 3.0]])
+    assert compare("export", masked, masked.clone()).rel == 0.0
+    assert compare("export", masked, masked + 1).rel == pytest.approx((3 / 14) ** 0.5)
+    for other in (masked.clamp_min(-1e4), -masked, torch.full_like(masked, nan)):
+        assert compare("export", masked, other).rel == inf
+    assert compare("export", torch.full_like(masked, nan), torch.full_like(masked, nan)).rel == inf
 
 
 def test_the_metric_is_the_accuracy_of_both_where_there_are_labels():
@@ -151,16 +165,38 @@ def test_a_site_whose_error_is_nan_misses_every_budget_on_it(order):
         check_budget(broken, ())
 
 
+def test_a_missed_budget_names_the_step_that_costs_most_and_what_to_do_about_it():
+    def of(capture, amortisation, export):
+        rels = {"capture": capture, "amortisation": amortisation, "export": export}
+        return fidelity(agreement=0.9, hops=tuple(Hop(name, rel, rel, None) for name, rel in rels.items()))
+
+    for hops, name, hint in [
+        ((0.3, 0.1, 0.0), "capture", "--early-stop refuse"),
+        ((0.0, 0.1, 0.0), "amortisation", "-O1"),
+        ((0.0, 0.1, 0.2), "export", "report"),
+    ]:
+        with pytest.raises(
+            FidelityError, match=rf"agreement.*{name} changes the outputs most, by {max(hops):.1e}"
+        ) as caught:
+            check_budget(of(*hops), ())
+        assert hint in caught.value.hint
+    # The error of an operator is seen on the graph's own activations: no other step has a part in it.
+    with pytest.raises(FidelityError) as caught:
+        check_budget(of(0.3, 0.1, 0.0), [Bound("relc", 0.04)])
+    assert "capture" not in str(caught.value)
+    assert "-O1" in caught.value.hint
+
+
 class Constant:
-    """A runner that returns the first rows of fixed logits."""
+    """A runner that returns the first rows of fixed logits, and of what else it is given."""
 
     runtime = "constant"
 
-    def __init__(self, logits: torch.Tensor) -> None:
-        self.logits = logits
+    def __init__(self, *outputs: torch.Tensor) -> None:
+        self.outputs = outputs
 
     def __call__(self, samples: Samples) -> list[torch.Tensor]:
-        return [self.logits[samples.inputs["index"]]]
+        return [output[samples.inputs["index"]] for output in self.outputs]
 
 
 INDEX = Samples({"index": torch.arange(4)}, torch.tensor([0, 1, 2, 0]))
@@ -172,6 +208,25 @@ def test_each_hop_is_compared_with_the_one_before_and_the_last_with_the_first():
     assert [(hop.name, hop.max_abs) for hop in found.hops] == [("capture", 1), ("amortisation", 2), ("export", 4)]
     assert found.logits_rel == pytest.approx(7 * 12**0.5 / 40**0.5)
     assert (found.samples, found.agreement, found.metric) == (4, 1.0, Metric("accuracy", 1.0, 1.0))
+
+
+def test_a_hop_is_as_bad_as_its_worst_output_and_integers_have_no_part_in_it():
+    maps, tokens = torch.rand(4, 2, 5, 5), torch.arange(4)
+    hops = {
+        "teacher": Constant(tokens, LOGITS, maps),
+        "capture": Constant(tokens + 1, LOGITS, 3 * maps),
+        "amortisation": Constant(tokens, LOGITS + 1, 3 * maps),
+    }
+    many = Samples({"index": torch.arange(4).repeat(20)})  # several batches
+    found = verify(hops, {}, {}, many)
+    capture, amortisation = found.hops
+    assert (capture.rel, capture.agreement) == (pytest.approx(2.0), 1.0)
+    assert capture.max_abs == pytest.approx(2 * maps.max().item())
+    assert amortisation.rel == pytest.approx((12 / 40) ** 0.5)
+    assert found.logits_rel == amortisation.rel  # of the first floating output alone
+    broken = verify(hops | {"export": Constant(tokens, LOGITS + 1, maps * nan)}, {}, {}, many)
+    with pytest.raises(FidelityError, match="from the step of export on"):
+        check_budget(broken, ())
 
 
 def test_variants_are_compared_with_the_teacher():

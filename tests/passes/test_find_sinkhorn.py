@@ -194,6 +194,63 @@ def test_the_source_line_of_a_site_is_where_the_plan_meets_the_values():
         assert all("plan @ v" in source_text(site) for site in find(module).sites)
 
 
+class DropsAndReturnsPlan(Attention):
+    def __init__(self, normalise):
+        super().__init__(normalise)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        q, k, v = self.heads(self.to_q(x)), self.heads(self.to_k(x)), self.heads(self.to_v(x))
+        made = self.normalise(self.scaled(q @ k.transpose(-1, -2)))
+        plan = self.drop(made)
+        return plan @ v, plan
+
+
+def test_a_plan_is_named_after_where_it_is_made_and_not_after_modules_of_torch_that_pass_it_on():
+    module = nn.Sequential(DropsAndReturnsPlan(sinkhorn(log_domain, 5, "rows")))
+    [site] = find(module, input=torch.randn(3, QUERIES, WIDTH)).sites
+    assert site.name == "0"
+    assert "made = self.normalise" in source_text(site)
+
+
+class EndsInModuleOfTorch(Attention):
+    def __init__(self):
+        super().__init__(nn.Softmax(dim=-1))
+
+    def scaled(self, scores):
+        return super().scaled(scores).log_softmax(dim=-2)
+
+
+def test_a_loop_that_ends_in_a_module_of_torch_stands_where_that_is_called():
+    for returns_plan in (False, True):
+        module = EndsInModuleOfTorch()
+        module.returns_plan = returns_plan
+        [site] = find(module).sites
+        assert (site.name, site.half_steps) == ("attention", 2)
+        assert ("self.normalise" if returns_plan else "plan @ v") in source_text(site)
+
+
+class OneLine(Attention):
+    """A softmax and a Sinkhorn loop in one line."""
+
+    def __init__(self, normalise):
+        super().__init__(normalise)
+        self.blocks = nn.ModuleList([Attention(softmax), Attention(normalise)])
+
+    def one(self, x, normalise):
+        scores = self.scaled(self.to_q(x) @ self.to_k(x).mT)
+        return normalise(scores) @ self.to_v(x)
+
+    def forward(self, x):
+        return self.one(x, self.normalise) + self.one(x, softmax)
+
+
+def test_a_line_with_a_site_has_no_miss():
+    findings = find(OneLine(sinkhorn(log_domain, 5, "rows")))
+    assert [site.half_steps for site in findings.sites] == [5]
+    assert findings.misses == ()
+
+
 def test_finding_does_not_change_the_graph():
     samples = Samples({"x": torch.randn(3, QUERIES, WIDTH)})
     graph = CapturedGraph(export(Attention(sinkhorn(division_in_place, 5, "rows")), samples[:2].inputs), samples[:2])

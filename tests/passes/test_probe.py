@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tolerances import FLOAT64, difference
 
 from asapc.ops.sinkhorn import first_axis, sinkhorn_plan_ref
-from asapc.passes.probe import NotSinkhorn, Recognised, double_centre, find_live, find_scale, probe
+from asapc.passes.probe import NOTHING, NotSinkhorn, Recognised, double_centre, find_live, find_scale, probe
 
 quick = settings(max_examples=25, deadline=None)
 HEADS = 3
@@ -103,6 +103,16 @@ def test_a_loop_that_leaves_masked_keys_out_is_told(seed, half_steps, last, mask
     assert difference(found.scale, torch.ones(HEADS)) < FLOAT64
 
 
+@pytest.mark.parametrize("whole", [[0], [1], [0, 2], [1, 2]])
+def test_samples_that_are_masked_altogether_do_not_count(whole):
+    scores = normal(0, 3, HEADS, 5, 7)
+    scores[..., 6:] = -math.inf
+    scores[whole] = -math.inf
+    found = ask(lambda s: sinkhorn_plan_ref(s, 5, "rows").nan_to_num(nan=0.0), scores)
+    assert (found.half_steps, found.last, found.masked) == (5, "rows", True)
+    assert difference(found.row_mass, torch.ones(1)) < FLOAT64
+
+
 def test_small_constants_in_the_divisors_are_overlooked():
     found = ask(lambda s: divide(s.exp(), 6, "rows", added=1e-9), normal(0, 2, HEADS, 6, 6))
     assert (found.half_steps, found.last) == (6, "rows")
@@ -138,6 +148,11 @@ def squares(scores):
 
 def sparse(scores):
     return scores.clamp_min(0)
+
+
+def outer(scores):
+    """A row times a column."""
+    return scores.amax(dim=-1, keepdim=True).exp().expand_as(scores)
 
 
 def identity(scores):
@@ -187,13 +202,18 @@ def other_masses_in_each_head(scores):
         (squares, "multiple of the scores"),
         (sparse, "is zero"),
         (identity, "negative"),
+        (outer, "does not depend on the scores"),
         (nan, "NaN"),
         (causal, "causal"),
         (other_masses_in_each_head, "half-steps"),
     ],
 )
 def test_what_is_no_loop_is_refused_with_its_reason(respond, reason):
-    assert reason in str(refused(respond, 2 * normal(0, 2, HEADS, 6, 6)))
+    error = refused(respond, 2 * normal(0, 2, HEADS, 6, 6))
+    assert reason in str(error)
+    assert not {"inf", "nan"} & set(str(error).split())
+    # Only what is as good as it gets, or no plan at all, leaves nothing to be done.
+    assert (error.hint == NOTHING) is (respond in (softmax, identity, outer))
 
 
 def test_scores_that_tell_nothing_are_refused():

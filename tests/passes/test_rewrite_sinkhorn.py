@@ -7,11 +7,13 @@ from torch import nn
 
 from asapc.artifacts import CapturedGraph, Samples
 from asapc.capture import export
+from asapc.errors import CaptureError, InternalError
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.passes.base import PreconditionError
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.layout import operands
 from asapc.passes.rewrite_sinkhorn import InLayout, RewriteSinkhorn
+from asapc.pipeline import rewrite
 from asapc.plan import exact_operator
 
 WIDTH, HEADS, TOKENS = 16, 2, 6
@@ -282,3 +284,12 @@ def test_an_exact_operator_fits_every_way_to_write_the_loop(forward):
         for wanted, output in zip(expected, seen, strict=True):
             assert output.shape == wanted.shape
             assert difference(output, wanted) < FLOAT64
+
+
+def test_a_graph_that_cannot_be_exported_again_is_no_fault_of_the_model(case, monkeypatch):
+    def refuse(*args):
+        raise CaptureError("torch.export cannot capture the model", "a hint for users")
+
+    monkeypatch.setattr("asapc.pipeline.export", refuse)
+    with pytest.raises(InternalError, match="with its operators"):
+        rewrite(case.graph, case.sites, case.operators)

@@ -173,6 +173,18 @@ class MultiQuery(nn.Module):
         return self.head((p @ v).transpose(1, 2).flatten(2).amax(dim=1))
 
 
+class MultiQueryByEquations(MultiQuery):
+    """Keys and values without a head axis; the result comes out as tokens, heads, channels, and is viewed as one."""
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.wq(x).view(b, n, self.heads, 8), self.wk(x), self.wv(x)
+        log_p = torch.einsum("bihd,bjd->bhij", q, k) / math.sqrt(8)
+        for _ in range(4):
+            log_p = log_p.log_softmax(dim=-2).log_softmax(dim=-1)
+        return self.head(torch.einsum("bhij,bjd->bihd", log_p.exp(), v).reshape(b, n, 32).amax(dim=1))
+
+
 class GroupedRepeat(MultiQuery):
     """Two heads of keys and values, each repeated for two of queries."""
 
@@ -557,6 +569,7 @@ CASES = [
         reference=head_list_reference,
     ),
     case("multi_query", MultiQuery, grouped_reference, 9, "rows"),
+    case("multi_query_by_equations", MultiQueryByEquations, grouped_reference, 8, "rows"),
     case("grouped_repeat", lambda: GroupedRepeat(groups=2), grouped_reference, 9, "rows"),
     case("grouped_five_axes", lambda: GroupedFiveAxes(groups=2), grouped_reference, 6, "rows"),
     case("rotary", Rotary, rotary_reference, 12, "rows"),

@@ -293,6 +293,80 @@ class SinkAfterSoftmaxHeadsLast(Masked):
         return self.head(y.masked_fill(~mask[..., None], -math.inf).amax(dim=1))
 
 
+class WholeSamples(BothSidesNanToNum):
+    """Some samples are padding altogether: their plan is zero, and so is its product with the values."""
+
+    def forward(self, x, mask):
+        q, k, v = self.heads(x)
+        plan = self.plan(q @ k.mT / math.sqrt(q.shape[-1]), mask)
+        return self.head((plan @ v).transpose(1, 2).flatten(2).amax(dim=1))
+
+
+def whole_samples(batch, generator):
+    inputs = padded(batch, generator)
+    inputs["mask"][1::3] = False
+    return inputs
+
+
+def whole_samples_reference(m, sites, x, mask):
+    q, k, v = (split(f(x), HEADS) for f in (m.q, m.k, m.v))
+    live = mask[:, None, :, None] & mask[:, None, None, :]
+    return m.head(merge(attend(q, k, v, sites[0], live=live)).amax(dim=1))
+
+
+class AttentionMask(Masked):
+    """The mask is of integers, 1 at tokens, as tokenisers give it, and becomes the lowest float there is."""
+
+    def forward(self, x, attention_mask):
+        q, k, v = self.heads(x)
+        lowest = torch.finfo(x.dtype).min
+        bias = (1 - attention_mask[:, None, None, :].to(x.dtype)) * lowest
+        scores = (q @ k.mT / math.sqrt(q.shape[-1]) + bias).log_softmax(dim=-1)
+        for _ in range(self.half_steps // 2):
+            scores = scores.log_softmax(dim=-2).masked_fill(attention_mask[:, None, None, :] == 0, lowest)
+            scores = scores.log_softmax(dim=-1)
+        y = (scores.exp() @ v).transpose(1, 2).flatten(2)
+        return self.head((y * attention_mask[..., None]).sum(dim=1))
+
+
+def attention_mask(batch, generator):
+    inputs = padded(batch, generator)
+    return {"x": inputs["x"], "attention_mask": inputs["mask"].long()}
+
+
+def attention_mask_reference(m, sites, x, attention_mask):
+    q, k, v = (split(f(x), HEADS) for f in (m.q, m.k, m.v))
+    y = merge(attend(q, k, v, sites[0], live=attention_mask.bool()[:, None, None, :]))
+    return m.head((y * attention_mask[..., None]).sum(dim=1))
+
+
+class TokenIds(Masked):
+    """There is no mask among the inputs: an id of 0 is padding."""
+
+    def __init__(self, half_steps):
+        super().__init__(half_steps)
+        self.embedding = nn.Embedding(20, WIDTH)
+
+    def forward(self, ids):
+        return super().forward(self.embedding(ids), ids.ne(0))
+
+    def plan(self, scores, mask):
+        K = scores.exp() * mask[:, None, None, :]
+        for _ in range(self.half_steps // 2):
+            K = K / K.sum(-1, keepdim=True)
+            K = K / (K.sum(-2, keepdim=True) + 1e-12)
+        return K
+
+
+def token_ids(batch, generator):
+    mask = padded(batch, generator)["mask"]
+    return {"ids": torch.randint(1, 20, mask.shape, generator=generator) * mask}
+
+
+def token_ids_reference(m, sites, ids):
+    return reference(m, sites, m.embedding(ids), ids > 0)
+
+
 def case(name, build, half_steps, last, inputs=padded, reference=reference, epsilon=1.0, tolerance=1e-9, **options):
     sites = (Expected(half_steps, last, epsilon, masked=True),)
     build = functools.partial(build, half_steps, **options)
@@ -317,4 +391,7 @@ CASES = [
     case("class_and_registers", ClassAndRegisters, 8, "rows", reference=class_reference, prefix=3),
     case("cross_both_padded", CrossBothPadded, 6, "rows", both_padded, cross_reference),
     case("softmax_heads_last", SinkAfterSoftmaxHeadsLast, 7, "rows"),
+    case("whole_samples", WholeSamples, 6, "columns", whole_samples, whole_samples_reference),
+    case("attention_mask", AttentionMask, 9, "rows", attention_mask, attention_mask_reference),
+    case("token_ids", TokenIds, 8, "columns", token_ids, token_ids_reference, tolerance=1e-7),
 ]
