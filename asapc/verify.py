@@ -225,25 +225,30 @@ def first_output(runner: Runner, samples: Samples) -> Tensor:
 
 
 def errors(reference: Tensor, candidate: Tensor) -> Tensor:
-    """Squared norms of the difference and of the reference, and the largest difference.
+    """Squared norms of the difference and of the reference, how many entries are finite, and the largest difference.
 
-    What is not finite differs infinitely, but for equal infinities: a masked score is one, and so is log(0).
+    What is not finite differs infinitely, but where both are the same: a masked score is -inf, and a mean over a sample
+    that is padding altogether NaN.
     """
-    difference = torch.where(candidate == reference, 0.0, candidate - reference)
-    difference = difference.nan_to_num(nan=inf, posinf=inf, neginf=-inf)
-    known = torch.where(reference.isinf(), 0.0, reference)
-    return torch.stack([difference.square().sum(), known.square().sum(), difference.abs().max()])
+    same = (candidate == reference) | (candidate.isnan() & reference.isnan())
+    difference = torch.where(same, 0.0, candidate - reference).nan_to_num(nan=inf, posinf=inf, neginf=-inf)
+    finite = reference.isfinite()
+    norm = torch.where(finite, reference, 0.0).square().sum()
+    return torch.stack([difference.square().sum(), norm, finite.sum(), difference.abs().max()])
 
 
 def add_errors(one: Tensor, other: Tensor) -> Tensor:
-    """What `errors` says of two batches together, for each output: (outputs, 3)."""
-    return torch.cat([one[:, :2] + other[:, :2], torch.maximum(one[:, 2:], other[:, 2:])], dim=1)
+    """What `errors` says of two batches together, for each output: (outputs, 4)."""
+    return torch.cat([one[:, :3] + other[:, :3], torch.maximum(one[:, 3:], other[:, 3:])], dim=1)
 
 
 def to_hop(name: str, found: Tensor, agree: float | None) -> Hop:
-    """A hop from the `errors` of all outputs, the worst of which counts."""
-    relative = [(error / norm) ** 0.5 if norm else (inf if error else 0.0) for error, norm, _ in found.tolist()]
-    return Hop(name, max_abs=worst(found[:, 2].tolist()), rel=worst(relative), agreement=agree)
+    """A hop from the `errors` of all outputs, the worst of which counts; one without a finite entry tells nothing."""
+    relative = [
+        (error / norm) ** 0.5 if norm else (inf if error or not finite else 0.0)
+        for error, norm, finite, _ in found.tolist()
+    ]
+    return Hop(name, max_abs=worst(found[:, 3].tolist()), rel=worst(relative), agreement=agree)
 
 
 def compare(name: str, reference: Tensor, candidate: Tensor, labelled: bool = False) -> Hop:

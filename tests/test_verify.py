@@ -53,13 +53,15 @@ def test_with_labels_the_last_axis_is_one_of_classes():
     assert compare("export", output, output, labelled=True).agreement == 1.0
 
 
-def test_equal_infinities_are_no_difference_and_others_are():
-    masked = torch.tensor([[1.0, -inf], [2.0, 3.0]])
+@pytest.mark.parametrize("value", [-inf, nan])
+def test_what_is_not_finite_in_the_teacher_either_is_no_difference(value):
+    masked = torch.tensor([[1.0, value], [2.0, 3.0]])
     assert compare("export", masked, masked.clone()).rel == 0.0
     assert compare("export", masked, masked + 1).rel == pytest.approx((3 / 14) ** 0.5)
-    for other in (masked.clamp_min(-1e4), -masked, torch.full_like(masked, nan)):
+    for other in (masked.nan_to_num(nan=0.0, neginf=-1e4), -masked.nan_to_num(nan=-inf), torch.full_like(masked, nan)):
         assert compare("export", masked, other).rel == inf
-    assert compare("export", torch.full_like(masked, nan), torch.full_like(masked, nan)).rel == inf
+    # A teacher that gives nothing else is no teacher.
+    assert compare("export", torch.full_like(masked, value), torch.full_like(masked, value)).rel == inf
 
 
 def test_the_metric_is_the_accuracy_of_both_where_there_are_labels():

@@ -95,8 +95,10 @@ def kernel_spread(scores: torch.Tensor, half_steps: int, last: Axis = "rows") ->
         last: the axis that the last half-step normalises.
     """
     oriented = scores if first_axis(half_steps, last) == "rows" else scores.transpose(-1, -2)
-    largest = (oriented - oriented.logsumexp(dim=-1, keepdim=True)).amax(dim=-2)
-    return -largest[largest.isfinite()].amin().item()
+    sums = oriented.logsumexp(dim=-1, keepdim=True)
+    largest = torch.where(sums == -torch.inf, -torch.inf, oriented - sums).amax(dim=-2)  # without wholly masked rows
+    finite = largest[largest.isfinite()]
+    return -finite.amin().item() if finite.numel() else 0.0
 
 
 class Sinkhorn(nn.Module):

@@ -108,6 +108,16 @@ def scaling_form_error(dtype, seed, n, m, half_steps, last, sharpness):
     return max(errors)
 
 
+@pytest.mark.parametrize("last", ["rows", "columns"])
+def test_what_is_wholly_masked_has_no_part_in_the_spread_of_a_kernel(last):
+    scores = normal(0, 2, 1, 5, 5)
+    spread = kernel_spread(scores[:1], 5, last)
+    masked = torch.nn.functional.pad(scores, (0, 2, 0, 3), value=-torch.inf)  # in both axes
+    masked[1] = -torch.inf
+    assert kernel_spread(masked, 5, last) == pytest.approx(spread)
+    assert kernel_spread(masked[1:], 5, last) == 0.0
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
 def test_one_half_step_on_rows_is_softmax_attention(dtype, tolerance):
     queries, keys, values = (normal(i, 2, 3, n, 8).to(dtype) for i, n in enumerate([5, 7, 7]))
