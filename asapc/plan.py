@@ -12,11 +12,10 @@ from asapc.calibrate import Fitted, calibrate
 from asapc.choices import Candidate, Choice, FeatureSet, Plan, SlicedDualParams
 from asapc.config import DEFAULT_BUDGET, SITE_METRICS, CompileConfig
 from asapc.costs import estimate
-from asapc.ops.scaling import MOST_SPREAD
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import FIRST_HALF_STEPS, SlicedDual
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.ranges import limits, score_ranges
+from asapc.ranges import limits, score_ranges, wide_sites
 from asapc.results import Fidelity, SiteFidelity
 from asapc.verify import candidate_fidelity, missed, site_fidelity, verify
 
@@ -63,7 +62,7 @@ def plan(
     fitting = samples[len(samples) // SELECTION_SHARE :]
     advance("range of the scores")
     ranges = score_ranges(graph, sites, samples)
-    wide = frozenset(name for name, found in ranges.items() if not found.kernel_spread <= MOST_SPREAD)
+    wide = wide_sites(ranges)
     if config.level == 0:
         kept = {s.name: Choice(Candidate("keep", s.half_steps, inf), "-O0 leaves all as it is") for s in sites}
         return Plan(kept, wide, limits(ranges))

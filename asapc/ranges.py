@@ -8,6 +8,7 @@ from torch import Tensor
 
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.calibrate import BATCH, masked_scores
+from asapc.ops.scaling import MOST_SPREAD
 from asapc.ops.sinkhorn import kernel_spread
 from asapc.passes.layout import operands
 from asapc.passes.record import record
@@ -48,6 +49,11 @@ def deviation(scores: Tensor) -> Tensor:
     known = torch.where(live, scores, 0.0)
     centred = torch.where(live, known - known.sum(dim=(-1, -2), keepdim=True) / count, 0.0)
     return (centred.square().sum(dim=(-1, -2), keepdim=True) / count).sqrt().flatten(1).mean(dim=1)
+
+
+def wide_sites(ranges: Mapping[str, ScoreRange]) -> frozenset[str]:
+    """Sites whose kernel has to be levelled on both axes, see `ops.scaling.MOST_SPREAD`; nan counts as too wide."""
+    return frozenset(name for name, found in ranges.items() if not found.kernel_spread <= MOST_SPREAD)
 
 
 def limits(ranges: Mapping[str, ScoreRange]) -> dict[str, tuple[float, float]]:

@@ -20,11 +20,10 @@ from asapc.errors import CheckpointError
 from asapc.inputs import order_inputs
 from asapc.loading import load_model
 from asapc.onnx_graph import OnnxGraph
-from asapc.ops.scaling import MOST_SPREAD
 from asapc.passes.build_plan import build_plans
 from asapc.pipeline import find
 from asapc.plan import operators
-from asapc.ranges import score_ranges
+from asapc.ranges import score_ranges, wide_sites
 from asapc.report import fidelity_data
 from asapc.results import Fidelity
 from asapc.samples import load_samples
@@ -95,7 +94,7 @@ def recheck(folder: Path, data: Path, teacher: Path | None = None, config: Compi
     tensors = read_safetensors(folder / "operator.safetensors", CheckpointError)
     ranges = score_ranges(graph, sites, samples)
     choices = {s.name: Choice(read_choice(s, of, tensors), "") for s, of in zip(sites, report["sites"], strict=True)}
-    wide = frozenset(name for name, found in ranges.items() if not found.kernel_spread <= MOST_SPREAD)
+    wide = wide_sites(ranges)
     replaced = operators(sites, Plan(choices, wide))
     original = OnnxRuntimeRunner(loaded.path) if isinstance(graph, OnnxGraph) else EagerRunner(loaded.module)
     hops = {"teacher": original, "compiled": OnnxRuntimeRunner(folder / "model.onnx")}
