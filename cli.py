@@ -166,7 +166,8 @@ def compile_command(
 ) -> None:
     """Compile a trained checkpoint and report what it costs and gains."""
     with exit_codes():
-        from asapc.pipeline import compile_model
+        from asapc.distributed import processes
+        from asapc.pipeline import compile_model, share_calibration
 
         given: dict[str, Any] = {
             "out": out_folder,
@@ -184,7 +185,10 @@ def compile_command(
         }
         options = options_of(config, given)
         warn_of_unsafe_load(file, options)
-        with stages(shown=not quiet) as on_event:
+        with processes() as rank, stages(shown=not quiet and rank == 0) as on_event:
+            if rank > 0:
+                share_calibration(file, options)
+                return
             report = compile_model(file, options, on_event)
         if as_json:
             sys.stdout.write(json.dumps(report.data, indent=2) + "\n")
@@ -461,6 +465,7 @@ def named(candidate: dict[str, Any]) -> str:
     """An operator with what sets it apart."""
     more = [f"{candidate['slices']} slices"] if candidate["slices"] else []
     more += ["hinges"] if "hinges" in candidate["features"] else []
+    more += [candidate["side"]] if candidate["side"] else []
     return ", ".join([candidate["operator"], *more])
 
 

@@ -3,7 +3,7 @@
 The first pass gives the covariances that the balanced bases are made of, the second where hinges go; each pass after
 them the Gram matrices of one linear map, from which `fit` has the map in closed form. Maps are fitted in order, since a
 closure step works on what the maps before it give. Only sums are kept, in float64, so that memory does not grow with
-the number of samples.
+the number of samples, and samples can be shared out to several processes (`distributed`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from asapc.artifacts import CapturedGraph, Samples, Site
-from asapc.choices import FeatureSet, Regression, SlicedDualParams
+from asapc.choices import FeatureSet, Regression, Side, SlicedDualParams
+from asapc.distributed import share, total
 from asapc.fit import fit
 from asapc.ops.features import live_mask, mean, project, variance
 from asapc.ops.scaling import LOWEST_LIVE
@@ -32,6 +33,9 @@ HINGED = 8  # coordinates that get hinges: the first carry most of the score
 BINS, WIDEST = 400, 5.0
 
 Activations = dict[str, tuple[Tensor, Tensor, Tensor]]  # (scores, queries, keys) by the site's name, float64
+
+
+SIDES: tuple[Side, Side] = ("queries", "keys")  # in the order of `Activations`
 
 
 class Fitted(NamedTuple):
@@ -65,25 +69,24 @@ def calibrate(
     names = {operand.node for site in sites for operand in operands(site)}
 
     def activations(samples: Samples) -> Iterator[Activations]:
-        for batch in samples.batches(BATCH):
+        for batch in share(samples).batches(BATCH):
             values = record(module, batch, names)
             yield {site.name: activation(site, values) for site in sites}
 
     advance("covariances of queries and keys")
     bases = balanced_bases(sites, activations(fitting))
-    knots: dict[str, Tensor] = {}
-    most_pieces = {site.name: max(features.pieces for features in feature_sets[site.name]) for site in sites}
-    if any(most_pieces.values()):
+    counts: dict[tuple[str, Side], Tensor] = {}
+    if any(features.pieces for site in sites for features in feature_sets[site.name]):
         advance("where the hinges go")
         counts = count_places(sites, bases, activations(fitting))
-        knots = {name: quantiles(counts[name], pieces) for name, pieces in most_pieces.items() if pieces}
     params = {}
     for site in sites:
         none = torch.zeros(site.heads, 0, 0, dtype=torch.float64)
         for features in feature_sets[site.name]:
-            places = knots[site.name] if features.pieces else none
+            places = quantiles(counts[site.name, features.side], features.pieces) if features.pieces else none
             slices = min(features.slices, site.head_dim or 0)
-            params[Fitted(site.name, features)] = SlicedDualParams(*bases[site.name], slices, places)
+            unfitted = SlicedDualParams(*bases[site.name], slices, places, side=features.side)
+            params[Fitted(site.name, features)] = unfitted
     for step in range(1 + closure_steps):
         advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
         problems, others = (regressions(sites, params, activations(samples)) for samples in (fitting, selection))
@@ -127,7 +130,7 @@ def balanced_bases(sites: Sequence[Site], activations: Iterator[Activations]) ->
             old = scatters.get(site.name)
             scatters[site.name] = both if old is None else (old[0] + both[0], old[1] + both[1])
     temperatures = {s.name: torch.ones(()) if s.temperature is None else s.temperature for s in sites}
-    return {name: balance(*pair, temperatures[name]) for name, pair in scatters.items()}
+    return {name: balance(*map(total, pair), temperatures[name]) for name, pair in scatters.items()}
 
 
 def scatter(points: Tensor, live: Tensor | None = None) -> Tensor:
@@ -175,27 +178,27 @@ def balance(query_scatter: Tensor, key_scatter: Tensor, scale: Tensor) -> tuple[
 
 def count_places(
     sites: Sequence[Site], bases: Mapping[str, tuple[Tensor, Tensor]], activations: Iterator[Activations]
-) -> dict[str, Tensor]:
-    """How the points that the dual belongs to lie along the first coordinates: counts (H, C, BINS) by the site's name.
+) -> dict[tuple[str, Side], Tensor]:
+    """How queries and keys lie along the first coordinates: counts (H, C, BINS) by the site's name and the side.
 
     In standard deviations of each sample, from -WIDEST to WIDEST.
     """
-    counts: dict[str, Tensor] = {}
+    counts: dict[tuple[str, Side], Tensor] = {}
     for batch in activations:
         for site in sites:
-            scores, queries, keys = batch[site.name]
-            rows = site.last == "rows"
-            points, basis = (keys, bases[site.name][1]) if rows else (queries, bases[site.name][0])
-            live = live_mask(scores)[1 if rows else 0] if site.masked else None
-            x = project(points, basis)[..., :HINGED, :]
-            x = x - mean(x, live)
-            places = x / variance(x, live).sqrt()
-            bins = ((places / WIDEST + 1) * (BINS / 2)).long().clamp(0, BINS - 1).permute(1, 2, 0, 3).flatten(2)
-            weights = torch.ones_like(places) if live is None else live.expand_as(places)
-            found = torch.zeros(*bins.shape[:2], BINS, dtype=torch.float64)
-            found.scatter_add_(-1, bins, weights.permute(1, 2, 0, 3).flatten(2))
-            counts[site.name] = counts[site.name] + found if site.name in counts else found
-    return counts
+            scores, *points = batch[site.name]
+            live_masks = live_mask(scores) if site.masked else (None, None)
+            for side, of_side, basis, live in zip(SIDES, points, bases[site.name], live_masks, strict=True):
+                x = project(of_side, basis)[..., :HINGED, :]
+                x = x - mean(x, live)
+                places = x / variance(x, live).sqrt()
+                bins = ((places / WIDEST + 1) * (BINS / 2)).long().clamp(0, BINS - 1).permute(1, 2, 0, 3).flatten(2)
+                weights = torch.ones_like(places) if live is None else live.expand_as(places)
+                found = torch.zeros(*bins.shape[:2], BINS, dtype=torch.float64)
+                found.scatter_add_(-1, bins, weights.permute(1, 2, 0, 3).flatten(2))
+                key = (site.name, side)
+                counts[key] = counts[key] + found if key in counts else found
+    return {key: total(of_side) for key, of_side in counts.items()}
 
 
 def quantiles(counts: Tensor, pieces: int) -> Tensor:
@@ -214,22 +217,26 @@ def regressions(
     for batch in activations:
         for site in sites:
             scores, queries, keys = batch[site.name]
-            oriented = scores if site.last == "rows" else scores.transpose(-1, -2)
-            target = target_dual(oriented, site.half_steps).unsqueeze(-2)
-            live = live_mask(oriented)[1] if site.masked else torch.ones_like(target)
-            target = centre(target, live)
+            targets = {}
+            for side in SIDES:
+                target = target_dual(scores, site.half_steps, side, site.last).unsqueeze(-2)
+                live = live_mask(scores)[SIDES.index(side)] if site.masked else torch.ones_like(target)
+                targets[side] = centre(target, live), live
             for key, known in params.items():
                 if key.site != site.name:
                     continue
+                target, live = targets[known.side]
                 vectors = centre(SlicedDual(known, site.last, site.masked).vectors(scores, queries, keys), live)
                 found = Regression(
                     gram=torch.einsum("bhfn,bhen->hfe", vectors, vectors),
                     moment=torch.einsum("bhfn,bhen->hf", vectors, target),
                     energy=target.square().sum(dim=(0, 2, 3)),
-                    count=int(live[:, 0].sum()),
+                    count=live[:, 0].sum().double(),
                 )
                 problems[key] = add(problems[key], found) if key in problems else found
-    return problems
+    return {
+        key: Regression(*(total(getattr(found, f.name)) for f in fields(Regression))) for key, found in problems.items()
+    }
 
 
 def centre(vectors: Tensor, live: Tensor) -> Tensor:

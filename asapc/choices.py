@@ -12,6 +12,7 @@ from torch import Tensor
 from asapc.results import SiteFidelity
 
 Operator = Literal["keep", "exact", "truncated", "sliced_dual"]
+Side = Literal["queries", "keys"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,13 +23,13 @@ class Regression:
         gram: (H, F, F) sum over samples and points of products of features.
         moment: (H, F) sum of feature times target.
         energy: (H,) sum of the target's square.
-        count: number of summed terms (samples * points).
+        count: () number of summed terms (samples * points).
     """
 
     gram: Tensor
     moment: Tensor
     energy: Tensor
-    count: int
+    count: Tensor
 
 
 class FeatureSet(NamedTuple):
@@ -37,10 +38,12 @@ class FeatureSet(NamedTuple):
     Attributes:
         slices: number of coordinates whose exact potential is taken, by sorting.
         pieces: linear pieces that hinges give the first coordinates; 0 for no hinges.
+        side: the points whose dual it is.
     """
 
     slices: int = 0
     pieces: int = 0
+    side: Side = "keys"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,7 @@ class SlicedDualParams:
         weights: linear maps to the dual. The first is (H, F), over the features of
             `ops.sliced_dual.dual_features`; each further one is a fitted closure step, (H, F + 1),
             (H, F + 2) ..., over the features and the closures so far. Empty before the fit.
+        side: the points whose dual is estimated.
     """
 
     query_basis: Tensor
@@ -61,6 +65,7 @@ class SlicedDualParams:
     slices: int
     knots: Tensor
     weights: tuple[Tensor, ...] = ()
+    side: Side = "keys"
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from asapc.output import list_artifacts, output_folder, write_json, write_manife
 from asapc.passes.build_plan import build_plans
 from asapc.passes.evidence import find_with_evidence
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.plan import operators, plan, rivals
+from asapc.plan import operators, plan, propose, rivals
 from asapc.report import CompileReport, early_stop_data, early_stop_note, plan_note, report_data, shorten
 from asapc.results import Latency
 from asapc.samples import load_samples
@@ -139,6 +139,18 @@ def torch_threads(wanted: int) -> Iterator[int]:
         yield wanted or before
     finally:
         torch.set_num_threads(before)
+
+
+def share_calibration(path: str | Path, config: CompileConfig) -> None:
+    """What all processes but the first do where torchrun started several: see, fit, and leave the rest to the first.
+
+    Raises:
+        AsapcError: as of `compile_model`.
+    """
+    loaded = load_model(path, config)
+    calibration, _ = gather_samples(loaded, config)
+    graph = build_plans(capture(loaded, calibration, config.early_stop), calibration)
+    propose(graph, find(graph, calibration).sites, calibration, config)
 
 
 def inspect_model(

@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from math import inf
 
 from torch import nn
 
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.backends.eager.runner import EagerRunner
-from asapc.calibrate import Fitted, calibrate
+from asapc.calibrate import SIDES, Fitted, calibrate
 from asapc.choices import Candidate, Choice, FeatureSet, Plan, SlicedDualParams
 from asapc.config import DEFAULT_BUDGET, SITE_METRICS, CompileConfig
 from asapc.costs import estimate
 from asapc.ops.sinkhorn import Sinkhorn
-from asapc.ops.sliced_dual import FIRST_HALF_STEPS, SlicedDual
+from asapc.ops.sliced_dual import SlicedDual, first_half_steps
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
 from asapc.ranges import limits, score_ranges, wide_sites
 from asapc.results import Fidelity, SiteFidelity
@@ -27,6 +28,7 @@ EXACT_RELC = {1: 1e-5, 2: 1e-3}
 # What an approximation has to save, as estimated, before it is taken instead of the exact form.
 LEAST_SAVING = 0.05
 MOST_CLOSURE_STEPS = 3
+TOO_FEW_HALF_STEPS = 3  # a loop of no more is as cheap as what an estimate is followed by
 TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
 # TensorRT sorts no more than this many elements; longer sites get no slices.
 LONGEST_SORT = 3840
@@ -58,16 +60,15 @@ def plan(
         config: options; the level, the feature sets, the budget and the batches matter here.
         advance: called with a line about the progress.
     """
-    selection = samples[: len(samples) // SELECTION_SHARE]
-    fitting = samples[len(samples) // SELECTION_SHARE :]
     advance("range of the scores")
     ranges = score_ranges(graph, sites, samples)
     wide = wide_sites(ranges)
     if config.level == 0:
         kept = {s.name: Choice(Candidate("keep", s.half_steps, inf), "-O0 leaves all as it is") for s in sites}
         return Plan(kept, wide, limits(ranges))
-    candidates = propose(graph, sites, fitting, selection, config, advance)
+    candidates = propose(graph, sites, samples, config, advance)
     advance(f"comparing {sum(map(len, candidates.values()))} candidates")
+    selection, _ = split(samples)
     costed = judge(graph, sites, candidates, wide, selection, max(config.batches))
     choices = {site.name: choose(site, costed[site.name], config) for site in sites}
     return repair(graph, sites, Plan(choices, wide, limits(ranges)), held_out, config, advance)
@@ -76,12 +77,14 @@ def plan(
 def propose(
     graph: CapturedGraph,
     sites: Sequence[Site],
-    fitting: Samples,
-    selection: Samples,
+    samples: Samples,
     config: CompileConfig,
-    advance: Callable[[str], None],
+    advance: Callable[[str], None] = lambda detail: None,
 ) -> dict[str, list[Candidate]]:
-    """Candidates by the site's name, without cost and fidelity; the exact form comes first."""
+    """Candidates by the site's name, without cost and fidelity; the exact form comes first.
+
+    All processes that share in the calibration have to call it.
+    """
     found = {site.name: [Candidate("exact", site.half_steps, inf)] for site in sites}
     if config.level < 2:
         return found
@@ -92,20 +95,29 @@ def propose(
     if not sliceable:
         return found
     advance(f"fitting {len(sliceable)} sites")
+    selection, fitting = split(samples)
     fitted = calibrate(graph, sets, sliceable, fitting, selection, MOST_CLOSURE_STEPS, advance)
     for site in sliceable:
         for features in sets[site.name]:
             params = fitted[Fitted(site.name, features)]
+            first = first_half_steps(features.side, site.last)
             for steps in range(1 + MOST_CLOSURE_STEPS):
-                if (half_steps := FIRST_HALF_STEPS + 2 * steps) < site.half_steps:
+                if (half_steps := first + 2 * steps) < site.half_steps:
                     found[site.name].append(Candidate("sliced_dual", half_steps, inf, None, truncate(params, steps)))
     return found
+
+
+def split(samples: Samples) -> tuple[Samples, Samples]:
+    """Calibration samples that choose, and those that are fitted."""
+    at = len(samples) // SELECTION_SHARE
+    return samples[:at], samples[at:]
 
 
 def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
     """Feature sets that a site can have; masks and long sites allow no sort."""
     sortable = not site.masked and max(site.queries, site.keys) <= LONGEST_SORT
-    return [FeatureSet(s, p) for s in config.slices for p in config.pieces if s == 0 or sortable] or [FeatureSet()]
+    slices = [s for s in config.slices if s == 0 or sortable] or [0]
+    return [FeatureSet(*chosen) for chosen in product(slices, config.pieces, SIDES)]
 
 
 def judge(
@@ -228,7 +240,7 @@ def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
 
 def why_not_sliced(site: Site) -> str | None:
     """Why a sliced dual cannot stand in for a site, None where it can."""
-    if site.half_steps <= FIRST_HALF_STEPS:
+    if site.half_steps <= TOO_FEW_HALF_STEPS:
         return f"{site.half_steps} half-steps are too few for an approximation to pay"
     if site.query is None or site.temperature is None or not bool((site.temperature > 0).all()):
         return "its scores hold no product of queries and keys to slice"

@@ -128,7 +128,7 @@ def choice_data(choice: Choice) -> dict[str, Any]:
 
 
 def candidate_data(candidate: Candidate) -> dict[str, Any]:
-    """A candidate in the report; slices and features are those of a sliced dual, else 0 and none."""
+    """A candidate in the report; slices, features and side are those of a sliced dual, else 0 and none."""
     params, fidelity = candidate.params, candidate.fidelity
     features = []
     if params is not None:
@@ -139,6 +139,7 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
         "half_steps": candidate.half_steps,
         "slices": 0 if params is None else params.slices,
         "features": features,
+        "side": None if params is None else params.side,
         "closure_half_steps": 0 if params is None else candidate.half_steps,
         "estimated_ms": candidate.cost if isfinite(candidate.cost) else None,
         "calibration_relc": fidelity.relc if fidelity is not None and isfinite(fidelity.relc) else None,

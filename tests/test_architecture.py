@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the top down. A module may import those of its own layer and of the layers below.
 LAYERS = {
-    "entry points": ("asapc", "asapc.cli", "benchmarks"),
+    "entry points": ("asapc", "asapc.__main__", "asapc.cli", "benchmarks"),
     "line": ("asapc.pipeline", "asapc.recheck"),
     "stages": (
         "asapc.loading",
@@ -40,6 +40,7 @@ LAYERS = {
         "asapc.weights",
         "asapc.capture",
         "asapc.early_stop",
+        "asapc.distributed",
         "asapc.calibrate",
         "asapc.fit",
         "asapc.costs",

@@ -12,6 +12,7 @@ from asapc.artifacts import CapturedGraph, Operand, Samples, Site
 from asapc.calibrate import (
     BINS,
     COVARIANCE_RIDGE,
+    SIDES,
     WIDEST,
     Fitted,
     activation,
@@ -169,12 +170,12 @@ def test_statistics_do_not_depend_on_how_the_samples_are_split_into_batches():
     assert difference(streamed.moment, at_once.moment) < FLOAT64
     assert difference(streamed.energy, at_once.energy) < FLOAT64
     counted = [count_places([site()], {"attention": whole}, batches(queries, keys, *sizes)) for sizes in ((4,), (1, 3))]
-    assert torch.equal(counted[0]["attention"], counted[1]["attention"])
+    assert all(torch.equal(counted[0]["attention", side], counted[1]["attention", side]) for side in SIDES)
     assert streamed.count == at_once.count == 4 * TOKENS
 
 
 def features_of(params, queries, keys):
-    """Features of the keys, whose dual is estimated where the loop ends on rows."""
+    """Features of the keys."""
     return dual_features(project(keys, params.key_basis), project(queries, params.query_basis), params.slices, NO_KNOTS)
 
 
@@ -187,21 +188,22 @@ def test_the_regression_target_is_the_dual_from_which_the_operator_meets_the_tea
     queries, keys = correlated_points(0), correlated_points(10)
     params = unfitted(queries, keys)
     problem = regressions([site(half_steps)], {KEY: params}, batches(queries, keys, 4))[KEY]
-    target = centred(target_dual(scores_of(queries, keys, SCALE), half_steps))
+    target = centred(target_dual(scores_of(queries, keys, SCALE), half_steps, "keys", "rows"))
     features = centred(features_of(params, queries, keys))
     assert difference(problem.gram, torch.einsum("bhfn,bhen->hfe", features, features)) < FLOAT64
     assert difference(problem.moment, torch.einsum("bhfn,bhn->hf", features, target)) < FLOAT64
     assert difference(problem.energy, target.square().sum(dim=(0, 2))) < FLOAT64
 
 
-def test_a_loop_that_ends_on_columns_is_the_same_with_queries_and_keys_exchanged():
+@pytest.mark.parametrize("last", ["rows", "columns"])
+def test_the_queries_dual_is_the_keys_with_queries_and_keys_exchanged(last):
     queries, keys = correlated_points(0), correlated_points(10, tokens=7)
     bases = balanced_bases([site()], iter([activations(queries, keys)]))["attention"]
-    turned = site(last="columns", queries=7)
+    exchanged = {"rows": "columns", "columns": "rows"}[last]
     one = {KEY: SlicedDualParams(*bases, 2, NO_KNOTS)}
-    other = {KEY: SlicedDualParams(*bases[::-1], 2, NO_KNOTS)}
-    seen = regressions([turned], other, batches(keys, queries, 4))[KEY]
-    expected = regressions([site()], one, batches(queries, keys, 4))[KEY]
+    other = {KEY: SlicedDualParams(*bases[::-1], 2, NO_KNOTS, side="queries")}
+    seen = regressions([site(last=exchanged, queries=7)], other, batches(keys, queries, 4))[KEY]
+    expected = regressions([site(last=last)], one, batches(queries, keys, 4))[KEY]
     assert difference(seen.gram, expected.gram) < FLOAT64
     assert difference(seen.moment, expected.moment) < FLOAT64
 
@@ -254,7 +256,7 @@ def test_a_masked_site_is_fitted_on_what_is_live_alone(step):
     one, other = (
         count_places([s], *place, iter([b])) for s, b in ((plain, activations(queries, keys)), (masked, batch))
     )
-    assert difference(one["attention"], other["attention"]) < FLOAT64
+    assert all(difference(one["attention", side], other["attention", side]) < FLOAT64 for side in SIDES)
     assert seen.count == expected.count == 4 * TOKENS
     assert difference(seen.gram, expected.gram) < FLOAT64
     assert difference(seen.moment, expected.moment) < FLOAT64
@@ -310,8 +312,8 @@ class Teacher:
         scores, _, _, values = self.inputs
         self.output = sinkhorn_plan_ref(scores, self.site.half_steps) @ values.double()
 
-    def calibrate(self, slices=4, closure_steps=0, pieces=0):
-        features = FeatureSet(slices, pieces)
+    def calibrate(self, slices=4, closure_steps=0, pieces=0, side="keys"):
+        features = FeatureSet(slices, pieces, side)
         sets = {self.site.name: [features]}
         fitting, selection = self.samples[:18], self.samples[18:]
         return calibrate(self.graph, sets, [self.site], fitting, selection, closure_steps)[
@@ -347,15 +349,17 @@ def teacher():
     return cached_teacher(sound)
 
 
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("slices", "pieces"), [(0, 0), (4, 0), (0, 4), (2, 3)])
 def test_the_fitted_operator_is_closer_to_the_teacher_than_truncated_sinkhorn_of_as_many_half_steps(
-    teacher, slices, pieces
+    teacher, slices, pieces, side
 ):
-    fitted = teacher.calibrate(slices, 2, pieces)
+    fitted = teacher.calibrate(slices, 2, pieces, side)
     errors = []
     for steps in range(3):
-        errors.append(teacher.error(SlicedDual(replace(fitted, weights=fitted.weights[: 1 + steps]))))
-        assert errors[-1] < 0.5 * teacher.error(Sinkhorn(3 + 2 * steps))
+        operator = SlicedDual(replace(fitted, weights=fitted.weights[: 1 + steps]))
+        errors.append(teacher.error(operator))
+        assert errors[-1] < 0.5 * teacher.error(Sinkhorn(operator.half_steps))
     # Every closure step brings it closer.
     assert errors == sorted(errors, reverse=True)
 

@@ -3,50 +3,64 @@
 Queries and keys are projected on a few directions; what one-dimensional transport says about each, exactly by sorting
 (`potentials.py`) or in closed form, goes through a linear map per head to an estimate of a dual; a few half-steps
 (`c_transform.py`) rebuild the plan. After ASAP, arXiv 2605.12879. asapc's own are the balanced basis, the features
-without a sort, the fitted closure steps, and the side: ASAP estimates the dual of the queries and takes two half-steps
-from there. The dual of the keys is a bias of an ordinary softmax, which every runtime has fused, and that softmax is
-one half-step more (docs/method.md).
+without a sort, the fitted closure steps, and the choice of the side: ASAP estimates the dual of the queries and takes
+two half-steps from there. The dual of the keys is a bias of an ordinary softmax, which every runtime has fused, and
+that softmax is one half-step more. Which tells more for what it costs is a question of the site (docs/method.md).
 """
 
 import torch
 from torch import nn
 
 from asapc.artifacts import Axis
-from asapc.choices import SlicedDualParams
+from asapc.choices import Side, SlicedDualParams
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, project
 from asapc.ops.scaling import column_scaling, row_scaling, scaled_plan, start
 from asapc.ops.sinkhorn import sinkhorn_duals
 from asapc.shapes import check_shape
 
-FIRST_HALF_STEPS = 3  # rows (the softmax), columns, rows; each closure step adds two
 # Scaling vectors keep within exp of this: float32 reaches it only far outside of what was calibrated.
 LARGEST_LOG = 60.0
 
 
-def target_dual(scores: torch.Tensor, half_steps: int) -> torch.Tensor:
-    """Dual (B, H, M) of the columns that an estimate has to hit: a loop's own, three half-steps before its end.
+def first_half_steps(side: Side, last: Axis) -> int:
+    """Half-steps from an estimate of a side's dual to a plan whose `last` axis is normalised.
 
-    From it the operator takes the same three half-steps as the loop does, so that the loop's plan is met exactly.
+    The first normalises the other side's axis, the second the side's own. Each closure step adds two.
+    """
+    return 3 if (side == "keys") == (last == "rows") else 2
+
+
+def target_dual(scores: torch.Tensor, half_steps: int, side: Side, last: Axis) -> torch.Tensor:
+    """Dual that an estimate has to hit: a loop's own, as many half-steps before its end as follow on the estimate.
+
+    From it the operator takes the same half-steps as the loop does, so that the loop's plan is met exactly.
 
     Args:
-        scores: (B, H, N, M) of a loop that ends on rows, -inf where masked.
-        half_steps: of the loop, at least 3; for 3 the dual is 0.
+        scores: (B, H, N, M), -inf where masked.
+        half_steps: of the loop, at least as many as `first_half_steps`; for just as many the dual is 0.
+        side: the points whose dual it is.
+        last: the axis that the loop normalises last.
+
+    Returns:
+        (B, H, M) for keys, (B, H, N) for queries.
     """
-    if half_steps == FIRST_HALF_STEPS:
-        return torch.zeros_like(scores[..., 0, :])
-    return sinkhorn_duals(scores, half_steps - FIRST_HALF_STEPS, "columns")[1]
+    before = half_steps - first_half_steps(side, last)
+    if before == 0:
+        return torch.zeros_like(scores[..., 0, :] if side == "keys" else scores[..., 0])
+    f, g = sinkhorn_duals(scores, before, "columns" if side == "keys" else "rows")
+    return g if side == "keys" else f
 
 
 class SlicedDual(nn.Module):
     """A fitted sliced dual: a fixed-depth stand-in for a Sinkhorn loop.
 
-    Told for a loop that ends on rows; one that ends on columns is the same with queries and keys exchanged. The first
-    set of weights maps features of the keys to an estimate of their dual. From an estimate g follow two half-steps,
+    Told for the dual of the keys; that of the queries is the same with queries and keys exchanged. The first set of
+    weights maps features of the keys to an estimate of their dual. From an estimate g follow two half-steps,
     f = rows(g) and columns(f), its *closure*. Each further set combines the features with all closures so far to the
     next estimate, a fitted closure step: an extrapolation with coefficients learned once that aims at the finite
     teacher, where plain extra iterations would drift to the converged plan (docs/method.md). The closure of the
-    last estimate and one more half-step on rows give the plan.
+    last estimate gives a plan whose columns were normalised last, and where rows have to be, one half-step more does.
 
     All of it works on one kernel, softmax(scores + first estimate): its rows sum to 1 and its columns nearly to what
     they should, so that scaling vectors stay near 1 whatever the scores.
@@ -63,7 +77,8 @@ class SlicedDual(nn.Module):
         """
         super().__init__()
         self.slices, self.steps = params.slices, len(params.weights) - 1
-        self.turned, self.masked, self.mass = last == "columns", masked, mass
+        self.turned, self.masked, self.mass = params.side == "queries", masked, mass
+        self.first_half_steps = first_half_steps(params.side, last)
         self.register_buffer("query_basis", params.query_basis)
         self.register_buffer("key_basis", params.key_basis)
         self.register_buffer("knots", params.knots)
@@ -87,7 +102,7 @@ class SlicedDual(nn.Module):
     @property
     def half_steps(self) -> int:
         """Half-steps over the scores that the operator takes."""
-        return FIRST_HALF_STEPS + 2 * self.steps
+        return self.first_half_steps + 2 * self.steps
 
     def coordinates(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Coordinates of the points that the dual belongs to, and of those on the other side."""
@@ -96,12 +111,13 @@ class SlicedDual(nn.Module):
 
     def scale_columns(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, fused: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Go through all steps up to the columns' last, of scores as in `oriented`; N and M are the kernel's axes.
 
         Returns:
-            The kernel (B, H, N, M); the scaling vector (B, H, 1, M) of its columns; the first estimate (B, H, 1, M),
-            and by how much the closures of all estimates differ from it, 0 where masked.
+            The kernel (B, H, N, M); the scaling vectors (B, H, 1, N) of its rows, None for 1, and (B, H, 1, M) of its
+            columns; the first estimate (B, H, 1, M), and by how much the closures of all estimates differ from it, 0
+            where masked.
         """
         live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
         points = self.coordinates(queries, keys)
@@ -114,14 +130,15 @@ class SlicedDual(nn.Module):
             weights: torch.Tensor = getattr(self, f"closure_weights_{step}")
             difference = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
             v = torch.exp(difference.clamp(-LARGEST_LOG, LARGEST_LOG))
-            v = column_scaling(kernel, row_scaling(kernel, v))
+            u = row_scaling(kernel, v)
+            v = column_scaling(kernel, u)
             closures.append(log_where_live(v, live_columns))
-        return kernel, v, first, closures
+        return kernel, u, v, first, closures
 
     def vectors(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """What a next set of weights may combine: features and closures so far, (B, H, F + sets, M).
 
-        N takes the place of M where the loop ends on columns.
+        N takes the place of M where it is the queries' dual.
         """
         scores = scores.transpose(-1, -2) if self.turned else scores
         live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
@@ -129,7 +146,7 @@ class SlicedDual(nn.Module):
         features = dual_features(*points, self.slices, self.knots, live_columns, live_rows)
         if self.steps < 0:
             return features
-        _, _, first, closures = self.scale_columns(scores, queries, keys, fused=True)
+        *_, first, closures = self.scale_columns(scores, queries, keys, fused=True)
         return torch.cat([features, *(first + closure for closure in closures)], dim=-2)
 
     def forward(
@@ -156,9 +173,11 @@ class SlicedDual(nn.Module):
         fused: bool = True,
     ) -> torch.Tensor:
         """Do as `forward`, of scores that lie (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
-        kernel, v, _, _ = self.scale_columns(scores, queries, keys, fused)
-        u = row_scaling(kernel, v)
-        return scaled_plan(kernel, u if self.mass == 1.0 else u * self.mass, v, values, self.turned)
+        kernel, u, v, _, _ = self.scale_columns(scores, queries, keys, fused)
+        if self.first_half_steps == 3:
+            u = row_scaling(kernel, v)
+        # The vector of the axis that was not normalised last is of no consequence to a factor.
+        return scaled_plan(kernel, u, v if self.mass == 1.0 else v * self.mass, values, self.turned)
 
 
 def log_where_live(v: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
@@ -182,13 +201,16 @@ def sliced_dual_plan_ref(
     scores = scores.double()
     x = torch.einsum("bhnd,hdl->bhln", queries.double(), params.query_basis.double())
     y = torch.einsum("bhmd,hdl->bhlm", keys.double(), params.key_basis.double())
-    if last == "columns":
+    if params.side == "queries":
         scores, x, y = scores.transpose(-1, -2), y, x
     vectors = list(dual_features_ref(y, x, params.slices, params.knots).unbind(dim=-2))
-    g = torch.zeros(())
+    f, g = torch.zeros(()), torch.zeros(())
     for weights in params.weights:
         g = torch.einsum("hf,bhfm->bhm", weights.double(), torch.stack(vectors, dim=-2))
-        g = column_step(scores, row_step(scores, g))
+        f = row_step(scores, g)
+        g = column_step(scores, f, torch.ones(()))
         vectors.append(g)
-    made = mass * plan(scores, row_step(scores, g), g)
-    return made if last == "rows" else made.transpose(-1, -2)
+    if first_half_steps(params.side, last) == 3:
+        f = row_step(scores, g)
+    made = mass * plan(scores, f, g)
+    return made if params.side == "keys" else made.transpose(-1, -2)
