@@ -75,6 +75,9 @@ def main() -> None:
         RESULTS.parent.mkdir(exist_ok=True)
         write_json(RESULTS, data)
     render(data)
+    failed = [f"{row['name']}: {row['error']}" for row in part.get("positives", ()) if "error" in row]
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def examine(case: Case) -> Row:
