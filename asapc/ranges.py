@@ -19,7 +19,8 @@ class ScoreRange(NamedTuple):
 
     Attributes:
         kernel_spread: largest `ops.sinkhorn.kernel_spread` of any batch.
-        deviations: (samples,) standard deviation of each sample's scores, mean over the heads.
+        deviations: standard deviation of each sample's scores, mean over the heads; of each window where windows of
+            samples attend apart.
     """
 
     kernel_spread: float
@@ -38,7 +39,7 @@ def score_ranges(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) 
             scores = masked_scores(site, values)
             spread = kernel_spread(scores, site.half_steps, site.last)
             spreads[site.name] = spread if not spread <= spreads[site.name] else spreads[site.name]
-            deviations[site.name].append(deviation(scores).expand(len(batch)))
+            deviations[site.name].append(deviation(scores))
     return {name: ScoreRange(spreads[name], torch.cat(found)) for name, found in deviations.items()}
 
 

@@ -75,6 +75,9 @@ def main() -> None:
         RESULTS.parent.mkdir(exist_ok=True)
         write_json(RESULTS, data)
     render(data)
+    failed = [f"{row['name']}: {row['error']}" for row in part.get("positives", ()) if "error" in row]
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def examine(case: Case) -> Row:
@@ -279,7 +282,7 @@ def document(data: Row) -> Iterator[str]:
         yield (
             f"`exact` and `amortised` are relative differences of the outputs on {HELD_OUT} samples: with the exact "
             f"form at every site, and with the operators that the default budget gets, fitted on {FITTED} others. "
-            f"Finding takes {seconds[len(seconds) // 2]:.1f} s of one core in the median, {seconds[-1]:.1f} s at most."
+            f"Finding takes {seconds[len(seconds) // 2]:.2f} s of one core in the median, {seconds[-1]:.1f} s at most."
         )
         yield ""
         yield "| model | style | half-steps, last | epsilon | mask | axes | exact | operator | amortised |"
