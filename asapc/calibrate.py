@@ -130,7 +130,7 @@ def balanced_bases(sites: Sequence[Site], activations: Iterator[Activations]) ->
             old = scatters.get(site.name)
             scatters[site.name] = both if old is None else (old[0] + both[0], old[1] + both[1])
     temperatures = {s.name: torch.ones(()) if s.temperature is None else s.temperature for s in sites}
-    return {name: balance(*map(total, pair), temperatures[name]) for name, pair in scatters.items()}
+    return {name: balance(total(q), total(k), temperatures[name]) for name, (q, k) in scatters.items()}
 
 
 def scatter(points: Tensor, live: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from asapc.artifacts import CapturedGraph, Samples
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capture import export
-from asapc.choices import SlicedDualParams
+from asapc.choices import Side, SlicedDualParams
 from asapc.costs import MODEL, Shape, work
 from asapc.environment import environment
 from asapc.measure import measure
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         return out
 
 
-def sliced_dual(heads: int, size: int, slices: int, pieces: int, steps: int, last: Any = "rows") -> SlicedDual:
+def sliced_dual(heads: int, size: int, slices: int, pieces: int, steps: int, side: Side = "keys") -> SlicedDual:
     """A sliced dual with small random weights."""
     generator = torch.Generator().manual_seed(0)
     coordinates = min(8, size) if pieces else 0
@@ -70,7 +70,7 @@ def sliced_dual(heads: int, size: int, slices: int, pieces: int, steps: int, las
     knots = torch.linspace(-1.5, 1.5, max(pieces - 1, 0)).expand(heads, coordinates, -1)
     weights = (torch.randn(heads, features + k, generator=generator) / features for k in range(1 + steps))
     basis = torch.eye(size).expand(heads, -1, -1) / size**0.25
-    return SlicedDual(SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights)), last)
+    return SlicedDual(SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights), side))
 
 
 def operators(heads: int, size: int) -> dict[str, nn.Module]:
@@ -83,7 +83,8 @@ def operators(heads: int, size: int) -> dict[str, nn.Module]:
         "exact 10, wide": Sinkhorn(10, wide=True),
         "parabolas, 0 steps": sliced_dual(heads, size, 0, 0, 0),
         "parabolas, 3 steps": sliced_dual(heads, size, 0, 0, 3),
-        "parabolas, 1 step, columns": sliced_dual(heads, size, 0, 0, 1, "columns"),
+        "parabolas, 0 steps, queries": sliced_dual(heads, size, 0, 0, 0, "queries"),
+        "parabolas, 2 steps, queries": sliced_dual(heads, size, 0, 0, 2, "queries"),
         "hinges, 0 steps": sliced_dual(heads, size, 0, 8, 0),
         "hinges, 2 steps": sliced_dual(heads, size, 0, 8, 2),
         "8 slices, 1 step": sliced_dual(heads, size, 8, 0, 1),

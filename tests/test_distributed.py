@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from asapc.artifacts import Samples
 from asapc.distributed import processes, several, share, total
 from asapc.errors import SamplesError
 from asapc.models.vit import VisionTransformer
+from asapc.ops.sliced_dual import SlicedDual
 
 ARGS = {"size": 4, "width": 16, "depth": 1, "heads": 2, "epsilon": 0.05, "iterations": 5}
 SAME = 1e-6  # relative
@@ -36,14 +38,21 @@ def torchrun(count, *args, cwd):
 
 
 def test_three_processes_fit_what_one_does(tmp_path):
-    alone = cached_teacher(sound).calibrate(slices=2, closure_steps=2, pieces=3)
-    expected = (alone.query_basis, alone.key_basis, alone.knots, *alone.weights)
+    teacher = cached_teacher(sound)
+    alone = teacher.calibrate(slices=2, closure_steps=2, pieces=3)
+    inputs = [tensor.double() for tensor in teacher.inputs]
+    expected = SlicedDual(alone).double()(*inputs)
     script = tmp_path / "fit.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{FIT}")
     torchrun(3, script, tmp_path, cwd=tmp_path)
     for rank in range(3):
-        seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert all(difference(one, other) < SAME for one, other in zip(seen, expected, strict=True))
+        query_basis, key_basis, knots, *weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert difference(query_basis, alone.query_basis) < SAME
+        assert difference(key_basis, alone.key_basis) < SAME
+        assert torch.equal(knots, alone.knots)
+        # Weights of vectors that are nearly parallel may differ by more than what they make of them.
+        params = replace(alone, query_basis=query_basis, key_basis=key_basis, weights=tuple(weights))
+        assert difference(SlicedDual(params).double()(*inputs), expected) < SAME
 
 
 def test_the_command_under_torchrun_writes_one_report(tmp_path):

@@ -9,7 +9,9 @@ from tolerances import FLOAT32
 from zoo import NEGATIVES, POSITIVES
 
 from asapc.artifacts import Samples
+from asapc.config import CompileConfig
 from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.plan import plan
 
 BATCH = 4
 # True Sinkhorn attention that is refused today, with the reason.
@@ -69,6 +71,16 @@ def test_the_exact_operator_changes_no_output(case):
 @by_name([case for i, case in enumerate(FOUND) if i % EXPORTED == 0 or case.name in VIEWED])
 def test_the_exact_operator_changes_no_output_of_the_graph_exported_again(case):
     relowering_changes_nothing(case, exported=True)
+
+
+@by_name([case for i, case in enumerate(FOUND) if i % EXPORTED == 1 or case.name == "windows"])
+def test_a_plan_is_made_whatever_the_layout(case):
+    inputs, graph, findings = found(case.name)
+    samples = Samples(inputs)
+    chosen = plan(graph, findings.sites, samples, samples, CompileConfig(pieces=(0,), fidelity=("relc<=0.9",)))
+    assert set(chosen.choices) == {site.name for site in findings.sites}
+    for choice in chosen.choices.values():
+        assert all(c.fidelity is not None for c in choice.front)
 
 
 @by_name(NEGATIVES)
