@@ -28,7 +28,10 @@ BATCH = 16
 # Added to the covariances, relative to their mean variance, so that constant or dependent coordinates
 # leave them positive definite.
 COVARIANCE_RIDGE = 1e-6
-HINGED = 8  # coordinates that get hinges: the first carry most of the score
+# Coordinates that a dual is estimated from, if slices do not ask for more: the first carry most of the score. With all
+# of a head's 16 errors were 0 to 8 % lower, with all of 64 up to a quarter higher, for twice to eight times the work
+# (docs/method.md).
+COORDINATES = 8
 # Quantiles come from counts in so many bins, up to so many standard deviations: sums, as everything that is kept.
 BINS, WIDEST = 400, 5.0
 
@@ -85,7 +88,8 @@ def calibrate(
         for features in feature_sets[site.name]:
             places = quantiles(counts[site.name, features.side], features.pieces) if features.pieces else none
             slices = min(features.slices, site.head_dim or 0)
-            unfitted = SlicedDualParams(*bases[site.name], slices, places, side=features.side)
+            directions = (basis[..., : max(COORDINATES, slices)] for basis in bases[site.name])
+            unfitted = SlicedDualParams(*directions, slices, places, side=features.side)
             params[Fitted(site.name, features)] = unfitted
     for step in range(1 + closure_steps):
         advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
@@ -189,7 +193,7 @@ def count_places(
             scores, *points = batch[site.name]
             live_masks = live_mask(scores) if site.masked else (None, None)
             for side, of_side, basis, live in zip(SIDES, points, bases[site.name], live_masks, strict=True):
-                x = project(of_side, basis)[..., :HINGED, :]
+                x = project(of_side, basis)[..., :COORDINATES, :]
                 x = x - mean(x, live)
                 places = x / variance(x, live).sqrt()
                 bins = ((places / WIDEST + 1) * (BINS / 2)).long().clamp(0, BINS - 1).permute(1, 2, 0, 3).flatten(2)

@@ -51,9 +51,10 @@ class SlicedDualParams:
     """What the sliced-dual operator of one site needs.
 
     Attributes:
-        query_basis, key_basis: (H, D, D), so that (q @ query_basis).(k @ key_basis) is the score without any bias.
+        query_basis, key_basis: (H, D, C) directions of C coordinates, so that (q @ query_basis).(k @ key_basis) is
+            as much of the score, without any bias, as C products can carry.
         slices: number of slices L, the first columns of the bases.
-        knots: (H, C, P) places of P hinges in each of the first C coordinates, in standard deviations; C may be 0.
+        knots: (H, K, P) places of P hinges in each of the first K coordinates, in standard deviations; K may be 0.
         weights: linear maps to the dual. The first is (H, F), over the features of
             `ops.sliced_dual.dual_features`; each further one is a fitted closure step, (H, F + 1),
             (H, F + 2) ..., over the features and the closures so far. Empty before the fit.

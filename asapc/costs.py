@@ -53,7 +53,7 @@ def work(shape: Shape, module: nn.Module, masked: bool = False, transposed: bool
         steps = module.half_steps - 1
         passes += 1  # the bias
         points, others = (shape.queries, shape.keys) if module.turned else (shape.keys, shape.queries)
-        coordinates = matrices * (points + others) * shape.head_dim
+        coordinates = matrices * (points + others) * module.query_basis.shape[-1]
         total |= {
             "estimate": 1,
             "coordinate": coordinates,

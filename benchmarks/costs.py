@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from asapc.artifacts import CapturedGraph, Samples
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.calibrate import COORDINATES
 from asapc.capture import export
 from asapc.choices import Side, SlicedDualParams
 from asapc.costs import MODEL, Shape, work
@@ -65,11 +66,11 @@ class Attention(nn.Module):
 def sliced_dual(heads: int, size: int, slices: int, pieces: int, steps: int, side: Side = "keys") -> SlicedDual:
     """A sliced dual with small random weights."""
     generator = torch.Generator().manual_seed(0)
-    coordinates = min(8, size) if pieces else 0
-    features = slices + size + 1 + coordinates * max(pieces - 1, 0)
-    knots = torch.linspace(-1.5, 1.5, max(pieces - 1, 0)).expand(heads, coordinates, -1)
+    coordinates = min(COORDINATES, size)
+    features = slices + coordinates + 1 + coordinates * max(pieces - 1, 0)
+    knots = torch.linspace(-1.5, 1.5, max(pieces - 1, 0)).expand(heads, coordinates if pieces else 0, -1)
     weights = (torch.randn(heads, features + k, generator=generator) / features for k in range(1 + steps))
-    basis = torch.eye(size).expand(heads, -1, -1) / size**0.25
+    basis = torch.eye(size)[:, :coordinates].expand(heads, -1, -1) / size**0.25
     return SlicedDual(SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights), side))
 
 

@@ -14,7 +14,7 @@ MIN_VARIANCE = 1e-12
 
 
 def project(points: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Coordinates (B, H, D, N) of points (B, H, N, D) in a basis (H, D, D) whose columns are directions.
+    """Coordinates (B, H, C, N) of points (B, H, N, D) along the columns (H, D, C) of a basis.
 
     Points come last, here and in all that follows, since what is done to a coordinate is done to all points alike.
     """
@@ -60,10 +60,11 @@ def dual_features(
       differs by from a parabola is convex (Brenier), and sums of hinges are what is convex and piecewise linear.
 
     Args:
-        x: coordinates of the points that the dual belongs to, (B, H, D, N), in a balanced basis.
-        y: coordinates of the points on the other side, (B, H, D, M), so that the sum of x * y over D is the score.
+        x: coordinates of the points that the dual belongs to, (B, H, C, N), in a balanced basis.
+        y: coordinates of the points on the other side, (B, H, C, M), so that the sum of x * y over C is the score, or
+            most of it.
         slices: number of coordinates, from the first, whose exact potential is taken.
-        knots: (H, C, P) places of P hinges in each of the first C coordinates, in standard deviations.
+        knots: (H, K, P) places of P hinges in each of the first K coordinates, in standard deviations.
         live_x: see `live_mask`; None where nothing is masked.
         live_y: the same.
 
@@ -97,7 +98,7 @@ def estimate(
     """
     x, y_mean = x - mean(x, live_x), mean(y, live_y)
     squares = x * x
-    x_variance = mean(squares, live_x).clamp_min(MIN_VARIANCE).transpose(-1, -2)  # B H 1 D
+    x_variance = mean(squares, live_x).clamp_min(MIN_VARIANCE).transpose(-1, -2)  # B H 1 C
     y_variance = variance(y - y_mean, live_y).transpose(-1, -2)
     sizes = [slices, x.shape[-2], 1, knots[0].numel()]
     of_slices, of_parabolas, of_mean, of_hinges = torch.split(weights, sizes, dim=-1)
@@ -117,9 +118,9 @@ def sorted_potentials(x: torch.Tensor, y: torch.Tensor, slices: int) -> list[tor
 
 
 def hinges(centred: torch.Tensor, x_spread: torch.Tensor, knots: torch.Tensor) -> torch.Tensor:
-    """Hinges (B, H, C * P, N) of points less their mean (B, H, D, N), at knots (H, C, P) of spreads (B, H, D, 1)."""
+    """Hinges (B, H, K * P, N) of points less their mean (B, H, C, N), at knots (H, K, P) of spreads (B, H, C, 1)."""
     count = knots.shape[-2]
-    places = knots.unsqueeze(-1) * x_spread[..., :count, :].unsqueeze(-2)  # B H C P 1
+    places = knots.unsqueeze(-1) * x_spread[..., :count, :].unsqueeze(-2)  # B H K P 1
     return torch.relu(centred[..., :count, :].unsqueeze(-2) - places).flatten(-3, -2)
 
 

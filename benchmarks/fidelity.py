@@ -1,0 +1,216 @@
+"""What every operator keeps of trained teachers, and what it is estimated to cost: the study behind the defaults.
+
+    python -m benchmarks.teachers                     # trains the teachers, once
+    python -m benchmarks.fidelity
+    python -m benchmarks.fidelity --only 'pointset*'  # replaces these rows
+    python -m benchmarks.fidelity --render            # the figure and the tables alone
+
+Each operator stands at all sites at once: relc of each site on held-out samples, and the agreement of the whole model.
+Beside them what the planner chooses with its defaults. Writes benchmarks/results/fidelity.json, the figure
+docs/fidelity.png, and what stands in docs/fidelity.md between the two markers.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from asapc.artifacts import CapturedGraph, Samples, Site
+from asapc.backends.eager.runner import EagerRunner
+from asapc.capture import capture
+from asapc.choices import Candidate
+from asapc.config import CompileConfig
+from asapc.costs import estimate
+from asapc.environment import environment
+from asapc.loading import load_model
+from asapc.output import write_json
+from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
+from asapc.pipeline import find, gather_samples
+from asapc.plan import build, exact_operator, operators, plan, propose
+from asapc.ranges import score_ranges, wide_sites
+from asapc.verify import agreement, candidate_fidelity, first_output, site_fidelity
+from benchmarks.teachers import cached
+
+ROOT = Path(__file__).resolve().parent
+RESULTS, FIGURE, DOCUMENT = (
+    ROOT / "results" / "fidelity.json",
+    ROOT.parent / "docs" / "fidelity.png",
+    ROOT.parent / "docs" / "fidelity.md",
+)
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+OPTIONS = CompileConfig(slices=(0, 8), pieces=(0, 8))
+HELD_OUT, BATCH = 256, 8
+# Lines of the figure, by how the names of their operators begin.
+FAMILIES = ("truncated", "queries, parabolas", "queries, hinges", "keys, parabolas", "keys, hinges", "keys, 8 slices,")
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Study the teachers that are there, write the JSON, render figure and document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="names of teachers, as in a shell")
+    parser.add_argument("--render", action="store_true", help="render the figure and the document only")
+    options = parser.parse_args()
+    data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"teachers": {}}
+    for name, path in () if options.render else cached():
+        if fnmatch(name, options.only):
+            data["teachers"][name] = study(name, path)
+            data["environment"] = environment(seed=0)
+            write_json(RESULTS, data)
+    draw(data["teachers"])
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    lines = "\n".join(document(data["teachers"]))
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{rest.partition(END)[2]}")
+
+
+def study(name: str, path: Path) -> Row:
+    """All operators on one teacher."""
+    loaded = load_model(path)
+    calibration, held_out = gather_samples(loaded, CompileConfig())
+    held_out = held_out[:HELD_OUT]
+    graph = capture(loaded, calibration)
+    sites = find(graph, calibration).sites
+    if not sites:
+        print(f"{name}: no site was found", flush=True)
+        return {"sites": 0, "operators": {}}
+    wide = wide_sites(score_ranges(graph, sites, calibration))
+    candidates = propose(graph, sites, calibration, OPTIONS)
+    modules = {s.name: {kind(c): build(s, c, wide) for c in candidates[s.name]} for s in sites}
+    found = candidate_fidelity(graph, sites, modules, held_out)
+    reference = first_output(EagerRunner(graph.program.module()), held_out)
+    exact = sum(estimate(s, exact_operator(s, wide=s.name in wide), BATCH) for s in sites)
+    rows: Row = {}
+    for label in modules[sites[0].name]:
+        of_sites = {s.name: modules[s.name][label] for s in sites if label in modules[s.name]}
+        rows[label] = {
+            "relc": [found[s.name][label].relc for s in sites if label in modules[s.name]],
+            "agreement": agreed(graph, sites, of_sites, reference, held_out),
+            "cost": sum(estimate(s, of_sites[s.name], BATCH) for s in sites if s.name in of_sites) / exact,
+        }
+        print(
+            f"{name:<32} {label:<32}", *(f"{r:.4f}" for r in rows[label]["relc"]), rows[label]["agreement"], flush=True
+        )
+    chosen = plan(graph, sites, calibration, held_out, CompileConfig(batches=(BATCH,)))
+    choices = {s.name: chosen.choices[s.name].candidate for s in sites}
+    built = operators(sites, chosen)
+    compiled = {
+        "operators": [kind(c) for c in choices.values()],
+        "relc": [f.relc for f in site_fidelity(graph, sites, built, held_out).values()],
+        "agreement": agreed(graph, sites, built, reference, held_out),
+        "cost": sum(c.cost for c in choices.values()) / exact,
+    }
+    print(f"{name:<32} planner: {compiled}", flush=True)
+    return {"sites": len(sites), "half_steps": sites[0].half_steps, "operators": rows, "planner": compiled}
+
+
+def kind(candidate: Candidate) -> str:
+    """What an operator is called here."""
+    if candidate.params is None:
+        return f"{candidate.operator} {candidate.half_steps}"
+    params = candidate.params
+    parts = [f"{params.slices} slices"] * (params.slices > 0) + ["hinges"] * (params.knots.numel() > 0)
+    return f"{params.side}, {' and '.join(parts) or 'parabolas'}, {len(params.weights) - 1} steps"
+
+
+def agreed(
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    modules: Mapping[str, nn.Module],
+    reference: torch.Tensor,
+    samples: Samples,
+) -> float | None:
+    """Share of the samples for which the model with these operators names the teacher's class."""
+    rewritten = RewriteSinkhorn(sites, modules)(graph.program.module()).program
+    return agreement(reference, first_output(EagerRunner(rewritten), samples), labelled=True)
+
+
+def by_kind_of_teacher(teachers: Mapping[str, Row]) -> dict[str, list[Row]]:
+    """Studies of the seeds of each kind of teacher, by its name without the seed."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for name, row in teachers.items():
+        if row["sites"]:
+            groups[re.sub(r"_seed\d+$", "", name)].append(row)
+    return dict(groups)
+
+
+def mean_relc(row: Row) -> float:
+    """Error of an operator, mean over the sites."""
+    return fmean(row["relc"])
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean of the seeds, with least and largest where there are several."""
+    shown = f"{fmean(values):.{digits}f}"
+    return shown if len(values) == 1 else f"{shown} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def document(teachers: Mapping[str, Row]) -> Iterator[str]:
+    """Lines of the generated part: a table of operators for each kind of teacher."""
+    for name, rows in by_kind_of_teacher(teachers).items():
+        yield f"### {name}: {rows[0]['half_steps']} half-steps, {len(rows)} seed{'s' * (len(rows) > 1)}"
+        yield ""
+        yield "| operator | relc, mean of sites | agreement | estimated cost |"
+        yield "|---|---|---|---|"
+        labels = [label for label in rows[0]["operators"] if all(label in row["operators"] for row in rows)]
+        for label in labels:
+            of_seeds = [row["operators"][label] for row in rows]
+            yield line(label, of_seeds)
+        yield line("the planner's choice", [row["planner"] for row in rows])
+        yield ""
+
+
+def line(label: str, of_seeds: Sequence[Row]) -> str:
+    """One operator's row of a table."""
+    relc = spread([mean_relc(row) for row in of_seeds], 3)
+    agree = spread([row["agreement"] for row in of_seeds], 3)
+    return f"| {label} | {relc} | {agree} | {fmean(row['cost'] for row in of_seeds):.2f} |"
+
+
+def draw(teachers: Mapping[str, Row]) -> None:
+    """Error against cost, a panel for each kind of teacher, a line for each family of operators."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = by_kind_of_teacher(teachers)
+    columns = 4
+    rows = -(-len(groups) // columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.4 * rows), squeeze=False)
+    for panel, (name, of_seeds) in zip(panels.flat, groups.items(), strict=False):
+        for family in FAMILIES:
+            points = family_points(family, of_seeds)
+            style = {"color": "grey", "linestyle": "--"} if family == "truncated" else {}
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=family.rstrip(","), **style)
+        panel.axhline(0.08, color="black", linewidth=0.5)
+        panel.axvline(1.0, color="black", linewidth=0.5)
+        panel.set(title=name.replace("_", " "), yscale="log", xlabel="estimated cost, exact form = 1", ylabel="relc")
+        panel.title.set_fontsize(9)
+    for panel in list(panels.flat)[len(groups) :]:
+        panel.axis("off")
+    panels.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(FIGURE, dpi=110)
+
+
+def family_points(family: str, of_seeds: Sequence[Row]) -> list[tuple[float, float]]:
+    """Cost and error of the operators of a family, means of the seeds, cheapest first."""
+    points = []
+    for label in of_seeds[0]["operators"]:
+        rows = [row["operators"][label] for row in of_seeds if label in row["operators"]]
+        if label.startswith(family) and len(rows) == len(of_seeds):
+            points.append((fmean(row["cost"] for row in rows), fmean(map(mean_relc, rows))))
+    return sorted(points)
+
+
+if __name__ == "__main__":
+    main()
