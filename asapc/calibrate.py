@@ -88,8 +88,8 @@ def calibrate(
         for features in feature_sets[site.name]:
             places = quantiles(counts[site.name, features.side], features.pieces) if features.pieces else none
             slices = min(features.slices, site.head_dim or 0)
-            directions = (basis[..., : max(COORDINATES, slices)] for basis in bases[site.name])
-            unfitted = SlicedDualParams(*directions, slices, places, side=features.side)
+            of_queries, of_keys = (basis[..., : max(COORDINATES, slices)] for basis in bases[site.name])
+            unfitted = SlicedDualParams(of_queries, of_keys, slices, places, side=features.side)
             params[Fitted(site.name, features)] = unfitted
     for step in range(1 + closure_steps):
         advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
@@ -230,7 +230,8 @@ def regressions(
                 if key.site != site.name:
                     continue
                 target, live = targets[known.side]
-                vectors = centre(SlicedDual(known, site.last, site.masked).vectors(scores, queries, keys), live)
+                operator = SlicedDual(known, site.last, site.masked, wide=True)  # which serves all scores
+                vectors = centre(operator.vectors(scores, queries, keys), live)
                 found = Regression(
                     gram=torch.einsum("bhfn,bhen->hfe", vectors, vectors),
                     moment=torch.einsum("bhfn,bhen->hf", vectors, target),

@@ -50,8 +50,8 @@ def work(shape: Shape, module: nn.Module, masked: bool = False, transposed: bool
         steps = module.half_steps - 1
         passes += 3 * module.wide
     elif isinstance(module, SlicedDual):
-        steps = module.half_steps - 1
-        passes += 1  # the bias
+        steps = module.half_steps - module.wide
+        passes += module.wide  # the bias
         points, others = (shape.queries, shape.keys) if module.turned else (shape.keys, shape.queries)
         coordinates = matrices * (points + others) * module.query_basis.shape[-1]
         total |= {

@@ -255,7 +255,7 @@ def build(site: Site, candidate: Candidate, wide: frozenset[str] = frozenset()) 
     """The module that a candidate stands for."""
     if candidate.params is not None:
         mass = site.row_mass if site.last == "rows" else site.column_mass
-        return SlicedDual(candidate.params, site.last, site.masked, usual(mass.item(), 1.0))
+        return SlicedDual(candidate.params, site.last, site.masked, usual(mass.item(), 1.0), site.name in wide)
     return exact_operator(site, candidate.half_steps, site.name in wide)
 
 

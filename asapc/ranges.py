@@ -37,7 +37,7 @@ def score_ranges(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) 
         values = record(module, batch, names)
         for site in sites:
             scores = masked_scores(site, values)
-            spread = kernel_spread(scores, site.half_steps, site.last)
+            spread = kernel_spread(scores)
             spreads[site.name] = spread if not spread <= spreads[site.name] else spreads[site.name]
             deviations[site.name].append(deviation(scores))
     return {name: ScoreRange(spreads[name], torch.cat(found)) for name, found in deviations.items()}

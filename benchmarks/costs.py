@@ -63,7 +63,9 @@ class Attention(nn.Module):
         return out
 
 
-def sliced_dual(heads: int, size: int, slices: int, pieces: int, steps: int, side: Side = "keys") -> SlicedDual:
+def sliced_dual(
+    heads: int, size: int, slices: int, pieces: int, steps: int, side: Side = "keys", wide: bool = False
+) -> SlicedDual:
     """A sliced dual with small random weights."""
     generator = torch.Generator().manual_seed(0)
     coordinates = min(COORDINATES, size)
@@ -71,7 +73,7 @@ def sliced_dual(heads: int, size: int, slices: int, pieces: int, steps: int, sid
     knots = torch.linspace(-1.5, 1.5, max(pieces - 1, 0)).expand(heads, coordinates if pieces else 0, -1)
     weights = (torch.randn(heads, features + k, generator=generator) / features for k in range(1 + steps))
     basis = torch.eye(size)[:, :coordinates].expand(heads, -1, -1) / size**0.25
-    return SlicedDual(SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights), side))
+    return SlicedDual(SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights), side), wide=wide)
 
 
 def operators(heads: int, size: int) -> dict[str, nn.Module]:
@@ -86,6 +88,7 @@ def operators(heads: int, size: int) -> dict[str, nn.Module]:
         "parabolas, 3 steps": sliced_dual(heads, size, 0, 0, 3),
         "parabolas, 0 steps, queries": sliced_dual(heads, size, 0, 0, 0, "queries"),
         "parabolas, 2 steps, queries": sliced_dual(heads, size, 0, 0, 2, "queries"),
+        "parabolas, 1 step, wide": sliced_dual(heads, size, 0, 0, 1, wide=True),
         "hinges, 0 steps": sliced_dual(heads, size, 0, 8, 0),
         "hinges, 2 steps": sliced_dual(heads, size, 0, 8, 2),
         "8 slices, 1 step": sliced_dual(heads, size, 8, 0, 1),

@@ -86,19 +86,19 @@ def times(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor 
     return one * other
 
 
-def kernel_spread(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> float:
-    """How far the largest entries of the kernel's columns lie below 1, see `scaling.MOST_SPREAD`.
+def kernel_spread(scores: torch.Tensor) -> float:
+    """How far the largest entries of a kernel's columns lie below 1, whichever axis is first; see `MOST_SPREAD`.
 
     Args:
         scores: (B, H, N, M), -inf where masked.
-        half_steps: of the loop.
-        last: the axis that the last half-step normalises.
     """
-    oriented = scores if first_axis(half_steps, last) == "rows" else scores.transpose(-1, -2)
-    sums = oriented.logsumexp(dim=-1, keepdim=True)
-    largest = torch.where(sums == -torch.inf, -torch.inf, oriented - sums).amax(dim=-2)  # without wholly masked rows
-    finite = largest[largest.isfinite()]
-    return -finite.amin().item() if finite.numel() else 0.0
+    spreads = [0.0]
+    for oriented in (scores, scores.transpose(-1, -2)):
+        sums = oriented.logsumexp(dim=-1, keepdim=True)
+        largest = torch.where(sums == -torch.inf, -torch.inf, oriented - sums).amax(dim=-2)  # no wholly masked rows
+        finite = largest[largest.isfinite()]
+        spreads += [-finite.amin().item()] if finite.numel() else []
+    return max(spreads)
 
 
 class Sinkhorn(nn.Module):

@@ -15,11 +15,12 @@ from asapc.artifacts import Axis
 from asapc.choices import Side, SlicedDualParams
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, project
-from asapc.ops.scaling import column_scaling, row_scaling, scaled_plan, start
+from asapc.ops.scaling import LOWEST_LIVE, column_scaling, row_scaling, scaled_plan, start
 from asapc.ops.sinkhorn import sinkhorn_duals
 from asapc.shapes import check_shape
 
-# Scaling vectors keep within exp of this: float32 reaches it only far outside of what was calibrated.
+# How far, as a natural logarithm, scaling vectors made of estimates go below their largest entry, which they do only
+# far outside of what was calibrated.
 LARGEST_LOG = 60.0
 
 
@@ -62,11 +63,19 @@ class SlicedDual(nn.Module):
     teacher, where plain extra iterations would drift to the converged plan (docs/method.md). The closure of the
     last estimate gives a plan whose columns were normalised last, and where rows have to be, one half-step more does.
 
-    All of it works on one kernel, softmax(scores + first estimate): its rows sum to 1 and its columns nearly to what
-    they should, so that scaling vectors stay near 1 whatever the scores.
+    All of it works on one kernel, softmax(scores). Where these spread too far for float32, it is
+    softmax(scores + first estimate): its columns sum nearly to what they should, so that scaling vectors stay near 1
+    whatever the scores, for one more pass over them.
     """
 
-    def __init__(self, params: SlicedDualParams, last: Axis = "rows", masked: bool = False, mass: float = 1.0) -> None:
+    def __init__(
+        self,
+        params: SlicedDualParams,
+        last: Axis = "rows",
+        masked: bool = False,
+        mass: float = 1.0,
+        wide: bool = False,
+    ) -> None:
         """Set up the operator.
 
         Args:
@@ -74,8 +83,10 @@ class SlicedDual(nn.Module):
             last: the axis that the last half-step normalises.
             masked: whether scores below `scaling.LOWEST_LIVE` are left out; only without slices.
             mass: what the last half-step normalises to.
+            wide: whether the scores spread further than `scaling.MOST_SPREAD`.
         """
         super().__init__()
+        self.wide = wide
         self.slices, self.steps = params.slices, len(params.weights) - 1
         self.turned, self.masked, self.mass = params.side == "queries", masked, mass
         self.first_half_steps = first_half_steps(params.side, last)
@@ -83,14 +94,15 @@ class SlicedDual(nn.Module):
         self.register_buffer("key_basis", params.key_basis)
         self.register_buffer("knots", params.knots)
         if params.weights:
-            # What the operator needs of each estimate is by how much it differs from the first one, and closures are
-            # at hand as they differ from it. What all sets then make of the features is one product.
+            # What all sets make of the features is one product. Where the first estimate is in the kernel, the others
+            # are needed as they differ from it, and closures are at hand as they differ from it.
             features = params.weights[0].shape[-1]
             first = params.weights[0]
             shares = [first]
             for step, weights in enumerate(params.weights[1:], start=1):
                 of_closures = weights[:, features:]
-                shares.append(weights[:, :features] + (of_closures.sum(dim=-1, keepdim=True) - 1) * first)
+                of_first = (of_closures.sum(dim=-1, keepdim=True) - 1) * first if wide else 0
+                shares.append(weights[:, :features] + of_first)
                 self.register_buffer(f"closure_weights_{step}", of_closures.unsqueeze(-2))  # H 1 step
             self.register_buffer("feature_weights", torch.stack(shares, dim=-2))  # H sets F
 
@@ -111,29 +123,31 @@ class SlicedDual(nn.Module):
 
     def scale_columns(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, fused: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Go through all steps up to the columns' last, of scores as in `oriented`; N and M are the kernel's axes.
 
         Returns:
             The kernel (B, H, N, M); the scaling vectors (B, H, 1, N) of its rows, None for 1, and (B, H, 1, M) of its
-            columns; the first estimate (B, H, 1, M), and by how much the closures of all estimates differ from it, 0
-            where masked.
+            columns; the dual (B, H, 1, M) that the kernel holds, None for 0, and by how much the closures of all
+            estimates differ from it, 0 where masked.
         """
         live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
         points = self.coordinates(queries, keys)
         estimates = estimate(*points, self.slices, self.knots, self.feature_weights, live_columns, live_rows)
         first = estimates[..., :1, :]
-        kernel, u = start(scores + first, self.masked, fused)
+        held = first if self.wide else None
+        kernel, u = start(scores if held is None else scores + held, self.masked, fused)
+        if held is None:
+            u = row_scaling(kernel, scaling_vector(first, live_columns))
         v = column_scaling(kernel, u)
         closures = [log_where_live(v, live_columns)]
         for step in range(1, self.steps + 1):
             weights: torch.Tensor = getattr(self, f"closure_weights_{step}")
-            difference = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
-            v = torch.exp(difference.clamp(-LARGEST_LOG, LARGEST_LOG))
-            u = row_scaling(kernel, v)
+            dual = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
+            u = row_scaling(kernel, scaling_vector(dual, live_columns))
             v = column_scaling(kernel, u)
             closures.append(log_where_live(v, live_columns))
-        return kernel, u, v, first, closures
+        return kernel, u, v, held, closures
 
     def vectors(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """What a next set of weights may combine: features and closures so far, (B, H, F + sets, M).
@@ -146,8 +160,8 @@ class SlicedDual(nn.Module):
         features = dual_features(*points, self.slices, self.knots, live_columns, live_rows)
         if self.steps < 0:
             return features
-        *_, first, closures = self.scale_columns(scores, queries, keys, fused=True)
-        return torch.cat([features, *(first + closure for closure in closures)], dim=-2)
+        *_, held, closures = self.scale_columns(scores, queries, keys, fused=True)
+        return torch.cat([features, *(c if held is None else held + c for c in closures)], dim=-2)
 
     def forward(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | None = None
@@ -178,6 +192,12 @@ class SlicedDual(nn.Module):
             u = row_scaling(kernel, v)
         # The vector of the axis that was not normalised last is of no consequence to a factor.
         return scaled_plan(kernel, u, v if self.mass == 1.0 else v * self.mass, values, self.turned)
+
+
+def scaling_vector(dual: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """Scaling vector of a dual (B, H, 1, M), up to a factor: exp of it, with 1 for the largest of what is live."""
+    dual = dual if live is None else dual + (1 - live) * LOWEST_LIVE
+    return torch.exp((dual - dual.amax(dim=-1, keepdim=True)).clamp_min(-LARGEST_LOG))
 
 
 def log_where_live(v: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,5 @@
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -57,8 +58,8 @@ def tolerance(tensor):
 def test_the_operator_equals_its_reference(case):
     params, scores, queries, keys, values, last = case
     expected = sliced_dual_plan_ref(scores, queries, keys, params, last, MASS)
-    for masked in {False, params.slices == 0}:
-        operator = SlicedDual(params, last, masked, MASS)
+    for masked, wide in product({False, params.slices == 0}, (False, True)):
+        operator = SlicedDual(params, last, masked, MASS, wide)
         plan, output = operator(scores, queries, keys), operator(scores, queries, keys, values)
         assert plan.dtype == output.dtype == queries.dtype
         assert difference(plan, expected) < tolerance(queries)
@@ -129,10 +130,10 @@ def test_permuted_queries_permute_the_output_and_permuted_keys_leave_it(case, ra
 
 
 @quick
-@given(cases(dtypes=[torch.float64]))
-def test_the_vectors_are_the_features_and_every_closure_so_far(case):
+@given(cases(dtypes=[torch.float64]), st.booleans())
+def test_the_vectors_are_the_features_and_every_closure_so_far(case, wide):
     params, scores, queries, keys, _, last = case
-    vectors = SlicedDual(params, last).vectors(scores, queries, keys)
+    vectors = SlicedDual(params, last, wide=wide).vectors(scores, queries, keys)
     x, y = project(queries, params.query_basis), project(keys, params.key_basis)
     oriented, points, others = (scores, y, x) if params.side == "keys" else (scores.transpose(-1, -2), x, y)
     expected = list(dual_features_ref(points, others, params.slices, params.knots).unbind(dim=-2))
@@ -224,7 +225,7 @@ def test_masked_padding_changes_nothing_for_what_is_live(case, more_queries, mor
     params, scores, queries, keys, values, last = case
     n, m = scores.shape[-2:]
     padded, *points = with_padding(case, more_queries, more_keys, mask)
-    operator = SlicedDual(params, last, masked=True)
+    operator = SlicedDual(params, last, masked=True, wide=more_keys % 2 == 1)
     plan, output = operator(padded, *points[:2]), operator(padded, *points)
     alone = SlicedDual(params, last)
     assert difference(plan[..., :n, :m], alone(scores, queries, keys)) < tolerance(queries)
