@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from asapc.config import CompileConfig
+from asapc.config import SITE_METRICS, CompileConfig
 from asapc.errors import AsapcError, InternalError, OptionError
 from asapc.events import Event, StageAdvanced, StageDone, StageStarted
 from asapc.version import __version__
@@ -247,6 +247,14 @@ def verify(
     teacher: Annotated[
         Path | None, typer.Option(help="The model that was compiled.", show_default="where the report says it was")
     ] = None,
+    outputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="What the teacher returned for these samples, .npz or .pt, to compare with in its place: an array for "
+            "each output, in their order.",
+            show_default=False,
+        ),
+    ] = None,
     model: ModelName = None,
     model_args: ModelArgs = None,
     unsafe_load: UnsafeLoad = False,
@@ -256,7 +264,7 @@ def verify(
 ) -> None:
     """Compare a compiled model with its teacher again, on other samples."""
     with exit_codes():
-        from asapc.recheck import recheck
+        from asapc.recheck import recheck, recheck_stored
         from asapc.verify import check_budget
 
         given = {
@@ -264,8 +272,17 @@ def verify(
             "fidelity": tuple(fidelity) if fidelity else None,
         }
         options = options_of(config, given)
-        warn_of_unsafe_load(teacher or folder, options)
-        found = recheck(folder, data, teacher, options)
+        if outputs is None:
+            warn_of_unsafe_load(teacher or folder, options)
+            found = recheck(folder, data, teacher, options)
+        else:
+            of_sites = [str(bound) for bound in options.bounds() if bound.metric in SITE_METRICS]
+            if teacher is not None or of_sites:
+                raise OptionError(
+                    f"stored outputs tell nothing about {', '.join(of_sites) or 'the teacher'}",
+                    "leave out --outputs, or what needs the teacher itself",
+                )
+            found = recheck_stored(folder, data, outputs)
         if as_json:
             sys.stdout.write(json.dumps(found.data(), indent=2) + "\n")
         else:
@@ -380,7 +397,8 @@ def show_recheck(data: dict[str, Any]) -> None:
             "" if cost is None else f"{cost['column_marginal_error']:.3f}",
             f"{site['outside_calibration']:.1%}" + (" (shifted)" if site["shifted"] else ""),
         )
-    out.print(made)
+    if data["sites"]:
+        out.print(made)
     out.print(f"{fidelity['samples']} samples: logits differ by {fidelity['logits_rel']:.2%}")
     if fidelity["agreement"] is not None:
         out.print(f"agreement with the teacher {fidelity['agreement']:.4f}")

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from asapc.archives import sha256
-from asapc.artifacts import Site
+from asapc.artifacts import Samples, Site
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capture import capture
 from asapc.choices import Candidate, Choice, Plan, SlicedDualParams
 from asapc.config import CompileConfig
-from asapc.errors import CheckpointError
+from asapc.errors import CheckpointError, SamplesError
 from asapc.inputs import order_inputs
 from asapc.loading import load_model
 from asapc.onnx_graph import OnnxGraph
@@ -42,7 +42,8 @@ class Recheck:
 
     Attributes:
         fidelity: of the compiled file against the teacher.
-        outside: by the site's name the share of samples whose scores spread less, or more, than any in calibration.
+        outside: by the site's name the share of samples whose scores spread less, or more, than any in calibration;
+            empty where there are only outputs to compare.
     """
 
     fidelity: Fidelity
@@ -66,6 +67,53 @@ class Recheck:
             for name, share in self.outside.items()
         ]
         return {"schema": "asapc.verify/1", "fidelity": fidelity_data(self.fidelity), "sites": sites}
+
+
+class StoredOutputs:
+    """Outputs that a model gave once, as a runner: asked for the samples in their order, batch by batch.
+
+    Args:
+        outputs: arrays in the order in which the model returns them.
+    """
+
+    runtime = "stored"
+
+    def __init__(self, outputs: Samples) -> None:
+        self.outputs, self.seen = outputs, 0
+
+    def __call__(self, samples: Samples) -> list[Tensor]:
+        """The outputs of the next samples."""
+        start, self.seen = self.seen, self.seen + len(samples)
+        return list(self.outputs[start : self.seen].inputs.values())
+
+
+def recheck_stored(folder: Path, data: Path, outputs: Path) -> Recheck:
+    """Compare the compiled model in a folder with outputs of its teacher that were stored; see `recheck`.
+
+    Args:
+        folder: what `compile_model` wrote.
+        data: samples, named as the model's inputs, with labels where there are any.
+        outputs: .npz or .pt file, one array for each output of the teacher in its order, for the same samples.
+
+    Raises:
+        CheckpointError: the folder is not whole.
+        SamplesError: samples or outputs do not fit the model, or each other.
+    """
+    read_folder(folder)
+    samples, stored = load_samples(data), load_samples(outputs)
+    runner = OnnxRuntimeRunner(folder / "model.onnx")
+    if set(runner.names) != samples.inputs.keys():
+        held, names = ", ".join(samples.inputs), ", ".join(runner.names)
+        raise SamplesError(f"{data} holds {held}; the model's inputs are {names}", "name the arrays as the inputs")
+    expected = [tuple(output.shape[1:]) for output in runner(samples[:1])]
+    given = [tuple(output.shape[1:]) for output in stored.inputs.values()]
+    if given != expected or len(stored) != len(samples):
+        raise SamplesError(
+            f"{outputs} holds outputs of {len(stored)} samples and shapes {given}; {len(samples)} samples of the model "
+            f"give shapes {expected}",
+            "store what the teacher returns for the samples of --data, one array for each output, in its order",
+        )
+    return Recheck(verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples), {})
 
 
 def recheck(folder: Path, data: Path, teacher: Path | None = None, config: CompileConfig | None = None) -> Recheck:

@@ -11,8 +11,9 @@ from test_cli import assert_user_error, run, write_checkpoint
 
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, SamplesError
+from asapc.loading import load_model
 from asapc.pipeline import compile_model
-from asapc.recheck import recheck, share_outside
+from asapc.recheck import recheck, recheck_stored, share_outside
 
 LOOSE = ("relc<=1", "agreement>=0")
 
@@ -38,6 +39,25 @@ def test_on_the_data_it_was_compiled_with_it_says_what_the_report_says(compiled)
     assert found.fidelity.sites[site["name"]].relc == pytest.approx(site["fidelity"]["relc"], rel=1e-3)
     assert site["choice"]["operator"] != "keep"
     assert found.fidelity.metric is not None
+
+
+def test_stored_outputs_do_in_place_of_the_teacher(compiled, tmp_path):
+    images = torch.from_numpy(np.load(compiled / "same.npz")["images"])
+    teacher = load_model(compiled / "model.pt").module
+    with torch.no_grad():
+        np.savez(tmp_path / "logits.npz", logits=teacher(images).numpy())
+        np.savez(tmp_path / "fewer.npz", logits=teacher(images[:5]).numpy())
+    found = recheck_stored(compiled / "out", compiled / "same.npz", tmp_path / "logits.npz").fidelity
+    expected = recheck(compiled / "out", compiled / "same.npz").fidelity
+    assert found.logits_rel == pytest.approx(expected.logits_rel, rel=1e-4)
+    assert (found.agreement, found.metric) == (expected.agreement, expected.metric)
+    for outputs in (tmp_path / "fewer.npz", compiled / "same.npz"):
+        with pytest.raises(SamplesError, match="samples and shapes"):
+            recheck_stored(compiled / "out", compiled / "same.npz", outputs)
+    arguments = ("verify", compiled / "out", "--data", compiled / "same.npz", "--outputs", tmp_path / "logits.npz")
+    assert run(*arguments, "--fidelity", "agreement>=0").exit_code == 0
+    assert run(*arguments, "--fidelity", "agreement>=1.1").exit_code == 3
+    assert_user_error(run(*arguments, "--fidelity", "relc<=1"))
 
 
 def test_data_of_another_kind_is_out_of_range(compiled):
