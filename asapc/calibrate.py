@@ -222,7 +222,7 @@ def regressions(
         for site in sites:
             scores, queries, keys = batch[site.name]
             targets = {}
-            for side in SIDES:
+            for side in {known.side for key, known in params.items() if key.site == site.name}:
                 target = target_dual(scores, site.half_steps, side, site.last).unsqueeze(-2)
                 live = live_mask(scores)[SIDES.index(side)] if site.masked else torch.ones_like(target)
                 targets[side] = centre(target, live), live

@@ -26,11 +26,12 @@ from asapc.inputs import order_inputs, shape_options
 from asapc.loading import load_model
 from asapc.measure import measure
 from asapc.onnx_graph import OnnxGraph
+from asapc.operators import operators, rivals
 from asapc.output import list_artifacts, output_folder, write_json, write_manifest, write_operators
 from asapc.passes.build_plan import build_plans
 from asapc.passes.evidence import find_with_evidence
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.plan import operators, plan, propose, rivals
+from asapc.plan import plan, propose
 from asapc.report import CompileReport, early_stop_data, early_stop_note, plan_note, report_data, shorten
 from asapc.results import Latency
 from asapc.samples import load_samples

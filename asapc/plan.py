@@ -5,16 +5,14 @@ from dataclasses import replace
 from itertools import product
 from math import inf
 
-from torch import nn
-
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.backends.eager.runner import EagerRunner
 from asapc.calibrate import SIDES, Fitted, calibrate
 from asapc.choices import Candidate, Choice, FeatureSet, Plan, SlicedDualParams
 from asapc.config import DEFAULT_BUDGET, SITE_METRICS, CompileConfig
 from asapc.costs import estimate
-from asapc.ops.sinkhorn import Sinkhorn
-from asapc.ops.sliced_dual import SlicedDual, first_half_steps
+from asapc.operators import build, operators
+from asapc.ops.sliced_dual import first_half_steps
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
 from asapc.ranges import limits, score_ranges, wide_sites
 from asapc.results import Fidelity, SiteFidelity
@@ -32,7 +30,9 @@ TOO_FEW_HALF_STEPS = 3  # a loop of no more is as cheap as what an estimate is f
 TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
 # TensorRT sorts no more than this many elements; longer sites get no slices.
 LONGEST_SORT = 3840
-MASS_TOLERANCE = 1e-6  # a last marginal within this of the usual one is the usual one
+# Where a budget is about the whole model alone, sites may be so far from the teacher at first, then half as far, and so
+# on.
+LOOSEST_RELC, LEVELS = 0.5, 5
 SELECTION_SHARE = 4  # one in so many calibration samples chooses between candidates and is not fitted on
 
 
@@ -47,10 +47,7 @@ def plan(
     """Choose an operator for every site.
 
     Candidates are the exact scaling form, its truncations, and sliced duals of several feature sets and numbers of
-    closure steps. At each site the cheapest is taken that keeps the budget on calibration samples that were not fitted.
-    Then the whole model is held against the budget on held-out samples, and as long as it is missed the site where that
-    helps most for what it costs gets a closer operator. Nothing is fitted on held-out samples; they decide no more than
-    whether to spend on.
+    closure steps; `decide` says how it is chosen among them.
 
     Args:
         graph: the captured teacher.
@@ -70,8 +67,46 @@ def plan(
     advance(f"comparing {sum(map(len, candidates.values()))} candidates")
     selection, _ = split(samples)
     costed = judge(graph, sites, candidates, wide, selection, max(config.batches))
-    choices = {site.name: choose(site, costed[site.name], config) for site in sites}
-    return repair(graph, sites, Plan(choices, wide, limits(ranges)), held_out, config, advance)
+    return decide(graph, sites, costed, Plan({}, wide, limits(ranges)), held_out, config, advance)
+
+
+def decide(
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    candidates: Mapping[str, Sequence[Candidate]],
+    empty: Plan,
+    held_out: Samples,
+    config: CompileConfig,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> Plan:
+    """Choose among candidates with cost and fidelity.
+
+    At each site the cheapest is taken that keeps the budget on calibration samples that were not fitted. A budget that
+    says nothing about sites leaves open how close they have to be: they get closer by halves until the whole model
+    keeps it on held-out samples. Where it is missed still, the site where that helps most for what it costs gets a
+    closer operator, again and again. Nothing is fitted on held-out samples; they decide no more than whether to spend
+    on.
+
+    Args:
+        graph: the captured teacher.
+        sites: its sites.
+        candidates: by the site's name, the exact form first.
+        empty: a plan without choices.
+        held_out: samples to check the whole model on.
+        config: the level and the budget matter here.
+        advance: called with a line about the progress.
+    """
+    open_sites = bool(config.bounds()) and not any(bound.metric in SITE_METRICS for bound in config.bounds())
+    levels = [LOOSEST_RELC / 2**i for i in range(LEVELS)] if open_sites and config.level == 2 else [None]
+    chosen = empty
+    for tightened, level in enumerate(levels):
+        choices = {site.name: choose(site, candidates[site.name], config, level) for site in sites}
+        chosen = replace(empty, choices=choices, repairs=tightened)
+        if level is not None:
+            advance(f"checking the whole model, relc {level:.3g}")
+            if not missed(check(graph, sites, chosen, held_out), config.bounds()):
+                break
+    return repair(graph, sites, chosen, held_out, config, advance)
 
 
 def propose(
@@ -143,10 +178,17 @@ def judge(
     }
 
 
-def choose(site: Site, candidates: Sequence[Candidate], config: CompileConfig) -> Choice:
-    """The cheapest candidate that keeps the budget of a site, the exact form where none saves anything."""
+def choose(site: Site, candidates: Sequence[Candidate], config: CompileConfig, level: float | None = None) -> Choice:
+    """The cheapest candidate that keeps the budget of a site, the exact form where none saves anything.
+
+    Args:
+        site: the site.
+        candidates: what there is, the exact form first.
+        config: the budget.
+        level: relc to keep in the place of the budget's.
+    """
     exact, *others = candidates
-    most = {b.metric: MARGIN * b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
+    most = {name: MARGIN * limit for name, limit in site_limits(config).items()} if level is None else {"relc": level}
     saving = [c for c in others if c.cost <= (1 - LEAST_SAVING) * exact.cost]
     close = [c for c in saving if keeps(c.fidelity, most)]
     curve = tuple(front([exact, *others]))
@@ -162,6 +204,11 @@ def choose(site: Site, candidates: Sequence[Candidate], config: CompileConfig) -
         return Choice(exact, "-O1 asks for the exact form" if config.level == 1 else why, curve)
     why = f"{why}; the scaling form leaves the range of float32 (relc {relc(exact):.1e})"
     return Choice(Candidate("keep", site.half_steps, inf), why, curve)
+
+
+def site_limits(config: CompileConfig) -> dict[str, float]:
+    """What the budget allows a site, by the name of the metric."""
+    return {b.metric: b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
 
 
 def relc(candidate: Candidate) -> float:
@@ -199,7 +246,8 @@ def repair(
         if not missed(fidelity, config.bounds()):
             return chosen
         # A site that misses its own limit comes first; else all may be to blame.
-        most = {b.metric: b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
+        named = {bound.metric for bound in config.bounds() or DEFAULT_BUDGET}
+        most = {name: limit for name, limit in site_limits(config).items() if name in named}
         blamed = [s.name for s in sites if s.name in fidelity.sites and not keeps(fidelity.sites[s.name], most)]
         steps = {
             site.name: step
@@ -249,51 +297,3 @@ def why_not_sliced(site: Site) -> str | None:
     if site.logarithm:
         return "it ends in the logarithm of a plan, which sliced duals do not serve yet"
     return None
-
-
-def build(site: Site, candidate: Candidate, wide: frozenset[str] = frozenset()) -> nn.Module:
-    """The module that a candidate stands for."""
-    if candidate.params is not None:
-        mass = site.row_mass if site.last == "rows" else site.column_mass
-        return SlicedDual(candidate.params, site.last, site.masked, usual(mass.item(), 1.0), site.name in wide)
-    return exact_operator(site, candidate.half_steps, site.name in wide)
-
-
-def usual(mass: float, default: float) -> float:
-    """A mass, or the usual one where it is that up to rounding."""
-    return default if abs(mass / default - 1) <= MASS_TOLERANCE else mass
-
-
-def exact_operator(site: Site, half_steps: int | None = None, wide: bool = False) -> nn.Module:
-    """Scaling-form Sinkhorn of a site, of its own number of half-steps or of fewer (truncated)."""
-    default = 1.0 if site.last == "rows" else site.queries / site.keys
-    given = {"rows": site.row_mass, "columns": site.column_mass}
-    masses = {
-        # On the axis that is not normalised last a common factor is of no consequence.
-        f"{axis[:-1]}_mass": mass.to(site.dtype)
-        for axis, mass in given.items()
-        if mass.numel() > 1 or (axis == site.last and usual(mass.item(), default) != default)
-    }
-    steps = half_steps or site.half_steps
-    return Sinkhorn(steps, site.last, **masses, masked=site.masked, logarithm=site.logarithm, wide=wide)
-
-
-def operators(sites: Sequence[Site], chosen: Plan) -> dict[str, nn.Module]:
-    """The modules that a plan stands for; sites that it keeps have none."""
-    candidates = {site.name: chosen.choices[site.name].candidate for site in sites}
-    return {s.name: build(s, candidates[s.name], chosen.wide) for s in sites if candidates[s.name].operator != "keep"}
-
-
-def rivals(sites: Sequence[Site], chosen: Plan) -> dict[str, dict[str, nn.Module]]:
-    """What a compiled model is compared with, each a module for every site, by name.
-
-    The teacher as written; exact Sinkhorn in scaling form; truncated Sinkhorn with as many half-steps as the
-    compiled operator; softmax attention, the floor of what a replacement can cost.
-    """
-    steps = {site.name: chosen.choices[site.name].candidate.half_steps for site in sites}
-    return {
-        "teacher": {},
-        "exact": {s.name: exact_operator(s, wide=s.name in chosen.wide) for s in sites},
-        "truncated": {s.name: exact_operator(s, steps[s.name], s.name in chosen.wide) for s in sites},
-        "softmax": {s.name: Sinkhorn(1, masked=s.masked, logarithm=s.logarithm) for s in sites},
-    }

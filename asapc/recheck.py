@@ -20,9 +20,9 @@ from asapc.errors import CheckpointError, SamplesError
 from asapc.inputs import order_inputs
 from asapc.loading import load_model
 from asapc.onnx_graph import OnnxGraph
+from asapc.operators import operators
 from asapc.passes.build_plan import build_plans
 from asapc.pipeline import find
-from asapc.plan import operators
 from asapc.ranges import score_ranges, wide_sites
 from asapc.report import fidelity_data
 from asapc.results import Fidelity

@@ -26,15 +26,16 @@ from torch import nn
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.backends.eager.runner import EagerRunner
 from asapc.capture import capture
-from asapc.choices import Candidate
+from asapc.choices import Candidate, Plan
 from asapc.config import CompileConfig
 from asapc.costs import estimate
 from asapc.environment import environment
 from asapc.loading import load_model
+from asapc.operators import build, exact_operator, operators
 from asapc.output import write_json
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
 from asapc.pipeline import find, gather_samples
-from asapc.plan import build, exact_operator, operators, plan, propose
+from asapc.plan import decide, judge, propose, split
 from asapc.ranges import score_ranges, wide_sites
 from asapc.verify import agreement, candidate_fidelity, first_output, site_fidelity
 from benchmarks.teachers import cached
@@ -46,7 +47,7 @@ RESULTS, FIGURE, DOCUMENT = (
     ROOT.parent / "docs" / "fidelity.md",
 )
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
-OPTIONS = CompileConfig(slices=(0, 8), pieces=(0, 8))
+BUDGETS: tuple[tuple[str, ...], ...] = ((), ("agreement>=0.98",), ("agreement>=0.92",))
 HELD_OUT, BATCH = 256, 8
 # Lines of the figure, by how the names of their operators begin.
 FAMILIES = ("truncated", "queries, parabolas", "queries, hinges", "keys, parabolas", "keys, hinges", "keys, 8 slices,")
@@ -82,7 +83,10 @@ def study(name: str, path: Path) -> Row:
         print(f"{name}: no site was found", flush=True)
         return {"sites": 0, "operators": {}}
     wide = wide_sites(score_ranges(graph, sites, calibration))
-    candidates = propose(graph, sites, calibration, OPTIONS)
+    candidates = propose(graph, sites, calibration, CompileConfig())
+    costed = judge(graph, sites, candidates, wide, split(calibration)[0], BATCH)
+    for site_name, more in propose(graph, sites, calibration, CompileConfig(slices=(8,), pieces=(0,))).items():
+        candidates[site_name] += [candidate for candidate in more if candidate.params is not None]
     modules = {s.name: {kind(c): build(s, c, wide) for c in candidates[s.name]} for s in sites}
     found = candidate_fidelity(graph, sites, modules, held_out)
     reference = first_output(EagerRunner(graph.program.module()), held_out)
@@ -98,17 +102,19 @@ def study(name: str, path: Path) -> Row:
         print(
             f"{name:<32} {label:<32}", *(f"{r:.4f}" for r in rows[label]["relc"]), rows[label]["agreement"], flush=True
         )
-    chosen = plan(graph, sites, calibration, held_out, CompileConfig(batches=(BATCH,)))
-    choices = {s.name: chosen.choices[s.name].candidate for s in sites}
-    built = operators(sites, chosen)
-    compiled = {
-        "operators": [kind(c) for c in choices.values()],
-        "relc": [f.relc for f in site_fidelity(graph, sites, built, held_out).values()],
-        "agreement": agreed(graph, sites, built, reference, held_out),
-        "cost": sum(c.cost for c in choices.values()) / exact,
-    }
-    print(f"{name:<32} planner: {compiled}", flush=True)
-    return {"sites": len(sites), "half_steps": sites[0].half_steps, "operators": rows, "planner": compiled}
+    planned: Row = {}
+    for budget in BUDGETS:
+        chosen = decide(graph, sites, costed, Plan({}, wide), held_out, CompileConfig(fidelity=budget))
+        choices = [chosen.choices[s.name].candidate for s in sites]
+        built = operators(sites, chosen)
+        planned[" ".join(budget) or "default"] = {
+            "operators": [kind(candidate) for candidate in choices],
+            "relc": [f.relc for f in site_fidelity(graph, sites, built, held_out).values()],
+            "agreement": agreed(graph, sites, built, reference, held_out),
+            "cost": sum(candidate.cost for candidate in choices) / exact,
+        }
+    print(f"{name:<32} {planned}", flush=True)
+    return {"sites": len(sites), "half_steps": sites[0].half_steps, "operators": rows, "planned": planned}
 
 
 def kind(candidate: Candidate) -> str:
@@ -163,7 +169,8 @@ def document(teachers: Mapping[str, Row]) -> Iterator[str]:
         for label in labels:
             of_seeds = [row["operators"][label] for row in rows]
             yield line(label, of_seeds)
-        yield line("the planner's choice", [row["planner"] for row in rows])
+        for budget in rows[0]["planned"]:
+            yield line(f"*planned: {budget}*", [row["planned"][budget] for row in rows])
         yield ""
 
 

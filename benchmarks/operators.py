@@ -22,12 +22,13 @@ from asapc.config import CompileConfig
 from asapc.environment import environment
 from asapc.loading import load_model
 from asapc.measure import measure
+from asapc.operators import exact_operator
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.output import write_json
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.pipeline import gather_samples, rewrite
-from asapc.plan import MOST_CLOSURE_STEPS, exact_operator, truncate
+from asapc.plan import MOST_CLOSURE_STEPS, truncate
 from asapc.verify import compare, first_output, metric, site_fidelity
 
 ROOT = Path(__file__).resolve().parent

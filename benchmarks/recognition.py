@@ -28,10 +28,11 @@ from asapc.artifacts import CapturedGraph, Findings, Samples, Site
 from asapc.config import CompileConfig
 from asapc.environment import environment
 from asapc.errors import AsapcError
+from asapc.operators import operators
 from asapc.output import write_json
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.plan import operators, plan
+from asapc.plan import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the zoo and the random models are the tests' own

@@ -71,12 +71,12 @@ def turns(count: int, generator: torch.Generator) -> Tensor:
     return about @ tilt
 
 
-def point_sets(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Sets (count, POINTS, 3) of shapes stretched, turned, blurred and brought to unit size, and their labels."""
+def point_sets(count: int, seed: int, size: int = POINTS) -> tuple[Tensor, Tensor]:
+    """Sets (count, size, 3) of shapes stretched, turned, blurred and brought to unit size, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(SHAPES), (count,), generator=generator)
-    drawn = torch.rand(3, count, POINTS, generator=generator)
-    points = torch.empty(count, POINTS, 3)
+    drawn = torch.rand(3, count, size, generator=generator)
+    points = torch.empty(count, size, 3)
     for label, shape in enumerate(SHAPES.values()):
         points[labels == label] = shape(*drawn[:, labels == label])
     points = points * (1 + STRETCH * (2 * torch.rand(count, 1, 3, generator=generator) - 1))

@@ -9,10 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 from asapc.artifacts import LoadedModel, Samples
 from asapc.capture import capture, export
+from asapc.operators import exact_operator
 from asapc.passes.build_plan import build_plans
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.plan import exact_operator
 
 PROBED = 2  # samples that the finder sees
 

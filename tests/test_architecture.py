@@ -45,6 +45,7 @@ LAYERS = {
         "asapc.fit",
         "asapc.costs",
         "asapc.ranges",
+        "asapc.operators",
         "asapc.plan",
         "asapc.verify",
         "asapc.measure",

@@ -28,9 +28,9 @@ from asapc.config import CompileConfig
 from asapc.errors import AsapcError, CheckpointError, NoSinkhornError, OptionError, SamplesError
 from asapc.loading import load_model
 from asapc.onnx_graph import OnnxGraph, check_memory
+from asapc.operators import exact_operator
 from asapc.passes.build_plan import build_plans
 from asapc.pipeline import compile_model, find, inspect_model
-from asapc.plan import exact_operator
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {case.name: case for case in POSITIVES}

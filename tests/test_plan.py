@@ -8,19 +8,8 @@ from test_calibrate import cached_teacher, site, sound
 
 from asapc.choices import Candidate, Choice, Plan
 from asapc.config import CompileConfig
-from asapc.plan import (
-    TRUNCATED,
-    build,
-    check,
-    choose,
-    feature_sets,
-    front,
-    next_step,
-    plan,
-    propose,
-    repair,
-    rivals,
-)
+from asapc.operators import build, rivals
+from asapc.plan import TRUNCATED, check, choose, decide, feature_sets, front, next_step, plan, propose, repair
 from asapc.results import SiteFidelity
 
 
@@ -134,6 +123,17 @@ def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
         assert made.repairs == curve.index(expected)
     assert "held-out" in made.choices[name].reason
     assert lines
+
+
+def test_a_budget_on_the_whole_model_alone_lets_sites_go_as_far_as_it_does(teacher):
+    name = teacher.site.name
+    exact = replace(EXACT, half_steps=teacher.site.half_steps)
+    candidates = {name: [exact, *(candidate("truncated", t, 0.8 / t, half_steps=t) for t in (2, 3, 4, 6))]}
+    for budget, expected in (("agreement>=0", 2), ("relc<=9", 2), ("agreement>=1.1", exact.half_steps)):
+        config = CompileConfig(fidelity=(budget,))
+        made = decide(teacher.graph, [teacher.site], candidates, Plan({}), teacher.samples, config)
+        assert made.choices[name].candidate.half_steps == expected
+    assert made.repairs > 0
 
 
 def test_a_budget_that_nothing_keeps_leaves_the_closest(teacher):

@@ -12,9 +12,9 @@ from asapc.capture import capture, export
 from asapc.config import Bound
 from asapc.errors import FidelityError, OptionError, SamplesError
 from asapc.models.vit import VisionTransformer
+from asapc.operators import exact_operator
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.passes.find_sinkhorn import find_sinkhorn
-from asapc.plan import exact_operator
 from asapc.results import Fidelity, Hop, Metric, SiteFidelity
 from asapc.verify import check_budget, check_labels, compare, metric, site_fidelity, verify
 

@@ -7,11 +7,11 @@ from zoo import NEGATIVES, POSITIVES
 
 from asapc.artifacts import CapturedGraph, Samples
 from asapc.capture import export
+from asapc.operators import exact_operator
 from asapc.passes.base import PreconditionError
 from asapc.passes.build_plan import BuildPlan, build_plans
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.plan import exact_operator
 
 WIDTH, HEADS, TOKENS, CONTEXT = 16, 2, 6, 9
 HALF_STEPS = 6

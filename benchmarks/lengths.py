@@ -1,0 +1,87 @@
+"""What operators that were fitted at one length keep at others, beside those that were fitted there.
+
+    python -m benchmarks.teachers --only 'pointset*'  # trains the teachers, once
+    python -m benchmarks.lengths
+
+Teachers on sets of 128 points; held-out sets of 64 to 512 points, none of which a fit has seen. relc is the mean of the
+sites. Writes benchmarks/results/lengths.json.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from asapc.artifacts import CapturedGraph, Samples, Site
+from asapc.capture import capture
+from asapc.choices import Candidate
+from asapc.config import CompileConfig
+from asapc.environment import environment
+from asapc.loading import load_model
+from asapc.operators import build
+from asapc.output import write_json
+from asapc.pipeline import find
+from asapc.plan import propose
+from asapc.verify import candidate_fidelity
+from benchmarks.teacher_data import POINTS, point_sets
+from benchmarks.teachers import cached
+
+RESULTS = Path(__file__).resolve().parent / "results" / "lengths.json"
+LENGTHS = (64, 128, 256, 512)
+FITTED, HELD_OUT, SEED = 32, 32, 7
+STEPS = 2
+OPTIONS = CompileConfig(pieces=(0, 8))
+
+
+def main() -> None:
+    """Compare on every point-set teacher, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="pointset_T20*", metavar="PATTERN", help="names of teachers, as in a shell")
+    only = parser.parse_args().only
+    rows: list[dict[str, Any]] = []
+    for name, path in cached():
+        if not fnmatch(name, only):
+            continue
+        proposed = {length: fit(path, length) for length in LENGTHS}
+        for length, (graph, sites, candidates, held_out) in proposed.items():
+            fitted_elsewhere = proposed[POINTS][2]
+            for where, found in ((POINTS, fitted_elsewhere), (length, candidates)):
+                errors = relc(graph, sites, found, held_out)
+                rows.append({"teacher": name, "length": length, "fitted_at": where, "relc": errors})
+                print(
+                    f"{name:<32} {length:>4} fitted at {where:>4}",
+                    *(f"{k} {v:.3f}" for k, v in errors.items()),
+                    flush=True,
+                )
+    write_json(RESULTS, {"rows": rows, "steps": STEPS, "environment": environment(SEED)})
+
+
+def fit(path: Path, length: int) -> tuple[CapturedGraph, Sequence[Site], dict[str, list[Candidate]], Samples]:
+    """A teacher captured at a length, its sites, candidates that are fitted there, and held-out sets."""
+    points, _ = point_sets(FITTED + HELD_OUT, SEED, length)
+    samples, held_out = Samples({"points": points[:FITTED]}), Samples({"points": points[FITTED:]})
+    graph = capture(load_model(path), samples)
+    sites = find(graph, samples).sites
+    return graph, sites, propose(graph, sites, samples, OPTIONS), held_out
+
+
+def relc(
+    graph: CapturedGraph, sites: Sequence[Site], candidates: Mapping[str, list[Candidate]], samples: Samples
+) -> dict[str, float]:
+    """Error of the sliced duals with STEPS closure steps, by side and features."""
+    modules = {}
+    for site in sites:
+        sliced = [c for c in candidates[site.name] if c.params is not None and len(c.params.weights) == 1 + STEPS]
+        modules[site.name] = {i: build(site, candidate) for i, candidate in enumerate(sliced)}
+    found = candidate_fidelity(graph, sites, modules, samples)
+    kinds = [(c.params.side, "hinges" if c.params.knots.numel() else "parabolas") for c in sliced if c.params]
+    return {", ".join(kind): fmean(found[site.name][i].relc for site in sites) for i, kind in enumerate(kinds)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
