@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of teachers, as in a shell")
     parser.add_argument("--render", action="store_true", help="render the figure and the document only")
     options = parser.parse_args()
+    torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
     data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"teachers": {}}
     for name, path in () if options.render else cached():
         if fnmatch(name, options.only):

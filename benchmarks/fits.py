@@ -1,0 +1,233 @@
+"""Other ways to estimate the first dual than the one that ships, on trained teachers.
+
+    python -m benchmarks.teachers                  # trains the teachers, once
+    python -m benchmarks.fits
+    python -m benchmarks.fits --only 'digits*seed0'
+
+From the same features of the keys: ridge on the dual (what ships), the same linear map trained on the divergence
+between plans or on the error of the attention output, and a small network for each head. By ridge, from other features:
+sorted slices along balanced or random directions, each beside its parabolas. No closure steps; relc of the attention
+output on held-out samples, the mean of the sites, and seconds for all of them. What is trained starts from ridge, and
+stops where it was best on samples that it does not train on. Writes benchmarks/results/fits.json.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asapc.artifacts import CapturedGraph, Samples, Site
+from asapc.calibrate import Activations, Fitted, activation, calibrate, regressions
+from asapc.capture import capture
+from asapc.choices import FeatureSet, SlicedDualParams
+from asapc.config import CompileConfig
+from asapc.environment import environment
+from asapc.fit import fit
+from asapc.loading import load_model
+from asapc.ops.c_transform import column_step, row_step
+from asapc.ops.sinkhorn import sinkhorn_duals
+from asapc.ops.sliced_dual import SlicedDual, target_dual
+from asapc.output import write_json
+from asapc.passes.layout import operands, site_inputs
+from asapc.passes.record import record
+from asapc.pipeline import find, gather_samples
+from asapc.plan import split
+from benchmarks.teachers import cached
+
+RESULTS = Path(__file__).resolve().parent / "results" / "fits.json"
+HELD_OUT, SLICES, HIDDEN = 32, 8, 16
+STEPS, BATCH, LEARNING_RATE, LOOK_EVERY = 150, 8, 1e-2, 25
+
+
+class Part(NamedTuple):
+    """Some samples of a site: features (B, H, F, M), target (B, H, M), scores, plan, values and output."""
+
+    features: Tensor
+    target: Tensor
+    scores: Tensor
+    plan: Tensor
+    values: Tensor
+    output: Tensor
+
+
+def main() -> None:
+    """Compare on every teacher, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="names of teachers, as in a shell")
+    only = parser.parse_args().only
+    torch.set_flush_denormal(True)
+    rows = []
+    for name, path in cached():
+        if not fnmatch(name, only):
+            continue
+        loaded = load_model(path)
+        calibration, held_out = gather_samples(loaded, CompileConfig())
+        graph = capture(loaded, calibration)
+        errors, seconds = defaultdict(list), defaultdict(float)
+        for site in find(graph, calibration).sites:
+            selection, fitting = split(calibration)
+            for way, error, took in compare(graph, site, fitting, selection, held_out[:HELD_OUT]):
+                errors[way].append(error)
+                seconds[way] += took
+        row = {way: {"relc": fmean(errors[way]), "seconds": round(seconds[way], 2)} for way in errors}
+        rows.append({"teacher": name, "ways": row})
+        print(f"{name:<34}", "  ".join(f"{way} {found['relc']:.4f}" for way, found in row.items()), flush=True)
+    write_json(RESULTS, {"rows": rows, "environment": environment(seed=0)})
+
+
+def compare(
+    graph: CapturedGraph, site: Site, fitting: Samples, selection: Samples, held_out: Samples
+) -> Iterator[tuple[str, float, float]]:
+    """Ways to estimate a site's dual: name, relc on held-out samples, seconds."""
+    torch.manual_seed(0)
+    features = FeatureSet(pieces=8)
+    shipped = calibrate(graph, {site.name: [features]}, [site], fitting, selection, 0)[Fitted(site.name, features)]
+    start = time.perf_counter()
+    unfitted = replace(shipped, weights=())
+    fit_part, selection_part, judged = (part(graph, site, unfitted, s) for s in (fitting, selection, held_out))
+    ridge = shipped.weights[0].double()
+    yield "ridge", relc(judged, linear(ridge, judged.features)), time.perf_counter() - start
+    parts = (fit_part, selection_part, judged)
+    spread = fit_part.features.std(dim=(0, 3))
+    for way, loss in {"plan": divergence, "output": output_error}.items():
+        yield (f"ridge, then {way}", *train(Linear(ridge, spread), loss, *parts))
+    yield (f"network of {HIDDEN}", *train(Network(ridge, spread), dual_error, *parts))
+    rotation = torch.linalg.qr(torch.randn(site.heads, *2 * [site.head_dim or 1]))[0].double()
+    scale = torch.ones(()) if site.temperature is None else site.temperature.double()
+    bases = {
+        "balanced": (shipped.query_basis.double(), shipped.key_basis.double()),
+        "random": (rotation, rotation * scale.view(-1, 1, 1)),
+    }
+    for way, (of_queries, of_keys) in bases.items():
+        start = time.perf_counter()
+        sliced = SlicedDualParams(of_queries, of_keys, SLICES, unfitted.knots[:, :0])
+        key = Fitted(site.name, FeatureSet(SLICES))
+        problems = [regressions([site], {key: sliced}, activations(graph, site, s))[key] for s in (fitting, selection)]
+        of_slices = replace(sliced, weights=(fit(*problems),))
+        part_of_slices = part(graph, site, replace(sliced, weights=()), held_out)
+        error = relc(judged, linear(of_slices.weights[0], part_of_slices.features))
+        yield f"{way} slices and parabolas", error, time.perf_counter() - start
+
+
+def activations(graph: CapturedGraph, site: Site, samples: Samples) -> Iterator[Activations]:
+    """What the fit sees of a site."""
+    values = record(graph.program.module(), samples, {operand.node for operand in operands(site)})
+    yield {site.name: activation(site, values)}
+
+
+def part(graph: CapturedGraph, site: Site, params: SlicedDualParams, samples: Samples) -> Part:
+    """All that a fit, of any kind, needs of some samples, in float64."""
+    values = record(graph.program.module(), samples, {operand.node for operand in operands(site)})
+    applied = site_inputs(site, [values[operand.node].double() for operand in operands(site)], None)[-1]
+    assert applied is not None
+    scores, queries, keys = activation(site, values)
+    bases = params.query_basis.double(), params.key_basis.double()
+    params = SlicedDualParams(*bases, params.slices, params.knots.double())
+    features = SlicedDual(params, site.last).vectors(scores, queries, keys)
+    f, g = sinkhorn_duals(scores, site.half_steps)
+    plan = torch.exp(scores + f.unsqueeze(-1) + g.unsqueeze(-2))
+    target = target_dual(scores, site.half_steps, "keys", site.last)
+    centred = [x - x.mean(dim=-1, keepdim=True) for x in (features, target)]
+    return Part(centred[0], centred[1], scores, plan, applied, plan @ applied)
+
+
+def linear(weights: Tensor, features: Tensor) -> Tensor:
+    """Estimate (B, H, M) by one linear map a head."""
+    return torch.einsum("hf,bhfm->bhm", weights, features)
+
+
+class Linear(nn.Module):
+    """A linear map a head, by how it differs from the one that it starts from."""
+
+    def __init__(self, weights: Tensor, spread: Tensor) -> None:
+        super().__init__()
+        self.weights, self.spread = weights, spread
+        self.shift = nn.Parameter(torch.zeros_like(weights))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, H, F, M) to an estimate (B, H, M)."""
+        return linear(self.weights + self.shift / self.spread, features)
+
+
+class Network(nn.Module):
+    """One hidden layer a head, beside the linear map that it starts from."""
+
+    def __init__(self, weights: Tensor, spread: Tensor) -> None:
+        super().__init__()
+        self.weights, self.spread = weights, spread
+        heads, features = weights.shape
+        self.into = nn.Parameter(torch.randn(heads, HIDDEN, features, dtype=weights.dtype) / features**0.5)
+        self.out = nn.Parameter(torch.zeros(heads, HIDDEN, dtype=weights.dtype))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, H, F, M) to an estimate (B, H, M)."""
+        hidden = torch.tanh(torch.einsum("hcf,bhfm->bhcm", self.into / self.spread.unsqueeze(1), features))
+        return linear(self.weights, features) + linear(self.out, hidden)
+
+
+def closed(part: Part, dual: Tensor) -> Tensor:
+    """Logarithm of the plan that is rebuilt from an estimate of the keys' dual."""
+    g = column_step(part.scores, row_step(part.scores, dual))
+    return F.log_softmax(part.scores + g.unsqueeze(-2), dim=-1)
+
+
+def dual_error(part: Part, dual: Tensor) -> Tensor:
+    """Mean squared error of a dual, up to a constant."""
+    return (dual - dual.mean(dim=-1, keepdim=True) - part.target).square().mean()
+
+
+def divergence(part: Part, dual: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the rebuilt plan from the teacher's."""
+    return -(part.plan * closed(part, dual)).sum(dim=-1).mean()
+
+
+def output_error(part: Part, dual: Tensor) -> Tensor:
+    """Squared relative error of the attention output."""
+    centred = part.output - part.output.mean(dim=-2, keepdim=True)
+    return (closed(part, dual).exp() @ part.values - part.output).square().sum() / centred.square().sum()
+
+
+def relc(part: Part, dual: Tensor) -> float:
+    """Error of the attention output over the norm of the teacher's, less its mean over the tokens."""
+    with torch.no_grad():
+        return output_error(part, dual).sqrt().item()
+
+
+def train(
+    estimate: nn.Module,
+    loss: Callable[[Part, Tensor], Tensor],
+    fitted: Part,
+    selection: Part,
+    judged: Part,
+) -> tuple[float, float]:
+    """Train a map by Adam; error on the judged samples where that on the selection was least, and seconds."""
+    start = time.perf_counter()
+    optimizer = torch.optim.Adam(estimate.parameters(), LEARNING_RATE)
+
+    def errors() -> tuple[float, float]:
+        with torch.no_grad():
+            return relc(selection, estimate(selection.features)), relc(judged, estimate(judged.features))
+
+    best = errors()
+    for step in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        start_of_batch = step * BATCH % len(fitted.target)
+        batch = Part(*(tensor[start_of_batch : start_of_batch + BATCH] for tensor in fitted))
+        loss(batch, estimate(batch.features)).backward()
+        optimizer.step()
+        if step % LOOK_EVERY == 0:
+            best = min(best, errors())
+    return best[1], time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
