@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ def shipped() -> Path:
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
 
-# Small operations on a busy machine lose most of their time to threads that wait for each other.
+# Tests keep all cores busy, and small operations then lose most of their time to threads that wait for each other, in
+# the processes that tests start too.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

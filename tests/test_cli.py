@@ -564,7 +564,6 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing_behind(stage, small):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:

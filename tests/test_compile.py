@@ -23,16 +23,6 @@ from asapc.models.digits import load_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["manifest.json", "model.engine", "model.onnx", "operator.safetensors", "report.json"]
-# Threads of torch that compete with other processes for the cores wait for each other most of the time.
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +226,7 @@ import asapc
 config = asapc.CompileConfig(out=Path("out"), seconds=0.1, threads=1)
 asapc.compile_model({str(shipped)!r}, config)
 """
-    environment = {**os.environ, **ONE_THREAD, "PYTHONHASHSEED": "12345"}
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     for name in ("operator.safetensors", "model.onnx"):
         assert (tmp_path / "out" / name).read_bytes() == (report.folder / name).read_bytes(), name
