@@ -102,10 +102,11 @@ def decide(
     for tightened, level in enumerate(levels):
         choices = {site.name: choose(site, candidates[site.name], config, level) for site in sites}
         chosen = replace(empty, choices=choices, repairs=tightened)
-        if level is not None:
-            advance(f"checking the whole model, relc {level:.3g}")
-            if not missed(check(graph, sites, chosen, held_out), config.bounds()):
-                break
+        if level is None or level == levels[-1]:
+            break  # which repair checks itself
+        advance(f"checking the whole model, relc {level:.3g}")
+        if not missed(check(graph, sites, chosen, held_out), config.bounds()):
+            return chosen
     return repair(graph, sites, chosen, held_out, config, advance)
 
 

@@ -38,6 +38,7 @@ from asapc.pipeline import find, gather_samples
 from asapc.plan import decide, judge, propose, split
 from asapc.ranges import score_ranges, wide_sites
 from asapc.verify import agreement, candidate_fidelity, first_output, site_fidelity
+from benchmarks.generated import replace_generated
 from benchmarks.teachers import cached
 
 ROOT = Path(__file__).resolve().parent
@@ -46,7 +47,6 @@ RESULTS, FIGURE, DOCUMENT = (
     ROOT.parent / "docs" / "fidelity.png",
     ROOT.parent / "docs" / "fidelity.md",
 )
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 BUDGETS: tuple[tuple[str, ...], ...] = ((), ("agreement>=0.98",), ("agreement>=0.92",))
 HELD_OUT, BATCH = 256, 8
 # Lines of the figure, by how the names of their operators begin.
@@ -68,9 +68,7 @@ def main() -> None:
             data["environment"] = environment(seed=0)
             write_json(RESULTS, data)
     draw(data["teachers"])
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    lines = "\n".join(document(data["teachers"]))
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{rest.partition(END)[2]}")
+    replace_generated(DOCUMENT, document(data["teachers"]))
 
 
 def study(name: str, path: Path) -> Row:

@@ -33,6 +33,7 @@ from asapc.output import write_json
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
 from asapc.plan import plan
+from benchmarks.generated import replace_generated
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the zoo and the random models are the tests' own
@@ -43,7 +44,6 @@ from zoo import NEGATIVES, POSITIVES, Case  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "recognition.json"
 DOCUMENT = ROOT / "docs" / "recognition.md"
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 FITTED, HELD_OUT = 64, 32  # samples
 WRONG, ROUNDING = 1e-4, 1e-5  # relative difference of outputs in float32
 
@@ -75,7 +75,7 @@ def main() -> None:
         data["environment"] = environment(options.seed)
         RESULTS.parent.mkdir(exist_ok=True)
         write_json(RESULTS, data)
-    render(data)
+    replace_generated(DOCUMENT, document(data))
     failed = [f"{row['name']}: {row['error']}" for row in part.get("positives", ()) if "error" in row]
     if failed:
         raise SystemExit("\n".join(failed))
@@ -263,14 +263,6 @@ def large(layers: int = 12, width: int = 768, heads: int = 12, tokens: int = 197
     }
     print(row)
     return row
-
-
-def render(data: Row) -> None:
-    """Write the tables between the markers of the document."""
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    lines = "\n".join(document(data))
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}")
 
 
 def document(data: Row) -> Iterator[str]:
