@@ -1,12 +1,13 @@
 """The `asapc` command: parse, call the library, show what it returns. No decisions are made here."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -528,8 +529,24 @@ def comparison(latency: dict[str, Any]) -> str:
     )
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C under a name of its own.
+
+    Where a plain KeyboardInterrupt passes through `exec` of a string, as in the making of a dataclass, Python under
+    `-m` remembers it and dies of SIGINT at the end, whoever has caught it.
+    """
+
+
+def interrupt(*_: object) -> NoReturn:
+    """Handle SIGINT."""
+    raise Interrupted
+
+
 def main() -> None:
     """Entry point of the `asapc` command."""
+    # Left alone where it is ignored, as by a shell for its background jobs.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     app()
 
 

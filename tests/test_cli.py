@@ -555,6 +555,27 @@ def test_quiet_still_prints_errors():
     assert_user_error(run("compile", "missing.pt", "--quiet"))
 
 
+def test_ctrl_c_within_an_executed_string_exits_with_130():
+    code = """
+from asapc import cli
+cli.options_of = lambda *_: exec("print('begun', flush=True)\\nwhile True: pass")
+cli.main()
+"""
+    Path("interrupted.py").write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "interrupted", "compile", "any.pt"],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+
+
 # After the export NVIDIA's compiler runs, whose callbacks into Python swallow exceptions.
 @pytest.mark.parametrize("stage", ["load", "export"])
 def test_ctrl_c_exits_with_130_and_leaves_nothing_behind(stage, small):
