@@ -149,6 +149,15 @@ def compile_command(
             show_default="bound",
         ),
     ] = None,
+    lowering: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|materialised|fused",
+            help="What operators become: whatever is cheapest, standard ONNX operators on a matrix of scores, or the "
+            "runtime's fused attention.",
+            show_default="auto",
+        ),
+    ] = None,
     slices: Annotated[
         list[int] | None,
         typer.Option(help="Sorted slices that the planner may give a site; repeat to add.", show_default="0"),
@@ -178,6 +187,7 @@ def compile_command(
             "fidelity": tuple(fidelity) if fidelity else None,
             "level": level,
             "early_stop": early_stop,
+            "lowering": lowering,
             "slices": tuple(slices) if slices else None,
             "batches": tuple(batch) if batch else None,
             "seconds": seconds,
@@ -419,7 +429,9 @@ def table(title: str, columns: str, left: tuple[str, ...]) -> Table:
     """An empty table; columns are separated by "|" and aligned right but for those named in `left`."""
     made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns.split("|"):
-        made.add_column(name, justify="left" if name in left else "right", no_wrap=True, overflow="fold")
+        # Words give way to numbers where the terminal is narrow.
+        text = name in left
+        made.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     return made
 
 
@@ -459,9 +471,11 @@ def choices_table(sites: list[dict[str, Any]]) -> Table:
 
 def bill_table(sites: list[dict[str, Any]]) -> Table:
     """What the neighbours of each choice would have cost and given; all of them stand in report.json."""
-    made = table("What else there was, by estimate and on calibration samples", "site|operator|half-steps|ms|relc", ())
-    for column in made.columns[:2]:
-        column.justify = "left"
+    made = table(
+        "What else there was, by estimate and on calibration samples",
+        "site|operator|half-steps|ms|relc",
+        ("site", "operator"),
+    )
     for site in sites:
         choice = site["choice"]
         chosen = {key: value for key, value in choice.items() if key not in ("reason", "front")}
@@ -485,6 +499,7 @@ def named(candidate: dict[str, Any]) -> str:
     more = [f"{candidate['slices']} slices"] if candidate["slices"] else []
     more += ["hinges"] if "hinges" in candidate["features"] else []
     more += [candidate["side"]] if candidate["side"] else []
+    more += ["fused"] if candidate["lowering"] == "fused" else []
     return ", ".join([candidate["operator"], *more])
 
 

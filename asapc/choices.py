@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from asapc.config import Lowering
 from asapc.results import SiteFidelity
 
 Operator = Literal["keep", "exact", "truncated", "sliced_dual"]
@@ -80,6 +81,8 @@ class Candidate:
         cost: estimated milliseconds at the largest batch; infinite for a loop as it was written.
         fidelity: on calibration samples that were not fitted; None where it was not looked at.
         params: of a sliced dual, else None.
+        lowering: "materialised" makes the scores once, as a matrix, and works on that; "fused" goes through the
+            runtime's fused attention for each half-step, without a matrix (`ops.fused`).
     """
 
     operator: Operator
@@ -87,6 +90,7 @@ class Candidate:
     cost: float
     fidelity: SiteFidelity | None = None
     params: SlicedDualParams | None = None
+    lowering: Lowering = "materialised"
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,6 +64,10 @@ LEVELS = (0, 1, 2)  # loops as written, exact rewrites only, approximations with
 # What to do with a model that stops early on the calibration samples: take its loops to their bound, or refuse it.
 EarlyStopRule = Literal["bound", "refuse"]
 
+# How an operator is lowered, see `choices.Candidate`; by rule each as is cheapest, or all alike as far as they can be.
+Lowering = Literal["materialised", "fused"]
+LoweringRule = Literal["auto", "materialised", "fused"]
+
 # What a TOML file may hold where that is not the type of the default.
 TOML_TYPES: dict[str, tuple[type, ...]] = {
     "out": (str,),
@@ -96,6 +100,8 @@ class CompileConfig:
         fidelity: the budget, terms such as "agreement>=0.99"; empty for DEFAULT_BUDGET.
         early_stop: "bound" captures loops that stop early at their bound, and says what that changes; "refuse"
             refuses the model where it changes anything on the calibration samples.
+        lowering: "auto" lowers each operator as is cheapest for the largest batch; "materialised" makes scores and
+            takes standard ONNX operators alone; "fused" takes the runtime's attention where there is a fused form.
         slices: numbers of sorted slices that the planner may give a site, in the order it tries them.
         batches: batch sizes at which latency is measured, up to LARGEST_BATCH.
         seconds: time spent on measuring each batch size.
@@ -115,6 +121,7 @@ class CompileConfig:
     fidelity: tuple[str, ...] = ()
     early_stop: EarlyStopRule = "bound"
     level: int = 2
+    lowering: LoweringRule = "auto"
     slices: tuple[int, ...] = (0,)
     pieces: tuple[int, ...] = (0, 8)
     batches: tuple[int, ...] = (1, 32)
@@ -138,9 +145,12 @@ class CompileConfig:
                 shown = ", ".join(map(str, values)) or "empty"
                 span = f"of at least {low}" if high == inf else f"from {low} to {high}"
                 raise OptionError(f"{name} is {shown}", f"give {name} a value {span}")
-        if self.early_stop not in get_args(EarlyStopRule):
-            choices = " or ".join(get_args(EarlyStopRule))
-            raise OptionError(f"early_stop is {self.early_stop!r}", f"give early_stop the value {choices}")
+        for name, value, rule in (
+            ("early_stop", self.early_stop, EarlyStopRule),
+            ("lowering", self.lowering, LoweringRule),
+        ):
+            if value not in get_args(rule):
+                raise OptionError(f"{name} is {value!r}", f"give {name} the value {' or '.join(get_args(rule))}")
         if self.level not in LEVELS:
             raise OptionError(f"level is {self.level}", "give the level 0, 1 or 2")
         if not 0 < self.seconds < inf:
@@ -149,6 +159,11 @@ class CompileConfig:
     def bounds(self) -> tuple[Bound, ...]:
         """The fidelity budget, parsed."""
         return tuple(parse_bound(term) for term in self.fidelity)
+
+    @property
+    def wanted_lowering(self) -> Lowering | None:
+        """The lowering that is asked for, None for the cheapest."""
+        return None if self.lowering == "auto" else self.lowering
 
     @classmethod
     def from_toml(cls, path: Path) -> "CompileConfig":

@@ -7,13 +7,12 @@ the noise of a machine: the same checkpoint gives the same model, byte for byte.
 
 import json
 from functools import cache
-from math import log2
+from math import isfinite, log2
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
-
 from asapc.artifacts import Site
+from asapc.choices import Plan
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 
@@ -30,40 +29,55 @@ class Shape(NamedTuple):
     head_dim: int
 
 
-def work(shape: Shape, module: nn.Module, masked: bool = False, transposed: bool = False) -> dict[str, float]:
+def work(
+    shape: Shape, module: Sinkhorn | SlicedDual, masked: bool = False, transposed: bool = False
+) -> dict[str, float]:
     """How many units of each kind of work an operator takes.
 
     Args:
         shape: sizes of the call.
-        module: a `Sinkhorn` or a `SlicedDual`.
+        module: the operator.
         masked: whether it leaves masked entries out.
         transposed: whether it gets scores that have to be transposed first.
-
-    Raises:
-        TypeError: it is another module.
     """
     matrices = shape.batch * shape.heads
     entries = matrices * shape.queries * shape.keys
+    if module.lowering == "fused":
+        return fused_work(shape, module, entries)
     passes = int(masked) + int(transposed)
     total: dict[str, float] = {"call": 1, "product": entries * 2 * shape.head_dim, "softmax": entries}
     if isinstance(module, Sinkhorn):
         steps = module.half_steps - 1
         passes += 3 * module.wide
-    elif isinstance(module, SlicedDual):
+    else:
         steps = module.half_steps - module.wide
         passes += module.wide  # the bias
-        points, others = (shape.queries, shape.keys) if module.turned else (shape.keys, shape.queries)
-        coordinates = matrices * (points + others) * module.query_basis.shape[-1]
-        total |= {
-            "estimate": 1,
-            "coordinate": coordinates,
-            "project": coordinates * shape.head_dim,
-            "hinge": matrices * points * module.knots[0].numel(),
-            "sort": matrices * module.slices * sum(n * log2(max(n, 2)) for n in (points, others)),
-        }
-    else:
-        raise TypeError(f"no cost is known of a {type(module).__name__}")
+        total |= estimate_work(shape, module)
     return total | {"pass": entries * passes, "half_step": steps, "vector": matrices * steps, "matvec": entries * steps}
+
+
+def estimate_work(shape: Shape, module: SlicedDual) -> dict[str, float]:
+    """Units of estimating a dual, before any half-step."""
+    matrices = shape.batch * shape.heads
+    points, others = (shape.queries, shape.keys) if module.turned else (shape.keys, shape.queries)
+    coordinates = matrices * (points + others) * module.query_basis.shape[-1]
+    return {
+        "estimate": 1,
+        "coordinate": coordinates,
+        "project": coordinates * shape.head_dim,
+        "hinge": matrices * points * module.knots[0].numel(),
+        "sort": matrices * module.slices * sum(n * log2(max(n, 2)) for n in (points, others)),
+    }
+
+
+def fused_work(shape: Shape, module: Sinkhorn | SlicedDual, entries: float) -> dict[str, float]:
+    """Units of an operator in fused passes: the last with values, the others with one column in their place."""
+    narrow, channels = module.half_steps - 1, shape.head_dim + 1
+    products = entries * (narrow * (channels + 1) + channels + shape.head_dim)
+    total = {"fused_call": module.half_steps, "fused_product": products, "fused_softmax": entries * module.half_steps}
+    if isinstance(module, SlicedDual):
+        total |= estimate_work(shape, module)
+    return total | {"call": 1}
 
 
 @cache
@@ -73,7 +87,14 @@ def unit_costs() -> dict[str, float]:
     return costs
 
 
-def estimate(site: Site, module: nn.Module, batch: int) -> float:
+def share_of_exact(plan: Plan) -> float | None:
+    """What the operators of a plan take of the time of exact forms, as estimated; None where it keeps a loop."""
+    exact = [c.cost for choice in plan.choices.values() for c in choice.front if c.operator == "exact"]
+    chosen = [choice.candidate.cost for choice in plan.choices.values()]
+    return sum(chosen) / sum(exact) if len(exact) == len(chosen) and all(map(isfinite, chosen)) else None
+
+
+def estimate(site: Site, module: Sinkhorn | SlicedDual, batch: int) -> float:
     """Milliseconds that an operator takes for a batch; for comparing operators, not for promising latencies."""
     shape = Shape(batch, site.heads, site.queries, site.keys, site.head_dim or 1)
     costs = unit_costs()

@@ -1,23 +1,30 @@
 """The modules that candidates and plans stand for, and the rivals that a compiled model is compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from asapc.artifacts import Site
 from asapc.choices import Candidate, Plan
+from asapc.config import Lowering
+from asapc.costs import estimate
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 
+Operator = Sinkhorn | SlicedDual
+
 MASS_TOLERANCE = 1e-6  # a last marginal within this of the usual one is the usual one
+# Bytes of a matrix of scores beyond which the fused form is taken where there is one, whatever it costs in time.
+LARGEST_MATRIX = 2**28
 
 
-def build(site: Site, candidate: Candidate, wide: frozenset[str] = frozenset()) -> nn.Module:
+def build(site: Site, candidate: Candidate, wide: frozenset[str] = frozenset()) -> Operator:
     """The module that a candidate stands for."""
     if candidate.params is not None:
         mass = site.row_mass if site.last == "rows" else site.column_mass
-        return SlicedDual(candidate.params, site.last, site.masked, usual(mass.item(), 1.0), site.name in wide)
-    return exact_operator(site, candidate.half_steps, site.name in wide)
+        usual_mass = usual(mass.item(), 1.0)
+        return SlicedDual(candidate.params, site.last, site.masked, usual_mass, site.name in wide, candidate.lowering)
+    return exact_operator(site, candidate.half_steps, site.name in wide, candidate.lowering)
 
 
 def usual(mass: float, default: float) -> float:
@@ -25,7 +32,9 @@ def usual(mass: float, default: float) -> float:
     return default if abs(mass / default - 1) <= MASS_TOLERANCE else mass
 
 
-def exact_operator(site: Site, half_steps: int | None = None, wide: bool = False) -> nn.Module:
+def exact_operator(
+    site: Site, half_steps: int | None = None, wide: bool = False, lowering: Lowering = "materialised"
+) -> Sinkhorn:
     """Scaling-form Sinkhorn of a site, of its own number of half-steps or of fewer (truncated)."""
     default = 1.0 if site.last == "rows" else site.queries / site.keys
     given = {"rows": site.row_mass, "columns": site.column_mass}
@@ -36,25 +45,60 @@ def exact_operator(site: Site, half_steps: int | None = None, wide: bool = False
         if mass.numel() > 1 or (axis == site.last and usual(mass.item(), default) != default)
     }
     steps = half_steps or site.half_steps
-    return Sinkhorn(steps, site.last, **masses, masked=site.masked, logarithm=site.logarithm, wide=wide)
+    return Sinkhorn(
+        steps, site.last, **masses, masked=site.masked, logarithm=site.logarithm, wide=wide, lowering=lowering
+    )
 
 
-def operators(sites: Sequence[Site], chosen: Plan) -> dict[str, nn.Module]:
+def fusable(site: Site, module: Operator) -> bool:
+    """Whether an operator has a fused form: attention on plain products, all rows and columns alike, rows last."""
+    plain = site.product and site.output is not None and site.uniform and not site.masked and not site.logarithm
+    usual_mass = getattr(module, "mass", 1.0) == 1.0 and getattr(module, "row_mass", None) is None
+    return plain and usual_mass and module.last == "rows" and not module.wide
+
+
+def lower(site: Site, module: Operator, batch: int, wanted: Lowering | None = None) -> Operator:
+    """Give an operator its cheapest lowering for a batch, or another that is wanted, as far as it has that.
+
+    The scores of large batches and long sequences are not made, whatever that costs: as a matrix they take memory that
+    softmax attention does not take.
+    """
+    forms: tuple[Lowering, ...] = ("materialised", "fused") if fusable(site, module) else ("materialised",)
+    too_large = batch * site.heads * site.queries * site.keys * site.dtype.itemsize > LARGEST_MATRIX
+    if wanted in forms:
+        forms = (wanted,)
+    elif too_large:
+        forms = forms[-1:]
+    costs: dict[Lowering, float] = {}
+    for form in forms:
+        module.lowering = form
+        costs[form] = estimate(site, module, batch)
+    module.lowering = min(forms, key=costs.__getitem__)
+    return module
+
+
+def operators(sites: Sequence[Site], chosen: Plan) -> dict[str, Operator]:
     """The modules that a plan stands for; sites that it keeps have none."""
     candidates = {site.name: chosen.choices[site.name].candidate for site in sites}
     return {s.name: build(s, candidates[s.name], chosen.wide) for s in sites if candidates[s.name].operator != "keep"}
 
 
-def rivals(sites: Sequence[Site], chosen: Plan) -> dict[str, dict[str, nn.Module]]:
-    """What a compiled model is compared with, each a module for every site, by name.
+def rivals(
+    sites: Sequence[Site], chosen: Plan, batch: int, wanted: Lowering | None = None
+) -> Mapping[str, Mapping[str, nn.Module]]:
+    """What a compiled model is compared with, each a module for every site, by name, lowered as `lower` does.
 
     The teacher as written; exact Sinkhorn in scaling form; truncated Sinkhorn with as many half-steps as the
     compiled operator; softmax attention, the floor of what a replacement can cost.
     """
     steps = {site.name: chosen.choices[site.name].candidate.half_steps for site in sites}
-    return {
-        "teacher": {},
+    found: dict[str, dict[str, Operator]] = {
         "exact": {s.name: exact_operator(s, wide=s.name in chosen.wide) for s in sites},
         "truncated": {s.name: exact_operator(s, steps[s.name], s.name in chosen.wide) for s in sites},
         "softmax": {s.name: Sinkhorn(1, masked=s.masked, logarithm=s.logarithm) for s in sites},
     }
+    lowered = {
+        name: {site.name: lower(site, of_sites[site.name], batch, wanted) for site in sites}
+        for name, of_sites in found.items()
+    }
+    return {"teacher": {}, **lowered}

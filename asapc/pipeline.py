@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asapc.artifacts import CapturedGraph, Findings, LoadedModel, Samples, Site
+from asapc.artifacts import CapturedGraph, Findings, Samples, Site
 from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
@@ -17,12 +17,12 @@ from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.onnxruntime.splicer import splice_onnx
 from asapc.backends.tensorrt.builder import build_engine
 from asapc.capture import capture, export
-from asapc.choices import Plan
 from asapc.config import CompileConfig
+from asapc.costs import share_of_exact
 from asapc.environment import cpu_name, environment
-from asapc.errors import CaptureError, InternalError, NoSinkhornError, SamplesError
+from asapc.errors import CaptureError, InternalError, NoSinkhornError
 from asapc.events import OnEvent, stage
-from asapc.inputs import order_inputs, shape_options
+from asapc.gather import gather_samples, probe_samples
 from asapc.loading import load_model
 from asapc.measure import measure
 from asapc.onnx_graph import OnnxGraph
@@ -31,15 +31,12 @@ from asapc.output import list_artifacts, output_folder, write_json, write_manife
 from asapc.passes.build_plan import build_plans
 from asapc.passes.evidence import find_with_evidence
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.plan import plan, propose
+from asapc.plan import plan
+from asapc.propose import propose
 from asapc.report import CompileReport, early_stop_data, early_stop_note, plan_note, report_data, shorten
 from asapc.results import Latency
-from asapc.samples import load_samples
 from asapc.verify import check_budget, check_labels, site_fidelity, verify
 from asapc.version import __version__
-
-FEWEST_CALIBRATION, FEWEST_HELD_OUT = 8, 4
-HELD_OUT_SHARE = 4  # one in so many samples of a --calib file is held out
 
 
 def compile_model(
@@ -70,6 +67,9 @@ def compile_model(
         with stage("capture", on_event) as step:
             graph = capture(loaded, calibration, config.early_stop)
             check_labels(EagerRunner(graph.program.module()), calibration, held_out)
+            if isinstance(graph, OnnxGraph):
+                # Operators of a file keep to standard ONNX, as the file does.
+                config = replace(config, lowering="materialised")
             note = early_stop_note(early_stop_data(graph.early_stops))
             step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}"
 
@@ -102,7 +102,8 @@ def compile_model(
             step.summary = f"{engine.builder} for {', '.join(engine.targets)}"
 
         with stage("verify", on_event) as step:
-            runners = export_rivals(graph, findings.sites, chosen, threads, step.advance)
+            others = rivals(findings.sites, chosen, max(config.batches), config.wanted_lowering)
+            runners = export_rivals(graph, findings.sites, others, threads, step.advance)
             runners["compiled"] = OnnxRuntimeRunner(onnx.path, threads, "compiled")
             step.advance(f"{len(held_out)} held-out samples")
             hops: dict[str, Runner] = {
@@ -114,7 +115,7 @@ def compile_model(
             sites = site_fidelity(graph, findings.sites, replaced, held_out)
             fidelity = verify(hops, runners, sites, held_out)
             step.summary = f"logits differ by {fidelity.logits_rel:.2%}"
-            check_budget(fidelity, config.bounds())
+            check_budget(fidelity, config.bounds(), share_of_exact(chosen))
 
         with stage("measure", on_event) as step:
             runs = []
@@ -175,73 +176,9 @@ def inspect_model(
     return find(graph, samples)
 
 
-def probe_samples(loaded: LoadedModel, config: CompileConfig) -> Samples:
-    """Inputs to look into a model with: those of --calib, else example inputs, else samples of the checkpoint.
-
-    Raises:
-        SamplesError: there are none, or they do not fit the model.
-    """
-    if config.calib is None and loaded.example is not None:
-        return order_inputs(loaded, loaded.example)
-    if config.calib is None and loaded.calibration is None:
-        raise SamplesError(
-            f"{loaded.path} carries no samples",
-            f"give inputs with --calib or --inputs file.npz, or their shapes with {shape_options(loaded)}",
-        )
-    return gather_samples(loaded, config)[0]
-
-
 def find(graph: CapturedGraph, calibration: Samples) -> Findings:
     """What there is to find in a graph, with the early stops that capturing it has left out."""
     return replace(find_with_evidence(graph, calibration), early_stops=graph.early_stops)
-
-
-def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples, Samples]:
-    """Calibration and held-out samples: of the --calib file where one is given, else of the checkpoint.
-
-    A --calib file is shuffled by the seed and a quarter of it held out.
-
-    Raises:
-        SamplesError: there are none, too few, or they do not fit the model.
-    """
-    if config.calib is None:
-        if loaded.calibration is None or loaded.held_out is None:
-            raise SamplesError(
-                f"{loaded.path} carries no calibration samples",
-                "give real inputs with --calib file.npz; asapc never makes up random ones",
-            )
-        calibration, held_out = loaded.calibration, loaded.held_out
-    else:
-        samples = load_samples(Path(config.calib))
-        compare_kinds(Path(config.calib), samples, loaded.calibration)
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
-        shuffled = samples[order.tolist()]
-        split = len(samples) // HELD_OUT_SHARE
-        calibration, held_out = shuffled[split:], shuffled[:split]
-    if len(calibration) < FEWEST_CALIBRATION or len(held_out) < FEWEST_HELD_OUT:
-        raise SamplesError(
-            f"{len(calibration)} calibration and {len(held_out)} held-out samples are too few",
-            f"give at least {HELD_OUT_SHARE * FEWEST_HELD_OUT} samples with --calib; 64 and more are better",
-        )
-    calibration, held_out = order_inputs(loaded, calibration), order_inputs(loaded, held_out)
-    if calibration.inputs.keys() != held_out.inputs.keys():
-        raise SamplesError(
-            f"calibration samples hold {', '.join(calibration.inputs)}, held-out ones {', '.join(held_out.inputs)}",
-            "give both the same inputs, or all samples with --calib",
-        )
-    return calibration, held_out
-
-
-def compare_kinds(path: Path, samples: Samples, known: Samples | None) -> None:
-    """Raise SamplesError where samples differ in shape or dtype from those that the checkpoint carries."""
-    for name, value in samples.inputs.items():
-        expected = known.inputs.get(name) if known else None
-        if expected is not None and (value.shape[1:], value.dtype) != (expected.shape[1:], expected.dtype):
-            raise SamplesError(
-                f"{path}: {name} is {tuple(value.shape)} {value.dtype}, the model was trained on "
-                f"(samples, {', '.join(map(str, expected.shape[1:]))}) {expected.dtype}",
-                "give samples of the shape and dtype that the model was trained on",
-            )
 
 
 def require_sites(findings: Findings, path: Path, listed: bool = False) -> None:
@@ -282,12 +219,16 @@ def rewrite(graph: CapturedGraph, sites: Sequence[Site], modules: Mapping[str, n
 
 
 def export_rivals(
-    graph: CapturedGraph, sites: Sequence[Site], chosen: Plan, threads: int, advance: Callable[[str], None]
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    variants: Mapping[str, Mapping[str, nn.Module]],
+    threads: int,
+    advance: Callable[[str], None],
 ) -> dict[str, Runner]:
-    """Sessions of the `rivals` that a compiled model is compared with, in the same runtime."""
+    """Sessions of what a compiled model is compared with, in the same runtime."""
     runners: dict[str, Runner] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, modules in rivals(sites, chosen).items():
+        for name, modules in variants.items():
             advance(f"exporting {name} for comparison")
             target = Path(scratch) / f"{name}.onnx"
             if isinstance(graph, OnnxGraph):

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from math import inf
 
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.backends.eager.runner import EagerRunner
-from asapc.calibrate import SIDES, Fitted, calibrate
-from asapc.choices import Candidate, Choice, FeatureSet, Plan, SlicedDualParams
-from asapc.config import DEFAULT_BUDGET, SITE_METRICS, CompileConfig
+from asapc.choices import Candidate, Choice, Plan
+from asapc.config import DEFAULT_BUDGET, SITE_METRICS, CompileConfig, Lowering
 from asapc.costs import estimate
-from asapc.operators import build, operators
-from asapc.ops.sliced_dual import first_half_steps
+from asapc.operators import build, lower, operators
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
+from asapc.propose import propose, split, why_not_sliced
 from asapc.ranges import limits, score_ranges, wide_sites
 from asapc.results import Fidelity, SiteFidelity
 from asapc.verify import candidate_fidelity, missed, site_fidelity, verify
@@ -25,15 +23,9 @@ MARGIN = 0.9
 EXACT_RELC = {1: 1e-5, 2: 1e-3}
 # What an approximation has to save, as estimated, before it is taken instead of the exact form.
 LEAST_SAVING = 0.05
-MOST_CLOSURE_STEPS = 3
-TOO_FEW_HALF_STEPS = 3  # a loop of no more is as cheap as what an estimate is followed by
-TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
-# TensorRT sorts no more than this many elements; longer sites get no slices.
-LONGEST_SORT = 3840
 # Where a budget is about the whole model alone, sites may be so far from the teacher at first, then half as far, and so
 # on.
 LOOSEST_RELC, LEVELS = 0.5, 5
-SELECTION_SHARE = 4  # one in so many calibration samples chooses between candidates and is not fitted on
 
 
 def plan(
@@ -66,7 +58,7 @@ def plan(
     candidates = propose(graph, sites, samples, config, advance)
     advance(f"comparing {sum(map(len, candidates.values()))} candidates")
     selection, _ = split(samples)
-    costed = judge(graph, sites, candidates, wide, selection, max(config.batches))
+    costed = judge(graph, sites, candidates, wide, selection, max(config.batches), config.wanted_lowering)
     return decide(graph, sites, costed, Plan({}, wide, limits(ranges)), held_out, config, advance)
 
 
@@ -110,52 +102,6 @@ def decide(
     return repair(graph, sites, chosen, held_out, config, advance)
 
 
-def propose(
-    graph: CapturedGraph,
-    sites: Sequence[Site],
-    samples: Samples,
-    config: CompileConfig,
-    advance: Callable[[str], None] = lambda detail: None,
-) -> dict[str, list[Candidate]]:
-    """Candidates by the site's name, without cost and fidelity; the exact form comes first.
-
-    All processes that share in the calibration have to call it.
-    """
-    found = {site.name: [Candidate("exact", site.half_steps, inf)] for site in sites}
-    if config.level < 2:
-        return found
-    for site in sites:
-        found[site.name] += [Candidate("truncated", t, inf) for t in TRUNCATED if t < site.half_steps]
-    sliceable = [site for site in sites if why_not_sliced(site) is None]
-    sets = {site.name: feature_sets(site, config) for site in sliceable}
-    if not sliceable:
-        return found
-    advance(f"fitting {len(sliceable)} sites")
-    selection, fitting = split(samples)
-    fitted = calibrate(graph, sets, sliceable, fitting, selection, MOST_CLOSURE_STEPS, advance)
-    for site in sliceable:
-        for features in sets[site.name]:
-            params = fitted[Fitted(site.name, features)]
-            first = first_half_steps(features.side, site.last)
-            for steps in range(1 + MOST_CLOSURE_STEPS):
-                if (half_steps := first + 2 * steps) < site.half_steps:
-                    found[site.name].append(Candidate("sliced_dual", half_steps, inf, None, truncate(params, steps)))
-    return found
-
-
-def split(samples: Samples) -> tuple[Samples, Samples]:
-    """Calibration samples that choose, and those that are fitted."""
-    at = len(samples) // SELECTION_SHARE
-    return samples[:at], samples[at:]
-
-
-def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
-    """Feature sets that a site can have; masks and long sites allow no sort."""
-    sortable = not site.masked and max(site.queries, site.keys) <= LONGEST_SORT
-    slices = [s for s in config.slices if s == 0 or sortable] or [0]
-    return [FeatureSet(*chosen) for chosen in product(slices, config.pieces, SIDES)]
-
-
 def judge(
     graph: CapturedGraph,
     sites: Sequence[Site],
@@ -163,20 +109,22 @@ def judge(
     wide: frozenset[str],
     samples: Samples,
     batch: int,
+    wanted: Lowering | None = None,
 ) -> dict[str, list[Candidate]]:
-    """The candidates with cost and fidelity, all of them in one pass over the samples."""
+    """The candidates lowered, with cost and fidelity, all of them in one pass over the samples."""
     modules = {
-        site.name: {i: build(site, candidate, wide) for i, candidate in enumerate(candidates[site.name])}
-        for site in sites
+        s.name: {
+            i: lower(s, build(s, candidate, wide), batch, wanted) for i, candidate in enumerate(candidates[s.name])
+        }
+        for s in sites
     }
     found = candidate_fidelity(graph, sites, modules, samples)
-    return {
-        site.name: [
-            replace(candidate, cost=estimate(site, modules[site.name][i], batch), fidelity=found[site.name][i])
-            for i, candidate in enumerate(candidates[site.name])
-        ]
-        for site in sites
-    }
+
+    def judged(site: Site, i: int, candidate: Candidate) -> Candidate:
+        module, fidelity = modules[site.name][i], found[site.name][i]
+        return replace(candidate, lowering=module.lowering, cost=estimate(site, module, batch), fidelity=fidelity)
+
+    return {site.name: [judged(site, i, c) for i, c in enumerate(candidates[site.name])] for site in sites}
 
 
 def choose(site: Site, candidates: Sequence[Candidate], config: CompileConfig, level: float | None = None) -> Choice:
@@ -280,21 +228,3 @@ def next_step(choice: Choice) -> Candidate | None:
 def gain(now: Candidate, step: Candidate) -> float:
     """Squared error that a step takes away for each millisecond that it costs."""
     return (relc(now) ** 2 - relc(step) ** 2) / (step.cost - now.cost)
-
-
-def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
-    """Keep the first `steps` closure steps: each was fitted without regard to those after it."""
-    return replace(params, weights=params.weights[: 1 + steps])
-
-
-def why_not_sliced(site: Site) -> str | None:
-    """Why a sliced dual cannot stand in for a site, None where it can."""
-    if site.half_steps <= TOO_FEW_HALF_STEPS:
-        return f"{site.half_steps} half-steps are too few for an approximation to pay"
-    if site.query is None or site.temperature is None or not bool((site.temperature > 0).all()):
-        return "its scores hold no product of queries and keys to slice"
-    if not site.uniform:
-        return "its marginals are not uniform, which sliced duals do not serve yet"
-    if site.logarithm:
-        return "it ends in the logarithm of a plan, which sliced duals do not serve yet"
-    return None

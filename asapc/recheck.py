@@ -178,7 +178,7 @@ def read_choice(site: Site, report: Mapping[str, Any], tensors: Mapping[str, Ten
         weights = [tensors[f"{site.name}.weights.{i}"] for i in range(choice["half_steps"] // 2)]
         of = {name: tensors[f"{site.name}.{name}"] for name in ("query_basis", "key_basis", "knots")}
         params = SlicedDualParams(**of, slices=choice["slices"], weights=tuple(weights), side=choice["side"])
-    return Candidate(choice["operator"], choice["half_steps"], inf, params=params)
+    return Candidate(choice["operator"], choice["half_steps"], inf, None, params, choice["lowering"])
 
 
 def share_outside(spreads: Tensor, low: float, high: float) -> float:

@@ -137,6 +137,7 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
     return {
         "operator": candidate.operator,
         "half_steps": candidate.half_steps,
+        "lowering": candidate.lowering,
         "slices": 0 if params is None else params.slices,
         "features": features,
         "side": None if params is None else params.side,

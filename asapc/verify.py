@@ -107,8 +107,13 @@ def seen_of(fidelity: Fidelity) -> dict[str, Any]:
     }
 
 
-def check_budget(fidelity: Fidelity, budget: Sequence[Bound]) -> None:
+def check_budget(fidelity: Fidelity, budget: Sequence[Bound], cost: float | None = None) -> None:
     """Hold a compiled model against its budget; without terms DEFAULT_BUDGET holds, as far as it can be judged.
+
+    Args:
+        fidelity: of the model.
+        budget: terms to keep.
+        cost: what its operators take of the time of exact forms, as estimated, where that is known.
 
     Raises:
         FidelityError: a term is missed, or the output is not finite.
@@ -124,6 +129,7 @@ def check_budget(fidelity: Fidelity, budget: Sequence[Bound]) -> None:
     for bound in missed(fidelity, budget):
         hop = blamed(fidelity, bound)
         step = f"; of all steps {hop.name} changes the outputs most, by {hop.rel:.1e} relative" if hop else ""
+        step += "" if cost is None else f"; its operators take {cost:.0%} of the exact forms' time, as estimated"
         raise FidelityError(
             f"the closest model that could be had has {bound.metric} {seen_of(fidelity)[bound.metric]:.4g} on "
             f"{fidelity.samples} held-out samples, outside the budget {bound}{step}",

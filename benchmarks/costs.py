@@ -43,6 +43,7 @@ SHAPES = (
     (4, 8, 256, 256, 64),
     (1, 8, 512, 512, 64),
     (1, 8, 1024, 1024, 64),
+    (1, 8, 2048, 2048, 64),
 )
 SECONDS, THREADS = 2.0, 0
 
@@ -50,16 +51,24 @@ SECONDS, THREADS = 2.0, 0
 class Attention(nn.Module):
     """An operator with the product that makes its scores."""
 
-    def __init__(self, operator: nn.Module, scale: float) -> None:
+    def __init__(self, operator: Sinkhorn | SlicedDual, scale: float) -> None:
         super().__init__()
         self.operator, self.scale = operator, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries (B, H, N, D), keys and values (B, H, M, D) to outputs (B, H, N, D)."""
         scaled = q * self.scale
-        turned = bool(getattr(self.operator, "turned", False))
-        scores = k @ scaled.transpose(-1, -2) if turned else scaled @ k.transpose(-1, -2)
+        scores = k @ scaled.transpose(-1, -2) if self.operator.turned else scaled @ k.transpose(-1, -2)
         out: Tensor = self.operator.oriented(scores, q, k, v)
+        return out
+
+
+class FusedAttention(Attention):
+    """The same in fused passes."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries (B, H, N, D), keys and values (B, H, M, D) to outputs (B, H, N, D)."""
+        out: Tensor = self.operator.from_points(q * self.scale, q, k, v)
         return out
 
 
@@ -76,7 +85,7 @@ def sliced_dual(
     return SlicedDual(SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights), side), wide=wide)
 
 
-def operators(heads: int, size: int) -> dict[str, nn.Module]:
+def operators(heads: int, size: int) -> dict[str, Sinkhorn | SlicedDual]:
     """What is measured, by name."""
     return {
         "softmax": Sinkhorn(1),
@@ -92,7 +101,17 @@ def operators(heads: int, size: int) -> dict[str, nn.Module]:
         "hinges, 0 steps": sliced_dual(heads, size, 0, 8, 0),
         "hinges, 2 steps": sliced_dual(heads, size, 0, 8, 2),
         "8 slices, 1 step": sliced_dual(heads, size, 8, 0, 1),
+        "softmax, fused": fused(Sinkhorn(1)),
+        "exact 4, fused": fused(Sinkhorn(4)),
+        "parabolas, 0 steps, queries, fused": fused(sliced_dual(heads, size, 0, 0, 0, "queries")),
+        "hinges, 1 step, fused": fused(sliced_dual(heads, size, 0, 8, 1)),
     }
+
+
+def fused(operator: Sinkhorn | SlicedDual) -> Sinkhorn | SlicedDual:
+    """The operator, to be lowered to fused passes."""
+    operator.lowering = "fused"
+    return operator
 
 
 def main() -> None:
@@ -107,7 +126,8 @@ def main() -> None:
         modules = operators(heads, size)
         with tempfile.TemporaryDirectory() as folder:
             for name, module in modules.items():
-                graph = CapturedGraph(export(Attention(module, size**-0.5).eval(), samples[:2].inputs), samples[:2])
+                kind = FusedAttention if module.lowering == "fused" else Attention
+                graph = CapturedGraph(export(kind(module, size**-0.5).eval(), samples[:2].inputs), samples[:2])
                 runners[name] = OnnxRuntimeRunner(export_onnx(graph, Path(folder) / "a.onnx", {}).path, THREADS)
         for run in measure(runners, samples, batch, SECONDS):
             units = work(shape, modules[run.name])

@@ -30,12 +30,14 @@ from asapc.choices import Candidate, Plan
 from asapc.config import CompileConfig
 from asapc.costs import estimate
 from asapc.environment import environment
+from asapc.gather import gather_samples
 from asapc.loading import load_model
 from asapc.operators import build, exact_operator, operators
 from asapc.output import write_json
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.pipeline import find, gather_samples
-from asapc.plan import decide, judge, propose, split
+from asapc.pipeline import find
+from asapc.plan import decide, judge
+from asapc.propose import propose, split
 from asapc.ranges import score_ranges, wide_sites
 from asapc.verify import agreement, candidate_fidelity, first_output, site_fidelity
 from benchmarks.generated import replace_generated

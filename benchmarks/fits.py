@@ -32,6 +32,7 @@ from asapc.choices import FeatureSet, SlicedDualParams
 from asapc.config import CompileConfig
 from asapc.environment import environment
 from asapc.fit import fit
+from asapc.gather import gather_samples
 from asapc.loading import load_model
 from asapc.ops.c_transform import column_step, row_step
 from asapc.ops.sinkhorn import sinkhorn_duals
@@ -39,8 +40,8 @@ from asapc.ops.sliced_dual import SlicedDual, target_dual
 from asapc.output import write_json
 from asapc.passes.layout import operands, site_inputs
 from asapc.passes.record import record
-from asapc.pipeline import find, gather_samples
-from asapc.plan import split
+from asapc.pipeline import find
+from asapc.propose import split
 from benchmarks.teachers import cached
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fits.json"

@@ -25,7 +25,7 @@ from asapc.loading import load_model
 from asapc.operators import build
 from asapc.output import write_json
 from asapc.pipeline import find
-from asapc.plan import propose
+from asapc.propose import propose
 from asapc.verify import candidate_fidelity
 from benchmarks.teacher_data import POINTS, point_sets
 from benchmarks.teachers import cached

@@ -6,6 +6,7 @@ view operators to keep, and heads that were stacked by `cat` are found as well.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from asapc.artifacts import Operand, Site
 
 UNIT_TOLERANCE = 1e-9
 MERGED = {"z": "bh", "y": "hb"}
+# The scores of a site (B, H, N, M); the same made as (B, H, M, N), which needs no transposition; or in their place
+# queries (B, H, N, D) in units of the temperature, whose products with the keys they are.
+Form = Literal["scores", "turned", "points"]
 
 
 def arrange(tensor: Tensor, axes: str, last_two: str, groups: int, heads: int) -> Tensor:
@@ -111,7 +115,7 @@ def score_factor(site: Site, dtype: torch.dtype) -> Tensor | None:
 
 
 def site_inputs(
-    site: Site, tensors: Sequence[Tensor], factor: Tensor | None, turned: bool = False
+    site: Site, tensors: Sequence[Tensor], factor: Tensor | None, form: Form = "scores"
 ) -> list[Tensor | None]:
     """Arguments of a site's operator: scores, queries, keys and values, (B, H, ...) each, None where it has none.
 
@@ -119,7 +123,7 @@ def site_inputs(
         site: the site.
         tensors: values of `operands(site)`, in that order, in the graph's own layout.
         factor: what `score_factor` gave for the site; apart, since it takes no part in tracing.
-        turned: whether the scores of a product are wanted as (B, H, M, N): made that way they need no transposition.
+        form: of the scores, see `Form`; all but "scores" where they are a product.
     """
     rest = list(tensors)
     batch = None
@@ -144,7 +148,9 @@ def site_inputs(
         assert queries is not None
         assert keys is not None
         scaled = queries if factor is None else queries * factor
-        scores = keys @ scaled.transpose(-1, -2) if turned else scaled @ keys.transpose(-1, -2)
+        if form == "points":
+            return [scaled, queries, keys, values]
+        scores = keys @ scaled.transpose(-1, -2) if form == "turned" else scaled @ keys.transpose(-1, -2)
         return [scores, queries, keys, values]
     if site.exponential:
         scores = scores.log()

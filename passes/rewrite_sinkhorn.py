@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from asapc.artifacts import Operand, Site
 from asapc.passes.base import GraphPass, PassResult, PostconditionError, PreconditionError
-from asapc.passes.layout import loosen_views, operands, restore, score_factor, site_inputs
+from asapc.passes.layout import Form, loosen_views, operands, restore, score_factor, site_inputs
 
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # what torch.export leaves behind at casts
 
@@ -32,9 +32,13 @@ class InLayout(nn.Module):
         """What stands at the node that is replaced, of the values of `operands(site)`."""
         site, target = self.site, replaced(self.site)
         given = [tensor if tensor.dtype == site.dtype else tensor.to(site.dtype) for tensor in tensors]
-        turned = site.product and bool(getattr(self.operator, "turned", False))
-        run: Callable[..., Tensor] = self.operator.oriented if turned else self.operator  # type: ignore[assignment]
-        result = run(*site_inputs(site, given, self.factor, turned))
+        run: Callable[..., Tensor] = self.operator
+        form: Form = "scores"
+        if getattr(self.operator, "lowering", None) == "fused":
+            run, form = self.operator.from_points, "points"  # type: ignore[assignment]
+        elif site.product and getattr(self.operator, "turned", False):
+            run, form = self.operator.oriented, "turned"  # type: ignore[assignment]
+        result = run(*site_inputs(site, given, self.factor, form))
         result = result if result.dtype == self.dtype else result.to(self.dtype)
         return restore(result, target.axes, "nm" if site.output is None else "ne", site.groups, site.heads)
 

@@ -9,7 +9,8 @@ from test_calibrate import cached_teacher, site, sound
 from asapc.choices import Candidate, Choice, Plan
 from asapc.config import CompileConfig
 from asapc.operators import build, rivals
-from asapc.plan import TRUNCATED, check, choose, decide, feature_sets, front, next_step, plan, propose, repair
+from asapc.plan import check, choose, decide, front, next_step, plan, repair
+from asapc.propose import TRUNCATED, feature_sets, propose
 from asapc.results import SiteFidelity
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from asapc.artifacts import Axis
+from asapc.config import Lowering
 from asapc.ops.c_transform import column_step, plan, row_step
+from asapc.ops.fused import attend, half_step
 from asapc.ops.scaling import (
     SMALLEST_SUM,
     column_scaling,
@@ -119,6 +121,7 @@ class Sinkhorn(nn.Module):
         masked: bool = False,
         logarithm: bool = False,
         wide: bool = False,
+        lowering: Lowering = "materialised",
     ) -> None:
         """Set up the loop.
 
@@ -131,13 +134,14 @@ class Sinkhorn(nn.Module):
             logarithm: whether the plan is returned as its logarithm.
             wide: whether the scores spread so far, see `scaling.MOST_SPREAD`, that the kernel has to be levelled on
                 both axes. That takes more passes over the scores.
+            lowering: what takes its place in a graph, `forward` or `from_points`.
         """
         super().__init__()
         if half_steps < 1:
             raise ValueError(f"half_steps must be at least 1, got {half_steps}")
         self.half_steps, self.last = half_steps, last
         self.turned = first_axis(half_steps, last) == "columns"
-        self.masked, self.logarithm, self.wide = masked, logarithm, wide
+        self.masked, self.logarithm, self.wide, self.lowering = masked, logarithm, wide, lowering
         self.register_buffer("row_mass", row_mass)
         self.register_buffer("column_mass", column_mass)
 
@@ -220,3 +224,21 @@ class Sinkhorn(nn.Module):
             log_plan = log_plan if v is None else log_plan + torch.log(v)
             return log_plan.transpose(-1, -2) if self.turned else log_plan
         return scaled_plan(kernel, u, v, values, self.turned)
+
+    def from_points(
+        self, scaled: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Plan @ values (B, H, N, E) in fused passes (`fused.py`), of a loop on uniform marginals that ends on rows.
+
+        Args:
+            scaled: (B, H, N, D), queries whose products with the keys are scores in units of the temperature.
+            queries: not needed; all operators are called alike.
+            keys: (B, H, M, D).
+            values: (B, H, M, E).
+        """
+        dual: torch.Tensor | None = None
+        points, others = (keys, scaled) if self.turned else (scaled, keys)
+        for _ in range(self.half_steps - 1):
+            dual = half_step(points, others, dual)
+            points, others = others, points
+        return attend(scaled, keys, dual, values)

@@ -13,8 +13,10 @@ from torch import nn
 
 from asapc.artifacts import Axis
 from asapc.choices import Side, SlicedDualParams
+from asapc.config import Lowering
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, project
+from asapc.ops.fused import attend, half_step
 from asapc.ops.scaling import LOWEST_LIVE, column_scaling, row_scaling, scaled_plan, start
 from asapc.ops.sinkhorn import sinkhorn_duals
 from asapc.shapes import check_shape
@@ -75,6 +77,7 @@ class SlicedDual(nn.Module):
         masked: bool = False,
         mass: float = 1.0,
         wide: bool = False,
+        lowering: Lowering = "materialised",
     ) -> None:
         """Set up the operator.
 
@@ -84,9 +87,10 @@ class SlicedDual(nn.Module):
             masked: whether scores below `scaling.LOWEST_LIVE` are left out; only without slices.
             mass: what the last half-step normalises to.
             wide: whether the scores spread further than `scaling.MOST_SPREAD`.
+            lowering: what takes its place in a graph, `forward` or `from_points`.
         """
         super().__init__()
-        self.wide = wide
+        self.last, self.wide, self.lowering = last, wide, lowering
         self.slices, self.steps = params.slices, len(params.weights) - 1
         self.turned, self.masked, self.mass = params.side == "queries", masked, mass
         self.first_half_steps = first_half_steps(params.side, last)
@@ -192,6 +196,30 @@ class SlicedDual(nn.Module):
             u = row_scaling(kernel, v)
         # The vector of the axis that was not normalised last is of no consequence to a factor.
         return scaled_plan(kernel, u, v if self.mass == 1.0 else v * self.mass, values, self.turned)
+
+    def from_points(
+        self, scaled: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Plan @ values (B, H, N, E) in fused passes (`fused.py`), of an operator that ends on rows.
+
+        Args:
+            scaled: (B, H, N, D), queries whose products with the keys are scores in units of the temperature.
+            queries: (B, H, N, D), as the bases are for.
+            keys: (B, H, M, D).
+            values: (B, H, M, E).
+        """
+        points, others = (scaled, keys) if self.turned else (keys, scaled)
+        estimates = estimate(*self.coordinates(queries, keys), self.slices, self.knots, self.feature_weights)
+        dual = half_step(others, points, estimates[..., :1, :])
+        closures: list[torch.Tensor] = []
+        for step in range(1, self.steps + 1):
+            closures.append(half_step(points, others, dual))
+            weights: torch.Tensor = getattr(self, f"closure_weights_{step}")
+            again = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
+            dual = half_step(others, points, again)
+        if self.first_half_steps == 3:
+            dual = half_step(points, others, dual)
+        return attend(scaled, keys, dual, values)
 
 
 def scaling_vector(dual: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:

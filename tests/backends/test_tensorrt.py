@@ -31,6 +31,8 @@ class OfPoints(nn.Module):
         self.operator, self.masked, self.plan = operator, masked, plan
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if self.operator.lowering == "fused":
+            return self.operator.from_points(queries, queries, keys, values)
         scores = queries @ keys.transpose(-1, -2)
         if self.masked:  # made of the values, so that it differs by sample
             scores = scores.masked_fill(values[..., :1].transpose(-1, -2) > 1, -torch.inf)
@@ -44,7 +46,9 @@ def ahead_of_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def sliced_dual(slices: int, masked: bool = False, last: str = "rows", pieces: int = 0) -> nn.Module:
+def sliced_dual(
+    slices: int, masked: bool = False, last: str = "rows", pieces: int = 0, fused: bool = False
+) -> nn.Module:
     features = slices + SIZE + 1 + 2 * pieces
     operator = SlicedDual(
         SlicedDualParams(
@@ -56,6 +60,7 @@ def sliced_dual(slices: int, masked: bool = False, last: str = "rows", pieces: i
         ),
         last,
         masked,
+        lowering="fused" if fused else "materialised",
     )
     return OfPoints(operator, masked)
 
@@ -83,6 +88,10 @@ OPERATORS = {
     "projected Sinkhorn, turned": lambda: Projected(Sinkhorn(8)),
     "projected Sinkhorn, wide": lambda: Projected(Sinkhorn(7, wide=True)),
     "projected softmax": lambda: Projected(Sinkhorn(1)),
+    "fused sliced dual": lambda: sliced_dual(0, fused=True),
+    "fused sliced dual with slices": lambda: sliced_dual(3, fused=True),
+    "fused Sinkhorn": lambda: OfPoints(Sinkhorn(4, lowering="fused")),
+    "fused softmax": lambda: OfPoints(Sinkhorn(1, lowering="fused")),
     "Sinkhorn": lambda: OfPoints(Sinkhorn(6)),
     "Sinkhorn that ends on columns": lambda: OfPoints(Sinkhorn(5, "columns")),
     "masked Sinkhorn": lambda: OfPoints(Sinkhorn(6, masked=True), masked=True),

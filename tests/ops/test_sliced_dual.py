@@ -67,6 +67,18 @@ def test_the_operator_equals_its_reference(case):
 
 
 @quick
+@given(cases(most_slices=2))
+def test_the_fused_form_equals_the_reference(case):
+    params, _, queries, keys, values, _ = case
+    scaled = scale_of(queries.dtype) * queries
+    scores = scaled.double() @ keys.double().transpose(-1, -2)
+    expected = sliced_dual_plan_ref(scores, queries, keys, params) @ values.double()
+    seen = SlicedDual(params, lowering="fused").from_points(scaled, queries, keys, values)
+    assert seen.dtype == queries.dtype
+    assert difference(seen, expected) < tolerance(queries)
+
+
+@quick
 @given(cases())
 def test_features_equal_their_reference(case):
     params, _, queries, keys, _, _ = case

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from asapc.artifacts import CapturedGraph, OnnxArtifact
 from asapc.backends.base import temporary
@@ -50,7 +51,7 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
     with quiet_exporter():
         try:
             program = torch.onnx.export(
-                graph.program,
+                graph.program.run_decompositions({torch.ops.asapc.attention.default: multi_head_attention}),
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
@@ -67,6 +68,20 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
             ) from error
     assert program is not None  # with dynamo=True the exporter always returns one
     return program.model_proto
+
+
+def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What ONNX Runtime has for `ops.fused.attention`: its own operator, which on the CPU never holds the scores.
+
+    Samples and heads go as samples of one head: in that layout nothing has to be transposed.
+    """
+    inputs = [tensor.flatten(0, 1) for tensor in (queries, keys, values)]
+    shape = (*inputs[0].shape[:-1], values.shape[-1])
+    attributes: dict[str, Any] = {"num_heads": 1, "scale": 1.0}
+    made: Tensor = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention", inputs, attributes, dtype=queries.dtype, shape=shape, version=1
+    )
+    return torch.unflatten(made, 0, queries.shape[:2])
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from asapc.errors import BuildError
+from asapc.passes.base import PassManager
+from asapc.passes.standard_attention import StandardAttention
 from asapc.passes.unfuse_attention import UnfuseAttention
 
 
@@ -80,7 +82,7 @@ class Compiler:
         self.network = self.builder.create_network(0)
         self.parser = trt.OnnxParser(self.network, self.log)
         try:
-            model = UnfuseAttention()(onnx.load(path)).program
+            model = PassManager([StandardAttention(), UnfuseAttention()])(onnx.load(path)).program
         except DecodeError as error:
             raise BuildError(f"{path.name} is no ONNX model: {error}", "report the model") from error
         if not self.parser.parse(model.SerializeToString()):

@@ -1,0 +1,71 @@
+"""Half-steps without scores: each a pass of the runtime's own fused attention, in memory linear in N.
+
+A half-step on rows is a log-sum-exp over the keys, which is what attention divides by and does not tell. It tells it
+beside one more key whose score is known: from the share that attention gives to that key follows the log-sum-exp over
+the others. A dual is one more channel of the points that it
+belongs to, against ones on the other side. So all that a runtime needs is softmax(q k^T) v, which it has in a form
+that never holds the scores (FlashAttention, arXiv 2205.14135).
+"""
+
+import math
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+# What attention gives to the known score is held between these, so that logarithms are finite. It is no more than 1/2
+# but for rounding.
+SMALLEST_SHARE, LARGEST_SHARE = 1e-37, 0.75
+
+
+@torch.library.custom_op("asapc::attention", mutates_args=())
+def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """softmax(queries keys^T) values, (B, H, N, E), of (B, H, N, D), (B, H, M, D) and (B, H, M, E).
+
+    An operation of its own, so that exporters find it and write what the runtime has for it.
+    """
+    return scaled_dot_product_attention(queries, keys, values, scale=1.0)
+
+
+@attention.register_fake
+def _(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return queries.new_empty(*queries.shape[:-1], values.shape[-1])
+
+
+def with_ones(points: torch.Tensor) -> torch.Tensor:
+    """Points (B, H, N, D) with a channel of ones, against which the other side's dual stands."""
+    return pad(points, (0, 1), value=1.0)
+
+
+def with_dual(points: torch.Tensor, dual: torch.Tensor) -> torch.Tensor:
+    """Points (B, H, N, D) with their dual (B, H, 1, N) for one more channel."""
+    return torch.cat([points, dual.transpose(-1, -2)], dim=-1)
+
+
+def half_step(points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | None) -> torch.Tensor:
+    """Dual (B, H, 1, N) of points for which their axis is normalised: -logsumexp_j(points_i . others_j + dual_j).
+
+    The known score is the mean of all others, plus the logarithm of their number. By Jensen's inequality the
+    log-sum-exp is no less, so that no more than half goes to the key with that score, and what goes to the others is
+    one less that, without cancellation.
+
+    Args:
+        points: (B, H, N, D); products with the others are scores, in units of the temperature.
+        others: (B, H, M, D).
+        dual: (B, H, 1, M), or None for 0.
+    """
+    centre = others.mean(dim=-2, keepdim=True)
+    dual = torch.zeros_like(others[..., :1]).transpose(-1, -2) if dual is None else dual
+    level = dual.mean(dim=-1, keepdim=True) + math.log(others.shape[-2])
+    keys = pad(with_dual(others - centre, dual - level), (0, 0, 0, 1))  # less the level, the known score is 0
+    is_known = pad(torch.zeros_like(others[..., :1]), (0, 0, 0, 1), value=1.0)
+    share = attention(with_ones(points), keys, is_known).clamp(SMALLEST_SHARE, LARGEST_SHARE).transpose(-1, -2)
+    return torch.log(share) - torch.log1p(-share) - level - centre @ points.transpose(-1, -2)
+
+
+def attend(queries: torch.Tensor, keys: torch.Tensor, dual: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """The last half-step, on rows, and the product with values in one: softmax_j(q_i . k_j + dual_j) @ values."""
+    if dual is None:
+        output: torch.Tensor = attention(queries, keys, values)
+    else:
+        output = attention(with_ones(queries), with_dual(keys, dual - dual.mean(dim=-1, keepdim=True)), values)
+    return output

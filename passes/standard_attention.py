@@ -1,0 +1,52 @@
+"""Spells ONNX Runtime's attention in standard operators, for compilers that know no others.
+
+TensorRT fuses the product, softmax and product again, where it has a kernel for them.
+"""
+
+from typing import Any
+
+from asapc.passes.base import GraphPass, PassResult
+
+DOMAIN, OPERATOR = "com.microsoft", "MultiHeadAttention"
+
+
+class StandardAttention(GraphPass[Any]):
+    """Replaces attention of one head without scale, as asapc's own export writes it, in a ModelProto, in place."""
+
+    def call(self, program: Any) -> PassResult[Any]:
+        """Replace what is there."""
+        import onnx
+
+        nodes: list[Any] = []
+        modified = False
+        for node in program.graph.node:
+            if not is_plain(node):
+                nodes.append(node)
+                continue
+            modified = True
+            queries, keys, values = node.input
+            (output,) = node.output
+            turned, scores, plan = (f"{output}_{part}" for part in ("keys", "scores", "plan"))
+            nodes += [
+                onnx.helper.make_node("Transpose", [keys], [turned], perm=[0, 2, 1]),
+                onnx.helper.make_node("MatMul", [queries, turned], [scores]),
+                onnx.helper.make_node("Softmax", [scores], [plan], axis=-1),
+                onnx.helper.make_node("MatMul", [plan, values], [output]),
+            ]
+        if modified:
+            del program.graph.node[:]
+            program.graph.node.extend(nodes)
+            kept = [o for o in program.opset_import if o.domain != DOMAIN or any(n.domain == DOMAIN for n in nodes)]
+            del program.opset_import[:]
+            program.opset_import.extend(kept)
+        return PassResult(program, modified)
+
+
+def is_plain(node: Any) -> bool:
+    """Whether a node is attention of one head, with products for scores."""
+    attributes = {attribute.name: attribute.f or attribute.i for attribute in node.attribute}
+    return (
+        (node.domain, node.op_type) == (DOMAIN, OPERATOR)
+        and len(node.input) == 3
+        and attributes == {"num_heads": 1, "scale": 1.0}
+    )
