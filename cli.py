@@ -158,6 +158,14 @@ def compile_command(
             show_default="auto",
         ),
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|float16|bfloat16",
+            help="Precision of the engine's layers and products; duals and exponentials stay in float32.",
+            show_default="float32",
+        ),
+    ] = None,
     slices: Annotated[
         list[int] | None,
         typer.Option(help="Sorted slices that the planner may give a site; repeat to add.", show_default="0"),
@@ -188,6 +196,7 @@ def compile_command(
             "level": level,
             "early_stop": early_stop,
             "lowering": lowering,
+            "precision": precision,
             "slices": tuple(slices) if slices else None,
             "batches": tuple(batch) if batch else None,
             "seconds": seconds,

@@ -68,6 +68,9 @@ EarlyStopRule = Literal["bound", "refuse"]
 Lowering = Literal["materialised", "fused"]
 LoweringRule = Literal["auto", "materialised", "fused"]
 
+# Of the products in an engine; duals, scaling vectors and exponentials are float32 in any case.
+Precision = Literal["float32", "float16", "bfloat16"]
+
 # What a TOML file may hold where that is not the type of the default.
 TOML_TYPES: dict[str, tuple[type, ...]] = {
     "out": (str,),
@@ -102,6 +105,7 @@ class CompileConfig:
             refuses the model where it changes anything on the calibration samples.
         lowering: "auto" lowers each operator as is cheapest for the largest batch; "materialised" makes scores and
             takes standard ONNX operators alone; "fused" takes the runtime's attention where there is a fused form.
+        precision: of the engine's layers and products; what ONNX Runtime gets is float32.
         slices: numbers of sorted slices that the planner may give a site, in the order it tries them.
         batches: batch sizes at which latency is measured, up to LARGEST_BATCH.
         seconds: time spent on measuring each batch size.
@@ -122,6 +126,7 @@ class CompileConfig:
     early_stop: EarlyStopRule = "bound"
     level: int = 2
     lowering: LoweringRule = "auto"
+    precision: Precision = "float32"
     slices: tuple[int, ...] = (0,)
     pieces: tuple[int, ...] = (0, 8)
     batches: tuple[int, ...] = (1, 32)
@@ -148,6 +153,7 @@ class CompileConfig:
         for name, value, rule in (
             ("early_stop", self.early_stop, EarlyStopRule),
             ("lowering", self.lowering, LoweringRule),
+            ("precision", self.precision, Precision),
         ):
             if value not in get_args(rule):
                 raise OptionError(f"{name} is {value!r}", f"give {name} the value {' or '.join(get_args(rule))}")

@@ -120,11 +120,14 @@ def write_operators(path: Path, sites: Sequence[Site], plan: Plan) -> None:
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
-def list_artifacts(folder: Path, onnx: OnnxArtifact, engine: EngineArtifact) -> list[dict[str, Any]]:
+def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineArtifact) -> list[dict[str, Any]]:
     """The artefacts as the report lists them, paths relative to the folder."""
     operator = folder / "operator.safetensors"
     kinds: list[tuple[str, Path, dict[str, Any]]] = [
-        ("onnx", onnx.path, {"builder": f"torch.onnx, opset {onnx.opset}", "targets": []}),
+        *(
+            ("onnx", path, {"builder": f"torch.onnx, opset {opset}", "targets": []})
+            for path, opset in {onnx.path: onnx.opset for onnx in models}.items()
+        ),
         (
             "engine",
             engine.path,

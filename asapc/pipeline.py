@@ -1,27 +1,25 @@
 """The line from a checkpoint to its compiled form: each step one stage, in the order in which they run."""
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from asapc.artifacts import CapturedGraph, Findings, Samples, Site
+from asapc.artifacts import CapturedGraph, Findings, Samples
 from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.backends.onnxruntime.splicer import splice_onnx
 from asapc.backends.tensorrt.builder import build_engine
-from asapc.capture import capture, export
+from asapc.capture import capture
 from asapc.config import CompileConfig
 from asapc.costs import share_of_exact
 from asapc.environment import cpu_name, environment
-from asapc.errors import CaptureError, InternalError, NoSinkhornError
+from asapc.errors import NoSinkhornError, OptionError
 from asapc.events import OnEvent, stage
+from asapc.export import export_rivals, rewrite, write_onnx
 from asapc.gather import gather_samples, probe_samples
 from asapc.loading import load_model
 from asapc.measure import measure
@@ -30,7 +28,6 @@ from asapc.operators import operators, rivals
 from asapc.output import list_artifacts, output_folder, write_json, write_manifest, write_operators
 from asapc.passes.build_plan import build_plans
 from asapc.passes.evidence import find_with_evidence
-from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
 from asapc.plan import plan
 from asapc.propose import propose
 from asapc.report import CompileReport, early_stop_data, early_stop_note, plan_note, report_data, shorten
@@ -68,8 +65,7 @@ def compile_model(
             graph = capture(loaded, calibration, config.early_stop)
             check_labels(EagerRunner(graph.program.module()), calibration, held_out)
             if isinstance(graph, OnnxGraph):
-                # Operators of a file keep to standard ONNX, as the file does.
-                config = replace(config, lowering="materialised")
+                config = for_onnx_file(config)
             note = early_stop_note(early_stop_data(graph.early_stops))
             step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}"
 
@@ -90,15 +86,17 @@ def compile_model(
 
         with stage("export", on_event) as step:
             metadata = {"asapc.version": __version__, "asapc.source_sha256": loaded.sha256}
-            if isinstance(graph, OnnxGraph):
-                onnx = splice_onnx(graph, findings.sites, replaced, folder / "model.onnx", metadata)
-            else:
-                onnx = export_onnx(compiled, folder / "model.onnx", metadata)
+            onnx = write_onnx(graph, compiled, findings.sites, replaced, folder / "model.onnx", metadata)
             write_operators(folder / "operator.safetensors", findings.sites, chosen)
             step.summary = f"model.onnx, opset {onnx.opset}"
+            deployed, lowered = onnx, compiled
+            if config.precision != "float32":
+                lowered = rewrite(graph, findings.sites, replaced, getattr(torch, config.precision))
+                deployed = export_onnx(lowered, folder / f"model.{config.precision}.onnx", metadata, standard=True)
+                step.summary += f"; {deployed.path.name}"
 
         with stage("engine", on_event) as step:
-            engine = build_engine(onnx, folder / "model.engine", max(config.batches))
+            engine = build_engine(deployed, folder / "model.engine", max(config.batches))
             step.summary = f"{engine.builder} for {', '.join(engine.targets)}"
 
         with stage("verify", on_event) as step:
@@ -112,6 +110,10 @@ def compile_model(
                 "amortisation": EagerRunner(compiled.program.module()),
                 "export": runners["compiled"],
             }
+            if config.precision == "float16":
+                hops["precision"] = OnnxRuntimeRunner(deployed.path)
+            elif config.precision == "bfloat16":  # of which ONNX Runtime has no products on the CPU
+                hops["precision"] = EagerRunner(lowered.program.module())
             sites = site_fidelity(graph, findings.sites, replaced, held_out)
             fidelity = verify(hops, runners, sites, held_out)
             step.summary = f"logits differ by {fidelity.logits_rel:.2%}"
@@ -125,7 +127,7 @@ def compile_model(
             latency = Latency(cpu_name(), threads, tuple(runs))
             step.summary = f"{len(runners)} variants at batch {', '.join(map(str, config.batches))}"
 
-        artifacts = list_artifacts(folder, onnx, engine)
+        artifacts = list_artifacts(folder, [onnx, deployed], engine)
         data = report_data(loaded, findings, chosen, fidelity, latency, artifacts, environment(config.seed))
         write_json(folder / "report.json", data)
         write_manifest(folder, loaded.sha256, __version__)
@@ -141,6 +143,20 @@ def torch_threads(wanted: int) -> Iterator[int]:
         yield wanted or before
     finally:
         torch.set_num_threads(before)
+
+
+def for_onnx_file(config: CompileConfig) -> CompileConfig:
+    """Options for a model that is an ONNX file: its operators keep to standard ONNX, as the file does.
+
+    Raises:
+        OptionError: another precision is asked for than the file has.
+    """
+    if config.precision != "float32":
+        raise OptionError(
+            f"precision is {config.precision}, and an ONNX file keeps its own",
+            "compile the checkpoint that it was exported from, or leave --precision away",
+        )
+    return replace(config, lowering="materialised")
 
 
 def share_calibration(path: str | Path, config: CompileConfig) -> None:
@@ -201,39 +217,3 @@ def require_sites(findings: Findings, path: Path, listed: bool = False) -> None:
         f"{message}; {shorten(miss.source) or miss.node}: {miss.reason}",
         miss.hint if listed else f"run `asapc inspect {path} --why` to see all that came near, and what can be done",
     )
-
-
-def rewrite(graph: CapturedGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module]) -> CapturedGraph:
-    """A copy of the graph with operators in the place of the sites that have one.
-
-    Raises:
-        InternalError: the rewritten graph cannot be exported. The user's model was, so that it is not at fault.
-    """
-    if not modules:
-        return graph
-    module = RewriteSinkhorn(sites, modules)(graph.program.module()).program
-    try:
-        return CapturedGraph(export(module, graph.example.inputs), graph.example)
-    except CaptureError as error:
-        raise InternalError(f"the model cannot be exported with its operators: {error}") from error
-
-
-def export_rivals(
-    graph: CapturedGraph,
-    sites: Sequence[Site],
-    variants: Mapping[str, Mapping[str, nn.Module]],
-    threads: int,
-    advance: Callable[[str], None],
-) -> dict[str, Runner]:
-    """Sessions of what a compiled model is compared with, in the same runtime."""
-    runners: dict[str, Runner] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, modules in variants.items():
-            advance(f"exporting {name} for comparison")
-            target = Path(scratch) / f"{name}.onnx"
-            if isinstance(graph, OnnxGraph):
-                artifact = splice_onnx(graph, sites, modules, target, {})
-            else:
-                artifact = export_onnx(rewrite(graph, sites, modules), target, {})
-            runners[name] = OnnxRuntimeRunner(artifact.path, threads, name)
-    return runners

@@ -20,6 +20,7 @@ from asapc.capture import capture
 from asapc.choices import FeatureSet
 from asapc.config import CompileConfig
 from asapc.environment import environment
+from asapc.export import rewrite
 from asapc.gather import gather_samples
 from asapc.loading import load_model
 from asapc.measure import measure
@@ -28,7 +29,6 @@ from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.output import write_json
 from asapc.passes.find_sinkhorn import find_sinkhorn
-from asapc.pipeline import rewrite
 from asapc.propose import MOST_CLOSURE_STEPS, truncate
 from asapc.verify import compare, first_output, metric, site_fidelity
 

@@ -147,7 +147,7 @@ def site_inputs(
     if scores is None:
         assert queries is not None
         assert keys is not None
-        scaled = queries if factor is None else queries * factor
+        scaled = queries if factor is None else (queries * factor).to(queries.dtype)
         if form == "points":
             return [scaled, queries, keys, values]
         scores = keys @ scaled.transpose(-1, -2) if form == "turned" else scaled @ keys.transpose(-1, -2)

@@ -19,26 +19,39 @@ ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # what torch.export 
 
 
 class InLayout(nn.Module):
-    """An operator that reads and gives tensors in the layout of the graph that it is put into."""
+    """An operator that reads and gives tensors in the layout of the graph that it is put into.
 
-    def __init__(self, site: Site, operator: nn.Module, dtype: torch.dtype) -> None:
+    Products with queries, keys and values are in `precision`, all else in the precision of the scores: duals, scaling
+    vectors and exponentials are no matter of half-precision floats.
+    """
+
+    def __init__(self, site: Site, operator: nn.Module, dtype: torch.dtype, precision: torch.dtype) -> None:
         super().__init__()
         self.site, self.operator, self.dtype = site, operator, dtype
+        points = {operand for operand in (site.query, site.key) if site.product} | {site.value}
+        self.dtypes = [precision if operand in points else site.dtype for operand in operands(site)]
         self.register_buffer("factor", score_factor(site, site.dtype))
 
     factor: Tensor | None
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """What stands at the node that is replaced, of the values of `operands(site)`."""
+        with torch.autocast("cpu", enabled=False):
+            return self.run(tensors)
+
+    def run(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Do as `forward` where no cast is automatic."""
         site, target = self.site, replaced(self.site)
-        given = [tensor if tensor.dtype == site.dtype else tensor.to(site.dtype) for tensor in tensors]
+        given = [t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]
         run: Callable[..., Tensor] = self.operator
         form: Form = "scores"
         if getattr(self.operator, "lowering", None) == "fused":
             run, form = self.operator.from_points, "points"  # type: ignore[assignment]
         elif site.product and getattr(self.operator, "turned", False):
             run, form = self.operator.oriented, "turned"  # type: ignore[assignment]
-        result = run(*site_inputs(site, given, self.factor, form))
+        first, *others = site_inputs(site, given, self.factor, form)
+        assert first is not None
+        result = run(first if form == "points" else first.to(site.dtype), *others)
         result = result if result.dtype == self.dtype else result.to(self.dtype)
         return restore(result, target.axes, "nm" if site.output is None else "ne", site.groups, site.heads)
 
@@ -54,9 +67,13 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
     Args:
         sites: what `find_sinkhorn` found in the program that the graph module was made of.
         operators: by the site's name; a site without one is left as it is.
+        precision: of products with queries, keys and values; None for that of the scores.
     """
 
-    def __init__(self, sites: Sequence[Site], operators: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, sites: Sequence[Site], operators: Mapping[str, nn.Module], precision: torch.dtype | None = None
+    ) -> None:
+        self.precision = precision
         self.operators = {
             f"asapc_{replaced(site).node}": (site, operators[site.name]) for site in sites if site.name in operators
         }
@@ -77,7 +94,7 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
             if hasattr(program, target):
                 continue
             old = nodes[replaced(site).node]
-            program.add_submodule(target, InLayout(site, operator, old.meta["val"].dtype))
+            program.add_submodule(target, InLayout(site, operator, old.meta["val"].dtype, self.precision or site.dtype))
             with program.graph.inserting_before(old):
                 args = tuple(nodes[operand.node] for operand in operands(site))
                 replacement = program.graph.call_module(target, args)
@@ -102,3 +119,16 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
         for site, _ in self.operators.values():
             if replaced(site).node in names:
                 raise PostconditionError(f"site {site.name} is still in the graph")
+
+
+def keep_output_types(program: GraphModule) -> None:
+    """Cast the outputs of a graph to the floats that they were traced as, whatever becomes of what makes them."""
+    graph = program.graph
+    output = graph.output_node()
+    for node in output.all_input_nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_floating_point() and node.op != "placeholder":
+            with graph.inserting_before(output):
+                cast = graph.call_function(torch.ops.aten.to.dtype, (node, value.dtype))
+            output.replace_input_with(node, cast)
+    program.recompile()

@@ -53,6 +53,7 @@ LAYERS = {
         "asapc.measure",
         "asapc.report",
         "asapc.output",
+        "asapc.export",
         "asapc.environment",
         "asapc.backends.*",
     ),

@@ -14,11 +14,12 @@ from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capture import capture, export
 from asapc.config import CompileConfig
 from asapc.errors import SamplesError
+from asapc.export import rewrite
 from asapc.inputs import order_inputs, shape_options
 from asapc.loading import load_model
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.record import record
-from asapc.pipeline import compile_model, inspect_model, rewrite
+from asapc.pipeline import compile_model, inspect_model
 
 TOKENS, WIDTH = 6, 4
 

@@ -18,7 +18,7 @@ def project(points: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
     Points come last, here and in all that follows, since what is done to a coordinate is done to all points alike.
     """
-    return basis.transpose(-1, -2) @ points.transpose(-1, -2)
+    return basis.transpose(-1, -2) @ points.transpose(-1, -2).to(basis.dtype)
 
 
 def live_mask(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

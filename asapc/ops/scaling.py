@@ -99,6 +99,9 @@ def scaled_plan(
     Returns:
         (B, H, N, E), or without values (B, H, N, M).
     """
+    if values is not None and values.dtype != kernel.dtype:
+        # Entries of the plan fit into half-precision floats, scaling vectors need not.
+        return scaled_plan(kernel, u, v, None, turned).to(values.dtype) @ values
     if turned:
         kernel, u, v = kernel.transpose(-1, -2), v, u
     right = values

@@ -8,13 +8,13 @@ from torch import nn
 from asapc.artifacts import CapturedGraph, Samples
 from asapc.capture import export
 from asapc.errors import CaptureError, InternalError
+from asapc.export import rewrite
 from asapc.operators import exact_operator
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.passes.base import PreconditionError
 from asapc.passes.find_sinkhorn import find_sinkhorn
 from asapc.passes.layout import operands
 from asapc.passes.rewrite_sinkhorn import InLayout, RewriteSinkhorn
-from asapc.pipeline import rewrite
 
 WIDTH, HEADS, TOKENS = 16, 2, 6
 

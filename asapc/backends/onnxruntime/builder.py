@@ -19,39 +19,44 @@ from asapc.passes.onnx_cleanup import OnnxCleanup
 OPSET = 18  # what every runtime of the last years takes, TensorRT 10 and ONNX Runtime 1.14 among them
 
 
-def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str]) -> OnnxArtifact:
+def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], standard: bool = False) -> OnnxArtifact:
     """Write the graph as ONNX, checked by onnx.checker, its first axis dynamic.
 
     Args:
         graph: the graph; its inputs keep their names.
         path: file to write; it appears whole or not at all.
         metadata: what the file says about its origin.
+        standard: write standard operators alone, also where ONNX Runtime has one of its own.
 
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
     """
     batch = [{0: "batch"} for _ in graph.example.inputs]
-    model = OnnxCleanup(metadata)(to_proto(graph, axes=batch)).program
+    model = OnnxCleanup(metadata)(to_proto(graph, axes=batch, standard=standard)).program
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
     temporary(path).rename(path)
     return OnnxArtifact(path, next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")))
 
 
-def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]] | None = None) -> Any:
+def to_proto(
+    graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]] | None = None, standard: bool = False
+) -> Any:
     """The graph as a ModelProto, as the exporter writes it.
 
     Args:
         graph: the graph.
         opset: version of the ONNX standard.
         axes: what to call the dynamic axes of each input; None for names like s77.
+        standard: see `export_onnx`.
 
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
     """
+    fused = standard_attention if standard else multi_head_attention
     with quiet_exporter():
         try:
             program = torch.onnx.export(
-                graph.program.run_decompositions({torch.ops.asapc.attention.default: multi_head_attention}),
+                graph.program.run_decompositions({torch.ops.asapc.attention.default: fused}),
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
@@ -82,6 +87,11 @@ def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tenso
         "com.microsoft::MultiHeadAttention", inputs, attributes, dtype=queries.dtype, shape=shape, version=1
     )
     return torch.unflatten(made, 0, queries.shape[:2])
+
+
+def standard_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What stands for `ops.fused.attention` in standard operators; TensorRT fuses it where it has a kernel."""
+    return torch.softmax(queries @ keys.transpose(-1, -2), dim=-1) @ values
 
 
 @contextlib.contextmanager
