@@ -166,6 +166,14 @@ def compile_command(
             show_default="float32",
         ),
     ] = None,
+    dynamic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXIS=LOW:HIGH,...",
+            help="Open axes of the inputs: batch=1:64, seq=16:2048 for the second axis, or INPUT.AXIS=LOW:HIGH.",
+            show_default="the batch alone",
+        ),
+    ] = None,
     slices: Annotated[
         list[int] | None,
         typer.Option(help="Sorted slices that the planner may give a site; repeat to add.", show_default="0"),
@@ -197,6 +205,7 @@ def compile_command(
             "early_stop": early_stop,
             "lowering": lowering,
             "precision": precision,
+            "dynamic": dynamic,
             "slices": tuple(slices) if slices else None,
             "batches": tuple(batch) if batch else None,
             "seconds": seconds,

@@ -100,6 +100,20 @@ class EarlyStops:
     taken: bool
 
 
+@dataclass(frozen=True)
+class DynamicAxis:
+    """An open axis of an input, or of several.
+
+    Attributes:
+        name: those of one name have one length.
+        low, high: its least and largest length; None for no limit.
+    """
+
+    name: str
+    low: int
+    high: int | None
+
+
 @dataclass(frozen=True, eq=False)
 class CapturedGraph:
     """A model as one graph with a dynamic batch.
@@ -108,11 +122,13 @@ class CapturedGraph:
         program: the exported program.
         example: the inputs it was captured with, batch at least 2.
         early_stops: the early stops that it does without; None where the model has none.
+        axes: its open axes by the input's name and their number; None for the first of each, the batch, alone.
     """
 
     program: ExportedProgram
     example: Samples
     early_stops: EarlyStops | None = None
+    axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_structure
 
-from asapc.artifacts import CapturedGraph, EarlyStops, LoadedModel, Samples
+from asapc.artifacts import CapturedGraph, DynamicAxis, EarlyStops, LoadedModel, Samples
 from asapc.config import EarlyStopRule
 from asapc.early_stop import Unconverged
 from asapc.errors import AsapcError, CaptureError, SamplesError, first_line
@@ -30,7 +30,12 @@ ROUNDING = 1e-6
 SINGLE_RATIO, SINGLE_ROUNDING = 10, 1e-3
 
 
-def capture(loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule = "bound") -> CapturedGraph:
+def capture(
+    loaded: LoadedModel,
+    samples: Samples,
+    early_stop: EarlyStopRule = "bound",
+    axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
+) -> CapturedGraph:
     """Export a model with a dynamic batch axis.
 
     Args:
@@ -39,6 +44,7 @@ def capture(loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule = "
             with its graph on all of them.
         early_stop: what to do where loops that stop early for these samples are captured at their bound, and the
             outputs are other ones: "bound" goes on, "refuse" does not.
+        axes: open axes by the input's name and their number; None for the batch alone.
 
     Raises:
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
@@ -57,10 +63,10 @@ def capture(loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule = "
         check_single(loaded.module, graph.program, example)
         return graph
     with Unconverged(loaded.module) as unconverged:
-        program = export(loaded.module, example.inputs)
+        program = export(loaded.module, example.inputs, axes)
     check_single(loaded.module, program, example, stops=bool(unconverged.questions))
     if not unconverged.questions:
-        return CapturedGraph(program, example)
+        return CapturedGraph(program, example, axes=axes)
     # What was only computed to be asked about is of no use any more.
     program.graph_module.graph.eliminate_dead_code()
     program.graph_module.recompile()
@@ -71,7 +77,7 @@ def capture(loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule = "
             f"outputs differ by {stops.difference:.1e}",
             "compile it with --early-stop bound, or train and evaluate it with a fixed number of iterations",
         )
-    return CapturedGraph(program, example, stops)
+    return CapturedGraph(program, example, stops, axes)
 
 
 def run(module: nn.Module, batch: Samples, samples: Samples) -> list[Tensor]:
@@ -185,14 +191,20 @@ def compare_stops(
 
 
 def export(
-    module: nn.Module, inputs: Mapping[str, Tensor], dims: tuple[dict[int, Any], ...] | None = None
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
+    dims: tuple[dict[int, Any], ...] | None = None,
 ) -> ExportedProgram:
     """torch.export with the first axis of every input dynamic and called "batch", or with dynamic axes of one's own.
 
     Inputs reach the parameters of their names. The program's graph, and its module, take them by position, in the
     order given.
     """
-    batch = Dim("batch", min=1)
+    open_axes = {name: {0: DynamicAxis("batch", 1, None)} for name in inputs} if axes is None else axes
+    known = {axis.name: axis for of_input in open_axes.values() for axis in of_input.values()}
+    symbols = {name: Dim(name, min=axis.low, max=axis.high) for name, axis in known.items()}
+    own = tuple({number: symbols[axis.name] for number, axis in open_axes[name].items()} for name in inputs)
     args, kwargs = arguments(module, inputs)
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -201,7 +213,7 @@ def export(
                 module,
                 args,
                 kwargs,
-                dynamic_shapes=tuple({0: batch} for _ in inputs) if dims is None else dims,
+                dynamic_shapes=own if dims is None else dims,
                 strict=False,
             )
             # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
@@ -214,7 +226,8 @@ def export(
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture the model: {first_line(error)}",
-            "the forward must work for every batch size, and may branch on values of tensors to end a loop only",
+            "the forward must work for every batch size, and for every length of a dynamic axis, and may branch on "
+            "values of tensors to end a loop only",
         ) from error
     return program
 

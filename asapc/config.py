@@ -106,6 +106,7 @@ class CompileConfig:
         lowering: "auto" lowers each operator as is cheapest for the largest batch; "materialised" makes scores and
             takes standard ONNX operators alone; "fused" takes the runtime's attention where there is a fused form.
         precision: of the engine's layers and products; what ONNX Runtime gets is float32.
+        dynamic: open axes of the inputs with their ranges, such as "batch=1:64,seq=16:2048"; see `asapc.dynamic`.
         slices: numbers of sorted slices that the planner may give a site, in the order it tries them.
         batches: batch sizes at which latency is measured, up to LARGEST_BATCH.
         seconds: time spent on measuring each batch size.
@@ -127,6 +128,7 @@ class CompileConfig:
     level: int = 2
     lowering: LoweringRule = "auto"
     precision: Precision = "float32"
+    dynamic: str = ""
     slices: tuple[int, ...] = (0,)
     pieces: tuple[int, ...] = (0, 8)
     batches: tuple[int, ...] = (1, 32)

@@ -15,7 +15,7 @@ from asapc.backends.onnxruntime.splicer import splice_onnx
 from asapc.capture import export
 from asapc.errors import CaptureError, InternalError
 from asapc.onnx_graph import OnnxGraph
-from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn, keep_output_types
+from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn, keep_float32, keep_output_types
 
 
 def rewrite(
@@ -41,10 +41,11 @@ def rewrite(
     half = None if precision == torch.float32 else precision
     module = RewriteSinkhorn(sites, modules, half)(graph.program.module()).program
     if half is not None:
+        keep_float32(module)
         keep_output_types(module)
     try:
         with torch.autocast("cpu", dtype=half, enabled=half is not None):
-            return CapturedGraph(export(module, graph.example.inputs), graph.example)
+            return CapturedGraph(export(module, graph.example.inputs, graph.axes), graph.example, axes=graph.axes)
     except CaptureError as error:
         raise InternalError(f"the model cannot be exported with its operators: {error}") from error
 

@@ -15,7 +15,12 @@ FEWEST_ROUNDS = 10
 
 
 def measure(
-    runners: Mapping[str, Runner], samples: Samples, batch: int, seconds: float, seed: int = 0
+    runners: Mapping[str, Runner],
+    samples: Samples,
+    batch: int,
+    seconds: float,
+    seed: int = 0,
+    rounds: int = FEWEST_ROUNDS,
 ) -> list[LatencyRun]:
     """Time every runner on the same batch, in rounds of one call each, in a new random order each round.
 
@@ -23,27 +28,28 @@ def measure(
         runners: what to time, by name.
         samples: real inputs; repeated where there are fewer than `batch`.
         batch: samples a call.
-        seconds: time to spend; at least 10 rounds are made however long they take.
+        seconds: time to spend.
         seed: of the order within the rounds.
+        rounds: how many are made at least, however long they take.
 
     Returns:
         One result for each runner, milliseconds a call.
     """
     inputs = samples[[i % len(samples) for i in range(batch)]]
     for runner in runners.values():
-        for _ in range(WARM_UP_CALLS):
+        for _ in range(min(WARM_UP_CALLS, rounds)):
             runner(inputs)
     times: dict[str, list[float]] = {name: [] for name in runners}
     order, shuffle = list(runners), random.Random(seed).shuffle
     end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < FEWEST_ROUNDS or time.perf_counter() < end:
+    made = 0
+    while made < rounds or time.perf_counter() < end:
         shuffle(order)
         for name in order:
             start = time.perf_counter()
             runners[name](inputs)
             times[name].append(1e3 * (time.perf_counter() - start))
-        rounds += 1
+        made += 1
     return [summarise(name, runners[name].runtime, batch, times[name]) for name in runners]
 
 

@@ -16,6 +16,7 @@ from asapc.backends.tensorrt.builder import build_engine
 from asapc.capture import capture
 from asapc.config import CompileConfig
 from asapc.costs import share_of_exact
+from asapc.dynamic import at_longest, opens, parse_axes, reopen
 from asapc.environment import cpu_name, environment
 from asapc.errors import NoSinkhornError, OptionError
 from asapc.events import OnEvent, stage
@@ -64,6 +65,7 @@ def compile_model(
         with stage("capture", on_event) as step:
             graph = capture(loaded, calibration, config.early_stop)
             check_labels(EagerRunner(graph.program.module()), calibration, held_out)
+            axes = parse_axes(config.dynamic, calibration)
             if isinstance(graph, OnnxGraph):
                 config = for_onnx_file(config)
             note = early_stop_note(early_stop_data(graph.early_stops))
@@ -76,12 +78,16 @@ def compile_model(
             require_sites(findings, path)
 
         with stage("plan", on_event) as step:
-            chosen = plan(graph, findings.sites, calibration, held_out, config, step.advance)
+            longest = [at_longest(site, axes, calibration) for site in findings.sites]
+            chosen = plan(graph, longest, calibration, held_out, config, step.advance)
             step.summary = plan_note(chosen)
 
         with stage("rewrite", on_event) as step:
             replaced = operators(findings.sites, chosen)
-            compiled = rewrite(graph, findings.sites, replaced)
+            opened, sites = graph, list(findings.sites)
+            if opens(axes):
+                opened, sites = reopen(loaded, calibration, axes, graph, findings.sites, config.early_stop)
+            compiled = rewrite(opened, sites, replaced)
             step.summary = f"{len(compiled.program.graph.nodes)} nodes"
 
         with stage("export", on_event) as step:
@@ -91,12 +97,12 @@ def compile_model(
             step.summary = f"model.onnx, opset {onnx.opset}"
             deployed, lowered = onnx, compiled
             if config.precision != "float32":
-                lowered = rewrite(graph, findings.sites, replaced, getattr(torch, config.precision))
+                lowered = rewrite(opened, sites, replaced, getattr(torch, config.precision))
                 deployed = export_onnx(lowered, folder / f"model.{config.precision}.onnx", metadata, standard=True)
                 step.summary += f"; {deployed.path.name}"
 
         with stage("engine", on_event) as step:
-            engine = build_engine(deployed, folder / "model.engine", max(config.batches))
+            engine = build_engine(deployed, folder / "model.engine", max(config.batches), opened.axes)
             step.summary = f"{engine.builder} for {', '.join(engine.targets)}"
 
         with stage("verify", on_event) as step:
@@ -114,8 +120,8 @@ def compile_model(
                 hops["precision"] = OnnxRuntimeRunner(deployed.path)
             elif config.precision == "bfloat16":  # of which ONNX Runtime has no products on the CPU
                 hops["precision"] = EagerRunner(lowered.program.module())
-            sites = site_fidelity(graph, findings.sites, replaced, held_out)
-            fidelity = verify(hops, runners, sites, held_out)
+            of_sites = site_fidelity(graph, findings.sites, replaced, held_out)
+            fidelity = verify(hops, runners, of_sites, held_out)
             step.summary = f"logits differ by {fidelity.logits_rel:.2%}"
             check_budget(fidelity, config.bounds(), share_of_exact(chosen))
 
@@ -151,10 +157,10 @@ def for_onnx_file(config: CompileConfig) -> CompileConfig:
     Raises:
         OptionError: another precision is asked for than the file has.
     """
-    if config.precision != "float32":
+    if config.precision != "float32" or config.dynamic:
         raise OptionError(
-            f"precision is {config.precision}, and an ONNX file keeps its own",
-            "compile the checkpoint that it was exported from, or leave --precision away",
+            "an ONNX file keeps its own precision and axes",
+            "compile the checkpoint that it was exported from, or leave --precision and --dynamic away",
         )
     return replace(config, lowering="materialised")
 

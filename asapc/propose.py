@@ -59,8 +59,8 @@ def split(samples: Samples) -> tuple[Samples, Samples]:
 
 
 def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
-    """Feature sets that a site can have; masks and long sites allow no sort."""
-    sortable = not site.masked and max(site.queries, site.keys) <= LONGEST_SORT
+    """Feature sets that a site can have; masks, long sites and lengths left open allow no sort."""
+    sortable = not site.masked and not config.dynamic and max(site.queries, site.keys) <= LONGEST_SORT
     slices = [s for s in config.slices if s == 0 or sortable] or [0]
     return [FeatureSet(*chosen) for chosen in product(slices, config.pieces, SIDES)]
 

@@ -15,6 +15,13 @@ from asapc.artifacts import Operand, Site
 from asapc.passes.base import GraphPass, PassResult, PostconditionError, PreconditionError
 from asapc.passes.layout import Form, loosen_views, operands, restore, score_factor, site_inputs
 
+WIDE = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "batch_norm", "rms_norm"),
+        *("exp", "log", "log1p", "log_softmax", "logsumexp", "sum", "prod", "cumsum", "pow", "rsqrt", "reciprocal"),
+    )
+}
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # what torch.export leaves behind at casts
 
 
@@ -119,6 +126,22 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
         for site, _ in self.operators.values():
             if replaced(site).node in names:
                 raise PostconditionError(f"site {site.name} is still in the graph")
+
+
+def keep_float32(program: GraphModule) -> None:
+    """Cast what goes into normalisations, exponentials and sums back to the floats that it was traced as.
+
+    As torch's automatic casts do on GPUs, in whose stead those for processors are traced.
+    """
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in WIDE:
+            for given in node.all_input_nodes:
+                value = given.meta.get("val")
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    with program.graph.inserting_before(node):
+                        cast = program.graph.call_function(torch.ops.aten.to.dtype, (given, value.dtype))
+                    node.replace_input_with(given, cast)
+    program.recompile()
 
 
 def keep_output_types(program: GraphModule) -> None:

@@ -7,6 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+import asapc
+from asapc.config import CompileConfig
+from asapc.models.pointset import PointTransformer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,3 +33,23 @@ os.environ["OMP_NUM_THREADS"] = "1"
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def point_model(tmp_path_factory):
+    """A small teacher on sets of 24 points, and a function that compiles it exactly, with options."""
+    folder = tmp_path_factory.mktemp("points")
+    sizes = {"width": 16, "heads": 2, "depth": 2, "iterations": 4}
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    teacher = PointTransformer(**sizes).eval()
+    torch.save(teacher.state_dict(), folder / "model.pt")
+    torch.save({"points": torch.randn(32, 24, 3, generator=generator)}, folder / "samples.pt")
+    fixed = {"model": "asapc.models.pointset:PointTransformer", "model_args": sizes, "calib": folder / "samples.pt"}
+    quick = {"level": 1, "batches": (1,), "seconds": 0.1, "threads": 1}
+
+    def compile_it(**options):
+        out = tmp_path_factory.mktemp("compiled") / "out"
+        return asapc.compile_model(folder / "model.pt", CompileConfig(out=out, **fixed, **quick, **options))
+
+    return teacher, compile_it

@@ -147,7 +147,7 @@ def test_a_budget_that_nothing_keeps_leaves_the_closest(teacher):
 
 def test_rivals_take_as_many_half_steps_as_they_are_said_to(teacher):
     name = teacher.site.name
-    found = rivals([teacher.site], Plan({name: Choice(candidate("sliced_dual", 1.0, 0.1), "")}, frozenset([name])))
+    found = rivals([teacher.site], Plan({name: Choice(candidate("sliced_dual", 1.0, 0.1), "")}, frozenset([name])), 1)
     assert found["teacher"] == {}
     assert (found["exact"][name].half_steps, found["exact"][name].wide) == (teacher.site.half_steps, True)
     assert found["truncated"][name].half_steps == 5

@@ -7,8 +7,6 @@ belongs to, against ones on the other side. So all that a runtime needs is softm
 that never holds the scores (FlashAttention, arXiv 2205.14135).
 """
 
-import math
-
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -65,7 +63,8 @@ def half_step(points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | N
     exact = torch.promote_types(points.dtype, torch.float32)
     centre = others.to(exact).mean(dim=-2, keepdim=True)
     dual = torch.zeros_like(others[..., :1], dtype=exact).transpose(-1, -2) if dual is None else dual
-    level = dual.mean(dim=-1, keepdim=True) + math.log(others.shape[-2])
+    # A sum of exponentials of zeros is their number, which a length that is left open has no logarithm of.
+    level = dual.mean(dim=-1, keepdim=True) + torch.logsumexp(torch.zeros_like(dual), dim=-1, keepdim=True)
     centred = (others - centre).to(points.dtype)
     keys = pad(with_dual(centred, dual - level), (0, 0, 0, 1))  # less the level, the known score is 0
     is_known = pad(torch.zeros_like(others[..., :1]), (0, 0, 0, 1), value=LARGEST_COLUMN)

@@ -5,6 +5,7 @@ from itertools import islice
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from asapc.artifacts import Axis
 from asapc.config import Lowering
@@ -155,7 +156,8 @@ class Sinkhorn(nn.Module):
         all: if they did not, the scaling vectors would run apart with every repetition, out of the range of float32.
         """
         n, m = kernel.shape[-2:][:: -1 if self.turned else 1]
-        default = None if n == m else kernel.new_full((1,), n / m)
+        # Lengths that are left open are compared only as far as they are known to be the same.
+        default = None if statically_known_true(n == m) else kernel.new_full((1,), 1.0) * n / m
         given = (self.row_mass, default if self.column_mass is None else self.column_mass)
         rows, columns = (
             None if mass is None else mass.expand(size).unsqueeze(0)

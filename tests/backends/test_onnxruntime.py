@@ -7,12 +7,13 @@ import torch
 from tolerances import EXPORT
 from torch import nn
 
-from asapc.artifacts import CapturedGraph, Samples
+from asapc.artifacts import CapturedGraph, DynamicAxis, Samples
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capture import export
 from asapc.errors import BuildError
+from asapc.ops.sinkhorn import Sinkhorn
 
 
 class TwoInputs(nn.Module):
@@ -153,3 +154,55 @@ def test_the_batch_is_called_batch(tmp_path):
     found = onnx.load(path).graph
     dims = [value.type.tensor_type.shape.dim[0].dim_param for value in (*found.input, *found.output)]
     assert dims == ["batch", "3*batch", "batch"]
+
+
+class Fused(nn.Module):
+    """An operator in fused passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operator = Sinkhorn(5, lowering="fused")
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return self.operator.from_points(queries, queries, keys, values)
+
+
+@pytest.fixture
+def fused():
+    inputs = {"queries": torch.randn(2, 3, 17, 4), "keys": torch.randn(2, 3, 19, 4), "values": torch.randn(2, 3, 19, 5)}
+    return graph(Fused(), **inputs)
+
+
+def test_fused_attention_is_onnx_runtimes_own_and_never_holds_the_scores(fused, tmp_path):
+    artifact = export_onnx(fused, tmp_path / "model.onnx", {})
+    model = onnx.load(artifact.path)
+    assert [node.op_type for node in model.graph.node].count("MultiHeadAttention") == 5
+    assert "Softmax" not in {node.op_type for node in model.graph.node}
+    for batch in (1, 2, 4):
+        samples = fused.example[[i % 2 for i in range(batch)]]
+        expected, seen = EagerRunner(Fused())(samples)[0], OnnxRuntimeRunner(artifact.path)(samples)[0]
+        assert torch.linalg.vector_norm(seen - expected) <= EXPORT * torch.linalg.vector_norm(expected)
+
+
+def test_fused_attention_has_a_standard_form_that_gives_the_same(fused, tmp_path):
+    paths = [tmp_path / "own.onnx", tmp_path / "standard.onnx"]
+    own, standard = (export_onnx(fused, path, {}, standard=path.stem == "standard") for path in paths)
+    assert {node.domain for node in onnx.load(standard.path).graph.node} == {""}
+    expected, seen = (OnnxRuntimeRunner(artifact.path)(fused.example)[0] for artifact in (own, standard))
+    assert torch.linalg.vector_norm(seen - expected) <= EXPORT * torch.linalg.vector_norm(expected)
+
+
+def test_open_axes_are_named_in_the_file(tmp_path):
+    axes = {
+        name: {0: DynamicAxis("batch", 1, None), 2: DynamicAxis(axis, 2, 64)}
+        for name, axis in (("queries", "n"), ("keys", "m"), ("values", "m"))
+    }
+    inputs = {"queries": torch.randn(2, 3, 17, 4), "keys": torch.randn(2, 3, 19, 4), "values": torch.randn(2, 3, 19, 5)}
+    captured = CapturedGraph(export(Fused(), inputs, axes), Samples(inputs), axes=axes)
+    artifact = export_onnx(captured, tmp_path / "model.onnx", {})
+    names = [[d.dim_param for d in v.type.tensor_type.shape.dim][:3] for v in onnx.load(artifact.path).graph.input]
+    assert names == [["batch", "", "n"], ["batch", "", "m"], ["batch", "", "m"]]
+    shapes = {"queries": (3, 3, 5, 4), "keys": (3, 3, 30, 4), "values": (3, 3, 30, 5)}
+    other = Samples({name: torch.randn(shape) for name, shape in shapes.items()})
+    expected, seen = EagerRunner(Fused())(other)[0], OnnxRuntimeRunner(artifact.path)(other)[0]
+    assert torch.linalg.vector_norm(seen - expected) <= EXPORT * torch.linalg.vector_norm(expected)

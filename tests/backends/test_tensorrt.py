@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import asapc.backends.tensorrt.builder
-from asapc.artifacts import CapturedGraph, OnnxArtifact, Samples
+from asapc.artifacts import CapturedGraph, DynamicAxis, OnnxArtifact, Samples
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.tensorrt.builder import build_engine
 from asapc.capture import export
@@ -99,9 +99,26 @@ OPERATORS = {
 }
 
 
-def exported(module: nn.Module, path) -> OnnxArtifact:
+def exported(module: nn.Module, path, axes=None, precision=None) -> OnnxArtifact:
     inputs = {name: torch.randn(2, HEADS, TOKENS, SIZE) for name in ("queries", "keys", "values")}
-    return export_onnx(CapturedGraph(export(module, inputs), Samples(inputs)), path, {})
+    if precision is not None:
+        module = InPrecision(module, precision)
+    graph = CapturedGraph(export(module, inputs, axes), Samples(inputs), axes=axes)
+    return export_onnx(graph, path, {}, standard=precision is not None)
+
+
+class InPrecision(nn.Module):
+    """An operator on queries, keys and values in half precision, as `InLayout` calls it."""
+
+    def __init__(self, attention: OfPoints, precision: torch.dtype) -> None:
+        super().__init__()
+        self.operator, self.precision = attention.operator, precision
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        q, k, v = (points.to(self.precision) for points in (queries, keys, values))
+        if self.operator.lowering == "fused":
+            return self.operator.from_points(q, q, k, v).float()
+        return self.operator((q @ k.transpose(-1, -2)).float(), q, k, v).float()
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -114,6 +131,25 @@ def test_an_engine_is_built_for_every_operator_with_a_dynamic_batch(name, ahead_
     assert engine.builder.startswith("tensorrt-rtx ")
     assert engine.targets
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.engine", "model.onnx"]
+
+
+PLAIN = ("sliced dual", "sliced dual with hinges", "Sinkhorn", "fused sliced dual", "fused Sinkhorn", "fused softmax")
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*PLAIN, "sliced dual with slices", "fused sliced dual with slices"])
+def test_an_engine_is_built_in_half_precision(name, precision, ahead_of_time, tmp_path):
+    artifact = exported(OPERATORS[name](), tmp_path / "model.onnx", precision=precision)
+    engine = build_engine(artifact, tmp_path / "model.engine", largest_batch=5)
+    assert {"SM80", "SM86", "SM89"} <= set(engine.targets)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "masked sliced dual", "masked Sinkhorn"])
+def test_an_engine_is_built_for_a_range_of_lengths(name, ahead_of_time, tmp_path):
+    open_axes = {0: DynamicAxis("batch", 1, 4), 2: DynamicAxis("seq", 2, 6000)}  # more than TensorRT sorts
+    axes = dict.fromkeys(("queries", "keys", "values"), open_axes)
+    artifact = exported(OPERATORS[name](), tmp_path / "model.onnx", axes)
+    assert build_engine(artifact, tmp_path / "model.engine", 4, axes).targets
 
 
 def test_every_target_is_built_for_or_refused_with_a_reason(ahead_of_time, tmp_path):

@@ -73,3 +73,17 @@ def test_a_fused_loop_equals_the_reference(half_steps, shape):
     expected = sinkhorn_plan_ref(queries @ keys.transpose(-1, -2) / math.sqrt(8), half_steps) @ values.double()
     seen = Sinkhorn(half_steps, lowering="fused").from_points(queries / math.sqrt(8), queries, keys, values)
     assert difference(seen, expected) < FLOAT32
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3e-3), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize("half_steps", [1, 2, 9])
+@pytest.mark.parametrize("fused", [False, True])
+def test_half_precision_points_lose_no_more_than_their_own_rounding(dtype, most, half_steps, fused):
+    queries, keys, values = (torch.randn(2, HEADS, 40, 16) for _ in range(3))
+    scores = queries.double() @ keys.double().transpose(-1, -2)
+    expected = sinkhorn_plan_ref(scores, half_steps) @ values.double()
+    q, k, v = (points.to(dtype) for points in (queries, keys, values))
+    operator = Sinkhorn(half_steps)
+    seen = operator.from_points(q, q, k, v) if fused else operator((q @ k.transpose(-1, -2)).float(), q, k, v)
+    assert seen.dtype == dtype
+    assert difference(seen, expected) < most

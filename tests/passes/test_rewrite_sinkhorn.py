@@ -290,6 +290,6 @@ def test_a_graph_that_cannot_be_exported_again_is_no_fault_of_the_model(case, mo
     def refuse(*args):
         raise CaptureError("torch.export cannot capture the model", "a hint for users")
 
-    monkeypatch.setattr("asapc.pipeline.export", refuse)
+    monkeypatch.setattr("asapc.export.export", refuse)
     with pytest.raises(InternalError, match="with its operators"):
         rewrite(case.graph, case.sites, case.operators)

@@ -20,7 +20,7 @@ OPSET = 18  # what every runtime of the last years takes, TensorRT 10 and ONNX R
 
 
 def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], standard: bool = False) -> OnnxArtifact:
-    """Write the graph as ONNX, checked by onnx.checker, its first axis dynamic.
+    """Write the graph as ONNX, checked by onnx.checker, its open axes dynamic.
 
     Args:
         graph: the graph; its inputs keep their names.
@@ -31,8 +31,11 @@ def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], s
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
     """
-    batch = [{0: "batch"} for _ in graph.example.inputs]
-    model = OnnxCleanup(metadata)(to_proto(graph, axes=batch, standard=standard)).program
+    open_axes = [
+        {0: "batch"} if graph.axes is None else {number: axis.name for number, axis in graph.axes[name].items()}
+        for name in graph.example.inputs
+    ]
+    model = OnnxCleanup(metadata)(to_proto(graph, axes=open_axes, standard=standard)).program
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
     temporary(path).rename(path)
     return OnnxArtifact(path, next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")))

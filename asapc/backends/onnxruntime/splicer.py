@@ -90,7 +90,7 @@ def pieces(graph: OnnxGraph, sites: Sequence[Site], modules: Mapping[str, nn.Mod
             dynamic(shape, value, len(graph.example), batch)
             for shape, value in zip(shapes, example.values(), strict=True)
         )
-        program = export(part, example, dims)
+        program = export(part, example, dims=dims)
         proto = to_proto(CapturedGraph(program, Samples(example)), max(opset, OPSET))
         lower(proto, opset)
         made.append(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from asapc.artifacts import EngineArtifact, OnnxArtifact
+from asapc.artifacts import DynamicAxis, EngineArtifact, OnnxArtifact
 from asapc.backends.base import temporary
 from asapc.errors import BuildError, DependencyError
 
@@ -27,13 +27,19 @@ CHILD = (
 )
 
 
-def build_engine(onnx: OnnxArtifact, path: Path, largest_batch: int) -> EngineArtifact:
+def build_engine(
+    onnx: OnnxArtifact,
+    path: Path,
+    largest_batch: int,
+    axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
+) -> EngineArtifact:
     """Build an engine for batches from 1 to `largest_batch`, fastest at the largest.
 
     Args:
         onnx: the model; networks are strongly typed, so its precision is the engine's.
         path: file to write; it appears whole or not at all.
-        largest_batch: largest size of the first axis of every input.
+        largest_batch: largest size of the first axis of every input, where `axes` knows none.
+        axes: open axes by the input's name and their number; the engine is fastest where they are longest.
 
     Returns:
         The engine, with the GPU targets it runs on and the reasons why other targets were refused.
@@ -53,7 +59,17 @@ def build_engine(onnx: OnnxArtifact, path: Path, largest_batch: int) -> EngineAr
             "no TensorRT builder is installed",
             "pip install tensorrt-rtx-cu12 (no GPU needed), or tensorrt on a GPU",
         )
-    request = {"package": package, "target": target, "onnx": str(onnx.path), "largest_batch": largest_batch}
+    ranges = {
+        name: {number: (axis.low, axis.high or largest_batch) for number, axis in of_input.items()}
+        for name, of_input in (axes or {}).items()
+    }
+    request = {
+        "package": package,
+        "target": target,
+        "onnx": str(onnx.path),
+        "largest_batch": largest_batch,
+        "ranges": ranges,
+    }
     with tempfile.TemporaryDirectory() as folder:
         engine = Path(folder) / "engine"
         answer = compile_apart({**request, "engine": str(engine), "answer": str(Path(folder) / "answer.json")})

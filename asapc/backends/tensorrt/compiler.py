@@ -21,9 +21,9 @@ from asapc.passes.unfuse_attention import UnfuseAttention
 def main() -> None:
     """Read a request, a JSON object, from the last argument; write the answer to the file that it names.
 
-    The request holds `package`, `onnx`, `engine`, `answer`, `largest_batch`, and `target`: the architecture of the GPU
-    at hand, or null to build ahead of time for all that the package knows. The answer holds `builder`, `targets` and
-    `refused`, or `error` and `hint`.
+    The request holds `package`, `onnx`, `engine`, `answer`, `largest_batch`, `ranges` of open axes by the input's name
+    and their number, and `target`: the architecture of the GPU at hand, or null to build ahead of time for all that the
+    package knows. The answer holds `builder`, `targets` and `refused`, or `error` and `hint`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends this process
     request = json.loads(sys.argv[-1])
@@ -42,7 +42,7 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
         candidates = {name: value for name, value in known.items() if name.startswith("SM")}
     else:
         candidates = {request["target"]: None}
-    compiler = Compiler(trt, Path(request["onnx"]), request["largest_batch"])
+    compiler = Compiler(trt, Path(request["onnx"]), request["largest_batch"], request["ranges"])
     refused: dict[str, str] = {}
     # One target that the compiler cannot serve fails a build for all, so each is tried alone first.
     for name, capability in candidates.items():
@@ -63,7 +63,9 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
 class Compiler:
     """One model and NVIDIA's compiler, `tensorrt` or `tensorrt_rtx`: nearly the same module twice."""
 
-    def __init__(self, trt: Any, path: Path, largest_batch: int) -> None:
+    def __init__(
+        self, trt: Any, path: Path, largest_batch: int, ranges: Mapping[str, Mapping[str, tuple[int, int]]]
+    ) -> None:
         import onnx
         from google.protobuf.message import DecodeError
 
@@ -90,7 +92,7 @@ class Compiler:
                 f"TensorRT cannot parse the model: {self.parser.get_error(0).desc()}",
                 "report the operation that it names",
             )
-        self.largest_batch = largest_batch
+        self.largest_batch, self.ranges = largest_batch, ranges
 
     def build(self, capabilities: list[Any]) -> bytes:
         """Serialised engine for the given compute capabilities; [None] means the GPU at hand."""
@@ -102,8 +104,10 @@ class Compiler:
         profile = self.builder.create_optimization_profile()
         for i in range(self.network.num_inputs):
             tensor = self.network.get_input(i)
-            rest = tuple(tensor.shape)[1:]
-            profile.set_shape(tensor.name, (1, *rest), (self.largest_batch, *rest), (self.largest_batch, *rest))
+            ranges = {"0": (1, self.largest_batch), **self.ranges.get(tensor.name, {})}
+            fixed = {str(axis): (size, size) for axis, size in enumerate(tensor.shape) if axis > 0 and size >= 0}
+            least, most = zip(*({**ranges, **fixed}[str(axis)] for axis in range(len(tensor.shape))), strict=True)
+            profile.set_shape(tensor.name, least, most, most)
         config.add_optimization_profile(profile)
         self.errors.clear()
         engine = self.builder.build_serialized_network(self.network, config)

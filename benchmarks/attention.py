@@ -1,0 +1,289 @@
+"""What attention takes in every form, in ONNX Runtime and in torch: one layer by its length, whole models, and memory.
+
+    python -m benchmarks.attention                  # all of it, about an hour
+    python -m benchmarks.attention --only layers    # or models, or memory
+
+One layer: B in (1, 8), 8 heads of 64, float32, random queries, keys and values; the teacher is the log-domain loop of
+20 iterations as it is written. Ratios are of medians of interleaved runs in one process. Models have random weights,
+which place attention's share and say nothing about fidelity. Writes benchmarks/results/attention.json and what stands
+in docs/lowerings.md between the two markers.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from asapc.artifacts import CapturedGraph, DynamicAxis, LoadedModel, Samples
+from asapc.backends.base import Runner
+from asapc.backends.eager.runner import EagerRunner
+from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.capture import capture, export
+from asapc.environment import environment
+from asapc.export import rewrite
+from asapc.measure import measure
+from asapc.models.vit import Block, VisionTransformer, sinkhorn
+from asapc.operators import lower
+from asapc.ops.sinkhorn import Sinkhorn
+from asapc.ops.sliced_dual import SlicedDual
+from asapc.output import write_json
+from asapc.passes.find_sinkhorn import find_sinkhorn
+from benchmarks.costs import Attention, FusedAttention, fused, sliced_dual
+from benchmarks.generated import replace_generated
+
+RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "lowerings.md"
+ITERATIONS, HEADS, SIZE = 20, 8, 64
+BATCHES, LENGTHS = (1, 8), (64, 196, 256, 512, 1024, 2048, 4096)
+# The loop as written holds several matrices of scores; beyond so many entries it does not fit, or takes minutes.
+TEACHER_ENTRIES = 8 * 8 * 1024 * 1024
+TORCH_LENGTHS = (256, 1024)
+SECONDS, FEWEST = 6.0, 4
+MEMORY_LENGTH = 4096
+Row = dict[str, Any]
+
+
+class AsWritten(nn.Module):
+    """Attention by the log-domain loop."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries (B, H, N, D), keys and values (B, H, M, D) to outputs (B, H, N, D)."""
+        return sinkhorn(q @ k.transpose(-1, -2) / SIZE**0.5, ITERATIONS) @ v
+
+
+def operators() -> dict[str, Sinkhorn | SlicedDual]:
+    """What is compared with the teacher, by name; numbers are half-steps."""
+    return {
+        "softmax, fused": fused(Sinkhorn(1)),
+        "softmax": Sinkhorn(1),
+        "exact 40": Sinkhorn(2 * ITERATIONS),
+        "truncated 3": Sinkhorn(3),
+        "8 slices, 3": sliced_dual(HEADS, SIZE, 8, 0, 0),
+        "8 slices, 5": sliced_dual(HEADS, SIZE, 8, 0, 1),
+        "8 slices, 2, fused": fused(sliced_dual(HEADS, SIZE, 8, 0, 0, "queries")),
+        "parabolas, 3": sliced_dual(HEADS, SIZE, 0, 0, 0),
+        "parabolas, 5": sliced_dual(HEADS, SIZE, 0, 0, 1),
+        "hinges, 3": sliced_dual(HEADS, SIZE, 0, 8, 0),
+        "parabolas, 2, fused": fused(sliced_dual(HEADS, SIZE, 0, 0, 0, "queries")),
+        "parabolas, 4, fused": fused(sliced_dual(HEADS, SIZE, 0, 0, 1, "queries")),
+    }
+
+
+def modules() -> dict[str, nn.Module]:
+    """The same as attention, and the teacher."""
+    found: dict[str, nn.Module] = {"teacher": AsWritten()}
+    for name, operator in operators().items():
+        kind = FusedAttention if operator.lowering == "fused" else Attention
+        found[name] = kind(operator, SIZE**-0.5)
+    return found
+
+
+def main() -> None:
+    """Measure what is asked for, keep the rest of the JSON, render the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("layers", "torch", "models", "memory", "render"))
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print(peak(options.peak))
+        return
+    data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for part, study in {"layers": layers, "torch": in_torch, "memory": memory, "models": models}.items():
+        if options.only in (None, part):
+            data[part] = list(study())
+            data["threads"], data["environment"] = torch.get_num_threads(), environment(seed=0)
+            write_json(RESULTS, data)
+    replace_generated(DOCUMENT, document(data))
+
+
+def inputs(batch: int, length: int) -> Samples:
+    """Random queries, keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    return Samples({name: torch.randn(max(batch, 2), HEADS, length, SIZE, generator=generator) for name in "qkv"})
+
+
+def onnx_runner(module: nn.Module, samples: Samples, folder: str) -> OnnxRuntimeRunner:
+    """A module in ONNX Runtime."""
+    graph = CapturedGraph(export(module.eval(), samples[:2].inputs), samples[:2])
+    return OnnxRuntimeRunner(export_onnx(graph, Path(folder) / "model.onnx", {}).path, torch.get_num_threads())
+
+
+def medians(runners: Mapping[str, Runner], samples: Samples, batch: int) -> dict[str, float]:
+    """Milliseconds a call, by name."""
+    runs = measure(runners, samples, batch, SECONDS, rounds=FEWEST)
+    return {run.name: run.p50_ms for run in runs}
+
+
+def layers() -> Iterator[Row]:
+    """One layer in ONNX Runtime, at every length and batch."""
+    for length in LENGTHS:
+        samples = inputs(max(BATCHES), length)
+        with tempfile.TemporaryDirectory() as folder:
+            runners = {name: onnx_runner(module, inputs(2, length), folder) for name, module in modules().items()}
+        for batch in BATCHES:
+            small = batch * HEADS * length**2 <= TEACHER_ENTRIES
+            taken = {name: runner for name, runner in runners.items() if small or name != "teacher"}
+            row = {"batch": batch, "length": length, "ms": medians(taken, samples, batch)}
+            print(batch, length, {name: round(ms, 2) for name, ms in row["ms"].items()}, flush=True)
+            yield row
+
+
+def in_torch() -> Iterator[Row]:
+    """One layer in torch, eager and compiled."""
+    for length in TORCH_LENGTHS:
+        samples = inputs(2, length)
+        runners: dict[str, Runner] = {}
+        for name, module in modules().items():
+            runners[f"{name}, eager"] = EagerRunner(module)
+            torch._dynamo.reset()
+            runners[f"{name}, compiled"] = Compiled(module)
+        row = {"batch": 1, "length": length, "ms": medians(runners, samples, 1)}
+        print(length, {name: round(ms, 2) for name, ms in row["ms"].items()}, flush=True)
+        yield row
+
+
+class Compiled(EagerRunner):
+    """A module through torch.compile; the inputs keep their names."""
+
+    runtime = "torch.compile"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.compiled = torch.compile(module, dynamic=False)
+
+    def __call__(self, samples: Samples) -> list[Tensor]:
+        """The output of one batch."""
+        with torch.no_grad():
+            return [self.compiled(*samples.inputs.values())]
+
+
+def memory() -> Iterator[Row]:
+    """The largest memory of a process that runs one form of one layer once, and before it does."""
+    for name in modules():
+        if name == "teacher" or name.startswith("truncated"):
+            continue
+        command = [sys.executable, "-m", "benchmarks.attention", "--peak", name]
+        ran = subprocess.run(command, check=True, capture_output=True, text=True)
+        before, after = map(float, ran.stdout.split()[-2:])
+        row = {"name": name, "length": MEMORY_LENGTH, "before_gigabytes": before, "peak_gigabytes": after}
+        print(row, flush=True)
+        yield row
+
+
+def peak(name: str) -> str:
+    """Largest memory before and after one call, in GB."""
+    samples = inputs(2, MEMORY_LENGTH)
+    # Captured at a length of its own: the example's tensors would count.
+    small = inputs(2, 64)
+    axes = {of: {0: DynamicAxis("batch", 1, None), 2: DynamicAxis("n", 2, MEMORY_LENGTH)} for of in "qkv"}
+    module = modules()[name].eval()
+    dynamic = "slices" not in name
+    example = small if dynamic else samples
+    graph = CapturedGraph(export(module, example.inputs, axes if dynamic else None), example, axes=axes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_onnx(
+            graph if dynamic else CapturedGraph(graph.program, example), Path(folder) / "a.onnx", {}
+        ).path
+        runner = OnnxRuntimeRunner(path, torch.get_num_threads())
+    one = samples[:1]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    runner(one)
+    return f"{before} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}"
+
+
+def models() -> Iterator[Row]:
+    """Whole models: their loops as written, and in every other form."""
+    torch.manual_seed(0)
+    sizes = {
+        "digits ViT": (VisionTransformer(), {"images": torch.rand(8, 8, 8)}, 8),
+        "ViT-S/16's size": (encoder(384, 6), {"input": torch.randn(2, 197, 384)}, 1),
+        "BERT-base's size": (encoder(768, 12), {"input": torch.randn(2, 512, 768)}, 1),
+    }
+    for name, (module, given, batch) in sizes.items():
+        samples = Samples(given)
+        loaded = LoadedModel(module.eval(), Path("model.pt"), "", 0, None, None)
+        graph = capture(loaded, samples[:2])
+        sites = find_sinkhorn(graph, samples[:2]).sites
+        forms = {
+            "exact 40": lambda s: Sinkhorn(s.half_steps),
+            "truncated 5": lambda s: Sinkhorn(5),
+            "softmax": lambda s: Sinkhorn(1),
+            "parabolas, 5": lambda s: sliced_dual(s.heads, s.head_dim, 0, 0, 1),
+            "8 slices, 5": lambda s: sliced_dual(s.heads, s.head_dim, 8, 0, 1),
+        }
+        runners: dict[str, Runner] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "model.onnx"
+            runners["teacher"] = OnnxRuntimeRunner(export_onnx(graph, target, {}).path, torch.get_num_threads())
+            for form, make in forms.items():
+                compiled = rewrite(graph, sites, {s.name: lower(s, make(s), batch) for s in sites})
+                runners[form] = OnnxRuntimeRunner(export_onnx(compiled, target, {}).path, torch.get_num_threads())
+        row = {"model": name, "sites": len(sites), "batch": batch, "ms": medians(runners, samples, batch)}
+        print(name, {form: round(ms, 2) for form, ms in row["ms"].items()}, flush=True)
+        yield row
+
+
+def encoder(width: int, heads: int, depth: int = 12) -> nn.Module:
+    """Transformer blocks with perceptrons of four times the width, as ViT and BERT have them."""
+    blocks = [Block(width, heads, 0.25, ITERATIONS) for _ in range(depth)]
+    for block in blocks:
+        block.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    return nn.Sequential(*blocks)
+
+
+def exponent(rows: list[Row], name: str) -> float:
+    """How time grows with the length, from 512 tokens on, at batch 1."""
+    points = [(row["length"], row["ms"][name]) for row in rows if row["batch"] == 1 and row["length"] >= 512]
+    return float(np.polyfit(*np.log(np.array(points).T), 1)[0])
+
+
+def document(data: Row) -> Iterator[str]:
+    """The tables."""
+    rows = data.get("layers", [])
+    names = [name for name in operators() if name != "softmax, fused"]
+    for batch in BATCHES:
+        yield f"One layer, batch {batch}: times over fused softmax attention's, which is in ms"
+        yield ""
+        yield "| N | softmax, fused (ms) | teacher | " + " | ".join(names) + " |"
+        yield "|" + "---|" * (len(names) + 3)
+        for row in rows:
+            if row["batch"] == batch:
+                floor = row["ms"]["softmax, fused"]
+                cells = [f"{row['ms'][name] / floor:.2f}" if name in row["ms"] else "" for name in ("teacher", *names)]
+                yield f"| {row['length']} | {floor:.2f} | " + " | ".join(cells) + " |"
+        yield ""
+    if rows:
+        grown = ", ".join(f"{name} {exponent(rows, name):.2f}" for name in ("softmax, fused", *names))
+        yield f"Time grows with the length, from 512 tokens on, with the power: {grown}."
+        yield ""
+    for row in data.get("torch", []):
+        yield f"In torch, N = {row['length']}, ms: " + ", ".join(f"{n} {ms:.1f}" for n, ms in row["ms"].items()) + "."
+        yield ""
+    if "memory" in data:
+        yield f"| N = {MEMORY_LENGTH}, batch 1 | peak of the process, GB | beyond what it held before, GB |"
+        yield "|---|---|---|"
+        for row in data["memory"]:
+            more = row["peak_gigabytes"] - row["before_gigabytes"]
+            yield f"| {row['name']} | {row['peak_gigabytes']:.2f} | {more:.2f} |"
+        yield ""
+    if "models" in data:
+        forms = list(data["models"][0]["ms"])
+        yield "| model, ms a batch | batch | " + " | ".join(forms) + " |"
+        yield "|" + "---|" * (len(forms) + 2)
+        for row in data["models"]:
+            yield f"| {row['model']} | {row['batch']} | " + " | ".join(f"{row['ms'][f]:.1f}" for f in forms) + " |"
+        yield ""
+
+
+if __name__ == "__main__":
+    main()

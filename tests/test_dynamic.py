@@ -1,0 +1,101 @@
+"""Axes that a compiled model leaves open: what can be asked for, and that the model holds it."""
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tolerances import LOGITS
+
+import asapc
+from asapc.artifacts import DynamicAxis, Samples
+from asapc.config import CompileConfig
+from asapc.dynamic import parse_axes
+from asapc.errors import CaptureError, OptionError
+from asapc.models.pointset import PointTransformer
+
+SAMPLES = Samples({"points": torch.randn(4, 24, 3), "mask": torch.ones(4, 24), "weight": torch.ones(4)})
+BATCH = DynamicAxis("batch", 1, None)
+
+
+def test_axes_are_the_batch_alone_where_nothing_is_asked_for():
+    assert parse_axes("", SAMPLES) == {name: {0: BATCH} for name in SAMPLES.inputs}
+
+
+def test_seq_is_the_second_axis_of_every_input_that_has_one():
+    axes = parse_axes("batch=2:8, seq=16:48", SAMPLES)
+    batch, seq = DynamicAxis("batch", 2, 8), DynamicAxis("seq", 16, 48)
+    assert axes == {"points": {0: batch, 1: seq}, "mask": {0: batch, 1: seq}, "weight": {0: batch}}
+
+
+def test_an_axis_can_be_named_by_its_input_and_number():
+    assert parse_axes("points.1=16:48", SAMPLES)["points"][1] == DynamicAxis("points_1", 16, 48)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["seq", "seq=16", "seq=48:16", "seq=16:16", "seq=16:20", "seq=32:64", "seq=0:64", "points.7=1:9", "points.0=1:9",
+     "other.1=1:9", "seq=-1:64", "=1:64", "seq=16:48;batch=1:2"],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_with_a_hint(text):
+    with pytest.raises(OptionError) as caught:
+        parse_axes(text, SAMPLES)
+    assert caught.value.hint
+
+
+def test_seq_is_refused_where_inputs_differ_in_length():
+    with pytest.raises(OptionError, match="5, 7"):
+        parse_axes("seq=2:9", Samples({"queries": torch.ones(2, 5, 3), "keys": torch.ones(2, 7, 3)}))
+
+
+@pytest.fixture(scope="module", params=["materialised", "fused"])
+def compiled(request, point_model):
+    """A point-set transformer compiled with an open length, and its teacher."""
+    teacher, compile_it = point_model
+    return compile_it(dynamic="batch=1:8,seq=12:48", lowering=request.param), teacher
+
+
+def test_the_model_takes_every_length_and_batch(compiled):
+    report, teacher = compiled
+    session = onnxruntime.InferenceSession(str(report.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    for batch, length in ((1, 12), (3, 24), (2, 48), (5, 31)):
+        points = torch.randn(batch, length, 3)
+        with torch.no_grad():
+            expected = teacher(points)
+        seen = torch.from_numpy(session.run(None, {"points": points.numpy()})[0])
+        assert (seen - expected).abs().max() < LOGITS
+
+
+def test_the_open_axes_have_their_names(compiled):
+    shape = onnx.load(compiled[0].folder / "model.onnx").graph.input[0].type.tensor_type.shape
+    assert [dim.dim_param or dim.dim_value for dim in shape.dim] == ["batch", "seq", 3]
+
+
+def test_sites_are_lowered_as_asked(compiled):
+    report, _ = compiled
+    graph = onnx.load(report.folder / "model.onnx").graph
+    fused = any(node.op_type == "MultiHeadAttention" for node in graph.node)
+    assert {site["choice"]["lowering"] == "fused" for site in report.data["sites"]} == {fused}
+    assert (report.folder / "model.engine").stat().st_size > 1000
+
+
+def test_a_model_of_one_length_is_refused_and_named(tmp_path, monkeypatch):
+    (tmp_path / "fixed.py").write_text(
+        "import torch, torch.nn as nn\nfrom asapc.models.pointset import PointTransformer\n"
+        "class FixedLength(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.position = nn.Parameter(torch.randn(24, 3))\n"
+        "        self.rest = PointTransformer(width=16, heads=2, iterations=4)\n"
+        "    def forward(self, points):\n"
+        "        return self.rest(points + self.position)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    weights = PointTransformer(width=16, heads=2, iterations=4).state_dict()
+    torch.save({"position": torch.randn(24, 3), **{f"rest.{k}": v for k, v in weights.items()}}, "model.pt")
+    torch.save({"points": torch.randn(32, 24, 3)}, "samples.pt")
+    config = CompileConfig(
+        out="out", model="fixed:FixedLength", calib="samples.pt", level=1, dynamic="seq=12:48", seconds=0.1
+    )
+    with pytest.raises(CaptureError, match="seq"):
+        asapc.compile_model("model.pt", config)
+    assert not (tmp_path / "out").exists()
