@@ -1,6 +1,6 @@
 """What attention takes in every form, in ONNX Runtime and in torch: one layer by its length, whole models, and memory.
 
-    python -m benchmarks.attention                  # all of it, about an hour
+    python -m benchmarks.attention                  # all of it, about half an hour
     python -m benchmarks.attention --only layers    # or models, or memory
 
 One layer: B in (1, 8), 8 heads of 64, float32, random queries, keys and values; the teacher is the log-domain loop of
@@ -47,8 +47,10 @@ ITERATIONS, HEADS, SIZE = 20, 8, 64
 BATCHES, LENGTHS = (1, 8), (64, 196, 256, 512, 1024, 2048, 4096)
 # The loop as written holds several matrices of scores; beyond so many entries it does not fit, or takes minutes.
 TEACHER_ENTRIES = 8 * 8 * 1024 * 1024
-TORCH_LENGTHS = (256, 1024)
-SECONDS, FEWEST = 6.0, 4
+# Beyond so many, matrices of scores take memory of many GB, and every call seconds.
+MOST_ENTRIES = 8 * 8 * 2048 * 2048
+TORCH_LENGTHS, TORCH_FORMS = (256, 1024), ("teacher", "softmax, fused", "exact 40", "parabolas, 3")
+SECONDS, FEWEST = 8.0, 4
 MEMORY_LENGTH = 4096
 Row = dict[str, Any]
 
@@ -98,7 +100,7 @@ def main() -> None:
         print(peak(options.peak))
         return
     data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for part, study in {"layers": layers, "torch": in_torch, "memory": memory, "models": models}.items():
+    for part, study in {"layers": layers, "memory": memory, "models": models, "torch": in_torch}.items():
         if options.only in (None, part):
             data[part] = list(study())
             data["threads"], data["environment"] = torch.get_num_threads(), environment(seed=0)
@@ -131,7 +133,10 @@ def layers() -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             runners = {name: onnx_runner(module, inputs(2, length), folder) for name, module in modules().items()}
         for batch in BATCHES:
-            small = batch * HEADS * length**2 <= TEACHER_ENTRIES
+            entries = batch * HEADS * length**2
+            if entries > MOST_ENTRIES:
+                continue
+            small = entries <= TEACHER_ENTRIES
             taken = {name: runner for name, runner in runners.items() if small or name != "teacher"}
             row = {"batch": batch, "length": length, "ms": medians(taken, samples, batch)}
             print(batch, length, {name: round(ms, 2) for name, ms in row["ms"].items()}, flush=True)
@@ -143,7 +148,7 @@ def in_torch() -> Iterator[Row]:
     for length in TORCH_LENGTHS:
         samples = inputs(2, length)
         runners: dict[str, Runner] = {}
-        for name, module in modules().items():
+        for name, module in ((name, modules()[name]) for name in TORCH_FORMS):
             runners[f"{name}, eager"] = EagerRunner(module)
             torch._dynamo.reset()
             runners[f"{name}, compiled"] = Compiled(module)

@@ -108,7 +108,8 @@ class ReLUNetworks(nn.Module):
             inputs.append(torch.relu(weight @ inputs[-1] + bias.unsqueeze(-1)))
         of_last = torch.cat([inputs[-1], torch.ones_like(inputs[0])], dim=1)
         back = self.last[:, :-1].unsqueeze(-1) * (inputs[-1] > 0)
-        of_weights, of_biases = [], []
+        of_weights: list[Tensor] = []
+        of_biases: list[Tensor] = []
         for weight, given in zip(reversed(weights), reversed(inputs[:-1]), strict=True):
             of_weights.insert(0, (back.unsqueeze(2) * given.unsqueeze(1)).flatten(1, 2))
             of_biases.insert(0, back)
