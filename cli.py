@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -27,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+ROW_COLUMNS = "approximation|pieces|largest error|MSE, best|MSE, mean"
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -317,6 +318,51 @@ def verify(
         else:
             show_recheck(found.data())
         check_budget(found.fidelity, options.bounds())
+
+
+@app.command()
+def approx(
+    expression: Annotated[
+        str, typer.Argument(metavar="FUNCTION", help='Of x, such as "x**3" or "tanh(3*x)".', show_default=False)
+    ],
+    depth: Annotated[int, typer.Option(help="Hidden layers of width 4, each of which doubles the pieces.")] = 5,
+    domain: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Interval of x.")] = "0,1",
+    points: Annotated[int, typer.Option(help="Equally spaced points to fit and to take errors on.")] = 500,
+    runs: Annotated[int, typer.Option(help="Independent starts.")] = 30,
+    out_file: Annotated[Path, typer.Option("--out", help="ONNX file to write.")] = Path("approx.onnx"),
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw, .png, .svg or .pdf.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the starts.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Approximate a function by a ReLU network with exponentially many linear pieces."""
+    with exit_codes(), ExitStack() as files:
+        from asapc.approx import approximate, parse_interval, save_onnx, save_plot
+        from asapc.output import output_file
+
+        interval = parse_interval(domain)
+        network_file = files.enter_context(output_file(out_file, force))
+        plot_file = None if plot is None else files.enter_context(output_file(plot, force))
+        with err.status(f"fitting {runs} networks at each depth up to {depth}"):
+            found = approximate(expression, depth, interval, points, runs, seed)
+        save_onnx(found, network_file)
+        if plot_file is not None:
+            save_plot(found, plot_file, expression)
+        if as_json:
+            sys.stdout.write(json.dumps(found.data(), indent=2) + "\n")
+            return
+        made = table(f"{expression} on {domain}, {points} points, {runs} runs", ROW_COLUMNS, ("approximation",))
+        for row in found.rows:
+            made.add_row(
+                row.name,
+                "" if row.pieces is None else str(row.pieces),
+                f"{row.largest:.2e}",
+                f"{row.mse:.2e}",
+                "" if row.mean_mse is None else f"{row.mean_mse:.2e}",
+            )
+        out.print(made)
+        for path in filter(None, (out_file, plot)):
+            out.print(str(path), markup=False, soft_wrap=True)
 
 
 @app.command()

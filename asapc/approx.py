@@ -1,29 +1,33 @@
-"""Approximates functions of one variable by ReLU networks of width 4 with exponentially many pieces.
+"""Approximates a function of one variable by a ReLU network, beside what others make of as many weights or pieces.
 
-First on the manifold of `ops.relu_pwl`: the peaks alone are trained, by Adam; scale and affine part are linear and
-follow from them in closed form at every step (variable projection). The manifold is left where a hundred steps have
-improved the mean error of the runs by less than a hundredth. Then all weights are free, and trained by
-Levenberg-Marquardt: there are about a hundred of them, and the error is a sum of squares. Many functions and many runs
-are trained side by side.
+`relu_fit` fits, `ops.relu_pwl` says what is fitted.
 """
 
 import ast
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asapc.errors import OptionError
-from asapc.ops.relu_pwl import WIDTH, Manifold, ReLUNetworks, sum_of_waves, to_networks
+from asapc.artifacts import CapturedGraph, Samples
+from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.capture import export
+from asapc.errors import DependencyError, OptionError
+from asapc.ops.relu_pwl import count_pieces
+from asapc.relu_fit import Fitted, fit, random_networks, train
+from asapc.version import __version__
 
 FUNCTIONS = {
     name: getattr(torch, name)
     for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "sqrt", "abs")
 } | {"erf": torch.erf, "relu": torch.relu, "sigmoid": torch.sigmoid, "gelu": nn.functional.gelu}
 CONSTANTS = {"pi": math.pi, "e": math.e}
+LONGEST = 1000  # characters of an expression
 OPERATIONS: dict[type, Callable[..., Tensor]] = {
     ast.Add: torch.add,
     ast.Sub: torch.sub,
@@ -33,33 +37,48 @@ OPERATIONS: dict[type, Callable[..., Tensor]] = {
     ast.USub: torch.neg,
     ast.UAdd: torch.positive,
 }
-LONGEST = 1000  # characters of an expression
-# The manifold is left where so many steps have gained less than this share of the error.
-PATIENCE, LEAST_GAIN, MOST_STEPS, RATE = 100, 0.01, 3000, 0.02
-LOWEST_PEAK = 0.02  # and 1 less that is the highest: tents of no width have no slopes
-LEAST_SCALE = 1e-9
-FREE_STEPS, FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 150, 1e-2, 1e-12, 1e12
-ROUNDING = 1e-14  # of a unit that is off everywhere the normal matrix is zero
+DEEPEST, FEWEST_POINTS, MOST_POINTS, MOST_RUNS = 10, 8, 100_000, 1000
+# A function is convex or concave where its second differences have one sign, up to this share of the largest.
+STRAIGHT = 1e-9
 
 
-class Fitted(NamedTuple):
-    """Networks that were fitted: runs of each function, and members of each run, whose sum is the function.
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What one way to approximate a function came to.
 
     Attributes:
-        networks: F * R * members of them, in that order.
-        errors: (F, R) mean squared errors on the samples.
-        members: networks a function.
+        name: the way.
+        pieces: linear pieces; None for what has none.
+        mse: mean squared error on the points, of the best run.
+        largest: largest error on the points, of the best run.
+        mean_mse: mean over the runs; None where there is but one.
     """
 
-    networks: ReLUNetworks
-    errors: Tensor
-    members: int
+    name: str
+    pieces: int | None
+    mse: float
+    largest: float
+    mean_mse: float | None
 
-    def best(self, function: int = 0) -> nn.Sequential:
-        """The best run of a function, as plain layers."""
-        run = int(self.errors[function].nan_to_num(nan=math.inf).argmin())
-        first = (function * self.errors.shape[1] + run) * self.members
-        return self.networks.layers(*range(first, first + self.members))
+
+@dataclass(frozen=True, eq=False)
+class Approximation:
+    """A network and its rivals.
+
+    Attributes:
+        network: plain layers of width 4, or 8 for two networks side by side, (P, 1) to (P, 1), float64.
+        rows: by depth on and off the manifold, then the rivals at full depth.
+        x, y: (P,) the points, and the function there.
+    """
+
+    network: nn.Sequential
+    rows: tuple[Row, ...]
+    x: Tensor
+    y: Tensor
+
+    def data(self) -> dict[str, Any]:
+        """Plain types only."""
+        return {"schema": "asapc.approx/1", "rows": [vars(row) for row in self.rows]}
 
 
 def parse_function(text: str) -> Callable[[Tensor], Tensor]:
@@ -98,131 +117,91 @@ def compute(node: ast.expr, x: Tensor) -> Tensor:
     raise ValueError(f"{ast.unparse(node)[:80]!r} is none of what it may hold")
 
 
-def fit(x: Tensor, y: Tensor, depth: int, runs: int = 30, members: int = 1, seed: int = 0, free: bool = True) -> Fitted:
-    """Fit networks to samples of functions, on the manifold and, unless told otherwise, beyond.
+def approximate(
+    function: Callable[[Tensor], Tensor] | str,
+    depth: int = 5,
+    domain: tuple[float, float] = (0.0, 1.0),
+    points: int = 500,
+    runs: int = 30,
+    seed: int = 0,
+) -> Approximation:
+    """Approximate a function on an interval, at every depth up to the one asked for.
 
     Args:
-        x: (P,) places, float64.
-        y: (F, P) values.
-        depth: hidden layers, each of which doubles the pieces.
-        runs: independent starts for each function.
-        members: networks a function; two make functions that are neither convex nor concave.
+        function: of float64 points (P,), or an expression, see `parse_function`; samples are interpolated by any of
+            numpy's or scipy's functions.
+        depth: hidden layers; the network has 2^depth pieces on the manifold.
+        domain: the interval.
+        points: equally spaced points, on which errors are taken too.
+        runs: independent starts, of the rivals too.
         seed: of the starts.
-        free: whether the manifold is left in the end.
+
+    Raises:
+        OptionError: the function cannot be read or is not finite on the interval, or an option makes no sense.
     """
-    domain = (x.amin().item(), x.amax().item())
-    networks = to_networks(fit_manifold(x, y, depth, runs, members, seed), domain)
-    return train(networks, x, y, members, FREE_STEPS if free else 0)
+    for name, value, low, high in (
+        ("depth", depth, 1, DEEPEST),
+        ("points", points, FEWEST_POINTS, MOST_POINTS),
+        ("runs", runs, 1, MOST_RUNS),
+    ):
+        if not low <= value <= high:
+            raise OptionError(f"{name} is {value}", f"give {name} a value from {low} to {high}")
+    if not (math.isfinite(domain[0]) and math.isfinite(domain[1]) and domain[0] < domain[1]):
+        raise OptionError(f"the domain {domain[0]:g},{domain[1]:g} is no interval", "give it as LOW,HIGH")
+    x = torch.linspace(*domain, points, dtype=torch.float64)
+    y = (parse_function(function) if isinstance(function, str) else function)(x)
+    if not bool(y.isfinite().all()):
+        where = x[~y.isfinite()][0].item()
+        raise OptionError(f"the function is not finite at x = {where:.6g}", "give another --domain")
+    members = 1 if bends_one_way(y) else 2
+    rows = []
+    for layers in range(1, depth + 1):
+        for name, free in (("compelled", False), ("compelled, then free", True)):
+            found = fit(x, y.unsqueeze(0), layers, runs, members, seed, free)
+            rows.append(of_networks(f"{name}, depth {layers}", found, x, y))
+    network = found.best()
+    for start in ("kaiming", "xavier"):
+        rival = train(random_networks(x, 1, runs * members, depth, seed, start), x, y.unsqueeze(0), members)
+        rows.append(of_networks(f"{start}, free, depth {depth}", rival, x, y))
+    pieces = members * 2**depth
+    rows.append(of_values(f"best {pieces} pieces", pieces, best_pieces(x.numpy(), y.numpy(), pieces), y))
+    rows.append(of_values(f"cubic spline of {pieces} pieces", None, cubic_spline(x.numpy(), y.numpy(), pieces), y))
+    return Approximation(network, tuple(rows), x, y)
 
 
-def fit_manifold(x: Tensor, y: Tensor, depth: int, runs: int, members: int, seed: int) -> Manifold:
-    """The first stage: peaks by Adam, all else by least squares."""
-    t = (x - x.amin()) / (x.amax() - x.amin())
-    groups = y.shape[0] * runs
-    target = y.repeat_interleave(runs, dim=0)
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(groups * members, depth + 1, generator=generator, dtype=torch.float64)
-    logits.requires_grad_()
-    optimiser = torch.optim.Adam([logits], RATE)
-    best, since = math.inf, 0
-    for _ in range(MOST_STEPS):
-        peaks = to_peaks(logits)
-        waves = torch.unflatten(sum_of_waves(t, peaks), 0, (groups, members))
-        coefficients = solve(t, waves.detach(), target)
-        made = (coefficients.unsqueeze(1) @ design(t, waves)).squeeze(1)
-        errors = (made - target).square().mean(dim=-1)
-        optimiser.zero_grad()
-        errors.log().sum().backward()  # type: ignore[no-untyped-call] # runs take no notice of each other, whatever their errors
-        optimiser.step()
-        now = errors.detach().log().mean().item()
-        best, since = (now, 0) if now < best + math.log(1 - LEAST_GAIN) else (best, since + 1)
-        if since == PATIENCE:
-            break
+def parse_interval(text: str) -> tuple[float, float]:
+    """Ends of an interval, such as "0,1" or "-1.5,2".
+
+    Raises:
+        OptionError: it is none.
+    """
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise OptionError(f"cannot read the domain {text[:200]!r}", "give it as LOW,HIGH, such as 0,1") from None
+    return low, high
+
+
+def bends_one_way(y: Tensor) -> bool:
+    """Whether equally spaced values are those of a convex function, or of a concave one."""
+    bends = y[2:] - 2 * y[1:-1] + y[:-2]
+    least = STRAIGHT * y.abs().amax()
+    return bool((bends > -least).all() or (bends < least).all())
+
+
+def of_networks(name: str, found: Fitted, x: Tensor, y: Tensor) -> Row:
+    """The row of networks that were fitted to one function."""
+    best = found.best()
     with torch.no_grad():
-        peaks = to_peaks(logits)
-        coefficients = solve(t, torch.unflatten(sum_of_waves(t, peaks), 0, (groups, members)), target)
-        # The affine part goes to the first member of each group.
-        affine = torch.zeros(groups, members, 2, dtype=torch.float64)
-        affine[:, 0] = coefficients[:, :2]
-        scale = -coefficients[:, 2:].flatten()
-        scale = torch.where(scale.abs() < LEAST_SCALE, LEAST_SCALE, scale)
-        return Manifold(peaks, scale, affine[..., 1].flatten(), affine[..., 0].flatten())
+        largest = (best(x.unsqueeze(-1)).squeeze(-1) - y).abs().amax().item()
+    pieces = count_pieces(best, (x[0].item(), x[-1].item()))
+    return Row(name, pieces, found.errors.amin().item(), largest, found.errors.mean().item())
 
 
-def to_peaks(logits: Tensor) -> Tensor:
-    """Peaks from numbers of any size."""
-    return LOWEST_PEAK + (1 - 2 * LOWEST_PEAK) * torch.sigmoid(logits)
-
-
-def design(t: Tensor, waves: Tensor) -> Tensor:
-    """What a function is a linear combination of: (G, 2 + members, P)."""
-    affine = torch.stack([torch.ones_like(t), t]).expand(waves.shape[0], -1, -1)
-    return torch.cat([affine, waves], dim=1)
-
-
-def solve(t: Tensor, waves: Tensor, target: Tensor) -> Tensor:
-    """Coefficients (G, 2 + members) of least squares."""
-    columns = design(t, waves).transpose(-1, -2)
-    found: Tensor = torch.linalg.lstsq(columns, target.unsqueeze(-1)).solution
-    return found.squeeze(-1)
-
-
-def random_networks(x: Tensor, functions: int, runs: int, depth: int, seed: int, start: str) -> ReLUNetworks:
-    """Networks of the same shape as torch starts them: "kaiming" or "xavier", both uniform, biases 0."""
-    generator = torch.Generator().manual_seed(seed)
-    init: Any = {"kaiming": nn.init.kaiming_uniform_, "xavier": nn.init.xavier_uniform_}[start]
-    options = {"nonlinearity": "relu"} if start == "kaiming" else {}
-    k = functions * runs
-
-    def weights(rows: int, columns: int) -> Tensor:
-        made = [init(torch.empty(rows, columns, dtype=torch.float64), generator=generator, **options) for _ in range(k)]
-        return torch.stack(made)
-
-    hidden = torch.stack([weights(WIDTH, WIDTH) for _ in range(depth - 1)], dim=1) if depth > 1 else None
-    return ReLUNetworks(
-        weights(WIDTH, 1).squeeze(-1),
-        torch.zeros(k, WIDTH, dtype=torch.float64),
-        torch.zeros(k, 0, WIDTH, WIDTH, dtype=torch.float64) if hidden is None else hidden,
-        torch.zeros(k, depth - 1, WIDTH, dtype=torch.float64),
-        torch.cat([weights(1, WIDTH).squeeze(1), torch.zeros(k, 1, dtype=torch.float64)], dim=-1),
-    )
-
-
-def train(networks: ReLUNetworks, x: Tensor, y: Tensor, members: int, steps: int = FREE_STEPS) -> Fitted:
-    """Levenberg-Marquardt on all weights, group by group side by side; a step that does not help is not taken."""
-    shapes = [parameter.shape[1:] for parameter in networks.parameters()]
-    sizes = [shape.numel() for shape in shapes]
-    flat = torch.cat([p.detach().flatten(1) for p in networks.parameters()], dim=-1)
-    groups = flat.shape[0] // members
-    target = y.repeat_interleave(groups // y.shape[0], dim=0)
-
-    def at(weights: Tensor) -> ReLUNetworks:
-        parts = torch.split(weights.reshape(groups * members, -1), sizes, dim=-1)
-        return ReLUNetworks(*(part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)))
-
-    def values(made: Tensor) -> Tensor:
-        return torch.unflatten(made, 0, (groups, members)).sum(dim=1)
-
-    flat = flat.reshape(groups, -1)
-    damping = torch.full((groups,), FIRST_DAMPING, dtype=flat.dtype)
-    with torch.no_grad():
-        residuals = target - values(at(flat)(x))
-        errors = residuals.square().mean(dim=-1)
-        for _ in range(steps):
-            slopes = at(flat).jacobian(x).reshape(groups, flat.shape[1], -1)
-            normal = slopes @ slopes.transpose(-1, -2)
-            moment = slopes @ residuals.unsqueeze(-1)
-            diagonal = normal.diagonal(dim1=-2, dim2=-1)
-            ridge = damping.unsqueeze(-1) * diagonal + ROUNDING * diagonal.amax(dim=-1, keepdim=True)
-            factor, info = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge))
-            candidate = flat + torch.cholesky_solve(moment, factor).squeeze(-1)
-            trial = target - values(at(candidate)(x))
-            found = trial.square().mean(dim=-1)
-            better = (found < errors) & (info == 0)
-            flat = torch.where(better.unsqueeze(-1), candidate, flat)
-            residuals, errors = torch.where(better.unsqueeze(-1), trial, residuals), torch.where(better, found, errors)
-            damping = torch.where(better, damping / 3, damping * 4).clamp(LEAST_DAMPING, MOST_DAMPING)
-    return Fitted(at(flat), errors.reshape(y.shape[0], -1), members)
+def of_values(name: str, pieces: int | None, values: np.ndarray, y: Tensor) -> Row:
+    """The row of an approximation of which the values are known."""
+    errors = torch.from_numpy(values) - y
+    return Row(name, pieces, errors.square().mean().item(), errors.abs().amax().item(), None)
 
 
 def best_pieces(x: np.ndarray, y: np.ndarray, pieces: int) -> np.ndarray:
@@ -238,3 +217,48 @@ def best_pieces(x: np.ndarray, y: np.ndarray, pieces: int) -> np.ndarray:
     hats = np.stack([np.interp(x, knots, row) for row in np.eye(pieces + 1)], axis=-1)
     values: np.ndarray = hats @ np.linalg.lstsq(hats, y, rcond=None)[0]
     return values
+
+
+def cubic_spline(x: np.ndarray, y: np.ndarray, pieces: int) -> np.ndarray:
+    """Values of the cubic spline through equally spaced knots.
+
+    Raises:
+        DependencyError: scipy is not installed.
+    """
+    try:
+        from scipy.interpolate import CubicSpline
+    except ImportError:
+        raise DependencyError("scipy is not installed", 'pip install "asapc[approx]"') from None
+    knots = np.linspace(x[0], x[-1], min(pieces, len(x) - 1) + 1)
+    values: np.ndarray = CubicSpline(knots, np.interp(knots, x, y))(x)
+    return values
+
+
+def save_onnx(found: Approximation, path: Path) -> None:
+    """Write the network as Gemm and Relu in float32, of one input (P, 1)."""
+    inputs = {"input": found.x[:2].float().unsqueeze(-1)}
+    network = nn.Sequential(*found.network).float().eval()
+    export_onnx(CapturedGraph(export(network, inputs), Samples(inputs)), path, {"asapc.version": __version__})
+
+
+def save_plot(found: Approximation, path: Path, title: str) -> None:
+    """Draw function and error.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DependencyError("matplotlib is not installed", 'pip install "asapc[approx]"') from None
+    with torch.no_grad():
+        seen = found.network.double()(found.x.unsqueeze(-1)).squeeze(-1)
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    top.plot(found.x, found.y, label=title, linewidth=3, alpha=0.4)
+    top.plot(found.x, seen, label="network", linewidth=1)
+    top.legend()
+    bottom.plot(found.x, seen - found.y, linewidth=0.8)
+    bottom.axhline(0, color="grey", linewidth=0.5)
+    bottom.set(xlabel="x", ylabel="error")
+    figure.savefig(path, format=path.suffix[1:] or "png", dpi=120)

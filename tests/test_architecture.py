@@ -48,6 +48,7 @@ LAYERS = {
         "asapc.costs",
         "asapc.ranges",
         "asapc.operators",
+        "asapc.relu_fit",
         "asapc.approx",
         "asapc.propose",
         "asapc.plan",

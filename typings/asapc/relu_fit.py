@@ -1,0 +1,1 @@
+../../asapc/relu_fit.py
