@@ -2,7 +2,8 @@
 
     python -m benchmarks.planning
 
-Queries and keys are scaled up so that scores are as sharp as in trained teachers. Writes benchmarks/results/planning.json.
+Queries and keys are scaled up so that scores are as sharp as in trained teachers. Writes
+benchmarks/results/planning.json.
 """
 
 import argparse

@@ -12,9 +12,10 @@ TYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 MOST = {"float16": 2e-3, "bfloat16": 2e-2}
 
 
-@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+@pytest.fixture(scope="module", params=[("float16", "fused"), ("bfloat16", "materialised")], ids=str)
 def compiled(request, point_model):
-    return request.param, point_model[1](precision=request.param)
+    precision, lowering = request.param
+    return precision, point_model[1](precision=precision, lowering=lowering)
 
 
 def hop(report, name):
@@ -53,18 +54,6 @@ def test_what_it_costs_has_a_hop_of_its_own(compiled):
     assert 0 < hop(report, "precision")["rel"] < MOST[precision]
     assert hop(report, "export")["rel"] < 1e-5
     assert report.data["fidelity"]["agreement"] >= 0.98
-
-
-def test_float32_writes_one_file_and_has_no_such_hop(point_model):
-    report = point_model[1](lowering="fused")
-    assert [a["path"] for a in report.data["artifacts"] if a["kind"] == "onnx"] == ["model.onnx"]
-    assert "precision" not in [hop["name"] for hop in report.data["fidelity"]["hops"]]
-
-
-def test_fused_passes_are_in_half_precision_too(point_model):
-    report = point_model[1](precision="float16", lowering="fused")
-    assert {site["choice"]["lowering"] for site in report.data["sites"]} == {"fused"}
-    assert hop(report, "precision")["rel"] < MOST["float16"]
 
 
 def test_other_precisions_are_refused():
