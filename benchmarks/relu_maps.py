@@ -105,9 +105,7 @@ def compare(graph: CapturedGraph, site: Site, calibration: Samples, held_out: Sa
         return of.factors * along(of.places, lambda t: sum_of_waves(t, to_peaks(logits)))
 
     optimiser = torch.optim.Adam([logits], RATE)
-    found["compelled"] = descend(
-        optimiser, STEPS, parts, lambda: [basis(p, w, plain, waves) for p, w in both(parts, placed)]
-    )
+    found["compelled"] = descend(optimiser, STEPS, parts, placed, plain, waves)
     with torch.no_grad():
         one = torch.ones(heads * coordinates, dtype=torch.float64)
         networks = to_networks(Manifold(to_peaks(logits), -one, 0 * one, 0 * one))
@@ -116,9 +114,7 @@ def compare(graph: CapturedGraph, site: Site, calibration: Samples, held_out: Sa
         return of.factors * along(of.places, networks)
 
     optimiser = torch.optim.Adam(networks.parameters(), FREE_RATE)
-    found["freed"] = descend(
-        optimiser, FREE_STEPS, parts, lambda: [basis(p, w, plain, freed) for p, w in both(parts, placed)]
-    )
+    found["freed"] = descend(optimiser, FREE_STEPS, parts, placed, plain, freed)
     return found
 
 
