@@ -14,8 +14,9 @@ from asapc.ops.sliced_dual import SlicedDual
 Operator = Sinkhorn | SlicedDual
 
 MASS_TOLERANCE = 1e-6  # a last marginal within this of the usual one is the usual one
-# Bytes of a matrix of scores beyond which the fused form is taken where there is one, whatever it costs in time.
-LARGEST_MATRIX = 2**28
+# Bytes of a matrix of scores beyond which the fused form is taken where there is one, and takes no more than so many
+# times as long.
+LARGEST_MATRIX, MOST_SLOWER = 2**28, 3.0
 
 
 def build(site: Site, candidate: Candidate, wide: frozenset[str] = frozenset()) -> Operator:
@@ -60,19 +61,19 @@ def fusable(site: Site, module: Operator) -> bool:
 def lower(site: Site, module: Operator, batch: int, wanted: Lowering | None = None) -> Operator:
     """Give an operator its cheapest lowering for a batch, or another that is wanted, as far as it has that.
 
-    The scores of large batches and long sequences are not made, whatever that costs: as a matrix they take memory that
-    softmax attention does not take.
+    The scores of large batches and long sequences are rather not made: as a matrix they take memory that softmax
+    attention does not take. But each half-step makes them anew then, which many half-steps do not bear.
     """
     forms: tuple[Lowering, ...] = ("materialised", "fused") if fusable(site, module) else ("materialised",)
     too_large = batch * site.heads * site.queries * site.keys * site.dtype.itemsize > LARGEST_MATRIX
     if wanted in forms:
         forms = (wanted,)
-    elif too_large:
-        forms = forms[-1:]
     costs: dict[Lowering, float] = {}
     for form in forms:
         module.lowering = form
         costs[form] = estimate(site, module, batch)
+    if too_large and "fused" in costs:
+        costs["fused"] /= MOST_SLOWER
     module.lowering = min(forms, key=costs.__getitem__)
     return module
 

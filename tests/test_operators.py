@@ -22,14 +22,16 @@ def plain(**changes):
 
 
 def test_short_sites_get_a_matrix_and_long_ones_none():
-    assert lower(plain(), Sinkhorn(40), batch=1).lowering == "materialised"
+    assert lower(plain(), Sinkhorn(3), batch=1).lowering == "materialised"
     longest = plain(queries=4096, keys=4096)
-    assert LARGEST_MATRIX < 8 * 4096**2 * 4
-    assert lower(longest, Sinkhorn(40), batch=1).lowering == "fused"
+    assert longest.heads * 4096**2 * 4 > LARGEST_MATRIX
+    assert lower(longest, Sinkhorn(3), batch=1).lowering == "fused"
+    # Forty passes that make the scores anew are too many, whatever memory they save.
+    assert lower(longest, Sinkhorn(40), batch=1).lowering == "materialised"
 
 
 def test_the_matrix_of_a_large_batch_counts():
-    sizes = [batch for batch in (1, 64) if lower(plain(), Sinkhorn(40), batch).lowering == "materialised"]
+    sizes = [batch for batch in (1, 64) if lower(plain(), Sinkhorn(3), batch).lowering == "materialised"]
     assert sizes == [1]
 
 
@@ -61,6 +63,6 @@ def test_only_plain_products_that_end_on_rows_have_a_fused_form(changes, options
 def test_rivals_are_lowered_as_the_compiled_model_is():
     long = plain(queries=4096, keys=4096)
     chosen = Plan({long.name: Choice(Candidate("truncated", 4, 1.0), "")})
-    for wanted, expected in ((None, "fused"), ("materialised", "materialised")):
+    for wanted, expected in ((None, "fused"), ("materialised", "materialised"), ("fused", "fused")):
         found = rivals([long], chosen, 1, wanted)
-        assert {found[name][long.name].lowering for name in ("exact", "truncated", "softmax")} == {expected}
+        assert {found[name][long.name].lowering for name in ("truncated", "softmax")} == {expected}
