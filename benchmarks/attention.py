@@ -11,7 +11,6 @@ in docs/lowerings.md between the two markers.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -94,14 +93,20 @@ def main() -> None:
     """Measure what is asked for, keep the rest of the JSON, render the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("layers", "torch", "models", "memory", "render"))
+    parser.add_argument("--length", type=int, choices=LENGTHS, help="one layer at this length alone, the rest is kept")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         print(peak(options.peak))
         return
     data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if options.length:
+        again = list(layers((options.length,)))
+        rest = [row for row in data["layers"] if row["length"] != options.length]
+        data["layers"] = sorted(rest + again, key=lambda row: (row["length"], row["batch"]))
+        write_json(RESULTS, data)
     for part, study in {"layers": layers, "memory": memory, "models": models, "torch": in_torch}.items():
-        if options.only in (None, part):
+        if options.only in (None, part) and not options.length:
             data[part] = list(study())
             data["threads"], data["environment"] = torch.get_num_threads(), environment(seed=0)
             write_json(RESULTS, data)
@@ -126,9 +131,9 @@ def medians(runners: Mapping[str, Runner], samples: Samples, batch: int) -> dict
     return {run.name: run.p50_ms for run in runs}
 
 
-def layers() -> Iterator[Row]:
+def layers(lengths: tuple[int, ...] = LENGTHS) -> Iterator[Row]:
     """One layer in ONNX Runtime, at every length and batch."""
-    for length in LENGTHS:
+    for length in lengths:
         samples = inputs(max(BATCHES), length)
         with tempfile.TemporaryDirectory() as folder:
             runners = {name: onnx_runner(module, inputs(2, length), folder) for name, module in modules().items()}
@@ -201,9 +206,15 @@ def peak(name: str) -> str:
         ).path
         runner = OnnxRuntimeRunner(path, torch.get_num_threads())
     one = samples[:1]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = largest()
     runner(one)
-    return f"{before} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}"
+    return f"{before} {largest()}"
+
+
+def largest() -> float:
+    """Largest memory of this process so far, in GB: of its own, while getrusage starts from its parent's."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
 
 
 def models() -> Iterator[Row]:
