@@ -76,6 +76,9 @@ def compile_model(
             findings = find(graph, calibration)
             step.summary = f"{len(findings.sites)} Sinkhorn sites"
             require_sites(findings, path)
+            opened, sites = graph, list(findings.sites)
+            if opens(axes):
+                opened, sites = reopen(loaded, calibration, axes, graph, findings.sites, config.early_stop)
 
         with stage("plan", on_event) as step:
             longest = [at_longest(site, axes, calibration) for site in findings.sites]
@@ -84,9 +87,6 @@ def compile_model(
 
         with stage("rewrite", on_event) as step:
             replaced = operators(findings.sites, chosen)
-            opened, sites = graph, list(findings.sites)
-            if opens(axes):
-                opened, sites = reopen(loaded, calibration, axes, graph, findings.sites, config.early_stop)
             compiled = rewrite(opened, sites, replaced)
             step.summary = f"{len(compiled.program.graph.nodes)} nodes"
 
