@@ -11,7 +11,7 @@ from asapc.choices import Candidate, FeatureSet, SlicedDualParams
 from asapc.config import CompileConfig
 from asapc.ops.sliced_dual import first_half_steps
 
-MOST_CLOSURE_STEPS = 3
+MOST_CLOSURE_STEPS = 5
 TOO_FEW_HALF_STEPS = 3  # a loop of no more is as cheap as what an estimate is followed by
 TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
 # TensorRT sorts no more than this many elements; longer sites get no slices.
