@@ -81,7 +81,7 @@ def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> On
             steps.append(node)
     graph.lint()
     program.graph_module.recompile()
-    return OnnxGraph(program, example, None, module.model, values, module.initializers)
+    return OnnxGraph(program, example, model=module.model, values=values, initializers=module.initializers)
 
 
 def region_module(module: GraphModule, inputs: list[Node], body: list[Node], outputs: list[Node]) -> GraphModule:
