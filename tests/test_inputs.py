@@ -101,7 +101,7 @@ def test_inputs_reach_the_parameters_of_their_names_everywhere(kind, tmp_path):
         assert difference(seen, expected(model.module, batch)) < 10 * FLOAT32
 
 
-def no_engine(onnx_artifact, path, largest_batch):
+def no_engine(onnx_artifact, path, largest_batch, axes=None):
     """NVIDIA's compiler takes a minute, and has nothing to do with it."""
     path.write_bytes(b"")
     return EngineArtifact(path, "none", (), {})
