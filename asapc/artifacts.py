@@ -114,6 +114,9 @@ class DynamicAxis:
     high: int | None
 
 
+BATCH_AXIS = DynamicAxis("batch", 1, None)
+
+
 @dataclass(frozen=True, eq=False)
 class CapturedGraph:
     """A model as one graph with a dynamic batch.

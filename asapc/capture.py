@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_structure
 
-from asapc.artifacts import CapturedGraph, DynamicAxis, EarlyStops, LoadedModel, Samples
+from asapc.artifacts import BATCH_AXIS, CapturedGraph, DynamicAxis, EarlyStops, LoadedModel, Samples
 from asapc.config import EarlyStopRule
 from asapc.early_stop import Unconverged
 from asapc.errors import AsapcError, CaptureError, SamplesError, first_line
@@ -201,7 +201,7 @@ def export(
     Inputs reach the parameters of their names. The program's graph, and its module, take them by position, in the
     order given.
     """
-    open_axes = {name: {0: DynamicAxis("batch", 1, None)} for name in inputs} if axes is None else axes
+    open_axes = {name: {0: BATCH_AXIS} for name in inputs} if axes is None else axes
     known = {axis.name: axis for of_input in open_axes.values() for axis in of_input.values()}
     symbols = {name: Dim(name, min=axis.low, max=axis.high) for name, axis in known.items()}
     own = tuple({number: symbols[axis.name] for number, axis in open_axes[name].items()} for name in inputs)

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from asapc.artifacts import CapturedGraph, DynamicAxis, LoadedModel, Operand, Samples, Site
+from asapc.artifacts import BATCH_AXIS, CapturedGraph, DynamicAxis, LoadedModel, Operand, Samples, Site
 from asapc.capture import capture
 from asapc.config import EarlyStopRule
 from asapc.errors import CaptureError, OptionError
@@ -29,7 +29,7 @@ def parse_axes(text: str, samples: Samples) -> Axes:
     Raises:
         OptionError: not of that form, no such axis, or a range without the samples' own length.
     """
-    axes: dict[str, dict[int, DynamicAxis]] = {name: {0: DynamicAxis("batch", 1, None)} for name in samples.inputs}
+    axes: dict[str, dict[int, DynamicAxis]] = {name: {0: BATCH_AXIS} for name in samples.inputs}
     for term in filter(None, text.split(",")):
         match = re.fullmatch(r"\s*([^\s=]{1,80})=(\d{1,9}):(\d{1,9})\s*", term)
         if match is None:

@@ -37,7 +37,7 @@ from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.output import write_json
 from asapc.passes.find_sinkhorn import find_sinkhorn
-from benchmarks.costs import Attention, FusedAttention, fused, sliced_dual
+from benchmarks.costs import Attention, fused, onnx_runner, sliced_dual
 from benchmarks.generated import replace_generated
 
 RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
@@ -83,10 +83,7 @@ def operators() -> dict[str, Sinkhorn | SlicedDual]:
 def modules() -> dict[str, nn.Module]:
     """The same as attention, and the teacher."""
     found: dict[str, nn.Module] = {"teacher": AsWritten()}
-    for name, operator in operators().items():
-        kind = FusedAttention if operator.lowering == "fused" else Attention
-        found[name] = kind(operator, SIZE**-0.5)
-    return found
+    return found | {name: Attention(operator, SIZE**-0.5) for name, operator in operators().items()}
 
 
 def main() -> None:
@@ -119,12 +116,6 @@ def inputs(batch: int, length: int) -> Samples:
     return Samples({name: torch.randn(max(batch, 2), HEADS, length, SIZE, generator=generator) for name in "qkv"})
 
 
-def onnx_runner(module: nn.Module, samples: Samples, folder: str) -> OnnxRuntimeRunner:
-    """A module in ONNX Runtime."""
-    graph = CapturedGraph(export(module.eval(), samples[:2].inputs), samples[:2])
-    return OnnxRuntimeRunner(export_onnx(graph, Path(folder) / "model.onnx", {}).path, torch.get_num_threads())
-
-
 def medians(runners: Mapping[str, Runner], samples: Samples, batch: int) -> dict[str, float]:
     """Milliseconds a call, by name."""
     runs = measure(runners, samples, batch, SECONDS, rounds=FEWEST)
@@ -136,7 +127,7 @@ def layers(lengths: tuple[int, ...] = LENGTHS) -> Iterator[Row]:
     for length in lengths:
         samples = inputs(max(BATCHES), length)
         with tempfile.TemporaryDirectory() as folder:
-            runners = {name: onnx_runner(module, inputs(2, length), folder) for name, module in modules().items()}
+            runners = {name: onnx_runner(module, inputs(2, length), Path(folder)) for name, module in modules().items()}
         for batch in BATCHES:
             entries = batch * HEADS * length**2
             if entries > MOST_ENTRIES:
@@ -153,7 +144,8 @@ def in_torch() -> Iterator[Row]:
     for length in TORCH_LENGTHS:
         samples = inputs(2, length)
         runners: dict[str, Runner] = {}
-        for name, module in ((name, modules()[name]) for name in TORCH_FORMS):
+        made = modules()
+        for name, module in ((name, made[name]) for name in TORCH_FORMS):
             runners[f"{name}, eager"] = EagerRunner(module)
             torch._dynamo.reset()
             runners[f"{name}, compiled"] = Compiled(module)

@@ -45,7 +45,7 @@ SHAPES = (
     (1, 8, 1024, 1024, 64),
     (1, 8, 2048, 2048, 64),
 )
-SECONDS, THREADS = 2.0, 0
+SECONDS = 2.0
 
 
 class Attention(nn.Module):
@@ -58,18 +58,18 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries (B, H, N, D), keys and values (B, H, M, D) to outputs (B, H, N, D)."""
         scaled = q * self.scale
+        if self.operator.lowering == "fused":
+            fused: Tensor = self.operator.from_points(scaled, q, k, v)
+            return fused
         scores = k @ scaled.transpose(-1, -2) if self.operator.turned else scaled @ k.transpose(-1, -2)
         out: Tensor = self.operator.oriented(scores, q, k, v)
         return out
 
 
-class FusedAttention(Attention):
-    """The same in fused passes."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries (B, H, N, D), keys and values (B, H, M, D) to outputs (B, H, N, D)."""
-        out: Tensor = self.operator.from_points(q * self.scale, q, k, v)
-        return out
+def onnx_runner(module: nn.Module, samples: Samples, folder: Path) -> OnnxRuntimeRunner:
+    """A module in ONNX Runtime, by way of a file in a folder, with as many threads as torch has."""
+    graph = CapturedGraph(export(module.eval(), samples[:2].inputs), samples[:2])
+    return OnnxRuntimeRunner(export_onnx(graph, folder / "model.onnx", {}).path, torch.get_num_threads())
 
 
 def sliced_dual(
@@ -126,9 +126,7 @@ def main() -> None:
         modules = operators(heads, size)
         with tempfile.TemporaryDirectory() as folder:
             for name, module in modules.items():
-                kind = FusedAttention if module.lowering == "fused" else Attention
-                graph = CapturedGraph(export(kind(module, size**-0.5).eval(), samples[:2].inputs), samples[:2])
-                runners[name] = OnnxRuntimeRunner(export_onnx(graph, Path(folder) / "a.onnx", {}).path, THREADS)
+                runners[name] = onnx_runner(Attention(module, size**-0.5), samples, Path(folder))
         for run in measure(runners, samples, batch, SECONDS):
             units = work(shape, modules[run.name])
             rows.append({"shape": shape._asdict(), "operator": run.name, "p50_ms": run.p50_ms, "work": units})

@@ -15,7 +15,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,23 +24,19 @@ from torch import nn
 
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.backends.eager.runner import EagerRunner
-from asapc.capture import capture
 from asapc.choices import Candidate, Plan
 from asapc.config import CompileConfig
 from asapc.costs import estimate
 from asapc.environment import environment
-from asapc.gather import gather_samples
-from asapc.loading import load_model
 from asapc.operators import build, exact_operator, operators
 from asapc.output import write_json
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.pipeline import find
 from asapc.plan import decide, judge
 from asapc.propose import propose, split
 from asapc.ranges import score_ranges, wide_sites
 from asapc.verify import agreement, candidate_fidelity, first_output, site_fidelity
 from benchmarks.generated import replace_generated
-from benchmarks.teachers import cached
+from benchmarks.teachers import studied
 
 ROOT = Path(__file__).resolve().parent
 RESULTS, FIGURE, DOCUMENT = (
@@ -64,22 +59,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
     data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"teachers": {}}
-    for name, path in () if options.render else cached():
-        if fnmatch(name, options.only):
-            data["teachers"][name] = study(name, path)
-            data["environment"] = environment(seed=0)
-            write_json(RESULTS, data)
+    for teacher in () if options.render else studied(options.only):
+        data["teachers"][teacher.name] = study(*teacher)
+        data["environment"] = environment(seed=0)
+        write_json(RESULTS, data)
     draw(data["teachers"])
     replace_generated(DOCUMENT, document(data["teachers"]))
 
 
-def study(name: str, path: Path) -> Row:
+def study(name: str, graph: CapturedGraph, sites: Sequence[Site], calibration: Samples, held_out: Samples) -> Row:
     """All operators on one teacher."""
-    loaded = load_model(path)
-    calibration, held_out = gather_samples(loaded, CompileConfig())
     held_out = held_out[:HELD_OUT]
-    graph = capture(loaded, calibration)
-    sites = find(graph, calibration).sites
     if not sites:
         print(f"{name}: no site was found", flush=True)
         return {"sites": 0, "operators": {}}

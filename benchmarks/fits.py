@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -27,22 +26,17 @@ from torch import Tensor, nn
 
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.calibrate import Activations, Fitted, activation, calibrate, regressions
-from asapc.capture import capture
 from asapc.choices import FeatureSet, SlicedDualParams
-from asapc.config import CompileConfig
 from asapc.environment import environment
 from asapc.fit import fit
-from asapc.gather import gather_samples
-from asapc.loading import load_model
 from asapc.ops.c_transform import column_step, row_step
 from asapc.ops.sinkhorn import sinkhorn_duals
 from asapc.ops.sliced_dual import SlicedDual, target_dual
 from asapc.output import write_json
 from asapc.passes.layout import operands, site_inputs
 from asapc.passes.record import record
-from asapc.pipeline import find
 from asapc.propose import split
-from benchmarks.teachers import cached
+from benchmarks.teachers import studied
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fits.json"
 HELD_OUT, SLICES, HIDDEN = 32, 8, 16
@@ -67,14 +61,9 @@ def main() -> None:
     only = parser.parse_args().only
     torch.set_flush_denormal(True)
     rows = []
-    for name, path in cached():
-        if not fnmatch(name, only):
-            continue
-        loaded = load_model(path)
-        calibration, held_out = gather_samples(loaded, CompileConfig())
-        graph = capture(loaded, calibration)
+    for name, graph, sites, calibration, held_out in studied(only):
         errors, seconds = defaultdict(list), defaultdict(float)
-        for site in find(graph, calibration).sites:
+        for site in sites:
             selection, fitting = split(calibration)
             for way, error, took in compare(graph, site, fitting, selection, held_out[:HELD_OUT]):
                 errors[way].append(error)

@@ -14,7 +14,6 @@ import argparse
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
-from fnmatch import fnmatch
 from math import inf
 from pathlib import Path
 from statistics import fmean
@@ -24,27 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from asapc.artifacts import CapturedGraph, Samples, Site
-from asapc.backends.onnxruntime.builder import export_onnx
-from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.calibrate import Fitted, activation, calibrate
-from asapc.capture import capture, export
 from asapc.choices import FeatureSet, SlicedDualParams
-from asapc.config import CompileConfig
 from asapc.environment import environment
-from asapc.gather import gather_samples
-from asapc.loading import load_model
 from asapc.measure import measure
 from asapc.ops.features import estimate, mean, project, variance
 from asapc.ops.relu_pwl import Manifold, ReLUNetworks, sum_of_waves, to_networks
 from asapc.output import write_json
 from asapc.passes.layout import operands
 from asapc.passes.record import record
-from asapc.pipeline import find
 from asapc.propose import split
 from asapc.relu_fit import to_peaks
-from benchmarks.costs import sliced_dual
+from benchmarks.costs import onnx_runner, sliced_dual
 from benchmarks.fits import HELD_OUT, Part, linear, part, relc
-from benchmarks.teachers import cached
+from benchmarks.teachers import studied
 
 RESULTS = Path(__file__).resolve().parent / "results" / "relu_maps.json"
 DEPTH, WIDEST, PENALTY = 3, 3.0, 1e-5  # 8 pieces over so many standard deviations to each side
@@ -66,14 +58,9 @@ def main() -> None:
     only = parser.parse_args().only
     torch.set_flush_denormal(True)
     rows = []
-    for name, path in cached():
-        if not fnmatch(name, only):
-            continue
-        loaded = load_model(path)
-        calibration, held_out = gather_samples(loaded, CompileConfig())
-        graph = capture(loaded, calibration)
+    for name, graph, sites, calibration, held_out in studied(only):
         errors = defaultdict(list)
-        for site in find(graph, calibration).sites:
+        for site in sites:
             for way, error in compare(graph, site, calibration, held_out[:HELD_OUT]).items():
                 errors[way].append(error)
         row = {way: fmean(found) for way, found in errors.items()}
@@ -228,9 +215,7 @@ def latencies() -> dict[str, float]:
     runners = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, module in {"parabolas": Parabolas(), "hinges": Hinges(), "compelled or freed": Networks()}.items():
-            graph = CapturedGraph(export(module.eval(), samples.inputs), samples)
-            path = export_onnx(graph, Path(folder) / "model.onnx", {}).path
-            runners[name] = OnnxRuntimeRunner(path, torch.get_num_threads())
+            runners[name] = onnx_runner(module, samples, Path(folder))
     return {run.name: round(run.p50_ms, 3) for run in measure(runners, samples, 1, 5.0)}
 
 

@@ -12,19 +12,25 @@ import importlib
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asapc.artifacts import CapturedGraph, Samples, Site
+from asapc.capture import capture
+from asapc.config import CompileConfig
+from asapc.gather import gather_samples
+from asapc.loading import load_model
 from asapc.models import digits
+from asapc.pipeline import find
 from benchmarks.scaling_form import trained_sinkhorn
 from benchmarks.teacher_data import VOCABULARY, WORDS, mails, point_sets
 
@@ -116,6 +122,26 @@ def cached() -> Iterator[tuple[str, Path]]:
             path = CACHE / f"{teacher.name(seed)}.pt"
             if path.exists():
                 yield path.stem, path
+
+
+class Studied(NamedTuple):
+    """A teacher that was looked into, with its samples."""
+
+    name: str
+    graph: CapturedGraph
+    sites: Sequence[Site]
+    calibration: Samples
+    held_out: Samples
+
+
+def studied(pattern: str) -> Iterator[Studied]:
+    """The checkpoints that are there, of names that match as in a shell."""
+    for name, path in cached():
+        if fnmatch(name, pattern):
+            loaded = load_model(path)
+            calibration, held_out = gather_samples(loaded, CompileConfig())
+            graph = capture(loaded, calibration)
+            yield Studied(name, graph, find(graph, calibration).sites, calibration, held_out)
 
 
 @cache

@@ -15,7 +15,7 @@ poisoned = st.builds(
     lambda chosen, poison: consistent(Composition(**chosen, poison=poison)), drawn, st.sampled_from(POISONS)
 )
 reproducible = settings(
-    max_examples=12,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     database=None,

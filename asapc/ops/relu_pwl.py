@@ -85,11 +85,6 @@ class ReLUNetworks(nn.Module):
         self.hidden, self.hidden_bias = nn.Parameter(hidden), nn.Parameter(hidden_bias)
         self.last = nn.Parameter(last)
 
-    @property
-    def depth(self) -> int:
-        """Number of hidden layers."""
-        return 1 + self.hidden.shape[1]
-
     def forward(self, x: Tensor) -> Tensor:
         """Values (K, P) at points (P,), or (K, P) where each network has its own."""
         x = x.expand(self.first.shape[0], -1).unsqueeze(-2)  # K 1 P

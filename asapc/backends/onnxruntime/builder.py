@@ -14,7 +14,9 @@ from torch import Tensor
 from asapc.artifacts import CapturedGraph, OnnxArtifact
 from asapc.backends.base import temporary
 from asapc.errors import BuildError, first_line
+from asapc.passes.base import PassManager
 from asapc.passes.onnx_cleanup import OnnxCleanup
+from asapc.passes.standard_attention import StandardAttention
 
 OPSET = 18  # what every runtime of the last years takes, TensorRT 10 and ONNX Runtime 1.14 among them
 
@@ -35,31 +37,27 @@ def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], s
         {0: "batch"} if graph.axes is None else {number: axis.name for number, axis in graph.axes[name].items()}
         for name in graph.example.inputs
     ]
-    model = OnnxCleanup(metadata)(to_proto(graph, axes=open_axes, standard=standard)).program
+    passes = [*([StandardAttention()] if standard else []), OnnxCleanup(metadata)]
+    model = PassManager(passes)(to_proto(graph, axes=open_axes)).program
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
     temporary(path).rename(path)
     return OnnxArtifact(path, next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")))
 
 
-def to_proto(
-    graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]] | None = None, standard: bool = False
-) -> Any:
+def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]] | None = None) -> Any:
     """The graph as a ModelProto, as the exporter writes it.
 
     Args:
         graph: the graph.
         opset: version of the ONNX standard.
         axes: what to call the dynamic axes of each input; None for names like s77.
-        standard: see `export_onnx`.
 
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
     """
     program = graph.program
     if any(node.target is torch.ops.asapc.attention.default for node in program.graph.nodes):
-        program = program.run_decompositions(
-            {torch.ops.asapc.attention.default: standard_attention if standard else multi_head_attention}
-        )
+        program = program.run_decompositions({torch.ops.asapc.attention.default: multi_head_attention})
     with quiet_exporter():
         try:
             made = torch.onnx.export(
@@ -94,11 +92,6 @@ def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tenso
         "com.microsoft::MultiHeadAttention", inputs, attributes, dtype=queries.dtype, shape=shape, version=1
     )
     return torch.unflatten(made, 0, queries.shape[:2])
-
-
-def standard_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """What stands for `ops.fused.attention` in standard operators; TensorRT fuses it where it has a kernel."""
-    return torch.softmax(queries @ keys.transpose(-1, -2), dim=-1) @ values
 
 
 @contextlib.contextmanager
