@@ -195,11 +195,19 @@ def export(
     inputs: Mapping[str, Tensor],
     axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
     dims: tuple[dict[int, Any], ...] | None = None,
+    writes: bool = True,
 ) -> ExportedProgram:
     """torch.export with the first axis of every input dynamic and called "batch", or with dynamic axes of one's own.
 
     Inputs reach the parameters of their names. The program's graph, and its module, take them by position, in the
     order given.
+
+    Args:
+        module: the model.
+        inputs: example inputs.
+        axes: open axes by the input's name and their number; None for the batch alone.
+        dims: dynamic shapes as torch.export takes them, in place of `axes`.
+        writes: whether it may write in place, or switch automatic casts: another pass over the graph unmakes both.
     """
     open_axes = {name: {0: BATCH_AXIS} for name in inputs} if axes is None else axes
     known = {axis.name: axis for of_input in open_axes.values() for axis in of_input.values()}
@@ -218,7 +226,8 @@ def export(
             )
             # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
             # plan in place would otherwise outlive the rewrite, since such nodes never count as dead.
-            program = program.run_decompositions({})
+            if writes:
+                program = program.run_decompositions({})
             if kwargs:
                 by_position(program, inputs)
     except AsapcError:

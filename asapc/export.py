@@ -45,7 +45,8 @@ def rewrite(
         keep_output_types(module)
     try:
         with torch.autocast("cpu", dtype=half, enabled=half is not None):
-            return CapturedGraph(export(module, graph.example.inputs, graph.axes), graph.example, axes=graph.axes)
+            program = export(module, graph.example.inputs, graph.axes, writes=half is not None)
+            return CapturedGraph(program, graph.example, axes=graph.axes)
     except CaptureError as error:
         raise InternalError(f"the model cannot be exported with its operators: {error}") from error
 

@@ -1,5 +1,6 @@
 """The commands that the README shows are run as they stand there."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 # Those of installing and of `make` are run by .ci/run, on a clean checkout.
+COMPILE = "asapc compile models/digits.pt"
 SKIPPED = ("make ", "pip ", "git ", "bash ", "python -m benchmarks")
 
 
@@ -39,16 +41,29 @@ def test_the_readme_shows_commands_and_python() -> None:
     assert blocks("python")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def run(words: list[str], folder: Path, seed: str = "random") -> str:
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_command(command: str, folder: Path, seed: str = "random") -> str:
+    return run(["-m", "asapc.cli", *shlex.split(command)[1:]], folder, seed)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != COMPILE])
 def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
     assert command.startswith("asapc "), command
-    words = [sys.executable, "-m", "asapc.cli", *shlex.split(command)[1:]]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_command(command, folder)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_of_the_readme_runs(code: str, folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+def test_compiling_from_the_command_line_and_from_python_gives_the_same_bytes(folder: Path) -> None:
+    """In two processes with two hash seeds, so that the order of a set cannot hide."""
+    assert COMPILE in COMMANDS
+    (code,) = blocks("python")
+    assert 'compile_model("models/digits.pt"' in code
+    run_command(COMPILE, folder, seed="1")
+    assert run(["-c", code], folder, seed="12345")
+    for name in ("operator.safetensors", "model.onnx"):
+        assert (folder / "digits.asap" / name).read_bytes() == (folder / "fast.asap" / name).read_bytes(), name
