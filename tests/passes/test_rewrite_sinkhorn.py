@@ -287,7 +287,7 @@ def test_an_exact_operator_fits_every_way_to_write_the_loop(forward):
 
 
 def test_a_graph_that_cannot_be_exported_again_is_no_fault_of_the_model(case, monkeypatch):
-    def refuse(*args):
+    def refuse(*args, **options):
         raise CaptureError("torch.export cannot capture the model", "a hint for users")
 
     monkeypatch.setattr("asapc.export.export", refuse)
