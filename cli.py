@@ -167,6 +167,14 @@ def compile_command(
             show_default="float32",
         ),
     ] = None,
+    relu_activations: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ERROR",
+            help="Put ReLU networks in the place of GELU and other smooth activations, each off by no more than this.",
+            show_default="leave them alone",
+        ),
+    ] = None,
     dynamic: Annotated[
         str | None,
         typer.Option(
@@ -206,6 +214,7 @@ def compile_command(
             "early_stop": early_stop,
             "lowering": lowering,
             "precision": precision,
+            "relu_activations": relu_activations,
             "dynamic": dynamic,
             "slices": tuple(slices) if slices else None,
             "batches": tuple(batch) if batch else None,

@@ -164,7 +164,8 @@ def approximate(
         rival = train(random_networks(x, 1, runs * members, depth, seed, start), x, y.unsqueeze(0), members)
         rows.append(of_networks(f"{start}, free, depth {depth}", rival, x, y))
     pieces = members * 2**depth
-    rows.append(of_values(f"best {pieces} pieces", pieces, best_pieces(x.numpy(), y.numpy(), pieces), y))
+    best = np.interp(x.numpy(), *best_pieces(x.numpy(), y.numpy(), pieces))
+    rows.append(of_values(f"best {pieces} pieces", pieces, best, y))
     rows.append(of_values(f"cubic spline of {pieces} pieces", None, cubic_spline(x.numpy(), y.numpy(), pieces), y))
     return Approximation(network, tuple(rows), x, y)
 
@@ -204,10 +205,10 @@ def of_values(name: str, pieces: int | None, values: np.ndarray, y: Tensor) -> R
     return Row(name, pieces, errors.square().mean().item(), errors.abs().amax().item(), None)
 
 
-def best_pieces(x: np.ndarray, y: np.ndarray, pieces: int) -> np.ndarray:
-    """Values of the best continuous piecewise-linear function on so many pieces, near enough: the real limit.
+def best_pieces(x: np.ndarray, y: np.ndarray, pieces: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best continuous piecewise-linear function on so many pieces, near enough: where they end, and values there.
 
-    Its ends lie where the integral of |f''|^(2/5) is parted in equal shares, which is optimal for many pieces; its
+    Ends lie where the integral of |f''|^(2/5) is parted in equal shares, which is optimal for many pieces;
     values are those of least squares. (de Boor, A Practical Guide to Splines, chapter XII.)
     """
     curvature = np.abs(np.gradient(np.gradient(y, x), x)) ** 0.4
@@ -215,8 +216,7 @@ def best_pieces(x: np.ndarray, y: np.ndarray, pieces: int) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(x))])
     knots = np.interp(np.linspace(0, total[-1], pieces + 1), total, x)
     hats = np.stack([np.interp(x, knots, row) for row in np.eye(pieces + 1)], axis=-1)
-    values: np.ndarray = hats @ np.linalg.lstsq(hats, y, rcond=None)[0]
-    return values
+    return knots, np.linalg.lstsq(hats, y, rcond=None)[0]
 
 
 def cubic_spline(x: np.ndarray, y: np.ndarray, pieces: int) -> np.ndarray:

@@ -89,7 +89,7 @@ def calibrate(
             places = quantiles(counts[site.name, features.side], features.pieces) if features.pieces else none
             slices = min(features.slices, site.head_dim or 0)
             of_queries, of_keys = (basis[..., : max(COORDINATES, slices)] for basis in bases[site.name])
-            unfitted = SlicedDualParams(of_queries, of_keys, slices, places, side=features.side)
+            unfitted = SlicedDualParams(of_queries, of_keys, slices, places, side=features.side, paired=features.paired)
             params[Fitted(site.name, features)] = unfitted
     for step in range(1 + closure_steps):
         advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")

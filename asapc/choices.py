@@ -40,11 +40,13 @@ class FeatureSet(NamedTuple):
         slices: number of coordinates whose exact potential is taken, by sorting.
         pieces: linear pieces that hinges give the first coordinates; 0 for no hinges.
         side: the points whose dual it is.
+        paired: whether products of two coordinates take part.
     """
 
     slices: int = 0
     pieces: int = 0
     side: Side = "keys"
+    paired: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,7 @@ class SlicedDualParams:
             `ops.sliced_dual.dual_features`; each further one is a fitted closure step, (H, F + 1),
             (H, F + 2) ..., over the features and the closures so far. Empty before the fit.
         side: the points whose dual is estimated.
+        paired: whether there are features of pairs of coordinates.
     """
 
     query_basis: Tensor
@@ -68,6 +71,13 @@ class SlicedDualParams:
     knots: Tensor
     weights: tuple[Tensor, ...] = ()
     side: Side = "keys"
+    paired: bool = False
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the functions that the dual is estimated from."""
+        optional = {"slices": self.slices > 0, "pairs": self.paired, "hinges": self.knots.numel() > 0}
+        return ["bquad", "mean", *(name for name, there in optional.items() if there)]
 
 
 @dataclass(frozen=True, eq=False)

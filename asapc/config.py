@@ -76,6 +76,7 @@ TOML_TYPES: dict[str, tuple[type, ...]] = {
     "out": (str,),
     "calib": (str,),
     "seconds": (int, float),
+    "relu_activations": (int, float),
     "model": (str,),
     "model_args": (str, dict),
     "inputs": (str,),
@@ -106,6 +107,8 @@ class CompileConfig:
         lowering: "auto" lowers each operator as is cheapest for the largest batch; "materialised" makes scores and
             takes standard ONNX operators alone; "fused" takes the runtime's attention where there is a fused form.
         precision: of the engine's layers and products; what ONNX Runtime gets is float32.
+        relu_activations: largest error that ReLU networks in the place of smooth activations may have, where their
+            inputs have been on the calibration samples; 0 leaves activations alone.
         dynamic: open axes of the inputs with their ranges, such as "batch=1:64,seq=16:2048"; see `asapc.dynamic`.
         slices: numbers of sorted slices that the planner may give a site, in the order it tries them.
         batches: batch sizes at which latency is measured, up to LARGEST_BATCH.
@@ -128,6 +131,7 @@ class CompileConfig:
     level: int = 2
     lowering: LoweringRule = "auto"
     precision: Precision = "float32"
+    relu_activations: float = 0.0
     dynamic: str = ""
     slices: tuple[int, ...] = (0,)
     pieces: tuple[int, ...] = (0, 8)
@@ -163,6 +167,8 @@ class CompileConfig:
             raise OptionError(f"level is {self.level}", "give the level 0, 1 or 2")
         if not 0 < self.seconds < inf:
             raise OptionError(f"seconds is {self.seconds}", "give seconds a positive, finite value")
+        if not 0 <= self.relu_activations < inf:
+            raise OptionError(f"relu_activations is {self.relu_activations}", "give it a finite error above 0")
 
     def bounds(self) -> tuple[Bound, ...]:
         """The fidelity budget, parsed."""

@@ -61,8 +61,11 @@ def estimate_work(shape: Shape, module: SlicedDual) -> dict[str, float]:
     matrices = shape.batch * shape.heads
     points, others = (shape.queries, shape.keys) if module.turned else (shape.keys, shape.queries)
     coordinates = matrices * (points + others) * module.query_basis.shape[-1]
+    paired = 0 if module.pair_weights is None else module.pair_weights.shape[-1]
     return {
         "estimate": 1,
+        "paired": min(paired, 1),
+        "form": matrices * points * (module.steps + 1) * paired,
         "coordinate": coordinates,
         "project": coordinates * shape.head_dim,
         "hinge": matrices * points * module.knots[0].numel(),

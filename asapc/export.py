@@ -15,6 +15,7 @@ from asapc.backends.onnxruntime.splicer import splice_onnx
 from asapc.capture import export
 from asapc.errors import CaptureError, InternalError
 from asapc.onnx_graph import OnnxGraph
+from asapc.passes.lower_activations import LowerActivations
 from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn, keep_float32, keep_output_types
 
 
@@ -23,6 +24,7 @@ def rewrite(
     sites: Sequence[Site],
     modules: Mapping[str, nn.Module],
     precision: torch.dtype = torch.float32,
+    activations: Mapping[str, nn.Module] | None = None,
 ) -> CapturedGraph:
     """A copy of the graph with operators in the place of the sites that have one.
 
@@ -32,14 +34,16 @@ def rewrite(
         modules: operators by the site's name.
         precision: of the graph's layers and products, by torch's rules of automatic casts, and of the products that
             operators make; outputs keep their dtype.
+        activations: what stands in for smooth activations, by their names in `passes.lower_activations`.
 
     Raises:
         InternalError: the rewritten graph cannot be exported. The user's model was, so that it is not at fault.
     """
-    if not modules and precision == torch.float32:
+    if not modules and not activations and precision == torch.float32:
         return graph
     half = None if precision == torch.float32 else precision
     module = RewriteSinkhorn(sites, modules, half)(graph.program.module()).program
+    module = LowerActivations(activations or {})(module).program
     if half is not None:
         keep_float32(module)
         keep_output_types(module)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from asapc.activations import fit_activations
 from asapc.artifacts import CapturedGraph, Findings, Samples
 from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
@@ -29,9 +30,18 @@ from asapc.operators import operators, rivals
 from asapc.output import list_artifacts, output_folder, write_json, write_manifest, write_operators
 from asapc.passes.build_plan import build_plans
 from asapc.passes.evidence import find_with_evidence
+from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
 from asapc.plan import plan
 from asapc.propose import propose
-from asapc.report import CompileReport, early_stop_data, early_stop_note, plan_note, report_data, shorten
+from asapc.report import (
+    CompileReport,
+    activations_note,
+    early_stop_data,
+    early_stop_note,
+    plan_note,
+    report_data,
+    shorten,
+)
 from asapc.results import Latency
 from asapc.verify import check_budget, check_labels, site_fidelity, verify
 from asapc.version import __version__
@@ -87,8 +97,11 @@ def compile_model(
 
         with stage("rewrite", on_event) as step:
             replaced = operators(findings.sites, chosen)
-            compiled = rewrite(opened, sites, replaced)
-            step.summary = f"{len(compiled.program.graph.nodes)} nodes"
+            amortised = RewriteSinkhorn(findings.sites, replaced)(graph.program.module()).program
+            activations = fit_activations(amortised, calibration, config.relu_activations)
+            stand_ins = {found.name: found.module for found in activations}
+            compiled = rewrite(opened, sites, replaced, activations=stand_ins)
+            step.summary = f"{len(compiled.program.graph.nodes)} nodes{activations_note(activations)}"
 
         with stage("export", on_event) as step:
             metadata = {"asapc.version": __version__, "asapc.source_sha256": loaded.sha256}
@@ -97,7 +110,7 @@ def compile_model(
             step.summary = f"model.onnx, opset {onnx.opset}"
             deployed, lowered = onnx, compiled
             if config.precision != "float32":
-                lowered = rewrite(opened, sites, replaced, getattr(torch, config.precision))
+                lowered = rewrite(opened, sites, replaced, getattr(torch, config.precision), stand_ins)
                 deployed = export_onnx(lowered, folder / f"model.{config.precision}.onnx", metadata, standard=True)
                 step.summary += f"; {deployed.path.name}"
 
@@ -113,7 +126,8 @@ def compile_model(
             hops: dict[str, Runner] = {
                 "teacher": OnnxRuntimeRunner(path) if isinstance(graph, OnnxGraph) else EagerRunner(loaded.module),
                 "capture": EagerRunner(graph.program.module()),
-                "amortisation": EagerRunner(compiled.program.module()),
+                "amortisation": EagerRunner(amortised),
+                **({"activations": EagerRunner(compiled.program.module())} if activations else {}),
                 "export": runners["compiled"],
             }
             if config.precision == "float16":
@@ -134,7 +148,9 @@ def compile_model(
             step.summary = f"{len(runners)} variants at batch {', '.join(map(str, config.batches))}"
 
         artifacts = list_artifacts(folder, [onnx, deployed], engine)
-        data = report_data(loaded, findings, chosen, fidelity, latency, artifacts, environment(config.seed))
+        data = report_data(
+            loaded, findings, chosen, activations, fidelity, latency, artifacts, environment(config.seed)
+        )
         write_json(folder / "report.json", data)
         write_manifest(folder, loaded.sha256, __version__)
     return CompileReport(out, data)
@@ -155,12 +171,13 @@ def for_onnx_file(config: CompileConfig) -> CompileConfig:
     """Options for a model that is an ONNX file: its operators keep to standard ONNX, as the file does.
 
     Raises:
-        OptionError: another precision is asked for than the file has.
+        OptionError: anything else of the file is to be changed than its loops.
     """
-    if config.precision != "float32" or config.dynamic:
+    if config.precision != "float32" or config.dynamic or config.relu_activations:
         raise OptionError(
-            "an ONNX file keeps its own precision and axes",
-            "compile the checkpoint that it was exported from, or leave --precision and --dynamic away",
+            "an ONNX file keeps its own precision, axes and activations",
+            "compile the checkpoint that it was exported from, or leave --precision, --dynamic and "
+            "--relu-activations away",
         )
     return replace(config, lowering="materialised")
 

@@ -59,10 +59,11 @@ def split(samples: Samples) -> tuple[Samples, Samples]:
 
 
 def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
-    """Feature sets that a site can have; masks, long sites and lengths left open allow no sort."""
+    """Feature sets that a site can have; masks, long sites and lengths left open allow no sort, one axis no pairs."""
     sortable = not site.masked and not config.dynamic and max(site.queries, site.keys) <= LONGEST_SORT
     slices = [s for s in config.slices if s == 0 or sortable] or [0]
-    return [FeatureSet(*chosen) for chosen in product(slices, config.pieces, SIDES)]
+    paired = (False, True) if (site.head_dim or 0) > 1 else (False,)
+    return [FeatureSet(*chosen) for chosen in product(slices, config.pieces, SIDES, paired)]
 
 
 def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:

@@ -177,7 +177,13 @@ def read_choice(site: Site, report: Mapping[str, Any], tensors: Mapping[str, Ten
     if choice["operator"] == "sliced_dual":
         weights = [tensors[f"{site.name}.weights.{i}"] for i in range(choice["half_steps"] // 2)]
         of = {name: tensors[f"{site.name}.{name}"] for name in ("query_basis", "key_basis", "knots")}
-        params = SlicedDualParams(**of, slices=choice["slices"], weights=tuple(weights), side=choice["side"])
+        params = SlicedDualParams(
+            **of,
+            slices=choice["slices"],
+            weights=tuple(weights),
+            side=choice["side"],
+            paired="pairs" in choice["features"],
+        )
     return Candidate(choice["operator"], choice["half_steps"], inf, None, params, choice["lowering"])
 
 

@@ -1,12 +1,13 @@
 """The report of a compilation: a public interface, described by docs/report.schema.json."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from asapc.activations import FittedActivation
 from asapc.artifacts import EarlyStops, Findings, LoadedModel, Miss, Site
 from asapc.choices import Candidate, Choice, Plan
 from asapc.results import Fidelity, Latency
@@ -31,6 +32,7 @@ def report_data(
     loaded: LoadedModel,
     findings: Findings,
     plan: Plan,
+    activations: Sequence[FittedActivation],
     fidelity: Fidelity,
     latency: Latency,
     artifacts: list[dict[str, Any]],
@@ -51,6 +53,7 @@ def report_data(
         ],
         "misses": [miss_data(miss) for miss in findings.misses],
         "early_stops": early_stop_data(findings.early_stops),
+        "activations": [activation_data(found) for found in activations],
         "fidelity": fidelity_data(fidelity),
         "latency": latency_data(latency),
         "artifacts": artifacts,
@@ -89,6 +92,16 @@ def shorten(source: str | None) -> str | None:
 def miss_data(miss: Miss) -> dict[str, Any]:
     """A miss as `asapc inspect --json` and the report show it."""
     return {**asdict(miss), "source": shorten(miss.source)}
+
+
+def activation_data(found: FittedActivation) -> dict[str, Any]:
+    """A ReLU network in the place of an activation, in the report."""
+    return {name: value for name, value in vars(found).items() if name != "module"}
+
+
+def activations_note(activations: Sequence[FittedActivation]) -> str:
+    """Say what stands in for smooth activations; empty where nothing does."""
+    return "".join(f"; {found.nodes} {found.name} in {found.units} ReLU units" for found in activations)
 
 
 def early_stop_data(early_stops: EarlyStops | None) -> dict[str, Any] | None:
@@ -130,16 +143,12 @@ def choice_data(choice: Choice) -> dict[str, Any]:
 def candidate_data(candidate: Candidate) -> dict[str, Any]:
     """A candidate in the report; slices, features and side are those of a sliced dual, else 0 and none."""
     params, fidelity = candidate.params, candidate.fidelity
-    features = []
-    if params is not None:
-        kinds = {"slices": params.slices > 0, "bquad": True, "mean": True, "hinges": params.knots.numel() > 0}
-        features = [name for name, there in kinds.items() if there]
     return {
         "operator": candidate.operator,
         "half_steps": candidate.half_steps,
         "lowering": candidate.lowering,
         "slices": 0 if params is None else params.slices,
-        "features": features,
+        "features": [] if params is None else params.features,
         "side": None if params is None else params.side,
         "closure_half_steps": 0 if params is None else candidate.half_steps,
         "estimated_ms": candidate.cost if isfinite(candidate.cost) else None,

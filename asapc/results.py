@@ -35,8 +35,9 @@ class Hop:
     """The difference that one step of the compilation makes on held-out samples, to whichever output it is largest.
 
     Attributes:
-        name: "capture" (model as loaded to its graph), "amortisation" (that to the rewritten torch graph) or
-            "export" (that to ONNX Runtime).
+        name: "capture" (model as loaded to its graph), "amortisation" (that with operators in the place of loops),
+            "activations" (that with ReLU networks in the place of smooth activations, where asked for), "export" (that
+            to ONNX Runtime), or "precision" (that to the precision asked for).
         max_abs: largest absolute difference.
         rel: norm of the difference over the norm of the reference output.
         agreement: share of samples whose first output has the same argmax; None where it has no class axis.

@@ -22,6 +22,7 @@ HINTS = {
     "capture": "early stops are left out of a captured graph: train and evaluate the model with a fixed number of "
     "iterations; `--early-stop refuse` refuses such models before they are compiled, see docs/recognition.md",
     "amortisation": "loosen the budget, ask for the exact form with -O1, or keep the model as it is",
+    "activations": "give --relu-activations a smaller error",
     "precision": "ask for another --precision: float32 costs nothing in fidelity",
     "export": "ONNX Runtime should compute what torch does: report the model, or loosen the budget",
 }
@@ -251,10 +252,8 @@ def add_errors(one: Tensor, other: Tensor) -> Tensor:
 
 def to_hop(name: str, found: Tensor, agree: float | None) -> Hop:
     """A hop from the `errors` of all outputs, the worst of which counts; one without a finite entry tells nothing."""
-    relative = [
-        (error / norm) ** 0.5 if norm else (inf if error or not finite else 0.0)
-        for error, norm, finite, _ in found.tolist()
-    ]
+    rows = found.tolist()
+    relative = [(off / norm) ** 0.5 if norm else (inf if off or not finite else 0.0) for off, norm, finite, _ in rows]
     return Hop(name, max_abs=worst(found[:, 3].tolist()), rel=worst(relative), agreement=agree)
 
 

@@ -26,6 +26,7 @@ from asapc.choices import Side, SlicedDualParams
 from asapc.costs import MODEL, Shape, work
 from asapc.environment import environment
 from asapc.measure import measure
+from asapc.ops.features import pairs_of
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.output import write_json
@@ -73,16 +74,25 @@ def onnx_runner(module: nn.Module, samples: Samples, folder: Path) -> OnnxRuntim
 
 
 def sliced_dual(
-    heads: int, size: int, slices: int, pieces: int, steps: int, side: Side = "keys", wide: bool = False
+    heads: int,
+    size: int,
+    slices: int,
+    pieces: int,
+    steps: int,
+    side: Side = "keys",
+    wide: bool = False,
+    paired: bool = False,
 ) -> SlicedDual:
     """A sliced dual with small random weights."""
     generator = torch.Generator().manual_seed(0)
     coordinates = min(COORDINATES, size)
     features = slices + coordinates + 1 + coordinates * max(pieces - 1, 0)
+    features += 2 * pairs_of(coordinates).shape[-1] * paired
     knots = torch.linspace(-1.5, 1.5, max(pieces - 1, 0)).expand(heads, coordinates if pieces else 0, -1)
     weights = (torch.randn(heads, features + k, generator=generator) / features for k in range(1 + steps))
     basis = torch.eye(size)[:, :coordinates].expand(heads, -1, -1) / size**0.25
-    return SlicedDual(SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights), side), wide=wide)
+    params = SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights), side, paired)
+    return SlicedDual(params, wide=wide)
 
 
 def operators(heads: int, size: int) -> dict[str, Sinkhorn | SlicedDual]:
@@ -100,6 +110,9 @@ def operators(heads: int, size: int) -> dict[str, Sinkhorn | SlicedDual]:
         "parabolas, 1 step, wide": sliced_dual(heads, size, 0, 0, 1, wide=True),
         "hinges, 0 steps": sliced_dual(heads, size, 0, 8, 0),
         "hinges, 2 steps": sliced_dual(heads, size, 0, 8, 2),
+        "pairs, 0 steps": sliced_dual(heads, size, 0, 0, 0, paired=True),
+        "pairs, 3 steps": sliced_dual(heads, size, 0, 0, 3, paired=True),
+        "hinges and pairs, 1 step": sliced_dual(heads, size, 0, 8, 1, paired=True),
         "8 slices, 1 step": sliced_dual(heads, size, 8, 0, 1),
         "softmax, fused": fused(Sinkhorn(1)),
         "exact 4, fused": fused(Sinkhorn(4)),

@@ -24,7 +24,8 @@ from torch import nn
 
 from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.backends.eager.runner import EagerRunner
-from asapc.choices import Candidate, Plan
+from asapc.calibrate import SIDES
+from asapc.choices import Candidate, Plan, SlicedDualParams
 from asapc.config import CompileConfig
 from asapc.costs import estimate
 from asapc.environment import environment
@@ -47,7 +48,8 @@ RESULTS, FIGURE, DOCUMENT = (
 BUDGETS: tuple[tuple[str, ...], ...] = ((), ("agreement>=0.98",), ("agreement>=0.92",))
 HELD_OUT, BATCH = 256, 8
 # Lines of the figure, by how the names of their operators begin.
-FAMILIES = ("truncated", "queries, parabolas", "queries, hinges", "keys, parabolas", "keys, hinges", "keys, 8 slices,")
+ESTIMATED_FROM = ("parabolas", "pairs", "hinges", "pairs and hinges")
+FAMILIES = ("truncated", *(f"{side}, {of}," for side in SIDES for of in ESTIMATED_FROM), "keys, 8 slices,")
 Row = dict[str, Any]
 
 
@@ -112,9 +114,13 @@ def kind(candidate: Candidate) -> str:
     """What an operator is called here."""
     if candidate.params is None:
         return f"{candidate.operator} {candidate.half_steps}"
-    params = candidate.params
-    parts = [f"{params.slices} slices"] * (params.slices > 0) + ["hinges"] * (params.knots.numel() > 0)
-    return f"{params.side}, {' and '.join(parts) or 'parabolas'}, {len(params.weights) - 1} steps"
+    return f"{estimated_from(candidate.params)}, {len(candidate.params.weights) - 1} steps"
+
+
+def estimated_from(params: SlicedDualParams) -> str:
+    """What an operator estimates, and from what beside parabolas and mean."""
+    parts = [f"{params.slices} slices" if name == "slices" else name for name in params.features[2:]]
+    return f"{params.side}, {' and '.join(parts) or 'parabolas'}"
 
 
 def agreed(

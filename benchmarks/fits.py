@@ -6,15 +6,17 @@
 
 From the same features of the keys: ridge on the dual (what ships), the same linear map trained on the divergence
 between plans or on the error of the attention output, and a small network for each head. By ridge, from other features:
-sorted slices along balanced or random directions, each beside its parabolas. No closure steps; relc of the attention
-output on held-out samples, the mean of the sites, and seconds for all of them. What is trained starts from ridge, and
-stops where it was best on samples that it does not train on. Writes benchmarks/results/fits.json.
+sorted slices along balanced or random directions, each beside its parabolas. None of these has closure steps. And whole
+operators from pairs and hinges, of no and of two closure steps: each map by ridge in its turn (what ships), all maps
+trained jointly on the error of the output, and directions and knots with them. relc of the attention output on held-out
+samples, the mean of the sites, and seconds for all of them. What is trained starts from ridge, and stops where it was
+best on samples that it does not train on. Writes benchmarks/results/fits.json.
 """
 
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -24,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asapc.artifacts import CapturedGraph, Samples, Site
-from asapc.calibrate import Activations, Fitted, activation, calibrate, regressions
+from asapc.artifacts import Axis, CapturedGraph, Samples, Site
+from asapc.calibrate import Activations, Fitted, activation, calibrate, regressions, to_dtype
 from asapc.choices import FeatureSet, SlicedDualParams
 from asapc.environment import environment
 from asapc.fit import fit
@@ -35,21 +37,24 @@ from asapc.ops.sliced_dual import SlicedDual, target_dual
 from asapc.output import write_json
 from asapc.passes.layout import operands, site_inputs
 from asapc.passes.record import record
-from asapc.propose import split
+from asapc.propose import split, truncate
 from benchmarks.teachers import studied
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fits.json"
+DIRECTIONS = ("query_basis", "key_basis", "knots")
 HELD_OUT, SLICES, HIDDEN = 32, 8, 16
 STEPS, BATCH, LEARNING_RATE, LOOK_EVERY = 150, 8, 1e-2, 25
 
 
 class Part(NamedTuple):
-    """Some samples of a site: features (B, H, F, M), target (B, H, M), scores, plan, values and output."""
+    """Some samples of a site: features (B, H, F, M), target (B, H, M), scores, plan, points, values and output."""
 
     features: Tensor
     target: Tensor
     scores: Tensor
     plan: Tensor
+    queries: Tensor
+    keys: Tensor
     values: Tensor
     output: Tensor
 
@@ -106,6 +111,14 @@ def compare(
         part_of_slices = part(graph, site, replace(sliced, weights=()), held_out)
         error = relc(judged, linear(of_slices.weights[0], part_of_slices.features))
         yield f"{way} slices and parabolas", error, time.perf_counter() - start
+    paired = FeatureSet(pieces=8, paired=True)
+    fitted = calibrate(graph, {site.name: [paired]}, [site], fitting, selection, 2)[Fitted(site.name, paired)]
+    for steps in (0, 2):
+        greedy = truncate(fitted, steps)
+        yield f"pairs, {steps} steps", relc(judged, Operator(greedy, site.last, (), fit_part)(judged)), 0.0
+        for way, names in {"jointly": (), "with directions": DIRECTIONS}.items():
+            operator = Operator(greedy, site.last, ("weights", *names), fit_part)
+            yield f"pairs, {steps} steps, {way}", *train(operator, output_error, *parts)
 
 
 def activations(graph: CapturedGraph, site: Site, samples: Samples) -> Iterator[Activations]:
@@ -127,12 +140,42 @@ def part(graph: CapturedGraph, site: Site, params: SlicedDualParams, samples: Sa
     plan = torch.exp(scores + f.unsqueeze(-1) + g.unsqueeze(-2))
     target = target_dual(scores, site.half_steps, "keys", site.last)
     centred = [x - x.mean(dim=-1, keepdim=True) for x in (features, target)]
-    return Part(centred[0], centred[1], scores, plan, applied, plan @ applied)
+    return Part(centred[0], centred[1], scores, plan, queries, keys, applied, plan @ applied)
 
 
 def linear(weights: Tensor, features: Tensor) -> Tensor:
     """Estimate (B, H, M) by one linear map a head."""
     return torch.einsum("hf,bhfm->bhm", weights, features)
+
+
+class Operator(nn.Module):
+    """A sliced dual of the keys' side, to be trained in what is named, each by how it differs from its start."""
+
+    def __init__(self, params: SlicedDualParams, last: Axis, trained: Sequence[str], part: Part) -> None:
+        super().__init__()
+        self.params, self.last = to_dtype(params, torch.float64), last
+        tensors = {name: [getattr(self.params, name)] for name in DIRECTIONS} | {"weights": [*self.params.weights]}
+        self.start = {name: tensors[name] for name in trained}
+        vectors = SlicedDual(self.params, last).vectors(part.scores, part.queries, part.keys)
+        self.spread = vectors.std(dim=(0, 3))
+        self.shifts = nn.ParameterDict(
+            {name: nn.ParameterList(torch.zeros_like(t) for t in of_name) for name, of_name in self.start.items()}
+        )
+
+    def scale(self, name: str, tensor: Tensor) -> Tensor:
+        """What a shift of one stands for."""
+        return 1 / self.spread[:, : tensor.shape[-1]] if name == "weights" else tensor.abs().mean()
+
+    def forward(self, part: Part) -> Tensor:
+        """The last estimate of the dual, (B, H, M)."""
+        moved = {
+            name: [t + shift * self.scale(name, t) for t, shift in zip(of_name, self.shifts[name], strict=True)]
+            for name, of_name in self.start.items()
+        }
+        weights = tuple(moved.pop("weights", self.params.weights))
+        params = replace(self.params, **{name: t for name, [t] in moved.items()}, weights=weights[:-1])
+        vectors: Tensor = SlicedDual(params, self.last).vectors(part.scores, part.queries, part.keys)
+        return linear(weights[-1], vectors - vectors.mean(dim=-1, keepdim=True))
 
 
 class Linear(nn.Module):
@@ -143,9 +186,9 @@ class Linear(nn.Module):
         self.weights, self.spread = weights, spread
         self.shift = nn.Parameter(torch.zeros_like(weights))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, H, F, M) to an estimate (B, H, M)."""
-        return linear(self.weights + self.shift / self.spread, features)
+    def forward(self, part: Part) -> Tensor:
+        """An estimate of the dual, (B, H, M)."""
+        return linear(self.weights + self.shift / self.spread, part.features)
 
 
 class Network(nn.Module):
@@ -158,10 +201,10 @@ class Network(nn.Module):
         self.into = nn.Parameter(torch.randn(heads, HIDDEN, features, dtype=weights.dtype) / features**0.5)
         self.out = nn.Parameter(torch.zeros(heads, HIDDEN, dtype=weights.dtype))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, H, F, M) to an estimate (B, H, M)."""
-        hidden = torch.tanh(torch.einsum("hcf,bhfm->bhcm", self.into / self.spread.unsqueeze(1), features))
-        return linear(self.weights, features) + linear(self.out, hidden)
+    def forward(self, part: Part) -> Tensor:
+        """An estimate of the dual, (B, H, M)."""
+        hidden = torch.tanh(torch.einsum("hcf,bhfm->bhcm", self.into / self.spread.unsqueeze(1), part.features))
+        return linear(self.weights, part.features) + linear(self.out, hidden)
 
 
 def closed(part: Part, dual: Tensor) -> Tensor:
@@ -205,14 +248,14 @@ def train(
 
     def errors() -> tuple[float, float]:
         with torch.no_grad():
-            return relc(selection, estimate(selection.features)), relc(judged, estimate(judged.features))
+            return relc(selection, estimate(selection)), relc(judged, estimate(judged))
 
     best = errors()
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
         start_of_batch = step * BATCH % len(fitted.target)
         batch = Part(*(tensor[start_of_batch : start_of_batch + BATCH] for tensor in fitted))
-        loss(batch, estimate(batch.features)).backward()
+        loss(batch, estimate(batch)).backward()
         optimizer.step()
         if step % LOOK_EVERY == 0:
             best = min(best, errors())

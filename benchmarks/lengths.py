@@ -27,6 +27,7 @@ from asapc.output import write_json
 from asapc.pipeline import find
 from asapc.propose import propose
 from asapc.verify import candidate_fidelity
+from benchmarks.fidelity import estimated_from
 from benchmarks.teacher_data import POINTS, point_sets
 from benchmarks.teachers import cached
 
@@ -78,8 +79,8 @@ def relc(
         sliced = [c for c in candidates[site.name] if c.params is not None and len(c.params.weights) == 1 + STEPS]
         modules[site.name] = {i: build(site, candidate) for i, candidate in enumerate(sliced)}
     found = candidate_fidelity(graph, sites, modules, samples)
-    kinds = [(c.params.side, "hinges" if c.params.knots.numel() else "parabolas") for c in sliced if c.params]
-    return {", ".join(kind): fmean(found[site.name][i].relc for site in sites) for i, kind in enumerate(kinds)}
+    kinds = [estimated_from(c.params) for c in sliced if c.params]
+    return {kind: fmean(found[site.name][i].relc for site in sites) for i, kind in enumerate(kinds)}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -71,7 +72,7 @@ def functions() -> Iterator[Row]:
     x = torch.linspace(0, 1, POINTS, dtype=torch.float64)
     for text in PAPER:
         y = parse_function(text)(x).unsqueeze(0)
-        limit = best_pieces(x.numpy(), y[0].numpy(), 2**DEPTH)
+        limit = np.interp(x.numpy(), *best_pieces(x.numpy(), y[0].numpy(), 2**DEPTH))
         row: Row = {"function": text, "best pieces": ((limit - y[0].numpy()) ** 2).mean().item()}
         for name, found in starts(x, y).items():
             row[name] = {

@@ -27,7 +27,7 @@ from asapc.calibrate import Fitted, activation, calibrate
 from asapc.choices import FeatureSet, SlicedDualParams
 from asapc.environment import environment
 from asapc.measure import measure
-from asapc.ops.features import estimate, mean, project, variance
+from asapc.ops.features import mean, project, variance
 from asapc.ops.relu_pwl import Manifold, ReLUNetworks, sum_of_waves, to_networks
 from asapc.output import write_json
 from asapc.passes.layout import operands
@@ -173,8 +173,7 @@ class Hinges(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         """Queries and keys (B, H, N, D) to a dual (B, H, 1, N)."""
-        made: Tensor = estimate(*self.operator.coordinates(q, k), 0, self.operator.knots, self.operator.feature_weights)
-        return made
+        return self.operator.estimates(q, k)
 
 
 class Parabolas(Hinges):

@@ -50,6 +50,7 @@ LAYERS = {
         "asapc.operators",
         "asapc.relu_fit",
         "asapc.approx",
+        "asapc.activations",
         "asapc.propose",
         "asapc.plan",
         "asapc.verify",

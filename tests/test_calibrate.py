@@ -312,8 +312,8 @@ class Teacher:
         scores, _, _, values = self.inputs
         self.output = sinkhorn_plan_ref(scores, self.site.half_steps) @ values.double()
 
-    def calibrate(self, slices=4, closure_steps=0, pieces=0, side="keys"):
-        features = FeatureSet(slices, pieces, side)
+    def calibrate(self, slices=4, closure_steps=0, pieces=0, side="keys", paired=False):
+        features = FeatureSet(slices, pieces, side, paired)
         sets = {self.site.name: [features]}
         fitting, selection = self.samples[:18], self.samples[18:]
         return calibrate(self.graph, sets, [self.site], fitting, selection, closure_steps)[
@@ -350,11 +350,13 @@ def teacher():
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("slices", "pieces"), [(0, 0), (4, 0), (0, 4), (2, 3)])
+@pytest.mark.parametrize(
+    ("slices", "pieces", "paired"), [(0, 0, False), (4, 0, False), (0, 4, False), (0, 0, True), (2, 3, True)]
+)
 def test_the_fitted_operator_is_closer_to_the_teacher_than_truncated_sinkhorn_of_as_many_half_steps(
-    teacher, slices, pieces, side
+    teacher, slices, pieces, paired, side
 ):
-    fitted = teacher.calibrate(slices, 2, pieces, side)
+    fitted = teacher.calibrate(slices, 2, pieces, side, paired)
     errors = []
     for steps in range(3):
         operator = SlicedDual(replace(fitted, weights=fitted.weights[: 1 + steps]))

@@ -122,6 +122,7 @@ def test_every_option_can_stand_in_a_toml_file(tmp_path):
         level = 1
         lowering = "fused"
         precision = "float16"
+        relu_activations = 1e-3
         dynamic = "seq=16:64"
         slices = [0, 4]
         pieces = [4]
@@ -148,6 +149,7 @@ def test_every_option_can_stand_in_a_toml_file(tmp_path):
         level=1,
         lowering="fused",
         precision="float16",
+        relu_activations=1e-3,
         dynamic="seq=16:64",
         slices=(0, 4),
         pieces=(4,),

@@ -1,6 +1,7 @@
 """What the planner chooses, on sites and candidates whose cost and error are known."""
 
 from dataclasses import replace
+from itertools import product
 from math import nan
 
 import pytest
@@ -92,9 +93,12 @@ def test_candidates_are_the_exact_form_its_truncations_and_sliced_duals_of_every
     truncated = [c.half_steps for c in candidates if c.operator == "truncated"]
     assert truncated == [t for t in TRUNCATED if t < steps]
     sliced = [c for c in candidates if c.operator == "sliced_dual"]
-    kinds = {(c.params.slices, c.params.knots.numel() > 0, c.params.side, c.half_steps) for c in sliced}
+    kinds = {
+        (c.params.slices, c.params.knots.numel() > 0, c.params.side, c.params.paired, c.half_steps) for c in sliced
+    }
     taken = {"keys": (3, 5, 7, 9, 11, 13), "queries": (2, 4, 6, 8, 10, 12)}
-    assert kinds == {(s, p, d, t) for s in (0, 2) for p in (False, True) for d in taken for t in taken[d] if t < steps}
+    sets = product((0, 2), (False, True), taken, (False, True))
+    assert kinds == {(*of, t) for of in sets for t in taken[of[2]] if t < steps}
     assert len(kinds) == len(sliced)
     assert all(build(teacher.site, c).half_steps == c.half_steps for c in candidates)
 

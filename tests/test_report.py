@@ -7,6 +7,7 @@ import jsonschema
 import pytest
 import torch
 
+from asapc.activations import FittedActivation
 from asapc.artifacts import EarlyStops, Findings, LoadedModel, Miss, Operand, Site
 from asapc.choices import Candidate, Choice, Plan, SlicedDualParams
 from asapc.environment import environment
@@ -85,11 +86,14 @@ def report() -> dict:
         for batch in (1, 32)
         for name, ms in VARIANTS.items()
     ]
+    lowered = FittedActivation("gelu, float32", torch.nn.Identity(), 16, 1e-3, -6.0, 4.0, 2)
     loaded = LoadedModel(torch.nn.Identity(), Path("model.pt"), "0" * 64, 5, None, None)
     artifacts = [{"kind": "onnx", "path": "model.onnx", "sha256": "0" * 64, "builder": "b", "targets": []}]
     stops = EarlyStops({"sinkhorn.py:7": "if err.item() < self.tol:"}, 1e-3, taken=True)
     findings = Findings(sites, (Miss("node", None, "why", "what to do"),), stops)
-    return report_data(loaded, findings, plan, fidelity, Latency("cpu", 2, tuple(runs)), artifacts, environment(seed=0))
+    return report_data(
+        loaded, findings, plan, (lowered,), fidelity, Latency("cpu", 2, tuple(runs)), artifacts, environment(seed=0)
+    )
 
 
 def test_a_report_keeps_to_its_schema_as_json() -> None:
@@ -171,7 +175,7 @@ def test_a_miss_carries_its_hint() -> None:
 
 def test_a_sliced_dual_names_its_features_and_a_kept_site_none() -> None:
     first, second, _ = (entry["choice"] for entry in report()["sites"])
-    assert first["features"] == ["slices", "bquad", "mean"]
+    assert first["features"] == ["bquad", "mean", "slices"]
     assert first["closure_half_steps"] == 5
     assert second["features"] == []
     assert second["closure_half_steps"] == 0

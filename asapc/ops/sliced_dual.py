@@ -15,7 +15,15 @@ from asapc.artifacts import Axis
 from asapc.choices import Side, SlicedDualParams
 from asapc.config import Lowering
 from asapc.ops.c_transform import column_step, plan, row_step
-from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, project
+from asapc.ops.features import (
+    dual_features,
+    dual_features_ref,
+    estimate,
+    live_mask,
+    pair_matrices,
+    pairs_of,
+    project,
+)
 from asapc.ops.fused import attend, half_step
 from asapc.ops.scaling import LOWEST_LIVE, column_scaling, row_scaling, scaled_plan, start
 from asapc.ops.sinkhorn import sinkhorn_duals
@@ -91,7 +99,7 @@ class SlicedDual(nn.Module):
         """
         super().__init__()
         self.last, self.wide, self.lowering = last, wide, lowering
-        self.slices, self.steps = params.slices, len(params.weights) - 1
+        self.slices, self.steps, self.paired = params.slices, len(params.weights) - 1, params.paired
         self.turned, self.masked, self.mass = params.side == "queries", masked, mass
         self.first_half_steps = first_half_steps(params.side, last)
         self.register_buffer("query_basis", params.query_basis)
@@ -108,12 +116,17 @@ class SlicedDual(nn.Module):
                 of_first = (of_closures.sum(dim=-1, keepdim=True) - 1) * first if wide else 0
                 shares.append(weights[:, :features] + of_first)
                 self.register_buffer(f"closure_weights_{step}", of_closures.unsqueeze(-2))  # H 1 step
-            self.register_buffer("feature_weights", torch.stack(shares, dim=-2))  # H sets F
+            of_all, coordinates = torch.stack(shares, dim=-2), params.query_basis.shape[-1]  # H sets F
+            sizes = [params.slices + coordinates + 1, 2 * pairs_of(coordinates).shape[-1] * params.paired]
+            of_first, of_pairs, of_hinges = of_all.tensor_split((sizes[0], sum(sizes)), dim=-1)
+            self.register_buffer("feature_weights", torch.cat([of_first, of_hinges], dim=-1))
+            self.register_buffer("pair_weights", pair_matrices(of_pairs, coordinates) if params.paired else None)
 
     query_basis: torch.Tensor
     key_basis: torch.Tensor
     knots: torch.Tensor
     feature_weights: torch.Tensor
+    pair_weights: torch.Tensor | None
 
     @property
     def half_steps(self) -> int:
@@ -124,6 +137,17 @@ class SlicedDual(nn.Module):
         """Coordinates of the points that the dual belongs to, and of those on the other side."""
         x, y = project(keys, self.key_basis), project(queries, self.query_basis)
         return (y, x) if self.turned else (x, y)
+
+    def estimates(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        live: torch.Tensor | None = None,
+        live_others: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What each set of weights makes of the features, (B, H, sets, M)."""
+        x, y = self.coordinates(queries, keys)
+        return estimate(x, y, self.slices, self.knots, self.feature_weights, self.pair_weights, live, live_others)
 
     def scale_columns(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, fused: bool
@@ -136,8 +160,7 @@ class SlicedDual(nn.Module):
             estimates differ from it, 0 where masked.
         """
         live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
-        points = self.coordinates(queries, keys)
-        estimates = estimate(*points, self.slices, self.knots, self.feature_weights, live_columns, live_rows)
+        estimates = self.estimates(queries, keys, live_columns, live_rows)
         first = estimates[..., :1, :]
         held = first if self.wide else None
         kernel, u = start(scores if held is None else scores + held, self.masked, fused)
@@ -161,7 +184,7 @@ class SlicedDual(nn.Module):
         scores = scores.transpose(-1, -2) if self.turned else scores
         live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
         points = self.coordinates(queries, keys)
-        features = dual_features(*points, self.slices, self.knots, live_columns, live_rows)
+        features = dual_features(*points, self.slices, self.knots, self.paired, live_columns, live_rows)
         if self.steps < 0:
             return features
         *_, held, closures = self.scale_columns(scores, queries, keys, fused=True)
@@ -209,7 +232,7 @@ class SlicedDual(nn.Module):
             values: (B, H, M, E).
         """
         points, others = (scaled, keys) if self.turned else (keys, scaled)
-        estimates = estimate(*self.coordinates(queries, keys), self.slices, self.knots, self.feature_weights)
+        estimates = self.estimates(queries, keys)
         dual = half_step(others, points, estimates[..., :1, :])
         closures: list[torch.Tensor] = []
         for step in range(1, self.steps + 1):
@@ -251,7 +274,7 @@ def sliced_dual_plan_ref(
     y = torch.einsum("bhmd,hdl->bhlm", keys.double(), params.key_basis.double())
     if params.side == "queries":
         scores, x, y = scores.transpose(-1, -2), y, x
-    vectors = list(dual_features_ref(y, x, params.slices, params.knots).unbind(dim=-2))
+    vectors = list(dual_features_ref(y, x, params.slices, params.knots, params.paired).unbind(dim=-2))
     f, g = torch.zeros(()), torch.zeros(())
     for weights in params.weights:
         g = torch.einsum("hf,bhfm->bhm", weights.double(), torch.stack(vectors, dim=-2))

@@ -17,6 +17,7 @@ from asapc.backends.tensorrt.builder import build_engine
 from asapc.capture import export
 from asapc.choices import SlicedDualParams
 from asapc.errors import BuildError, DependencyError
+from asapc.ops.features import pairs_of
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 
@@ -47,9 +48,9 @@ def ahead_of_time(monkeypatch):
 
 
 def sliced_dual(
-    slices: int, masked: bool = False, last: str = "rows", pieces: int = 0, fused: bool = False
+    slices: int, masked: bool = False, last: str = "rows", pieces: int = 0, paired: bool = False, fused: bool = False
 ) -> nn.Module:
-    features = slices + SIZE + 1 + 2 * pieces
+    features = slices + SIZE + 1 + 2 * pieces + 2 * paired * pairs_of(SIZE).shape[-1]
     operator = SlicedDual(
         SlicedDualParams(
             query_basis=torch.randn(HEADS, SIZE, SIZE),
@@ -57,6 +58,7 @@ def sliced_dual(
             slices=slices,
             knots=torch.linspace(-1, 1, pieces).expand(HEADS, 2, -1) if pieces else torch.zeros(HEADS, 0, 0),
             weights=(0.1 * torch.randn(HEADS, features), 0.1 * torch.randn(HEADS, features + 1)),
+            paired=paired,
         ),
         last,
         masked,
@@ -82,13 +84,14 @@ OPERATORS = {
     "sliced dual": lambda: sliced_dual(0),
     "sliced dual with slices": lambda: sliced_dual(3),
     "sliced dual with hinges": lambda: sliced_dual(0, pieces=3),
-    "masked sliced dual": lambda: sliced_dual(0, masked=True),
+    "sliced dual with pairs": lambda: sliced_dual(0, paired=True),
+    "masked sliced dual": lambda: sliced_dual(0, masked=True, paired=True),
     "sliced dual that ends on columns": lambda: sliced_dual(0, last="columns"),
     "projected Sinkhorn": lambda: Projected(Sinkhorn(7)),
     "projected Sinkhorn, turned": lambda: Projected(Sinkhorn(8)),
     "projected Sinkhorn, wide": lambda: Projected(Sinkhorn(7, wide=True)),
     "projected softmax": lambda: Projected(Sinkhorn(1)),
-    "fused sliced dual": lambda: sliced_dual(0, fused=True),
+    "fused sliced dual": lambda: sliced_dual(0, paired=True, fused=True),
     "fused sliced dual with slices": lambda: sliced_dual(3, fused=True),
     "fused Sinkhorn": lambda: OfPoints(Sinkhorn(4, lowering="fused")),
     "fused softmax": lambda: OfPoints(Sinkhorn(1, lowering="fused")),

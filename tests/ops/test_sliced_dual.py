@@ -9,7 +9,7 @@ from tolerances import FLOAT32, FLOAT64, difference
 
 from asapc.choices import SlicedDualParams
 from asapc.ops.c_transform import column_step, plan, row_step
-from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, project
+from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, pair_matrices, project
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
 from asapc.ops.sliced_dual import SlicedDual, first_half_steps, sliced_dual_plan_ref, target_dual
 
@@ -29,7 +29,8 @@ def cases(draw, dtypes=(torch.float64, torch.float32), most_slices=DIM):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     coordinates, pieces = draw(st.integers(0, DIM)), draw(st.integers(0, 3))
-    features = slices + DIM + 1 + coordinates * pieces
+    paired = draw(st.booleans())
+    features = slices + DIM + 1 + coordinates * pieces + paired * DIM * (DIM - 1)
     params = SlicedDualParams(
         query_basis=normal(HEADS, DIM, DIM) / 2,
         key_basis=normal(HEADS, DIM, DIM) / 2,
@@ -37,6 +38,7 @@ def cases(draw, dtypes=(torch.float64, torch.float32), most_slices=DIM):
         knots=normal(HEADS, coordinates, pieces),
         weights=tuple(normal(HEADS, features + step) / features for step in range(sets)),
         side=draw(st.sampled_from(["queries", "keys"])),
+        paired=paired,
     )
     queries, keys, values = normal(2, HEADS, n, DIM), normal(2, HEADS, m, DIM), normal(2, HEADS, m, 5)
     # A bias on some: the scores need not be a multiple of q.k.
@@ -83,11 +85,11 @@ def test_the_fused_form_equals_the_reference(case):
 def test_features_equal_their_reference(case):
     params, _, queries, keys, _, _ = case
     x, y = project(queries, params.query_basis), project(keys, params.key_basis)
-    seen = dual_features(x, y, params.slices, params.knots)
+    seen = dual_features(x, y, params.slices, params.knots, params.paired)
     assert seen.shape == (2, HEADS, params.weights[0].shape[-1], queries.shape[-2])
     # Each is determined up to a constant over the points.
     seen = seen - seen.mean(dim=-1, keepdim=True)
-    expected = dual_features_ref(x, y, params.slices, params.knots)
+    expected = dual_features_ref(x, y, params.slices, params.knots, params.paired)
     assert difference(seen, expected - expected.mean(dim=-1, keepdim=True)) < tolerance(queries)
 
 
@@ -100,8 +102,13 @@ def test_an_estimate_is_the_features_times_the_weights(case, masked):
     weights = params.weights[0][:, None, params.slices - slices :]
     live = [(torch.arange(p.shape[-1]) <= p.shape[-1] // 2).double().expand(2, HEADS, 1, -1) for p in (x, y)]
     live = live if masked else []
-    expected = weights @ dual_features(x, y, slices, params.knots, *live)
-    assert difference(estimate(x, y, slices, params.knots, weights, *live), expected) < FLOAT64
+    expected = weights @ dual_features(x, y, slices, params.knots, params.paired, *live)
+    pairs = None
+    if params.paired:
+        before, after = slices + DIM + 1, slices + DIM + 1 + DIM * (DIM - 1)
+        pairs = pair_matrices(weights[..., before:after], DIM)
+        weights = torch.cat([weights[..., :before], weights[..., after:]], dim=-1)
+    assert difference(estimate(x, y, slices, params.knots, weights, pairs, *live), expected) < FLOAT64
 
 
 def test_projection_takes_the_columns_of_the_basis_for_directions():
@@ -148,7 +155,7 @@ def test_the_vectors_are_the_features_and_every_closure_so_far(case, wide):
     vectors = SlicedDual(params, last, wide=wide).vectors(scores, queries, keys)
     x, y = project(queries, params.query_basis), project(keys, params.key_basis)
     oriented, points, others = (scores, y, x) if params.side == "keys" else (scores.transpose(-1, -2), x, y)
-    expected = list(dual_features_ref(points, others, params.slices, params.knots).unbind(dim=-2))
+    expected = list(dual_features_ref(points, others, params.slices, params.knots, params.paired).unbind(dim=-2))
     for weights in params.weights:
         estimate = torch.einsum("hf,bhfm->bhm", weights, torch.stack(expected, dim=-2))
         expected.append(column_step(oriented, row_step(oriented, estimate)))
