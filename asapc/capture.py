@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._export.utils import _is_cia_op, _is_preservable_cia_op
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_structure
 
@@ -18,6 +20,7 @@ from asapc.inputs import arguments, order_inputs
 from asapc.onnx_graph import check_memory, unmark
 from asapc.onnx_import import OnnxModule
 
+aten = torch.ops.aten
 # Batch of the example. Two or more, since an example of one is made a constant without a word
 # (pytorch issue 151582).
 EXAMPLE_BATCH = 2
@@ -25,6 +28,13 @@ EXAMPLE_BATCH = 2
 COMPARED_BATCH = 32
 # Relative, above what another order of the same operations costs in float32.
 ROUNDING = 1e-6
+# Where functions that a graph applies to sizes, and to tuples of tensors, come from.
+OF_SIZES = ("_operator", "math", "torch")
+# Composite operators that passes know as they are.
+KEPT = {
+    *(aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.chunk.default, aten.mT.default),
+    *(aten.contiguous.default, aten.to.dtype, aten.to.device, aten.dropout.default),
+}
 # Relative to what a model and its graph differ by for several samples, and beyond rounding: with short floats, or
 # random numbers in the forward, they always differ.
 SINGLE_RATIO, SINGLE_ROUNDING = 10, 1e-3
@@ -195,7 +205,6 @@ def export(
     inputs: Mapping[str, Tensor],
     axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
     dims: tuple[dict[int, Any], ...] | None = None,
-    writes: bool = True,
 ) -> ExportedProgram:
     """torch.export with the first axis of every input dynamic and called "batch", or with dynamic axes of one's own.
 
@@ -207,7 +216,6 @@ def export(
         inputs: example inputs.
         axes: open axes by the input's name and their number; None for the batch alone.
         dims: dynamic shapes as torch.export takes them, in place of `axes`.
-        writes: whether it may write in place, or switch automatic casts: another pass over the graph unmakes both.
     """
     open_axes = {name: {0: BATCH_AXIS} for name in inputs} if axes is None else axes
     known = {axis.name: axis for of_input in open_axes.values() for axis in of_input.values()}
@@ -225,8 +233,12 @@ def export(
                 strict=False,
             )
             # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
-            # plan in place would otherwise outlive the rewrite, since such nodes never count as dead.
-            if writes:
+            # plan in place would otherwise outlive the rewrite, since such nodes never count as dead. And regions with
+            # automatic casts, without gradients or under vmap into plain nodes. It takes as long as the export itself.
+            if is_plain(program):
+                program.graph.eliminate_dead_code()
+                program.graph_module.recompile()
+            else:
                 program = program.run_decompositions({})
             if kwargs:
                 by_position(program, inputs)
@@ -239,6 +251,17 @@ def export(
             "values of tensors to end a loop only",
         ) from error
     return program
+
+
+def is_plain(program: ExportedProgram) -> bool:
+    """Whether another pass would change nothing that counts: no writes, regions, or views that it would name anew."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    return all(
+        not target._schema.is_mutable and (not _is_cia_op(target) or _is_preservable_cia_op(target) or target in KEPT)
+        if isinstance(target, OpOverload)
+        else target.__module__ in OF_SIZES
+        for target in targets
+    )
 
 
 def by_position(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> None:

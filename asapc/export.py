@@ -49,7 +49,7 @@ def rewrite(
         keep_output_types(module)
     try:
         with torch.autocast("cpu", dtype=half, enabled=half is not None):
-            program = export(module, graph.example.inputs, graph.axes, writes=half is not None)
+            program = export(module, graph.example.inputs, graph.axes)
             return CapturedGraph(program, graph.example, axes=graph.axes)
     except CaptureError as error:
         raise InternalError(f"the model cannot be exported with its operators: {error}") from error
