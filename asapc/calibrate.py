@@ -18,11 +18,13 @@ from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.choices import FeatureSet, Regression, Side, SlicedDualParams
 from asapc.distributed import share, total
 from asapc.fit import fit
+from asapc.operators import exact_operator
 from asapc.ops.features import live_mask, mean, project, variance
 from asapc.ops.scaling import LOWEST_LIVE
 from asapc.ops.sliced_dual import SlicedDual, target_dual
 from asapc.passes.layout import operands, score_factor, site_inputs
 from asapc.passes.record import record
+from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
 
 BATCH = 16
 # Added to the covariances, relative to their mean variance, so that constant or dependent coordinates
@@ -68,7 +70,9 @@ def calibrate(
         closure_steps: fitted closure steps after the first estimate.
         advance: called with a line about the progress.
     """
-    module = graph.program.module()
+    # With exact forms in the place of the loops: what the sites see is the same up to rounding, in a tenth of the time.
+    exact = {site.name: exact_operator(site, wide=True) for site in sites}
+    module = RewriteSinkhorn(sites, exact)(graph.program.module()).program
     names = {operand.node for site in sites for operand in operands(site)}
 
     def activations(samples: Samples) -> Iterator[Activations]:

@@ -21,6 +21,9 @@ from asapc.ops.scaling import (
     start,
 )
 
+# As `scaling.MOST_SPREAD`, for float64, and of scaling vectors too: their products stay within its range of 745.
+MOST_SPREAD_FLOAT64 = 200.0
+
 
 def other(axis: Axis) -> Axis:
     """Return the other axis."""
@@ -68,6 +71,30 @@ def sinkhorn_duals(
     iterates = sinkhorn_iterates(scores, first_axis(half_steps, last), row_mass, column_mass)
     _, f, g = next(islice(iterates, half_steps - 1, None))
     return f, g
+
+
+def scaled_duals(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> tuple[torch.Tensor, torch.Tensor]:
+    """As `sinkhorn_duals`, ten times as fast in float64: a matrix-vector product a half-step.
+
+    Where entries that the kernel is too small for could count after all, or where there are masks, `sinkhorn_duals`.
+    """
+    turned = first_axis(half_steps, last) == "columns"
+    oriented = scores.transpose(-1, -2) if turned else scores
+    largest = oriented.amax(dim=-1, keepdim=True)
+    kernel = torch.exp(oriented - largest)
+    row_mass, column_mass = (1.0, scores.shape[-2] / scores.shape[-1])[:: -1 if turned else 1]
+    u, v = kernel.new_ones(1, oriented.shape[-2]), kernel.new_ones(1, oriented.shape[-1])
+    for step in range(half_steps):
+        if step % 2:
+            v = column_mass / (u @ kernel)
+        else:
+            u = row_mass / (v @ kernel.transpose(-1, -2))
+    f, g = torch.log(u) - largest.transpose(-1, -2), torch.log(v)
+    spread = torch.stack([x.amax() - x.amin() for x in (torch.log(u), g, torch.log(kernel.amax(dim=-2)))]).amax()
+    if scores.dtype != torch.float64 or not bool(spread < MOST_SPREAD_FLOAT64):  # nor where it is NaN, as with masks
+        return sinkhorn_duals(scores, half_steps, last)
+    f, g = f.squeeze(-2), g.squeeze(-2)
+    return (g.expand(scores.shape[:-1]), f) if turned else (f, g.expand_as(scores[..., 0, :]))
 
 
 def sinkhorn_plan_ref(

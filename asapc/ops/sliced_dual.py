@@ -26,7 +26,7 @@ from asapc.ops.features import (
 )
 from asapc.ops.fused import attend, half_step
 from asapc.ops.scaling import LOWEST_LIVE, column_scaling, row_scaling, scaled_plan, start
-from asapc.ops.sinkhorn import sinkhorn_duals
+from asapc.ops.sinkhorn import scaled_duals
 from asapc.shapes import check_shape
 
 # How far, as a natural logarithm, scaling vectors made of estimates go below their largest entry, which they do only
@@ -59,7 +59,7 @@ def target_dual(scores: torch.Tensor, half_steps: int, side: Side, last: Axis) -
     before = half_steps - first_half_steps(side, last)
     if before == 0:
         return torch.zeros_like(scores[..., 0, :] if side == "keys" else scores[..., 0])
-    f, g = sinkhorn_duals(scores, before, "columns" if side == "keys" else "rows")
+    f, g = scaled_duals(scores, before, "columns" if side == "keys" else "rows")
     return g if side == "keys" else f
 
 

@@ -10,7 +10,15 @@ from tolerances import FLOAT32, FLOAT64, difference
 
 from asapc.ops.c_transform import plan
 from asapc.ops.scaling import MOST_SPREAD
-from asapc.ops.sinkhorn import Sinkhorn, first_axis, kernel_spread, sinkhorn_duals, sinkhorn_iterates, sinkhorn_plan_ref
+from asapc.ops.sinkhorn import (
+    Sinkhorn,
+    first_axis,
+    kernel_spread,
+    scaled_duals,
+    sinkhorn_duals,
+    sinkhorn_iterates,
+    sinkhorn_plan_ref,
+)
 
 quick = settings(max_examples=40, deadline=None)
 sizes = st.integers(1, 9)
@@ -53,6 +61,20 @@ def test_the_axis_of_the_last_half_step_has_its_marginals(seed, n, m, half_steps
     seen = loop(5 * normal(seed, 2, 3, n, m), half_steps, last)
     sums, expected = (seen.sum(dim=-1), 1.0) if last == "rows" else (seen.sum(dim=-2), n / m)
     assert difference(sums, torch.full_like(sums, expected)) < FLOAT64
+
+
+@quick
+@given(seeds, sizes, sizes, st.integers(1, 41), axes, st.sampled_from([1.0, 10.0, 100.0, 1000.0]), st.booleans())
+def test_duals_from_one_kernel_are_those_of_the_loop(seed, n, m, half_steps, last, scale, masked):
+    """Where scores spread too far for that, or are masked, too."""
+    scores = scale * normal(seed, 2, 3, n, m)
+    if masked:
+        scores[0, :, :, m // 2 :] = -torch.inf
+    for seen, expected in zip(
+        scaled_duals(scores, half_steps, last), sinkhorn_duals(scores, half_steps, last), strict=True
+    ):
+        assert seen.shape == expected.shape
+        assert torch.allclose(seen, expected, rtol=1e-10, atol=1e-9, equal_nan=True)
 
 
 def test_iterates_alternate_from_the_axis_they_are_given():
