@@ -190,9 +190,9 @@ def draw(teachers: Mapping[str, Row]) -> None:
     rows = -(-len(groups) // columns)
     figure, panels = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.4 * rows), squeeze=False)
     for panel, (name, of_seeds) in zip(panels.flat, groups.items(), strict=False):
-        for family in FAMILIES:
+        for number, family in enumerate(FAMILIES):
             points = family_points(family, of_seeds)
-            style = {"color": "grey", "linestyle": "--"} if family == "truncated" else {}
+            style = {"color": "black", "linestyle": "--"} if family == "truncated" else {"color": f"C{number}"}
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=family.rstrip(","), **style)
         panel.axhline(0.08, color="black", linewidth=0.5)
@@ -201,8 +201,8 @@ def draw(teachers: Mapping[str, Row]) -> None:
         panel.title.set_fontsize(9)
     for panel in list(panels.flat)[len(groups) :]:
         panel.axis("off")
-    panels.flat[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
     figure.savefig(FIGURE, dpi=110)
 
 
