@@ -63,7 +63,8 @@ class Attention(nn.Module):
             fused: Tensor = self.operator.from_points(scaled, q, k, v)
             return fused
         scores = k @ scaled.transpose(-1, -2) if self.operator.turned else scaled @ k.transpose(-1, -2)
-        out: Tensor = self.operator.oriented(scores, q, k, v)
+        # Products alone are in the precision of half-precision inputs.
+        out: Tensor = self.operator.oriented(scores.to(torch.promote_types(q.dtype, torch.float32)), q, k, v)
         return out
 
 

@@ -85,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of checkpoints, as in a shell")
+    parser.add_argument("--device", default="cpu", help="where to train, cuda for a GPU")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # sharp plans are full of them
@@ -99,7 +100,9 @@ def main() -> None:
                 shutil.copy(SHIPPED, path)
                 continue
             start = time.perf_counter()
-            checkpoint = train_digits(teacher, seed) if teacher.data == "digits" else train(teacher, seed)
+            checkpoint = (
+                train_digits(teacher, seed) if teacher.data == "digits" else train(teacher, seed, options.device)
+            )
             checkpoint["training"]["seconds"] = round(time.perf_counter() - start, 1)
             partial = path.with_suffix(".partial")
             torch.save(checkpoint, partial)
@@ -155,8 +158,8 @@ def load(data: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (tokens[training], labels[training]), (tokens[held_out], labels[held_out])
 
 
-def train(teacher: Teacher, seed: int) -> dict[str, Any]:
-    """Train one teacher; return its checkpoint."""
+def train(teacher: Teacher, seed: int, device: str) -> dict[str, Any]:
+    """Train one teacher on a device; return its checkpoint."""
     (samples, labels), (held_out, answers) = load(teacher.data)
     name, argument = MODELS[teacher.data]
     args: dict[str, Any] = {
@@ -170,9 +173,10 @@ def train(teacher: Teacher, seed: int) -> dict[str, Any]:
         args |= {"vocabulary": VOCABULARY, "length": WORDS}
     torch.manual_seed(seed)
     module, _, class_name = name.partition(":")
-    model = getattr(importlib.import_module(module), class_name)(**args)
+    model = getattr(importlib.import_module(module), class_name)(**args).to(device)
     with patch("asapc.models.vit.sinkhorn", trained_sinkhorn):
-        fit(model, samples, labels, teacher)
+        fit(model, samples.to(device), labels.to(device), teacher)
+        model.cpu()
         logits = run(model, held_out)
     require_same(logits[:BATCH], run(model, held_out[:BATCH]))
     return {

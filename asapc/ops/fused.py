@@ -13,6 +13,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 # What attention gives to the known score is held between these, so that logarithms are finite. It is no more than 1/2
 # but for rounding.
 SMALLEST_SHARE, LARGEST_SHARE = 1e-37, 0.75
+# Kernels for half precision load so many channels at once. They take other numbers of channels, in twice the time.
+ALIGNED_CHANNELS = 8
 # What stands for 1 in the column that tells the share: a power of two, with which float16 holds shares down to 4e-12.
 LARGEST_COLUMN = 2.0**14
 
@@ -35,17 +37,25 @@ def with_dual(points: torch.Tensor, dual: torch.Tensor) -> torch.Tensor:
     """Points (B, H, N, D) with their dual (B, H, 1, N) for one more channel.
 
     Half-precision points get two, of which the second is what the first leaves off: their products are added up in
-    float32, and a dual of 30 that is off by 0.01 is a plan that is off by 1 %.
+    float32, and a dual of 30 that is off by 0.01 is a plan that is off by 1 %. Zeros fill up to `width` channels.
     """
     dual = dual.transpose(-1, -2)
+    if points.dtype == dual.dtype:
+        return torch.cat([points, dual], dim=-1)
     high = dual.to(points.dtype)
-    rest = [] if points.dtype == dual.dtype else [(dual - high).to(points.dtype)]
-    return torch.cat([points, high, *rest], dim=-1)
+    parts = torch.cat([high, (dual - high).to(points.dtype)], dim=-1)
+    return torch.cat([points, pad(parts, (0, width(points) - points.shape[-1] - 2))], dim=-1)
 
 
-def with_ones(points: torch.Tensor, dual: torch.Tensor) -> torch.Tensor:
+def with_ones(points: torch.Tensor) -> torch.Tensor:
     """Points (B, H, N, D) with channels of ones, against which those of the other side's dual stand."""
-    return pad(points, (0, 1 if points.dtype == dual.dtype else 2), value=1.0)
+    return pad(points, (0, width(points) - points.shape[-1]), value=1.0)
+
+
+def width(points: torch.Tensor) -> int:
+    """Channels of points (B, H, N, D) with a dual: in half precision as many as kernels are fast with."""
+    channels = points.shape[-1]
+    return channels + 1 if points.dtype.itemsize > 2 else -(-(channels + 2) // ALIGNED_CHANNELS) * ALIGNED_CHANNELS
 
 
 def half_step(points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | None) -> torch.Tensor:
@@ -53,7 +63,8 @@ def half_step(points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | N
 
     The known score is the mean of all others, plus the logarithm of their number. By Jensen's inequality the
     log-sum-exp is no less, so that no more than half goes to the key with that score, and what goes to the others is
-    one less that, without cancellation.
+    one less that, without cancellation. All that is large and does not depend on the dual is the same for every
+    half-step of these points, and computed once: runtimes share it.
 
     Args:
         points: (B, H, N, D); products with the others are scores, in units of the temperature.
@@ -65,18 +76,22 @@ def half_step(points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | N
     dual = torch.zeros_like(others[..., :1], dtype=exact).transpose(-1, -2) if dual is None else dual
     # A sum of exponentials of zeros is their number, which a length that is left open has no logarithm of.
     level = dual.mean(dim=-1, keepdim=True) + torch.logsumexp(torch.zeros_like(dual), dim=-1, keepdim=True)
-    centred = (others - centre).to(points.dtype)
-    keys = pad(with_dual(centred, dual - level), (0, 0, 0, 1))  # less the level, the known score is 0
-    is_known = pad(torch.zeros_like(others[..., :1]), (0, 0, 0, 1), value=LARGEST_COLUMN)
-    seen = attention(with_ones(points, dual), keys, is_known).to(exact).transpose(-1, -2)
-    share = (seen / LARGEST_COLUMN).clamp(SMALLEST_SHARE, LARGEST_SHARE)
+    # Less the centre and the level, the last key, whose score is known, is 0.
+    centred = (torch.cat([others.to(exact), centre], dim=-2) - centre).to(points.dtype)
+    keys = with_dual(centred, pad(dual - level, (0, 1)))
+    others_are = torch.zeros_like(others[..., :1] if points.dtype == exact else with_ones(others))
+    seen = attention(with_ones(points), keys, pad(others_are, (0, 0, 0, 1), value=LARGEST_COLUMN))[..., :1]
+    share = (seen.to(exact).transpose(-1, -2) / LARGEST_COLUMN).clamp(SMALLEST_SHARE, LARGEST_SHARE)
     return torch.log(share) - torch.log1p(-share) - level - centre @ points.to(exact).transpose(-1, -2)
 
 
 def attend(queries: torch.Tensor, keys: torch.Tensor, dual: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
     """The last half-step, on rows, and the product with values in one: softmax_j(q_i . k_j + dual_j) @ values."""
     if dual is None:
-        output: torch.Tensor = attention(queries, keys, values)
-    else:
-        output = attention(with_ones(queries, dual), with_dual(keys, dual - dual.mean(dim=-1, keepdim=True)), values)
-    return output
+        plain: torch.Tensor = attention(queries, keys, values)
+        return plain
+    biased = with_dual(keys, dual - dual.mean(dim=-1, keepdim=True))
+    # Kernels for half precision want the same number of channels everywhere.
+    more = 0 if queries.dtype == dual.dtype else max(width(queries) - values.shape[-1], 0)
+    output: torch.Tensor = attention(with_ones(queries), biased, pad(values, (0, more)) if more else values)
+    return output[..., : values.shape[-1]] if more else output

@@ -10,6 +10,7 @@ from torch import nn
 from asapc.artifacts import CapturedGraph, DynamicAxis, Samples
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.onnxruntime.cuda import CudaRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capture import export
 from asapc.errors import BuildError
@@ -206,3 +207,11 @@ def test_open_axes_are_named_in_the_file(tmp_path):
     other = Samples({name: torch.randn(shape) for name, shape in shapes.items()})
     expected, seen = EagerRunner(Fused())(other)[0], OnnxRuntimeRunner(artifact.path)(other)[0]
     assert torch.linalg.vector_norm(seen - expected) <= EXPORT * torch.linalg.vector_norm(expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_the_cuda_runner_says_so(tmp_path):
+    captured = graph(TwoInputs(), left=torch.rand(2, 3), right=torch.rand(2, 2))
+    path = export_onnx(captured, tmp_path / "model.onnx", {}).path
+    with pytest.raises(BuildError, match=r"cannot run model.onnx on a GPU: it finds no CUDA"):
+        CudaRunner(path, captured.example)

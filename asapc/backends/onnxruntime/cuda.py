@@ -1,0 +1,55 @@
+"""Runs an ONNX file in ONNX Runtime on an NVIDIA GPU, one batch, without copies to and from it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+
+from asapc.artifacts import Samples
+from asapc.errors import BuildError
+
+
+class CudaRunner:
+    """A session on the CUDA provider that takes and gives tensors in the GPU's memory; float32 products without TF32.
+
+    Args:
+        path: the ONNX file.
+        samples: the batch that it runs, on the GPU.
+        outputs: what it gave before; with these it replays a CUDA graph, without the time that launching takes.
+
+    Raises:
+        BuildError: ONNX Runtime finds no GPU.
+    """
+
+    runtime = "onnxruntime, CUDA"
+
+    def __init__(self, path: Path, samples: Samples, outputs: Sequence[Tensor] | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        provider = {"use_tf32": "0", "enable_cuda_graph": str(int(outputs is not None))}
+        providers = [("CUDAExecutionProvider", provider), "CPUExecutionProvider"]
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        if self.session.get_providers()[0] != "CUDAExecutionProvider":  # it falls back without a word
+            raise BuildError(
+                f"ONNX Runtime cannot run {path.name} on a GPU: it finds no CUDA",
+                "install onnxruntime-gpu with the CUDA libraries that it names, on a machine with an NVIDIA GPU",
+            )
+        self.binding = self.session.io_binding()
+        self.given = {name: tensor.contiguous() for name, tensor in samples.inputs.items()}  # outlives the binding
+        for name, tensor in self.given.items():
+            self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.from_dlpack(tensor))
+        self.kept = None if outputs is None else [torch.empty_like(output) for output in outputs]
+        for number, output in enumerate(self.session.get_outputs()):
+            if self.kept is None:
+                self.binding.bind_output(output.name, "cuda")
+            else:
+                self.binding.bind_ortvalue_output(output.name, onnxruntime.OrtValue.from_dlpack(self.kept[number]))
+
+    def __call__(self, samples: Samples) -> list[Tensor]:
+        """All outputs for the batch that it was made for."""
+        self.session.run_with_iobinding(self.binding)
+        return self.kept or [torch.utils.dlpack.from_dlpack(value) for value in self.binding.get_outputs()]

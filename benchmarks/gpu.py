@@ -1,0 +1,253 @@
+"""What attention takes on an NVIDIA GPU: one layer and the digits model, in ONNX Runtime's CUDA provider and in torch.
+
+    python -m benchmarks.gpu --export    # anywhere: writes the graphs to benchmarks/cache/gpu/, which takes minutes
+    python -m benchmarks.gpu             # where the GPU is, with those graphs (--only layers: a part)
+
+One layer: 8 heads of 64, random queries, keys and values, as in `benchmarks.attention`. Medians of interleaved runs in
+one process until the GPU is done, inputs and outputs in its memory; ONNX Runtime also replays each session as a CUDA
+graph, without the time that launching takes. Errors are of outputs, relative to the same operator in torch in float32
+without TF32. Writes benchmarks/results/gpu.json and what stands in docs/gpu.md between the two markers.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asapc.artifacts import CapturedGraph, Samples
+from asapc.backends.base import Runner
+from asapc.backends.eager.runner import EagerRunner
+from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.onnxruntime.cuda import CudaRunner
+from asapc.capture import capture, export
+from asapc.config import CompileConfig
+from asapc.environment import environment
+from asapc.export import rewrite
+from asapc.gather import gather_samples
+from asapc.loading import load_model
+from asapc.measure import measure
+from asapc.operators import operators, rivals
+from asapc.output import write_json
+from asapc.pipeline import find
+from asapc.plan import plan
+from asapc.verify import agreement
+from benchmarks.attention import HEADS, SIZE, modules
+from benchmarks.generated import replace_generated
+
+ROOT = Path(__file__).resolve().parent
+RESULTS, GRAPHS = ROOT / "results" / "gpu.json", ROOT / "cache" / "gpu"
+DOCUMENT, MODEL = ROOT.parent / "docs" / "gpu.md", ROOT.parent / "models" / "digits.pt"
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+BATCHES = {256: 8, 1024: 8, 4096: 2}  # by the length
+FORMS = (
+    *("teacher", "softmax, fused", "softmax", "exact 40", "truncated 3", "parabolas, 3", "parabolas, 5"),
+    *("8 slices, 3", "parabolas, 2, fused", "parabolas, 4, fused"),
+)
+IN_TORCH = ("teacher", "softmax, fused", "exact 40", "parabolas, 3")
+COMPILED, COMPILED_LENGTH = ("exact 40", "truncated 3", "parabolas, 3", "parabolas, 2, fused"), 1024
+MODEL_BATCHES = (1, 32, 500)
+VARIANTS = ("teacher", "exact", "truncated", "softmax", "compiled")
+SECONDS, FEWEST = 3.0, 10
+Row = dict[str, Any]
+
+
+class TorchRunner(EagerRunner):
+    """A module in torch, until the GPU is done; inputs by position, as compiled modules lose the names."""
+
+    def __call__(self, samples: Samples) -> list[Tensor]:
+        """The output."""
+        with torch.no_grad():
+            output = self.module(*samples.inputs.values())
+        torch.cuda.synchronize()
+        return [output]
+
+
+def main() -> None:
+    """Measure what is asked for, keep the rest of the JSON, render the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--export", action="store_true", help="write the graphs, measure nothing")
+    parser.add_argument("--only", choices=("layers", "compiled", "models", "render"))
+    options = parser.parse_args()
+    if options.export:
+        GRAPHS.mkdir(parents=True, exist_ok=True)
+        export_layers()
+        export_models()
+        return
+    torch.backends.cuda.matmul.allow_tf32 = False
+    data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for part, study in {"layers": layers, "compiled": compiled_layers, "models": whole_models}.items():
+        if options.only in (None, part):
+            data[part] = list(study())
+            data["environment"] = environment(seed=0)
+            write_json(RESULTS, data)
+    replace_generated(DOCUMENT, document(data))
+
+
+def inputs(length: int, dtype: torch.dtype, batch: int, device: str = "cuda") -> Samples:
+    """Random queries, keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, HEADS, length, SIZE)
+    return Samples({name: torch.randn(shape, generator=generator).to(device, dtype) for name in "qkv"})
+
+
+def export_layers() -> None:
+    """Write every form of one layer, at every length and in both precisions."""
+    made = modules()
+    for length in BATCHES:
+        for name, dtype in DTYPES.items():
+            samples = inputs(length, dtype, 2, "cpu")
+            for form in FORMS:
+                graph = CapturedGraph(export(made[form].eval(), samples.inputs), samples)
+                export_onnx(graph, layer_path(form, length, name), {})
+        print(f"exported N = {length}", flush=True)
+
+
+def layer_path(form: str, length: int, dtype: str) -> Path:
+    """File of a form of one layer."""
+    return GRAPHS / f"{form.replace(', ', '_').replace(' ', '_')}.{length}.{dtype}.onnx"
+
+
+def export_models() -> None:
+    """Write the digits model as compiled with the defaults, and what it is compared with, in both precisions."""
+    loaded = load_model(MODEL)
+    calibration, held_out = gather_samples(loaded, CompileConfig())
+    graph = capture(loaded, calibration)
+    sites = find(graph, calibration).sites
+    chosen = plan(graph, sites, calibration, held_out, CompileConfig())
+    variants = {**rivals(sites, chosen, max(CompileConfig().batches)), "compiled": operators(sites, chosen)}
+    for name, of_sites in variants.items():
+        for precision, dtype in DTYPES.items():
+            export_onnx(rewrite(graph, sites, of_sites, dtype), model_path(name, precision), {}, standard=True)
+
+
+def model_path(name: str, dtype: str) -> Path:
+    """File of a variant of the digits model."""
+    return GRAPHS / f"digits_{name}.{dtype}.onnx"
+
+
+def medians(runners: Mapping[str, Runner], samples: Samples) -> dict[str, float]:
+    """Milliseconds a call, by name."""
+    return {run.name: run.p50_ms for run in measure(runners, samples, len(samples), SECONDS, rounds=FEWEST)}
+
+
+def relative(output: Tensor, reference: Tensor) -> float:
+    """Difference of an output, relative."""
+    return ((output.float() - reference).norm() / reference.norm()).item()
+
+
+def layers() -> Iterator[Row]:
+    """One layer in ONNX Runtime, launched and replayed, and in torch, at every length and precision."""
+    for length, batch in BATCHES.items():
+        for name, dtype in DTYPES.items():
+            samples = inputs(length, dtype, batch)
+            wide = Samples({key: value.float() for key, value in samples.inputs.items()})
+            runners: dict[str, Runner] = {}
+            errors: dict[str, float] = {}
+            made = modules()
+            for form in FORMS:
+                module = made[form].eval().cuda()
+                reference = TorchRunner(module)(wide)[0]
+                launched = CudaRunner(layer_path(form, length, name), samples)
+                outputs = launched(samples)
+                replayed = CudaRunner(layer_path(form, length, name), samples, outputs)
+                for _ in range(3):  # the first runs capture
+                    again = replayed(samples)
+                errors |= {form: relative(outputs[0], reference), f"{form}, graph": relative(again[0], reference)}
+                runners |= {form: launched, f"{form}, graph": replayed}
+                if form in IN_TORCH:
+                    runners[f"{form}, torch"] = TorchRunner(module)
+                    errors[f"{form}, torch"] = relative(runners[f"{form}, torch"](samples)[0], reference)
+            row = {"length": length, "dtype": name, "batch": batch, "errors": errors}
+            row["ms"] = medians(runners, samples)
+            print(length, name, {key: round(ms, 3) for key, ms in row["ms"].items()}, flush=True)
+            yield row
+            del runners, launched, replayed, again, outputs, reference
+            torch.cuda.empty_cache()
+
+
+def compiled_layers() -> Iterator[Row]:
+    """One layer through torch.compile, beside torch's own fused attention."""
+    for name, dtype in DTYPES.items():
+        batch = BATCHES[COMPILED_LENGTH]
+        samples = inputs(COMPILED_LENGTH, dtype, batch)
+        made = modules()
+        runners: dict[str, Runner] = {"softmax, fused": TorchRunner(made["softmax, fused"].eval().cuda())}
+        for form in COMPILED:
+            torch._dynamo.reset()
+            compiled: Any = torch.compile(made[form].eval().cuda(), dynamic=False)
+            runners[form] = TorchRunner(compiled)
+        row = {"length": COMPILED_LENGTH, "dtype": name, "batch": batch, "ms": medians(runners, samples)}
+        print("torch.compile", row, flush=True)
+        yield row
+
+
+def whole_models() -> Iterator[Row]:
+    """The digits model: every variant at every batch, and whether it answers as the teacher does."""
+    held_out = gather_samples(load_model(MODEL), CompileConfig())[1]
+    (reference,) = CudaRunner(model_path("teacher", "float32"), on_gpu(held_out))(held_out)
+    for batch in MODEL_BATCHES:
+        samples = on_gpu(held_out[:batch])
+        runners: dict[str, Runner] = {}
+        row: Row = {"batch": batch, "agreement": {}, "logits": {}}
+        for dtype in DTYPES:
+            for variant in VARIANTS:
+                path, name = model_path(variant, dtype), f"{variant}, {dtype}"
+                launched = CudaRunner(path, samples)
+                outputs = launched(samples)
+                runners |= {name: launched, f"{name}, graph": CudaRunner(path, samples, outputs)}
+                row["agreement"][name] = agreement(reference[:batch], outputs[0], labelled=True)
+                row["logits"][name] = relative(outputs[0], reference[:batch])
+        row["ms"] = medians(runners, samples)
+        print(row, flush=True)
+        yield row
+
+
+def on_gpu(samples: Samples) -> Samples:
+    """The same in the GPU's memory."""
+    return Samples({name: value.cuda() for name, value in samples.inputs.items()})
+
+
+def document(data: Row) -> Iterator[str]:
+    """The tables."""
+    environment = data["environment"]
+    packages = environment["packages"]
+    runtimes = ", ".join(f"{name} {packages[name]}" for name in ("torch", "onnxruntime-gpu") if name in packages)
+    yield f"{environment['gpus'][0]}, {runtimes}."
+    yield ""
+    for dtype in DTYPES:
+        rows = [row for row in data.get("layers", []) if row["dtype"] == dtype]
+        if not rows:
+            continue
+        heads = [f"N = {row['length']}, batch {row['batch']}" for row in rows]
+        yield f"One layer, {dtype}, ms: launched / replayed as a CUDA graph / in torch"
+        yield ""
+        yield "| | " + " | ".join(heads) + " | largest error |"
+        yield "|" + "---|" * (len(heads) + 2)
+        for form in FORMS:
+            names = (form, f"{form}, graph", f"{form}, torch")
+            cells = [" / ".join(f"{row['ms'][name]:.2f}" for name in names if name in row["ms"]) for row in rows]
+            largest = max(row["errors"][name] for row in rows for name in names if name in row["errors"])
+            yield f"| {form} | " + " | ".join(cells) + f" | {largest:.1e} |"
+        yield ""
+    for row in data.get("compiled", []):
+        times = ", ".join(f"{name} {ms:.2f}" for name, ms in row["ms"].items())
+        yield f"Through torch.compile (softmax as it is), N = {row['length']}, {row['dtype']}, ms: {times}."
+        yield ""
+    if models := data.get("models"):
+        yield "The digits model, ms: launched / replayed as a CUDA graph"
+        yield ""
+        yield "| | " + " | ".join(f"batch {row['batch']}" for row in models) + " | agreement | logits, relative |"
+        yield "|" + "---|" * (len(models) + 3)
+        for name in models[0]["agreement"]:
+            cells = [f"{row['ms'][name]:.2f} / {row['ms'][f'{name}, graph']:.2f}" for row in models]
+            facts = f"{models[-1]['agreement'][name]:.3f} | {models[-1]['logits'][name]:.1e}"
+            yield f"| {name} | " + " | ".join(cells) + f" | {facts} |"
+        yield ""
+
+
+if __name__ == "__main__":
+    main()
