@@ -116,9 +116,11 @@ def inputs(batch: int, length: int) -> Samples:
     return Samples({name: torch.randn(max(batch, 2), HEADS, length, SIZE, generator=generator) for name in "qkv"})
 
 
-def medians(runners: Mapping[str, Runner], samples: Samples, batch: int) -> dict[str, float]:
+def medians(
+    runners: Mapping[str, Runner], samples: Samples, batch: int, seconds: float = SECONDS, rounds: int = FEWEST
+) -> dict[str, float]:
     """Milliseconds a call, by name."""
-    runs = measure(runners, samples, batch, SECONDS, rounds=FEWEST)
+    runs = measure(runners, samples, batch, seconds, rounds=rounds)
     return {run.name: run.p50_ms for run in runs}
 
 

@@ -29,13 +29,12 @@ from asapc.environment import environment
 from asapc.export import rewrite
 from asapc.gather import gather_samples
 from asapc.loading import load_model
-from asapc.measure import measure
 from asapc.operators import operators, rivals
 from asapc.output import write_json
 from asapc.pipeline import find
 from asapc.plan import plan
 from asapc.verify import agreement
-from benchmarks.attention import HEADS, SIZE, modules
+from benchmarks.attention import inputs, medians, modules
 from benchmarks.generated import replace_generated
 
 ROOT = Path(__file__).resolve().parent
@@ -87,11 +86,9 @@ def main() -> None:
     replace_generated(DOCUMENT, document(data))
 
 
-def inputs(length: int, dtype: torch.dtype, batch: int, device: str = "cuda") -> Samples:
-    """Random queries, keys and values."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch, HEADS, length, SIZE)
-    return Samples({name: torch.randn(shape, generator=generator).to(device, dtype) for name in "qkv"})
+def moved(samples: Samples, device: str, dtype: torch.dtype | None = None) -> Samples:
+    """The same on another device, or in another precision too."""
+    return Samples({name: value.to(device, dtype) for name, value in samples.inputs.items()})
 
 
 def export_layers() -> None:
@@ -99,7 +96,7 @@ def export_layers() -> None:
     made = modules()
     for length in BATCHES:
         for name, dtype in DTYPES.items():
-            samples = inputs(length, dtype, 2, "cpu")
+            samples = moved(inputs(2, length), "cpu", dtype)
             for form in FORMS:
                 graph = CapturedGraph(export(made[form].eval(), samples.inputs), samples)
                 export_onnx(graph, layer_path(form, length, name), {})
@@ -129,9 +126,9 @@ def model_path(name: str, dtype: str) -> Path:
     return GRAPHS / f"digits_{name}.{dtype}.onnx"
 
 
-def medians(runners: Mapping[str, Runner], samples: Samples) -> dict[str, float]:
-    """Milliseconds a call, by name."""
-    return {run.name: run.p50_ms for run in measure(runners, samples, len(samples), SECONDS, rounds=FEWEST)}
+def milliseconds(runners: Mapping[str, Runner], samples: Samples) -> dict[str, float]:
+    """Medians by name."""
+    return medians(runners, samples, len(samples), SECONDS, FEWEST)
 
 
 def relative(output: Tensor, reference: Tensor) -> float:
@@ -141,46 +138,52 @@ def relative(output: Tensor, reference: Tensor) -> float:
 
 def layers() -> Iterator[Row]:
     """One layer in ONNX Runtime, launched and replayed, and in torch, at every length and precision."""
-    for length, batch in BATCHES.items():
-        for name, dtype in DTYPES.items():
-            samples = inputs(length, dtype, batch)
-            wide = Samples({key: value.float() for key, value in samples.inputs.items()})
-            runners: dict[str, Runner] = {}
-            errors: dict[str, float] = {}
-            made = modules()
-            for form in FORMS:
-                module = made[form].eval().cuda()
-                reference = TorchRunner(module)(wide)[0]
-                launched = CudaRunner(layer_path(form, length, name), samples)
-                outputs = launched(samples)
-                replayed = CudaRunner(layer_path(form, length, name), samples, outputs)
-                for _ in range(3):  # the first runs capture
-                    again = replayed(samples)
-                errors |= {form: relative(outputs[0], reference), f"{form}, graph": relative(again[0], reference)}
-                runners |= {form: launched, f"{form}, graph": replayed}
-                if form in IN_TORCH:
-                    runners[f"{form}, torch"] = TorchRunner(module)
-                    errors[f"{form}, torch"] = relative(runners[f"{form}, torch"](samples)[0], reference)
-            row = {"length": length, "dtype": name, "batch": batch, "errors": errors}
-            row["ms"] = medians(runners, samples)
+    for length in BATCHES:
+        for name in DTYPES:
+            row = layer(length, name)
+            torch.cuda.empty_cache()
             print(length, name, {key: round(ms, 3) for key, ms in row["ms"].items()}, flush=True)
             yield row
-            del runners, launched, replayed, again, outputs, reference
-            torch.cuda.empty_cache()
+
+
+def layer(length: int, name: str) -> Row:
+    """All forms of one layer at one length, in the precision of a name."""
+    batch = BATCHES[length]
+    samples = moved(inputs(batch, length), "cuda", DTYPES[name])
+    wide = moved(samples, "cuda", torch.float32)
+    runners: dict[str, Runner] = {}
+    errors: dict[str, float] = {}
+    made = modules()
+    for form in FORMS:
+        module = made[form].eval().cuda()
+        (reference,) = TorchRunner(module)(wide)
+        launched = CudaRunner(layer_path(form, length, name), samples)
+        of_form: dict[str, Runner] = {
+            form: launched,
+            f"{form}, graph": CudaRunner(layer_path(form, length, name), samples, launched(samples)),
+        }
+        if form in IN_TORCH:
+            of_form[f"{form}, torch"] = TorchRunner(module)
+        for label, runner in of_form.items():
+            for _ in range(3):  # a graph is captured in the first runs
+                (output,) = runner(samples)
+            errors[label] = relative(output, reference)
+        runners |= of_form
+    return {"length": length, "dtype": name, "batch": batch, "errors": errors, "ms": milliseconds(runners, samples)}
 
 
 def compiled_layers() -> Iterator[Row]:
     """One layer through torch.compile, beside torch's own fused attention."""
     for name, dtype in DTYPES.items():
         batch = BATCHES[COMPILED_LENGTH]
-        samples = inputs(COMPILED_LENGTH, dtype, batch)
+        samples = moved(inputs(batch, COMPILED_LENGTH), "cuda", dtype)
         made = modules()
         runners: dict[str, Runner] = {"softmax, fused": TorchRunner(made["softmax, fused"].eval().cuda())}
         for form in COMPILED:
             torch._dynamo.reset()
             compiled: Any = torch.compile(made[form].eval().cuda(), dynamic=False)
             runners[form] = TorchRunner(compiled)
-        row = {"length": COMPILED_LENGTH, "dtype": name, "batch": batch, "ms": medians(runners, samples)}
+        row = {"length": COMPILED_LENGTH, "dtype": name, "batch": batch, "ms": milliseconds(runners, samples)}
         print("torch.compile", row, flush=True)
         yield row
 
@@ -188,9 +191,9 @@ def compiled_layers() -> Iterator[Row]:
 def whole_models() -> Iterator[Row]:
     """The digits model: every variant at every batch, and whether it answers as the teacher does."""
     held_out = gather_samples(load_model(MODEL), CompileConfig())[1]
-    (reference,) = CudaRunner(model_path("teacher", "float32"), on_gpu(held_out))(held_out)
+    (reference,) = CudaRunner(model_path("teacher", "float32"), moved(held_out, "cuda"))(held_out)
     for batch in MODEL_BATCHES:
-        samples = on_gpu(held_out[:batch])
+        samples = moved(held_out[:batch], "cuda")
         runners: dict[str, Runner] = {}
         row: Row = {"batch": batch, "agreement": {}, "logits": {}}
         for dtype in DTYPES:
@@ -201,14 +204,9 @@ def whole_models() -> Iterator[Row]:
                 runners |= {name: launched, f"{name}, graph": CudaRunner(path, samples, outputs)}
                 row["agreement"][name] = agreement(reference[:batch], outputs[0], labelled=True)
                 row["logits"][name] = relative(outputs[0], reference[:batch])
-        row["ms"] = medians(runners, samples)
+        row["ms"] = milliseconds(runners, samples)
         print(row, flush=True)
         yield row
-
-
-def on_gpu(samples: Samples) -> Samples:
-    """The same in the GPU's memory."""
-    return Samples({name: value.cuda() for name, value in samples.inputs.items()})
 
 
 def document(data: Row) -> Iterator[str]:

@@ -40,7 +40,7 @@ def with_dual(points: torch.Tensor, dual: torch.Tensor) -> torch.Tensor:
     float32, and a dual of 30 that is off by 0.01 is a plan that is off by 1 %. Zeros fill up to `width` channels.
     """
     dual = dual.transpose(-1, -2)
-    if points.dtype == dual.dtype:
+    if not in_half(points):
         return torch.cat([points, dual], dim=-1)
     high = dual.to(points.dtype)
     parts = torch.cat([high, (dual - high).to(points.dtype)], dim=-1)
@@ -55,7 +55,12 @@ def with_ones(points: torch.Tensor) -> torch.Tensor:
 def width(points: torch.Tensor) -> int:
     """Channels of points (B, H, N, D) with a dual: in half precision as many as kernels are fast with."""
     channels = points.shape[-1]
-    return channels + 1 if points.dtype.itemsize > 2 else -(-(channels + 2) // ALIGNED_CHANNELS) * ALIGNED_CHANNELS
+    return -(-(channels + 2) // ALIGNED_CHANNELS) * ALIGNED_CHANNELS if in_half(points) else channels + 1
+
+
+def in_half(points: torch.Tensor) -> bool:
+    """Whether points are in half precision, which their duals never are."""
+    return points.dtype.itemsize <= 2
 
 
 def half_step(points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | None) -> torch.Tensor:
@@ -64,7 +69,7 @@ def half_step(points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | N
     The known score is the mean of all others, plus the logarithm of their number. By Jensen's inequality the
     log-sum-exp is no less, so that no more than half goes to the key with that score, and what goes to the others is
     one less that, without cancellation. All that is large and does not depend on the dual is the same for every
-    half-step of these points, and computed once: runtimes share it.
+    half-step of these points, and stands in a graph once: exporters share it.
 
     Args:
         points: (B, H, N, D); products with the others are scores, in units of the temperature.
@@ -79,7 +84,7 @@ def half_step(points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | N
     # Less the centre and the level, the last key, whose score is known, is 0.
     centred = (torch.cat([others.to(exact), centre], dim=-2) - centre).to(points.dtype)
     keys = with_dual(centred, pad(dual - level, (0, 1)))
-    others_are = torch.zeros_like(others[..., :1] if points.dtype == exact else with_ones(others))
+    others_are = torch.zeros_like(with_ones(others) if in_half(others) else others[..., :1])
     seen = attention(with_ones(points), keys, pad(others_are, (0, 0, 0, 1), value=LARGEST_COLUMN))[..., :1]
     share = (seen.to(exact).transpose(-1, -2) / LARGEST_COLUMN).clamp(SMALLEST_SHARE, LARGEST_SHARE)
     return torch.log(share) - torch.log1p(-share) - level - centre @ points.to(exact).transpose(-1, -2)
@@ -92,6 +97,6 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, dual: torch.Tensor | None,
         return plain
     biased = with_dual(keys, dual - dual.mean(dim=-1, keepdim=True))
     # Kernels for half precision want the same number of channels everywhere.
-    more = 0 if queries.dtype == dual.dtype else max(width(queries) - values.shape[-1], 0)
+    more = max(width(queries) - values.shape[-1], 0) if in_half(queries) else 0
     output: torch.Tensor = attention(with_ones(queries), biased, pad(values, (0, more)) if more else values)
     return output[..., : values.shape[-1]] if more else output
