@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from tolerances import EXPORT
@@ -68,6 +69,22 @@ def test_an_input_that_the_graph_does_not_read_is_no_obstacle(tmp_path):
     artifact = export_onnx(graph(Ignores(), **inputs), tmp_path / "model.onnx", {})
     (output,) = OnnxRuntimeRunner(artifact.path)(Samples(inputs))
     assert torch.equal(output, 2 * inputs["used"])
+
+
+@pytest.mark.parametrize(("approximate", "fused"), [("none", True), ("tanh", False)])
+def test_a_layer_with_a_gelu_gives_the_same_and_the_erf_form_is_one_kernel(tmp_path, approximate, fused):
+    module = nn.Sequential(nn.Linear(4, 8), nn.GELU(approximate))
+    samples = Samples({"input": 4 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))})
+    artifact = export_onnx(graph(module, **samples.inputs), tmp_path / "model.onnx", {})
+    onnx.checker.check_model(onnx.load(artifact.path), full_check=True)
+    (expected,), (seen,) = EagerRunner(module)(samples), OnnxRuntimeRunner(artifact.path, threads=1)(samples)
+    assert torch.linalg.vector_norm(seen - expected) <= EXPORT * torch.linalg.vector_norm(expected)
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+    kernels = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+    assert bool(kernels & {"Gelu", "BiasGelu"}) == fused
 
 
 def test_the_file_has_the_names_the_metadata_and_a_dynamic_batch(pair, tmp_path):
