@@ -97,9 +97,9 @@ def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tenso
 
 
 def gelu(x: Any, approximate: str = "none") -> Any:
-    """GELU with its products in the order in which ONNX Runtime finds it, with the bias before it, and fuses both.
+    """GELU as (0.5 x) (1 + erf), which ONNX Runtime makes one kernel of, with the bias that was added before.
 
-    The exporter's own order, x (0.5 (1 + erf)), differs in nothing else, and is run in five passes.
+    The exporter writes x (0.5 (1 + erf)), which ONNX Runtime runs in five passes. To halve is exact: both are the same.
     """
     from onnxscript import ir, opset18
     from onnxscript.function_libs.torch_lib.ops.nn import aten_gelu
