@@ -3,21 +3,24 @@
 First on the manifold of `ops.relu_pwl`: the peaks alone are trained, by Adam; scale and affine part are linear and
 follow from them in closed form at every step (variable projection). The manifold is left where a hundred steps have
 improved the mean error of the runs by less than a hundredth. Then all weights are free, and trained by
-Levenberg-Marquardt: there are about a hundred of them, and the error is a sum of squares. Many functions and many runs
-are trained side by side.
+Levenberg-Marquardt: there are about a hundred of them, and the error is a sum of squares. Where samples are fewer than
+weights they do not say what lies between them, and free weights would make anything of it: there the target is what the
+manifold made, plus straight lines from sample to sample through what it left off. Many functions and many runs are
+trained side by side.
 """
 
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asapc.ops.relu_pwl import WIDTH, Manifold, ReLUNetworks, sum_of_waves, to_networks
+from asapc.ops.relu_pwl import WIDTH, Manifold, ReLUNetworks, sum_of_waves, to_networks, to_peaks
 
 # The manifold is left where so many steps have gained less than this share of the error.
 PATIENCE, LEAST_GAIN, MOST_STEPS, RATE = 100, 0.01, 3000, 0.02
-LOWEST_PEAK = 0.02  # and 1 less that is the highest: tents of no width have no slopes
+DENSE = 500  # points for free weights where samples are few
 LEAST_SCALE = 1e-9
 FREE_STEPS, FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 150, 1e-2, 1e-12, 1e12
 ROUNDING = 1e-14  # of a unit that is off everywhere the normal matrix is zero
@@ -47,7 +50,7 @@ def fit(x: Tensor, y: Tensor, depth: int, runs: int = 30, members: int = 1, seed
     """Fit networks to samples of functions, on the manifold and, unless told otherwise, beyond.
 
     Args:
-        x: (P,) places, float64.
+        x: (P,) places, float64, all different.
         y: (F, P) values.
         depth: hidden layers, each of which doubles the pieces.
         runs: independent starts for each function.
@@ -57,7 +60,21 @@ def fit(x: Tensor, y: Tensor, depth: int, runs: int = 30, members: int = 1, seed
     """
     domain = (x.amin().item(), x.amax().item())
     networks = to_networks(fit_manifold(x, y, depth, runs, members, seed), domain)
+    if free and x.numel() < members * networks.weights:
+        between = torch.linspace(*domain, DENSE, dtype=x.dtype)
+        networks = train(networks, between, fill_in(networks, x, y, members, between), members).networks
+        free = False
     return train(networks, x, y, members, FREE_STEPS if free else 0)
+
+
+def fill_in(networks: ReLUNetworks, x: Tensor, y: Tensor, members: int, between: Tensor) -> Tensor:
+    """Values (F * R, Q) at other places: of each run, plus straight lines through what it leaves off the samples."""
+    with torch.no_grad():
+        made, there = (torch.unflatten(networks(places), 0, (-1, members)).sum(dim=1) for places in (x, between))
+    off = y.repeat_interleave(made.shape[0] // y.shape[0], dim=0) - made
+    order = x.argsort()
+    lines = np.stack([np.interp(between, x[order], hat) for hat in np.eye(x.numel())])
+    return there + off[:, order] @ torch.from_numpy(lines)
 
 
 def fit_manifold(x: Tensor, y: Tensor, depth: int, runs: int, members: int, seed: int) -> Manifold:
@@ -92,11 +109,6 @@ def fit_manifold(x: Tensor, y: Tensor, depth: int, runs: int, members: int, seed
         scale = -coefficients[:, 2:].flatten()
         scale = torch.where(scale.abs() < LEAST_SCALE, LEAST_SCALE, scale)
         return Manifold(peaks, scale, affine[..., 1].flatten(), affine[..., 0].flatten())
-
-
-def to_peaks(logits: Tensor) -> Tensor:
-    """Peaks from numbers of any size."""
-    return LOWEST_PEAK + (1 - 2 * LOWEST_PEAK) * torch.sigmoid(logits)
 
 
 def design(t: Tensor, waves: Tensor) -> Tensor:

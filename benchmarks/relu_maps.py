@@ -28,12 +28,11 @@ from asapc.choices import FeatureSet, SlicedDualParams
 from asapc.environment import environment
 from asapc.measure import measure
 from asapc.ops.features import mean, project, variance
-from asapc.ops.relu_pwl import Manifold, ReLUNetworks, sum_of_waves, to_networks
+from asapc.ops.relu_pwl import Manifold, ReLUNetworks, sum_of_waves, to_networks, to_peaks
 from asapc.output import write_json
 from asapc.passes.layout import operands
 from asapc.passes.record import record
 from asapc.propose import split
-from asapc.relu_fit import to_peaks
 from benchmarks.costs import onnx_runner, sliced_dual
 from benchmarks.fits import HELD_OUT, Part, linear, part, relc
 from benchmarks.teachers import studied

@@ -99,6 +99,17 @@ def test_many_functions_are_fitted_at_once_as_each_alone():
         assert (values - y[i]).square().mean().item() == pytest.approx(together.errors[i].amin().item(), rel=1e-6)
 
 
+def test_few_samples_are_met_and_what_lies_between_is_left_to_the_manifold():
+    x = torch.tensor([0.0, 0.93, 0.21, 0.34, 0.47, 0.58, 0.7, 0.82, 0.1, 1.0], dtype=torch.float64)
+    y = torch.sin(x).unsqueeze(0)
+    bound, free = (fit(x, y, 4, runs=8, free=freed) for freed in (False, True))
+    assert free.errors.amax() < bound.errors.amin() / 2
+    alone = train(bound.networks, x, y, 1)  # all the freedom there is, between samples too
+    with torch.no_grad():
+        errors = [(found.networks(X) - torch.sin(X)).square().mean() for found in (free, alone)]
+    assert errors[0] < errors[1]
+
+
 def test_a_function_that_bends_both_ways_gets_two_networks():
     y = torch.sin(6 * X)
     assert not bends_one_way(y)

@@ -19,6 +19,7 @@ WIDTH = 4
 # Two slopes are one where they differ by less, relative to the largest; a piece is a matter of rounding where it is
 # shorter, relative to the domain.
 SAME_SLOPE, SHORTEST = 1e-13, 1e-14
+LOWEST_PEAK = 0.02  # and 1 less that is the highest: tents of no width have no slopes
 
 
 class Manifold(NamedTuple):
@@ -36,6 +37,11 @@ class Manifold(NamedTuple):
     scale: Tensor
     slope: Tensor
     intercept: Tensor
+
+
+def to_peaks(logits: Tensor) -> Tensor:
+    """Peaks from numbers of any size."""
+    return LOWEST_PEAK + (1 - 2 * LOWEST_PEAK) * torch.sigmoid(logits)
 
 
 def scale_ratios(peaks: Tensor) -> Tensor:
@@ -84,6 +90,11 @@ class ReLUNetworks(nn.Module):
         self.first, self.first_bias = nn.Parameter(first), nn.Parameter(first_bias)
         self.hidden, self.hidden_bias = nn.Parameter(hidden), nn.Parameter(hidden_bias)
         self.last = nn.Parameter(last)
+
+    @property
+    def weights(self) -> int:
+        """Numbers that a network has."""
+        return sum(parameter[0].numel() for parameter in self.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         """Values (K, P) at points (P,), or (K, P) where each network has its own."""
