@@ -176,6 +176,8 @@ class Site:
         logarithm: the plan node holds log(plan).
         query, key: operands of the product q.k that is in the scores; None where there is none.
         product: whether the scores node is that product itself.
+        padding: nodes from the product to the scores, both included, where all that comes in between leaves out whole
+            columns, and does so too where the product has one row; None elsewhere.
         temperature: (H,) factor from q.k to scores, float64, None where there is no product.
         folded: (H,) factor that query and key nodes carry already, of the temperature too.
         applied: whether the plan is multiplied with values: attention, not a plan alone.
@@ -204,6 +206,7 @@ class Site:
     query: Operand | None
     key: Operand | None
     product: bool
+    padding: tuple[str, ...] | None
     temperature: Tensor | None
     folded: Tensor | None
     applied: bool

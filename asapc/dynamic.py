@@ -6,9 +6,11 @@ way; so the sites are found again by their place.
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -114,7 +116,9 @@ def reopen(
             "let the forward do the same for every length, and build its plans in full",
         )
     names = {old.name: new.name for old, new in zip(before, after, strict=True)}
-
+    for node in graph.program.graph.nodes:
+        if is_whole(node):
+            names[node.name] = names[node.args[0].name]
     return opened, [move(site, names) for site in sites]
 
 
@@ -124,12 +128,22 @@ def move(site: Site, names: Mapping[str, str]) -> Site:
     moved = {
         name: replace(value, node=names[value.node]) for name, value in values.items() if isinstance(value, Operand)
     }
-    return Site(**{**values, **moved})
+    padding = None if site.padding is None else tuple(names[node] for node in site.padding)
+    return Site(**{**values, **moved, "padding": padding})
 
 
 def made_tensors(graph: Graph) -> list[Node]:
-    """The nodes of a graph that stand for tensors, in order."""
-    return [node for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    """The nodes of a graph that stand for tensors, in order, but for slices of the whole."""
+    return [node for node in graph.nodes if isinstance(node.meta.get("val"), Tensor) and not is_whole(node)]
+
+
+def is_whole(node: Node) -> bool:
+    """Whether a node is a slice that leaves nothing out, as in `mask[:, None, None, :]`: open axes have none there."""
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    given = dict(zip(("start", "end", "step"), node.args[2:], strict=False)) | node.kwargs
+    whole = {"start": (None, 0), "end": (None, sys.maxsize), "step": (1,)}
+    return all(value in whole[name] for name, value in given.items() if name in whole)
 
 
 def kind(node: Node) -> tuple[str, str]:

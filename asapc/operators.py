@@ -52,8 +52,12 @@ def exact_operator(
 
 
 def fusable(site: Site, module: Operator) -> bool:
-    """Whether an operator has a fused form: attention on plain products, all rows and columns alike, rows last."""
-    plain = site.product and site.output is not None and site.uniform and not site.masked and not site.logarithm
+    """Whether an operator has a fused form: attention on plain products, all rows and columns alike, rows last.
+
+    Keys may be left out, the same for all rows.
+    """
+    products = (site.product and not site.masked) or site.padding is not None
+    plain = products and site.output is not None and site.uniform and not site.logarithm
     usual_mass = getattr(module, "mass", 1.0) == 1.0 and getattr(module, "row_mass", None) is None
     return plain and usual_mass and module.last == "rows" and not module.wide
 

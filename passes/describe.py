@@ -1,22 +1,24 @@
 """Says of a recognised loop what it takes to replace it: its product of queries and keys, and its values."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from asapc.artifacts import Operand, Site
+from asapc.ops.scaling import LOWEST_LIVE
 from asapc.passes.candidates import Candidate, carry, example_shape, paths_to, scaling_chain
 from asapc.passes.frames import Frame, place
 from asapc.passes.kinds import is_view, makes_scores, viewed_by
 from asapc.passes.layout import arrange, follow_axes, invert, restore
 from asapc.passes.probe import Live, Recognised, difference, double_centre
 from asapc.passes.products import as_product
-from asapc.passes.regions import OpenRegionError, Region
+from asapc.passes.regions import OpenRegionError, Region, double
 
 aten = torch.ops.aten
 # The code of torch and its modules, wherever an exported program was written.
@@ -67,6 +69,7 @@ def describe(
         query=query,
         key=key,
         product=origin is not None and query is not None and origin.path == (start,) and is_pure(start),
+        padding=None if origin is None or query is None else padding(origin, frame, found, values, exponential),
         temperature=None if factor is None else found.scale * factor,
         folded=None if origin is None or factor is None else folded_factor(origin, frame, values),
         applied=applied,
@@ -145,6 +148,45 @@ def product_factor(
     factor = (change * answer).sum(dim=(0, 2, 3)) / change.square().sum(dim=(0, 2, 3))
     linear = difference(factor[:, None, None] * change, answer) < LINEARITY_TOLERANCE
     return own * factor if linear else None
+
+
+def padding(
+    origin: Origin, frame: Frame, found: Recognised, values: Mapping[Node, Any], exponential: bool
+) -> tuple[str, ...] | None:
+    """Names of the nodes of a path on which keys are left out by a mask that is the same for all rows; else None.
+
+    Told by sending zeros down the path, all rows of them and a single one.
+    """
+    first, *rest = origin.path
+    if not found.masked or not rest or not is_pure(first):
+        return None
+    b, h, n, m = frame.arrange(values[origin.path[-1]]).shape
+    biases = []
+    for rows in (n, 1):
+        zeros = torch.zeros(b, h, rows, m, dtype=torch.float64)
+        seen = replay(origin.path, restore(zeros, origin.axes, "nm", frame.groups, frame.heads), values)
+        if seen is None:
+            return None
+        biases.append(frame.arrange(seen.log() if exponential else seen) * found.scale.reshape(-1, 1, 1))
+    bias, of_one = biases
+    if of_one.shape != (b, h, 1, m) or not torch.equal(bias, of_one.expand_as(bias)):
+        return None
+    alone = bool(((of_one == 0) | (of_one < LOWEST_LIVE)).all())
+    return tuple(node.name for node in origin.path) if alone else None
+
+
+def replay(path: Sequence[Node], value: Tensor, values: Mapping[Node, Any]) -> Tensor | None:
+    """What the last node of a path makes of a value of the first; None if more than that has to be known."""
+    env: dict[Node, Any] = {path[0]: value}
+    for node in path[1:]:
+        operator: Any = node.target
+        try:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else double(values[n]))
+            env[node] = operator(*args, **kwargs)
+        except (KeyError, RuntimeError):
+            return None
+    last: Tensor = env[path[-1]]
+    return last
 
 
 def folded_factor(origin: Origin, frame: Frame, values: Mapping[Node, Any]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from asapc.artifacts import Operand, Site
+from asapc.ops.scaling import LOWEST_LIVE
 
 UNIT_TOLERANCE = 1e-9
 MERGED = {"z": "bh", "y": "hb"}
@@ -101,14 +102,17 @@ def align(tensor: Tensor, axes: str, target: str) -> Tensor:
 
 
 def operands(site: Site) -> list[Operand]:
-    """What the operator of a site reads, in the order in which `site_inputs` takes it."""
+    """What the operator of a site reads, in the order in which `site_inputs` takes it.
+
+    In the form "points" one row of the scores, of queries that are zero, takes the place of the scores.
+    """
     first = None if site.product else site.scores
     return [operand for operand in (first, site.query, site.key, site.value) if operand is not None]
 
 
-def score_factor(site: Site, dtype: torch.dtype) -> Tensor | None:
+def score_factor(site: Site, dtype: torch.dtype, form: Form = "scores") -> Tensor | None:
     """Factor (H, 1, 1) from q.k, or from what the scores node holds, to scores; None where it is 1."""
-    factor = site.temperature if site.product else site.scale
+    factor = site.temperature if site.product or form == "points" else site.scale
     if factor is None or bool(((factor - 1).abs() < UNIT_TOLERANCE).all()):
         return None
     return factor.to(dtype).reshape(-1, 1, 1)
@@ -118,6 +122,9 @@ def site_inputs(
     site: Site, tensors: Sequence[Tensor], factor: Tensor | None, form: Form = "scores"
 ) -> list[Tensor | None]:
     """Arguments of a site's operator: scores, queries, keys and values, (B, H, ...) each, None where it has none.
+
+    In the form "points" queries in units of the temperature take the place of the scores, and where keys are masked
+    there is one argument more: 1 for a key that takes part and 0 for one that does not, (B, H, 1, M).
 
     Args:
         site: the site.
@@ -144,16 +151,17 @@ def site_inputs(
         assert batch is not None
         queries = queries.expand(batch, site.heads, -1, -1)  # it came before the keys told the batch
     values = take(site.value, "me")
-    if scores is None:
+    if site.exponential and scores is not None:
+        scores = scores.log()
+    if scores is None or form == "points":
         assert queries is not None
         assert keys is not None
         scaled = queries if factor is None else (queries * factor).to(queries.dtype)
         if form == "points":
-            return [scaled, queries, keys, values]
+            live = [] if scores is None else [(scores * site.scale.mean().item() >= LOWEST_LIVE).to(site.dtype)]
+            return [scaled, queries, keys, values, *live]
         scores = keys @ scaled.transpose(-1, -2) if form == "turned" else scaled @ keys.transpose(-1, -2)
         return [scores, queries, keys, values]
-    if site.exponential:
-        scores = scores.log()
     return [scores if factor is None else scores * factor, queries, keys, values]
 
 

@@ -35,9 +35,10 @@ class InLayout(nn.Module):
     def __init__(self, site: Site, operator: nn.Module, dtype: torch.dtype, precision: torch.dtype) -> None:
         super().__init__()
         self.site, self.operator, self.dtype = site, operator, dtype
-        points = {operand for operand in (site.query, site.key) if site.product} | {site.value}
-        self.dtypes = [precision if operand in points else site.dtype for operand in operands(site)]
-        self.register_buffer("factor", score_factor(site, site.dtype))
+        self.form = form_of(site, operator)
+        multiplied = {operand for operand in (site.query, site.key) if site.product or self.form == "points"}
+        self.dtypes = [precision if o in multiplied | {site.value} else site.dtype for o in operands(site)]
+        self.register_buffer("factor", score_factor(site, site.dtype, self.form))
 
     factor: Tensor | None
 
@@ -52,17 +53,20 @@ class InLayout(nn.Module):
         """Do as `forward` where no cast is automatic."""
         site, target = self.site, replaced(self.site)
         given = [t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]
-        run: Callable[..., Tensor] = self.operator
-        form: Form = "scores"
-        if getattr(self.operator, "lowering", None) == "fused":
-            run, form = self.operator.from_points, "points"  # type: ignore[assignment]
-        elif site.product and getattr(self.operator, "turned", False):
-            run, form = self.operator.oriented, "turned"  # type: ignore[assignment]
-        first, *others = site_inputs(site, given, self.factor, form)
+        ways = {"scores": "forward", "turned": "oriented", "points": "from_points"}
+        run: Callable[..., Tensor] = getattr(self.operator, ways[self.form])
+        first, *others = site_inputs(site, given, self.factor, self.form)
         assert first is not None
-        result = run(first if form == "points" else first.to(site.dtype), *others)
+        result = run(first if self.form == "points" else first.to(site.dtype), *others)
         result = result if result.dtype == self.dtype else result.to(self.dtype)
         return restore(result, target.axes, "nm" if site.output is None else "ne", site.groups, site.heads)
+
+
+def form_of(site: Site, operator: nn.Module) -> Form:
+    """What an operator takes in the place of the scores."""
+    if getattr(operator, "lowering", None) == "fused":
+        return "points"
+    return "turned" if site.product and getattr(operator, "turned", False) else "scores"
 
 
 def replaced(site: Site) -> Operand:
@@ -106,6 +110,8 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
             program.add_submodule(target, InLayout(site, operator, old.meta["val"].dtype, self.precision or site.dtype))
             with program.graph.inserting_before(old):
                 args = tuple(nodes[operand.node] for operand in operands(site))
+                if form_of(site, operator) == "points" and not site.product:
+                    args = (of_one_row(nodes, site), *args[1:])
                 replacement = program.graph.call_module(target, args)
             replacement.meta = dict(old.meta)
             old.replace_all_uses_with(replacement)
@@ -128,6 +134,22 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
         for site, _ in self.operators.values():
             if replaced(site).node in names:
                 raise PostconditionError(f"site {site.name} is still in the graph")
+
+
+def of_one_row(nodes: Mapping[str, Node], site: Site) -> Node:
+    """Put into a graph, where nodes are being inserted, a row of a site's scores, of a query that is zero."""
+    assert site.padding is not None
+    assert site.query is not None
+    product, *rest = (nodes[name] for name in site.padding)
+    query, graph = nodes[site.query.node], product.graph
+    row = graph.call_function(torch.ops.aten.slice.Tensor, (query, site.query.axes.index("n"), 0, 1))
+    made = {query: graph.call_function(torch.ops.aten.zeros_like.default, (row,))}
+    made[product] = graph.node_copy(product, lambda n: made.get(n, n))
+    for node in rest:
+        made[node] = graph.node_copy(node, lambda n: made.get(n, n))
+    for node in made.values():
+        node.meta = {}
+    return made[rest[-1]]
 
 
 def keep_float32(program: GraphModule) -> None:

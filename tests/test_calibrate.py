@@ -131,6 +131,7 @@ def site(half_steps=6, **changes):
         exponential=False,
         logarithm=False,
         product=True,
+        padding=None,
         temperature=SCALE,
         folded=torch.ones(HEADS, dtype=torch.float64),
         applied=True,

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from tolerances import FLOAT32, difference
 
 import asapc
 from asapc.artifacts import DynamicAxis, Samples
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.config import CompileConfig
 from asapc.dynamic import parse_axes
 from asapc.errors import CaptureError, OptionError
@@ -42,6 +44,42 @@ def test_what_cannot_be_is_refused_with_a_hint(text):
 def test_seq_is_refused_where_inputs_differ_in_length():
     with pytest.raises(OptionError, match="5, 7"):
         parse_axes("seq=2:9", Samples({"queries": torch.ones(2, 5, 3), "keys": torch.ones(2, 7, 3)}))
+
+
+def test_a_mask_that_is_sliced_for_its_axes_stays_a_mask_of_any_length(tmp_path, monkeypatch):
+    """`mask[:, None, None, :]` is a slice in a graph of one length, and none where the length is open."""
+    (tmp_path / "padded.py").write_text(
+        "import torch, torch.nn as nn\n"
+        "class Padded(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.embed, self.qkv = nn.Embedding(50, 16), nn.Linear(16, 48)\n"
+        "    def forward(self, ids):\n"
+        "        padding = (ids == 0)[:, None, None, :]\n"
+        "        x = self.qkv(self.embed(ids)).unflatten(-1, (3, 2, 8))\n"
+        "        q, k, v = x.permute(2, 0, 3, 1, 4)\n"
+        "        s = (q @ k.mT).masked_fill(padding, -1e9)\n"
+        "        for _ in range(3):\n"
+        "            s = (s - s.logsumexp(-2, keepdim=True)).masked_fill(padding, -1e9)\n"
+        "            s = s - s.logsumexp(-1, keepdim=True)\n"
+        "        return (s.exp() @ v).mean(dim=(1, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    from padded import Padded
+
+    model = Padded().eval()
+    torch.save(model.state_dict(), "model.pt")
+    ids = torch.randint(1, 50, (32, 24)) * (torch.arange(24) < torch.randint(8, 25, (32, 1)))
+    torch.save({"ids": ids}, "samples.pt")
+    options = {"model": "padded:Padded", "calib": "samples.pt", "level": 1, "seconds": 0.1, "batches": (1,)}
+    report = asapc.compile_model("model.pt", CompileConfig(out="out", dynamic="seq=6:48", lowering="fused", **options))
+    assert [site["choice"]["lowering"] for site in report.data["sites"]] == ["fused"]
+    run = OnnxRuntimeRunner(tmp_path / "out" / "model.onnx")
+    for length in (6, 31, 48):
+        other = torch.randint(1, 50, (3, length)) * (torch.arange(length) < torch.tensor([[length], [4], [2]]))
+        with torch.no_grad():
+            assert difference(run(Samples({"ids": other}))[0], model(other)) < FLOAT32
 
 
 def test_a_model_of_one_length_is_refused_and_named(tmp_path, monkeypatch):

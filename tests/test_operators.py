@@ -47,6 +47,7 @@ def test_what_is_asked_for_is_taken_where_it_exists():
         ({"product": False}, {}),
         ({"output": None}, {}),
         ({"masked": True}, {}),
+        ({"product": False, "masked": True}, {}),
         ({"logarithm": True}, {}),
         ({"row_mass": torch.ones(LENGTH)}, {}),
         ({}, {"last": "columns"}),
@@ -57,6 +58,7 @@ def test_what_is_asked_for_is_taken_where_it_exists():
 )
 def test_only_plain_products_that_end_on_rows_have_a_fused_form(changes, options):
     assert fusable(plain(), Sinkhorn(40))
+    assert fusable(plain(product=False, masked=True, padding=("product", "scores")), Sinkhorn(40))
     assert not fusable(plain(**changes), Sinkhorn(40, **options))
 
 

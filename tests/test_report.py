@@ -44,6 +44,7 @@ def site(name: str, temperature: list[float]) -> Site:
         query=Operand("query", "bhnd"),
         key=Operand("key", "bhdm"),
         product=True,
+        padding=None,
         temperature=torch.tensor(temperature),
         folded=torch.ones(len(temperature)),
         applied=True,

@@ -4,11 +4,14 @@ A half-step on rows is a log-sum-exp over the keys, which is what attention divi
 beside one more key whose score is known: from the share that attention gives to that key follows the log-sum-exp over
 the others. A dual is one more channel of the points that it
 belongs to, against ones on the other side. So all that a runtime needs is softmax(q k^T) v, which it has in a form
-that never holds the scores (FlashAttention, arXiv 2205.14135).
+that never holds the scores (FlashAttention, arXiv 2205.14135). Keys that are masked get a dual that leaves nothing to
+them: a mask of its own would switch fast kernels off.
 """
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from asapc.ops.features import mean
 
 # What attention gives to the known score is held between these, so that logarithms are finite. It is no more than 1/2
 # but for rounding.
@@ -17,6 +20,8 @@ SMALLEST_SHARE, LARGEST_SHARE = 1e-37, 0.75
 ALIGNED_CHANNELS = 8
 # What stands for 1 in the column that tells the share: a power of two, with which float16 holds shares down to 4e-12.
 LARGEST_COLUMN = 2.0**14
+# Dual of what is masked, within float16 and far below all that is not.
+MASKED_DUAL = -1e4
 
 
 @torch.library.custom_op("asapc::attention", mutates_args=())
@@ -63,7 +68,9 @@ def in_half(points: torch.Tensor) -> bool:
     return points.dtype.itemsize <= 2
 
 
-def half_step(points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | None) -> torch.Tensor:
+def half_step(
+    points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | None, live: torch.Tensor | None = None
+) -> torch.Tensor:
     """Dual (B, H, 1, N) of points for which their axis is normalised: -logsumexp_j(points_i . others_j + dual_j).
 
     The known score is the mean of all others, plus the logarithm of their number. By Jensen's inequality the
@@ -75,27 +82,50 @@ def half_step(points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | N
         points: (B, H, N, D); products with the others are scores, in units of the temperature.
         others: (B, H, M, D).
         dual: (B, H, 1, M), float32 where points are in half precision; None for 0.
+        live: (B, H, 1, M), 1 where one of the others takes part and 0 where it is masked; None for 1.
     """
     exact = torch.promote_types(points.dtype, torch.float32)
-    centre = others.to(exact).mean(dim=-2, keepdim=True)
+    centre = mean(others.to(exact).transpose(-1, -2), live).transpose(-1, -2)
     dual = torch.zeros_like(others[..., :1], dtype=exact).transpose(-1, -2) if dual is None else dual
     # A sum of exponentials of zeros is their number, which a length that is left open has no logarithm of.
-    level = dual.mean(dim=-1, keepdim=True) + torch.logsumexp(torch.zeros_like(dual), dim=-1, keepdim=True)
+    count = None if live is None else live.sum(dim=-1, keepdim=True).clamp_min(1)
+    number = torch.logsumexp(torch.zeros_like(dual), dim=-1, keepdim=True) if count is None else torch.log(count)
+    level = mean(dual, live) + number
     # Less the centre and the level, the last key, whose score is known, is 0.
     centred = (torch.cat([others.to(exact), centre], dim=-2) - centre).to(points.dtype)
-    keys = with_dual(centred, pad(dual - level, (0, 1)))
+    keys = with_dual(centred, pad(masked(dual - level, live), (0, 1)))
     others_are = torch.zeros_like(with_ones(others) if in_half(others) else others[..., :1])
     seen = attention(with_ones(points), keys, pad(others_are, (0, 0, 0, 1), value=LARGEST_COLUMN))[..., :1]
     share = (seen.to(exact).transpose(-1, -2) / LARGEST_COLUMN).clamp(SMALLEST_SHARE, LARGEST_SHARE)
     return torch.log(share) - torch.log1p(-share) - level - centre @ points.to(exact).transpose(-1, -2)
 
 
-def attend(queries: torch.Tensor, keys: torch.Tensor, dual: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
-    """The last half-step, on rows, and the product with values in one: softmax_j(q_i . k_j + dual_j) @ values."""
-    if dual is None:
+def masked(dual: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """A dual (B, H, 1, M), with what leaves nothing to those that are masked."""
+    return dual if live is None else dual * live + (1 - live) * MASKED_DUAL
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    dual: torch.Tensor | None,
+    values: torch.Tensor,
+    live: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The last half-step, on rows, and the product with values in one: softmax_j(q_i . k_j + dual_j) @ values.
+
+    Of keys that are `live`, see `half_step`; 0 where none is.
+    """
+    if live is not None:
+        given = torch.zeros_like(live) if dual is None else dual
+        values = values * live.amax(dim=-1, keepdim=True).to(values.dtype)
+        dual = masked(given - mean(given, live), live)
+    elif dual is not None:
+        dual = dual - dual.mean(dim=-1, keepdim=True)
+    else:
         plain: torch.Tensor = attention(queries, keys, values)
         return plain
-    biased = with_dual(keys, dual - dual.mean(dim=-1, keepdim=True))
+    biased = with_dual(keys, dual)
     # Kernels for half precision want the same number of channels everywhere.
     more = max(width(queries) - values.shape[-1], 0) if in_half(queries) else 0
     output: torch.Tensor = attention(with_ones(queries), biased, pad(values, (0, more)) if more else values)

@@ -255,7 +255,12 @@ class Sinkhorn(nn.Module):
         return scaled_plan(kernel, u, v, values, self.turned)
 
     def from_points(
-        self, scaled: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        scaled: torch.Tensor,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        live: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Plan @ values (B, H, N, E) in fused passes (`fused.py`), of a loop on uniform marginals that ends on rows.
 
@@ -264,10 +269,11 @@ class Sinkhorn(nn.Module):
             queries: not needed; all operators are called alike.
             keys: (B, H, M, D).
             values: (B, H, M, E).
+            live: (B, H, 1, M), 1 for a key that takes part and 0 for one that is masked; None for 1.
         """
         dual: torch.Tensor | None = None
         points, others = (keys, scaled) if self.turned else (scaled, keys)
         for _ in range(self.half_steps - 1):
-            dual = half_step(points, others, dual)
+            dual = half_step(points, others, dual, live if others is keys else None)
             points, others = others, points
-        return attend(scaled, keys, dual, values)
+        return attend(scaled, keys, dual, values, live)

@@ -221,7 +221,12 @@ class SlicedDual(nn.Module):
         return scaled_plan(kernel, u, v if self.mass == 1.0 else v * self.mass, values, self.turned)
 
     def from_points(
-        self, scaled: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        scaled: torch.Tensor,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        live: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Plan @ values (B, H, N, E) in fused passes (`fused.py`), of an operator that ends on rows.
 
@@ -230,19 +235,21 @@ class SlicedDual(nn.Module):
             queries: (B, H, N, D), as the bases are for.
             keys: (B, H, M, D).
             values: (B, H, M, E).
+            live: (B, H, 1, M), 1 for a key that takes part and 0 for one that is masked; None for 1.
         """
         points, others = (scaled, keys) if self.turned else (keys, scaled)
-        estimates = self.estimates(queries, keys)
-        dual = half_step(others, points, estimates[..., :1, :])
+        live_points, live_others = (None, live) if self.turned else (live, None)
+        estimates = self.estimates(queries, keys, live_points, live_others)
+        dual = half_step(others, points, estimates[..., :1, :], live_points)
         closures: list[torch.Tensor] = []
         for step in range(1, self.steps + 1):
-            closures.append(half_step(points, others, dual))
+            closures.append(half_step(points, others, dual, live_others))
             weights: torch.Tensor = getattr(self, f"closure_weights_{step}")
             again = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
-            dual = half_step(others, points, again)
+            dual = half_step(others, points, again, live_points)
         if self.first_half_steps == 3:
-            dual = half_step(points, others, dual)
-        return attend(scaled, keys, dual, values)
+            dual = half_step(points, others, dual, live_others)
+        return attend(scaled, keys, dual, values, live)
 
 
 def scaling_vector(dual: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:

@@ -191,6 +191,7 @@ def fused():
     return graph(Fused(), **inputs)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of torch itself, which is nothing to a user
 def test_fused_attention_is_onnx_runtimes_own_and_never_holds_the_scores(fused, tmp_path):
     artifact = export_onnx(fused, tmp_path / "model.onnx", {})
     model = onnx.load(artifact.path)

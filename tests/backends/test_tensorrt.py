@@ -33,7 +33,8 @@ class OfPoints(nn.Module):
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         if self.operator.lowering == "fused":
-            return self.operator.from_points(queries, queries, keys, values)
+            live = (values[..., :1].transpose(-1, -2) <= 1).to(queries.dtype) if self.masked else None
+            return self.operator.from_points(queries, queries, keys, values, live)
         scores = queries @ keys.transpose(-1, -2)
         if self.masked:  # made of the values, so that it differs by sample
             scores = scores.masked_fill(values[..., :1].transpose(-1, -2) > 1, -torch.inf)
@@ -94,6 +95,8 @@ OPERATORS = {
     "fused sliced dual": lambda: sliced_dual(0, paired=True, fused=True),
     "fused sliced dual with slices": lambda: sliced_dual(3, fused=True),
     "fused Sinkhorn": lambda: OfPoints(Sinkhorn(4, lowering="fused")),
+    "masked fused sliced dual": lambda: sliced_dual(0, masked=True, paired=True, fused=True),
+    "masked fused Sinkhorn": lambda: OfPoints(Sinkhorn(4, lowering="fused"), masked=True),
     "fused softmax": lambda: OfPoints(Sinkhorn(1, lowering="fused")),
     "Sinkhorn": lambda: OfPoints(Sinkhorn(6)),
     "Sinkhorn that ends on columns": lambda: OfPoints(Sinkhorn(5, "columns")),

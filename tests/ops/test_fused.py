@@ -49,6 +49,37 @@ def test_a_half_step_is_that_of_the_scores(case, dtype):
     assert difference(attend(given[0], given[1], given[3], given[2]), plan @ values) < limit
 
 
+@quick
+@given(points(), st.integers(0, 10**6), st.sampled_from([torch.float64, torch.float32]))
+def test_masked_keys_have_no_part_in_it(case, seed, dtype):
+    queries, keys, values, dual = case
+    limit = FLOAT64 if dtype == torch.float64 else FLOAT32
+    live = (torch.rand(2, 1, 1, keys.shape[-2], generator=torch.Generator().manual_seed(seed)) < 0.6).expand(dual.shape)
+    live = live | (live.sum(dim=-1, keepdim=True) == 0)
+    scores = (queries @ keys.transpose(-1, -2)).masked_fill(~live, -math.inf)
+    given = [tensor.to(dtype) for tensor in (*case, live)]
+    expected = row_step(scores, dual.squeeze(-2)).unsqueeze(-2)
+    means = [(torch.where(live, x, 0).sum(dim=-1) / live.sum(dim=-1)).unsqueeze(-2) for x in (scores, dual)]
+    if (-expected - means[0] - means[1]).amax() < 80:
+        assert difference(half_step(given[0], given[1], given[3], given[4]), expected) < limit
+    plan = torch.softmax(scores + dual, dim=-1)
+    assert difference(attend(given[0], given[1], given[3], given[2], given[4]), plan @ values) < limit
+
+
+@pytest.mark.parametrize("half_steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_masked_loop_equals_the_materialised_one_where_all_is_masked_too(half_steps, dtype):
+    queries, keys, values = (torch.randn(3, HEADS, n, 8) for n in (6, 9, 9))
+    live = (torch.arange(9) < torch.tensor([9, 4, 0])[:, None])[:, None, None].expand(-1, HEADS, -1, -1)
+    scores = (queries @ keys.transpose(-1, -2)).masked_fill(~live, -1e9)
+    expected = Sinkhorn(half_steps, masked=True)(scores.double(), None, None, values.double())
+    assert (expected[2] == 0).all()
+    points = [tensor.to(dtype) for tensor in (queries, queries, keys, values)]
+    seen = Sinkhorn(half_steps, lowering="fused").from_points(*points, live.float())
+    assert difference(seen, expected) < (FLOAT32 if dtype == torch.float32 else 3e-3)
+    assert (seen[2] == 0).all()
+
+
 def test_a_half_step_on_columns_exchanges_queries_and_keys():
     queries, keys, dual = (torch.randn(2, HEADS, n, 4, dtype=torch.float64) for n in (5, 7, 5))
     dual = dual[..., 0]

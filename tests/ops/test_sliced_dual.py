@@ -81,6 +81,19 @@ def test_the_fused_form_equals_the_reference(case):
 
 
 @quick
+@given(cases(most_slices=0), st.integers(1, 9))
+def test_the_fused_form_of_masked_keys_equals_that_without_them(case, count):
+    params, _, queries, keys, values, _ = case
+    count = min(count, keys.shape[-2])
+    scaled = scale_of(queries.dtype) * queries
+    scores = scaled.double() @ keys[..., :count, :].double().transpose(-1, -2)
+    expected = sliced_dual_plan_ref(scores, queries, keys[..., :count, :], params) @ values[..., :count, :].double()
+    live = (torch.arange(keys.shape[-2]) < count).to(queries.dtype).expand(2, HEADS, 1, -1)
+    seen = SlicedDual(params, lowering="fused").from_points(scaled, queries, keys, values, live)
+    assert difference(seen, expected) < tolerance(queries)
+
+
+@quick
 @given(cases())
 def test_features_equal_their_reference(case):
     params, _, queries, keys, _, _ = case

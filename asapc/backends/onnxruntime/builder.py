@@ -57,9 +57,9 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
         BuildError: the exporter has no ONNX form of some operation.
     """
     program = graph.program
-    if any(node.target is torch.ops.asapc.attention.default for node in program.graph.nodes):
-        program = program.run_decompositions({torch.ops.asapc.attention.default: multi_head_attention})
     with quiet_exporter():
+        if any(node.target is torch.ops.asapc.attention.default for node in program.graph.nodes):
+            program = program.run_decompositions({torch.ops.asapc.attention.default: multi_head_attention})
         try:
             made = torch.onnx.export(
                 program,
