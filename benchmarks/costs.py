@@ -83,10 +83,11 @@ def sliced_dual(
     side: Side = "keys",
     wide: bool = False,
     paired: bool = False,
+    coordinates: int = COORDINATES,
 ) -> SlicedDual:
     """A sliced dual with small random weights."""
     generator = torch.Generator().manual_seed(0)
-    coordinates = min(COORDINATES, size)
+    coordinates = min(coordinates, size)
     features = slices + coordinates + 1 + coordinates * max(pieces - 1, 0)
     features += 2 * pairs_of(coordinates).shape[-1] * paired
     knots = torch.linspace(-1.5, 1.5, max(pieces - 1, 0)).expand(heads, coordinates if pieces else 0, -1)

@@ -96,20 +96,13 @@ def compare(
     for way, loss in {"plan": divergence, "output": output_error}.items():
         yield (f"ridge, then {way}", *train(Linear(ridge, spread), loss, *parts))
     yield (f"network of {HIDDEN}", *train(Network(ridge, spread), dual_error, *parts))
-    rotation = torch.linalg.qr(torch.randn(site.heads, *2 * [site.head_dim or 1]))[0].double()
-    scale = torch.ones(()) if site.temperature is None else site.temperature.double()
-    bases = {
+    directions = {
         "balanced": (shipped.query_basis.double(), shipped.key_basis.double()),
-        "random": (rotation, rotation * scale.view(-1, 1, 1)),
+        "random": random_directions(site, site.head_dim or 1),
     }
-    for way, (of_queries, of_keys) in bases.items():
+    for way, bases in directions.items():
         start = time.perf_counter()
-        sliced = SlicedDualParams(of_queries, of_keys, SLICES, unfitted.knots[:, :0])
-        key = Fitted(site.name, FeatureSet(SLICES))
-        problems = [regressions([site], {key: sliced}, activations(graph, site, s))[key] for s in (fitting, selection)]
-        of_slices = replace(sliced, weights=(fit(*problems),))
-        part_of_slices = part(graph, site, replace(sliced, weights=()), held_out)
-        error = relc(judged, linear(of_slices.weights[0], part_of_slices.features))
+        error = of_slices(graph, site, bases, SLICES, (fitting, selection, held_out))
         yield f"{way} slices and parabolas", error, time.perf_counter() - start
     paired = FeatureSet(pieces=8, paired=True)
     fitted = calibrate(graph, {site.name: [paired]}, [site], fitting, selection, 2)[Fitted(site.name, paired)]
@@ -119,6 +112,27 @@ def compare(
         for way, names in {"jointly": (), "with directions": DIRECTIONS}.items():
             operator = Operator(greedy, site.last, ("weights", *names), fit_part)
             yield f"pairs, {steps} steps, {way}", *train(operator, output_error, *parts)
+
+
+def random_directions(site: Site, count: int) -> tuple[Tensor, Tensor]:
+    """Bases (H, D, count) of queries and keys: rotations side by side, in whose coordinates scores are sums."""
+    size = site.head_dim or 1
+    rotations = [torch.linalg.qr(torch.randn(site.heads, size, size))[0].double() for _ in range(-(-count // size))]
+    basis = torch.cat(rotations, dim=-1)[..., :count]
+    scale = torch.ones(()) if site.temperature is None else site.temperature.double()
+    return basis, basis * scale.view(-1, 1, 1)
+
+
+def of_slices(
+    graph: CapturedGraph, site: Site, bases: tuple[Tensor, Tensor], slices: int, given: tuple[Samples, ...]
+) -> float:
+    """Relc on the last samples of a ridge on slices of the first coordinates, and parabolas in all of them."""
+    fitting, selection, held_out = given
+    bare = SlicedDualParams(*bases, slices, torch.zeros(site.heads, 0, 0))
+    key = Fitted(site.name, FeatureSet(slices))
+    problems = [regressions([site], {key: bare}, activations(graph, site, s))[key] for s in (fitting, selection)]
+    judged = part(graph, site, bare, held_out)
+    return relc(judged, linear(fit(*problems), judged.features))
 
 
 def activations(graph: CapturedGraph, site: Site, samples: Samples) -> Iterator[Activations]:

@@ -4,7 +4,8 @@
     python -m benchmarks.relu_maps --only '*seed0'
 
 Each estimates the keys' dual as a sum over coordinates and heads of functions of one coordinate, in standard deviations
-of its sample, beside parabolas and the mean of the other side; one ridge mixes them. Hinges stand at quantiles of the
+of its sample, beside parabolas and the mean of the other side; one ridge mixes them. Beside them sorted slices: 8 in
+balanced coordinates, and 32 in random ones, with their parabolas. Hinges stand at quantiles of the
 calibration samples; compelled networks have their peaks trained, freed ones all weights from there. relc is that of the
 first estimate, without closure steps, mean over sites. Times are of the estimate alone in ONNX Runtime. Writes
 benchmarks/results/relu_maps.json.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from asapc.artifacts import CapturedGraph, Samples, Site
-from asapc.calibrate import Fitted, activation, calibrate
+from asapc.calibrate import COORDINATES, Fitted, activation, calibrate
 from asapc.choices import FeatureSet, SlicedDualParams
 from asapc.environment import environment
 from asapc.measure import measure
@@ -34,7 +35,7 @@ from asapc.passes.layout import operands
 from asapc.passes.record import record
 from asapc.propose import split
 from benchmarks.costs import onnx_runner, sliced_dual
-from benchmarks.fits import HELD_OUT, Part, linear, part, relc
+from benchmarks.fits import HELD_OUT, Part, linear, of_slices, part, random_directions, relc
 from benchmarks.teachers import studied
 
 RESULTS = Path(__file__).resolve().parent / "results" / "relu_maps.json"
@@ -84,6 +85,10 @@ def compare(graph: CapturedGraph, site: Site, calibration: Samples, held_out: Sa
         "parabolas": judge(parts, [p.features[:, :, :plain] for p in parts]),
         "hinges": relc(parts[2], linear(shipped.weights[0].double(), parts[2].features)),
     }
+    given = (fitting, selection, held_out)
+    balanced = (shipped.query_basis.double(), shipped.key_basis.double())
+    found["8 slices"] = of_slices(graph, site, balanced, 8, given)
+    found["32 random slices"] = of_slices(graph, site, random_directions(site, 32), 32, given)
     heads, coordinates = placed[0].places.shape[1:3]
     logits = torch.randn(heads * coordinates, DEPTH + 1, dtype=torch.float64).requires_grad_()
 
@@ -175,6 +180,14 @@ class Hinges(nn.Module):
         return self.operator.estimates(q, k)
 
 
+class Slices(Hinges):
+    """The same from sorted slices, in the first coordinates or in more than there are."""
+
+    def __init__(self, slices: int) -> None:
+        nn.Module.__init__(self)
+        self.operator = sliced_dual(HEADS, SIZE, slices, 0, 0, coordinates=max(slices, COORDINATES))
+
+
 class Parabolas(Hinges):
     """The same without hinges."""
 
@@ -212,7 +225,14 @@ def latencies() -> dict[str, float]:
     samples = Samples({name: torch.randn(2, HEADS, LENGTH, SIZE) for name in "qk"})
     runners = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, module in {"parabolas": Parabolas(), "hinges": Hinges(), "compelled or freed": Networks()}.items():
+        modules = {
+            "parabolas": Parabolas(),
+            "hinges": Hinges(),
+            "compelled or freed": Networks(),
+            "8 slices": Slices(8),
+            "32 random slices": Slices(32),
+        }
+        for name, module in modules.items():
             runners[name] = onnx_runner(module, samples, Path(folder))
     return {run.name: round(run.p50_ms, 3) for run in measure(runners, samples, 1, 5.0)}
 
