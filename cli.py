@@ -91,13 +91,8 @@ UnsafeLoad = Annotated[
         "only for files that you would run as a program.",
     ),
 ]
-Fidelity = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Term of the budget: agreement>=X, metric-drop<=POINTS, relc<=X or column-marginal<=X.",
-        show_default="agreement>=0.98, relc<=0.08",
-    ),
-]
+BUDGET = "Term of the budget: agreement>=X, metric-drop<=POINTS, relc<=X or column-marginal<=X."
+Fidelity = Annotated[list[str] | None, typer.Option(help=BUDGET, show_default="agreement>=0.98, relc<=0.08")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(help="TOML file of options; those on the command line win.", show_default=False),
@@ -297,7 +292,9 @@ def verify(
     model: ModelName = None,
     model_args: ModelArgs = None,
     unsafe_load: UnsafeLoad = False,
-    fidelity: Fidelity = None,
+    fidelity: Annotated[
+        list[str] | None, typer.Option(help=BUDGET, show_default="what the model was compiled to keep")
+    ] = None,
     config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
@@ -326,7 +323,7 @@ def verify(
             sys.stdout.write(json.dumps(found.data(), indent=2) + "\n")
         else:
             show_recheck(found.data())
-        check_budget(found.fidelity, options.bounds())
+        check_budget(found.fidelity, options.bounds() or found.budget)
 
 
 @app.command()

@@ -149,7 +149,15 @@ def compile_model(
 
         artifacts = list_artifacts(folder, [onnx, deployed], engine)
         data = report_data(
-            loaded, findings, chosen, activations, fidelity, latency, artifacts, environment(config.seed)
+            loaded,
+            findings,
+            chosen,
+            activations,
+            fidelity,
+            config.bounds(),
+            latency,
+            artifacts,
+            environment(config.seed),
         )
         write_json(folder / "report.json", data)
         write_manifest(folder, loaded.sha256, __version__)

@@ -15,7 +15,7 @@ from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capture import capture
 from asapc.choices import Candidate, Choice, Plan, SlicedDualParams
-from asapc.config import CompileConfig
+from asapc.config import SITE_METRICS, Bound, CompileConfig, parse_bound
 from asapc.errors import CheckpointError, SamplesError
 from asapc.inputs import order_inputs
 from asapc.loading import load_model
@@ -28,7 +28,7 @@ from asapc.report import fidelity_data
 from asapc.results import Fidelity
 from asapc.samples import load_samples
 from asapc.tensors import read_safetensors
-from asapc.verify import site_fidelity, verify
+from asapc.verify import seen_of, site_fidelity, verify
 
 COMPILE = "compile the model again"
 # A site has left the range of its calibration where more than this share of the samples lies outside of it, widened
@@ -42,11 +42,13 @@ class Recheck:
 
     Attributes:
         fidelity: of the compiled file against the teacher.
+        budget: what the model was compiled to keep, as far as it can be judged here; empty for the default.
         outside: by the site's name the share of samples whose scores spread less, or more, than any in calibration;
             empty where there are only outputs to compare.
     """
 
     fidelity: Fidelity
+    budget: tuple[Bound, ...]
     outside: Mapping[str, float]
 
     @property
@@ -99,7 +101,7 @@ def recheck_stored(folder: Path, data: Path, outputs: Path) -> Recheck:
         CheckpointError: the folder is not whole.
         SamplesError: samples or outputs do not fit the model, or each other.
     """
-    read_folder(folder)
+    report = read_folder(folder)
     samples, stored = load_samples(data), load_samples(outputs)
     runner = OnnxRuntimeRunner(folder / "model.onnx")
     if set(runner.names) != samples.inputs.keys():
@@ -113,7 +115,8 @@ def recheck_stored(folder: Path, data: Path, outputs: Path) -> Recheck:
             f"give shapes {expected}",
             "store what the teacher returns for the samples of --data, one array for each output, in its order",
         )
-    return Recheck(verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples), {})
+    fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
+    return Recheck(fidelity, budget_of(report, fidelity), {})
 
 
 def recheck(folder: Path, data: Path, teacher: Path | None = None, config: CompileConfig | None = None) -> Recheck:
@@ -149,7 +152,16 @@ def recheck(folder: Path, data: Path, teacher: Path | None = None, config: Compi
     fidelity = verify(hops, {}, site_fidelity(graph, sites, replaced, samples), samples)
     known = {site["name"]: site["calibration_range"] for site in report["sites"]}
     outside = {name: share_outside(found.deviations, *known[name]) for name, found in ranges.items()}
-    return Recheck(fidelity, outside)
+    return Recheck(fidelity, budget_of(report, fidelity), outside)
+
+
+def budget_of(report: Mapping[str, Any], fidelity: Fidelity) -> tuple[Bound, ...]:
+    """The budget that a report states, less what these samples cannot tell."""
+    seen = seen_of(fidelity)
+    told = {
+        metric for metric, value in seen.items() if value is not None and (fidelity.sites or metric not in SITE_METRICS)
+    }
+    return tuple(bound for bound in map(parse_bound, report.get("budget", ())) if bound.metric in told)
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

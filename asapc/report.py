@@ -10,6 +10,7 @@ from typing import Any
 from asapc.activations import FittedActivation
 from asapc.artifacts import EarlyStops, Findings, LoadedModel, Miss, Site
 from asapc.choices import Candidate, Choice, Plan
+from asapc.config import Bound
 from asapc.results import Fidelity, Latency
 
 SCHEMA = "asapc.report/1"
@@ -34,6 +35,7 @@ def report_data(
     plan: Plan,
     activations: Sequence[FittedActivation],
     fidelity: Fidelity,
+    budget: Sequence[Bound],
     latency: Latency,
     artifacts: list[dict[str, Any]],
     environment: dict[str, object],
@@ -55,6 +57,7 @@ def report_data(
         "early_stops": early_stop_data(findings.early_stops),
         "activations": [activation_data(found) for found in activations],
         "fidelity": fidelity_data(fidelity),
+        "budget": [str(bound) for bound in budget],
         "latency": latency_data(latency),
         "artifacts": artifacts,
         "environment": environment,

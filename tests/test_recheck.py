@@ -9,11 +9,12 @@ import pytest
 import torch
 from test_cli import assert_user_error, run, write_checkpoint
 
-from asapc.config import CompileConfig
+from asapc.config import Bound, CompileConfig
 from asapc.errors import CheckpointError, SamplesError
 from asapc.loading import load_model
 from asapc.pipeline import compile_model
-from asapc.recheck import recheck, recheck_stored, share_outside
+from asapc.recheck import budget_of, recheck, recheck_stored, share_outside
+from asapc.results import Fidelity
 
 LOOSE = ("relc<=1", "agreement>=0")
 
@@ -55,9 +56,16 @@ def test_stored_outputs_do_in_place_of_the_teacher(compiled, tmp_path):
         with pytest.raises(SamplesError, match="samples and shapes"):
             recheck_stored(compiled / "out", compiled / "same.npz", outputs)
     arguments = ("verify", compiled / "out", "--data", compiled / "same.npz", "--outputs", tmp_path / "logits.npz")
-    assert run(*arguments, "--fidelity", "agreement>=0").exit_code == 0
+    assert run(*arguments).exit_code == 0
     assert run(*arguments, "--fidelity", "agreement>=1.1").exit_code == 3
     assert_user_error(run(*arguments, "--fidelity", "relc<=1"))
+
+
+def test_the_budget_is_that_of_the_report_as_far_as_the_samples_tell(compiled, tmp_path):
+    whole, outputs = Fidelity(8, 0.1, 0.9, None, (), {}, {}), ["relc<=0.2", "agreement>=0.5", "metric-drop<=1"]
+    assert budget_of({"budget": outputs}, whole) == (Bound("agreement", 0.5),)
+    assert budget_of({}, whole) == ()  # that of a folder which says nothing is the default
+    assert recheck(compiled / "out", compiled / "same.npz").budget == (Bound("relc", 1), Bound("agreement", 0))
 
 
 def test_data_of_another_kind_is_out_of_range(compiled):
@@ -97,13 +105,12 @@ def test_samples_that_do_not_fit_are_refused(compiled, tmp_path):
 
 def test_the_command_prints_the_sites_and_exits_by_the_budget(compiled):
     arguments = ("verify", compiled / "out", "--data", compiled / "same.npz")
-    loose = [part for term in LOOSE for part in ("--fidelity", term)]
-    result = run(*arguments, *loose)
+    result = run(*arguments)  # the budget is what the model was compiled to keep
     assert result.exit_code == 0, result.output
     assert "blocks.0.attention" in result.stdout
     assert "agreement" in result.stdout
     assert run(*arguments, "--fidelity", "relc<=1e-9").exit_code == 3
-    data = json.loads(run(*arguments, *loose, "--json").stdout)
+    data = json.loads(run(*arguments, "--json").stdout)
     assert data["schema"] == "asapc.verify/1"
     assert data["sites"][0]["outside_calibration"] <= 1
     assert_user_error(run("verify", compiled / "nothing", "--data", compiled / "same.npz"))

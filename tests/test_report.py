@@ -10,6 +10,7 @@ import torch
 from asapc.activations import FittedActivation
 from asapc.artifacts import EarlyStops, Findings, LoadedModel, Miss, Operand, Site
 from asapc.choices import Candidate, Choice, Plan, SlicedDualParams
+from asapc.config import Bound
 from asapc.environment import environment
 from asapc.report import early_stop_data, early_stop_note, miss_data, report_data, site_data
 from asapc.results import Fidelity, Hop, Latency, LatencyRun, Metric, SiteFidelity, VariantFidelity
@@ -92,9 +93,8 @@ def report() -> dict:
     artifacts = [{"kind": "onnx", "path": "model.onnx", "sha256": "0" * 64, "builder": "b", "targets": []}]
     stops = EarlyStops({"sinkhorn.py:7": "if err.item() < self.tol:"}, 1e-3, taken=True)
     findings = Findings(sites, (Miss("node", None, "why", "what to do"),), stops)
-    return report_data(
-        loaded, findings, plan, (lowered,), fidelity, Latency("cpu", 2, tuple(runs)), artifacts, environment(seed=0)
-    )
+    budget, latency = (Bound("relc", 0.2),), Latency("cpu", 2, tuple(runs))
+    return report_data(loaded, findings, plan, (lowered,), fidelity, budget, latency, artifacts, environment(seed=0))
 
 
 def test_a_report_keeps_to_its_schema_as_json() -> None:
