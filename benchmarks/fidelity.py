@@ -166,7 +166,7 @@ def document(teachers: Mapping[str, Row]) -> Iterator[str]:
         for label in labels:
             of_seeds = [row["operators"][label] for row in rows]
             yield line(label, of_seeds)
-        for budget in rows[0]["planned"]:
+        for budget in (b for b in rows[0]["planned"] if all(b in row["planned"] for row in rows)):
             yield line(f"*planned: {budget}*", [row["planned"][budget] for row in rows])
         yield ""
 
