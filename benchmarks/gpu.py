@@ -43,11 +43,11 @@ DOCUMENT, MODEL = ROOT.parent / "docs" / "gpu.md", ROOT.parent / "models" / "dig
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 BATCHES = {256: 8, 1024: 8, 4096: 2}  # by the length
 FORMS = (
-    *("teacher", "softmax, fused", "softmax", "exact 40", "truncated 3", "parabolas, 3", "parabolas, 5"),
+    *("teacher", "softmax, fused", "softmax", "exact 40", "truncated 3", "hinges, 3", "parabolas, 3", "parabolas, 5"),
     *("8 slices, 3", "parabolas, 2, fused", "parabolas, 4, fused"),
 )
-IN_TORCH = ("teacher", "softmax, fused", "exact 40", "parabolas, 3")
-COMPILED, COMPILED_LENGTH = ("exact 40", "truncated 3", "parabolas, 3", "parabolas, 2, fused"), 1024
+IN_TORCH = ("teacher", "softmax, fused", "exact 40", "hinges, 3")
+COMPILED, COMPILED_LENGTH = ("exact 40", "truncated 3", "hinges, 3", "parabolas, 2, fused"), 1024
 MODEL_BATCHES = (1, 32, 500)
 VARIANTS = ("teacher", "exact", "truncated", "softmax", "compiled")
 SECONDS, FEWEST = 3.0, 10

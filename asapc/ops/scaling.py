@@ -97,11 +97,15 @@ def scaled_plan(
         turned: whether the kernel lies the other way than the plan.
 
     Returns:
-        (B, H, N, E), or without values (B, H, N, M).
+        (B, H, N, E) in the dtype of the values, or without values (B, H, N, M) in that of the kernel.
     """
     if values is not None and values.dtype != kernel.dtype:
-        # Entries of the plan fit into half-precision floats, scaling vectors need not.
-        return scaled_plan(kernel, u, v, None, turned).to(values.dtype) @ values
+        if u is None and v is None:
+            plan = kernel.transpose(-1, -2) if turned else kernel
+            return plan.to(values.dtype) @ values
+        # Half-precision floats have no room for scaling vectors, and to scale the matrix instead takes more passes over
+        # it than their faster product saves.
+        return scaled_plan(kernel, u, v, values.to(kernel.dtype), turned).to(values.dtype)
     if turned:
         kernel, u, v = kernel.transpose(-1, -2), v, u
     right = values

@@ -8,6 +8,8 @@ two half-steps from there. The dual of the keys is a bias of an ordinary softmax
 that softmax is one half-step more. Which tells more for what it costs is a question of the site (docs/method.md).
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -253,9 +255,9 @@ class SlicedDual(nn.Module):
 
 
 def scaling_vector(dual: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """Scaling vector of a dual (B, H, 1, M), up to a factor: exp of it, with 1 for the largest of what is live."""
+    """Scaling vector of a dual (B, H, 1, M), up to a factor: exp of it, with 1 for the sum of what is live."""
     dual = dual if live is None else dual + (1 - live) * LOWEST_LIVE
-    return torch.exp((dual - dual.amax(dim=-1, keepdim=True)).clamp_min(-LARGEST_LOG))
+    return torch.softmax(dual, dim=-1).clamp_min(math.exp(-LARGEST_LOG))
 
 
 def log_where_live(v: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
