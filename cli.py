@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from asapc.config import SITE_METRICS, CompileConfig
+from asapc.config import CompileConfig
 from asapc.errors import AsapcError, InternalError, OptionError
 from asapc.events import Event, StageAdvanced, StageDone, StageStarted
+from asapc.types.budget import SITE_METRICS
 from asapc.version import __version__
 
 app = typer.Typer(
@@ -196,8 +197,9 @@ def compile_command(
 ) -> None:
     """Compile a trained checkpoint and report what it costs and gains."""
     with exit_codes():
-        from asapc.distributed import processes
-        from asapc.pipeline import compile_model, share_calibration
+        from asapc.commands.compile import compile_model
+        from asapc.commands.share import share_calibration
+        from asapc.planning.distributed import processes
 
         given: dict[str, Any] = {
             "out": out_folder,
@@ -247,8 +249,8 @@ def inspect(
 ) -> None:
     """List the Sinkhorn attention of a checkpoint."""
     with exit_codes():
-        from asapc.pipeline import inspect_model, require_sites
-        from asapc.report import early_stop_data, miss_data, site_data
+        from asapc.commands.inspect import inspect_model, require_sites
+        from asapc.writing.report import early_stop_data, miss_data, site_data
 
         given = {"calib": calib, **loading_options(model, model_args, inputs, input_shape, unsafe_load)}
         options = options_of(config, given)
@@ -300,8 +302,8 @@ def verify(
 ) -> None:
     """Compare a compiled model with its teacher again, on other samples."""
     with exit_codes():
-        from asapc.recheck import recheck, recheck_stored
-        from asapc.verify import check_budget
+        from asapc.commands.verify import recheck, recheck_stored
+        from asapc.fidelity.budget import check_budget
 
         given = {
             **loading_options(model, model_args, None, None, unsafe_load),
@@ -343,8 +345,8 @@ def approx(
 ) -> None:
     """Approximate a function by a ReLU network with exponentially many linear pieces."""
     with exit_codes(), ExitStack() as files:
-        from asapc.approx import approximate, parse_interval, save_onnx, save_plot
-        from asapc.output import output_file
+        from asapc.relu.approx import approximate, parse_interval, save_onnx, save_plot
+        from asapc.writing.folder import output_file
 
         interval = parse_interval(domain)
         network_file = files.enter_context(output_file(out_file, force))
@@ -382,7 +384,7 @@ def train(
     """Train a model with Sinkhorn attention, and its softmax twin for comparison."""
     with exit_codes():
         from asapc.models import digits
-        from asapc.output import output_file
+        from asapc.writing.folder import output_file
 
         if recipe != "digits":
             raise OptionError(f"there is no recipe {recipe!r}", "train digits")
@@ -489,7 +491,7 @@ def show_recheck(data: dict[str, Any]) -> None:
 
 def show_early_stops(data: dict[str, Any] | None) -> None:
     """Print what capturing without the early stops of a model changes, where it has any."""
-    from asapc.report import early_stop_note
+    from asapc.writing.report import early_stop_note
 
     if note := early_stop_note(data):
         out.print(f"Captured {note}", markup=False, soft_wrap=True)

@@ -15,17 +15,17 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "passes").is_dir():
     __path__.append(str(_checkout))
 
 if TYPE_CHECKING:
-    from asapc.loading import load_model as load
-    from asapc.pipeline import compile_model
-    from asapc.report import CompileReport
+    from asapc.commands.compile import compile_model
+    from asapc.loading.model import load_model as load
+    from asapc.writing.report import CompileReport
 
 __all__ = ["AsapcError", "CompileConfig", "CompileReport", "__version__", "compile_model", "load"]
 
 # These import torch, which takes seconds: on first use only.
 _LAZY = {
-    "CompileReport": ("asapc.report", "CompileReport"),
-    "compile_model": ("asapc.pipeline", "compile_model"),
-    "load": ("asapc.loading", "load_model"),
+    "CompileReport": ("asapc.writing.report", "CompileReport"),
+    "compile_model": ("asapc.commands.compile", "compile_model"),
+    "load": ("asapc.loading.model", "load_model"),
 }
 
 

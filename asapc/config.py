@@ -1,58 +1,15 @@
 """What a compilation can be told, in one frozen dataclass."""
 
 import os
-import re
 import tomllib
 from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 from asapc.errors import OptionError
-
-METRICS = {
-    "agreement": ">=",
-    "metric-drop": "<=",
-    "relc": "<=",
-    "column-marginal": "<=",
-}
-# Those that are judged site by site, with the field of `results.SiteFidelity`.
-SITE_METRICS = {"relc": "relc", "column-marginal": "column_marginal_error"}
-
-
-class Bound(NamedTuple):
-    """One term of a fidelity budget; `metric-drop` in percentage points, all else in natural units."""
-
-    metric: str
-    limit: float
-
-    def met(self, value: float) -> bool:
-        """Whether a measured value keeps to this term; nan never does."""
-        return value >= self.limit if METRICS[self.metric] == ">=" else value <= self.limit
-
-    def __str__(self) -> str:
-        return f"{self.metric}{METRICS[self.metric]}{self.limit:g}"
-
-
-def parse_bound(text: str) -> Bound:
-    """Read one term of a fidelity budget, e.g. "agreement>=0.99".
-
-    Raises:
-        OptionError: not of that form, an unknown metric, or the comparison points the wrong way.
-    """
-    match = re.fullmatch(r"\s*([a-z-]+)\s*(>=|<=)\s*([0-9.eE+-]+)\s*", text)
-    hint = "use one of " + ", ".join(f"{name}{op}VALUE" for name, op in METRICS.items())
-    if match is None or METRICS.get(match[1]) != match[2]:
-        raise OptionError(f"cannot read the fidelity budget {text!r}", hint)
-    try:
-        return Bound(match[1], float(match[3]))
-    except ValueError:
-        raise OptionError(f"{match[3]!r} in the fidelity budget {text!r} is not a number", hint) from None
-
-
-# What a compiled model must keep where the user names no budget, as far as it can be judged.
-DEFAULT_BUDGET = (Bound("agreement", 0.98), Bound("relc", 0.08))
-
+from asapc.types.budget import Bound, parse_bound
+from asapc.types.options import EarlyStopRule, Lowering, LoweringRule, Precision
 
 # More only wait for each other, and far more crash ONNX Runtime for want of memory, without an error to catch.
 MOST_THREADS = 4 * (os.cpu_count() or 1)
@@ -61,15 +18,6 @@ LARGEST_BATCH = 4096
 
 LEVELS = (0, 1, 2)  # loops as written, exact rewrites only, approximations within the budget
 
-# What to do with a model that stops early on the calibration samples: take its loops to their bound, or refuse it.
-EarlyStopRule = Literal["bound", "refuse"]
-
-# How an operator is lowered, see `choices.Candidate`; by rule each as is cheapest, or all alike as far as they can be.
-Lowering = Literal["materialised", "fused"]
-LoweringRule = Literal["auto", "materialised", "fused"]
-
-# Of the products in an engine; duals, scaling vectors and exponentials are float32 in any case.
-Precision = Literal["float32", "float16", "bfloat16"]
 
 # What a TOML file may hold where that is not the type of the default.
 TOML_TYPES: dict[str, tuple[type, ...]] = {

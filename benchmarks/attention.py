@@ -22,21 +22,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asapc.artifacts import CapturedGraph, DynamicAxis, LoadedModel, Samples
 from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.capture import capture, export
-from asapc.environment import environment
-from asapc.export import rewrite
-from asapc.measure import measure
+from asapc.capturing.capture import capture
+from asapc.capturing.export import export
+from asapc.fidelity.latency import measure
 from asapc.models.vit import Block, VisionTransformer, sinkhorn
-from asapc.operators import lower
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
-from asapc.output import write_json
-from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.passes.find.sinkhorn import find_sinkhorn
+from asapc.planning.operators import lower
+from asapc.types.graph import CapturedGraph, DynamicAxis
+from asapc.types.model import LoadedModel
+from asapc.types.samples import Samples
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
+from asapc.writing.rewrite import rewrite
 from benchmarks.costs import Attention, fused, onnx_runner, sliced_dual
 from benchmarks.generated import replace_generated
 

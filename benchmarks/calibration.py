@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 
-from asapc.artifacts import LoadedModel, Samples
-from asapc.calibrate import calibrate
-from asapc.capture import capture
-from asapc.choices import FeatureSet
-from asapc.distributed import processes
-from asapc.environment import environment
+from asapc.capturing.capture import capture
 from asapc.models.pointset import PointTransformer
-from asapc.output import write_json
-from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.passes.find.sinkhorn import find_sinkhorn
+from asapc.planning.calibrate import calibrate
+from asapc.planning.distributed import processes
+from asapc.types.choices import FeatureSet
+from asapc.types.model import LoadedModel
+from asapc.types.samples import Samples
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
 from benchmarks.teacher_data import POINTS, point_sets
 
 RESULTS = Path(__file__).resolve().parent / "results" / "calibration.json"

@@ -3,8 +3,9 @@
     python -m benchmarks.costs
 
 Each operator runs alone, with the product that makes its scores, on random queries, keys and values; latencies are
-medians of interleaved runs in one process. Milliseconds a unit of work (`asapc.costs.work`) follow by non-negative
-least squares on relative errors. Writes asapc/costs.json, which the package carries, and benchmarks/results/costs.json.
+medians of interleaved runs in one process. Milliseconds a unit of work (`asapc.planning.costs.work`) follow by
+non-negative least squares on relative errors. Writes asapc/planning/costs.json, which the package carries, and
+benchmarks/results/costs.json.
 """
 
 import argparse
@@ -17,19 +18,20 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
-from asapc.artifacts import CapturedGraph, Samples
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.calibrate import COORDINATES
-from asapc.capture import export
-from asapc.choices import Side, SlicedDualParams
-from asapc.costs import MODEL, Shape, work
-from asapc.environment import environment
-from asapc.measure import measure
+from asapc.capturing.export import export
+from asapc.fidelity.latency import measure
 from asapc.ops.features import pairs_of
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
-from asapc.output import write_json
+from asapc.planning.bases import COORDINATES
+from asapc.planning.costs import MODEL, Shape, work
+from asapc.types.choices import Side, SlicedDualParams
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "costs.json"
 # (batch, heads, queries, keys, head size)

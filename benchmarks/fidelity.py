@@ -22,20 +22,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from asapc.artifacts import CapturedGraph, Samples, Site
 from asapc.backends.eager.runner import EagerRunner
-from asapc.calibrate import SIDES
-from asapc.choices import Candidate, Plan, SlicedDualParams
 from asapc.config import CompileConfig
-from asapc.costs import estimate
-from asapc.environment import environment
-from asapc.operators import build, exact_operator, operators
-from asapc.output import write_json
-from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.plan import decide, judge
-from asapc.propose import propose, split
-from asapc.ranges import score_ranges, wide_sites
-from asapc.verify import agreement, candidate_fidelity, first_output, site_fidelity
+from asapc.fidelity.outputs import agreement, first_output
+from asapc.fidelity.sites import candidate_fidelity, site_fidelity
+from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
+from asapc.planning.choose import decide, judge
+from asapc.planning.costs import estimate
+from asapc.planning.operators import build, exact_operator, operators
+from asapc.planning.propose import propose, split
+from asapc.planning.ranges import score_ranges, wide_sites
+from asapc.types.choices import SIDES, Candidate, Plan, SlicedDualParams
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.types.site import Site
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
 from benchmarks.teachers import studied
 

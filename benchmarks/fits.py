@@ -26,18 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asapc.artifacts import Axis, CapturedGraph, Samples, Site
-from asapc.calibrate import Activations, Fitted, activation, calibrate, regressions, to_dtype
-from asapc.choices import FeatureSet, SlicedDualParams
-from asapc.environment import environment
-from asapc.fit import fit
 from asapc.ops.c_transform import column_step, row_step
 from asapc.ops.sinkhorn import sinkhorn_duals
 from asapc.ops.sliced_dual import SlicedDual, target_dual
-from asapc.output import write_json
 from asapc.passes.layout import operands, site_inputs
 from asapc.passes.record import record
-from asapc.propose import split, truncate
+from asapc.planning.activations import Activations, activation
+from asapc.planning.calibrate import Fitted, calibrate, regressions, to_dtype
+from asapc.planning.propose import split, truncate
+from asapc.planning.ridge import fit
+from asapc.types.choices import FeatureSet, SlicedDualParams
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.types.site import Axis, Site
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
 from benchmarks.teachers import studied
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fits.json"

@@ -18,22 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asapc.artifacts import CapturedGraph, Samples
 from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.cuda import CudaRunner
-from asapc.capture import capture, export
+from asapc.capturing.capture import capture
+from asapc.capturing.export import export
+from asapc.commands.teacher import find
 from asapc.config import CompileConfig
-from asapc.environment import environment
-from asapc.export import rewrite
-from asapc.gather import gather_samples
-from asapc.loading import load_model
-from asapc.operators import operators, rivals
-from asapc.output import write_json
-from asapc.pipeline import find
-from asapc.plan import plan
-from asapc.verify import agreement
+from asapc.fidelity.outputs import agreement
+from asapc.loading.model import load_model
+from asapc.loading.split import gather_samples
+from asapc.planning.choose import plan
+from asapc.planning.operators import operators, rivals
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
+from asapc.writing.rewrite import rewrite
 from benchmarks.attention import inputs, medians, modules
 from benchmarks.generated import replace_generated
 

@@ -16,17 +16,19 @@ from typing import Any
 
 import torch
 
-from asapc.artifacts import CapturedGraph, Samples, Site
-from asapc.capture import capture
-from asapc.choices import Candidate
+from asapc.capturing.capture import capture
+from asapc.commands.teacher import find
 from asapc.config import CompileConfig
-from asapc.environment import environment
-from asapc.loading import load_model
-from asapc.operators import build
-from asapc.output import write_json
-from asapc.pipeline import find
-from asapc.propose import propose
-from asapc.verify import candidate_fidelity
+from asapc.fidelity.sites import candidate_fidelity
+from asapc.loading.model import load_model
+from asapc.planning.operators import build
+from asapc.planning.propose import propose
+from asapc.types.choices import Candidate
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.types.site import Site
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
 from benchmarks.fidelity import estimated_from
 from benchmarks.teacher_data import POINTS, point_sets
 from benchmarks.teachers import cached

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
-from asapc.artifacts import LoadedModel, Samples
-from asapc.capture import capture
+from asapc.capturing.capture import capture
+from asapc.commands.teacher import find
 from asapc.config import CompileConfig
-from asapc.environment import environment
 from asapc.models.vit import Block
-from asapc.output import write_json
-from asapc.pipeline import find
-from asapc.plan import plan
+from asapc.planning.choose import plan
+from asapc.types.model import LoadedModel
+from asapc.types.samples import Samples
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
 from benchmarks.attention import encoder
 
 RESULTS = Path(__file__).resolve().parent / "results" / "planning.json"

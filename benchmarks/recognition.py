@@ -1,7 +1,7 @@
-"""What the finder finds: over the zoo of tests/zoo, over random models, and in how long on a large one.
+"""What the finder finds: over the zoo of tests/helpers/zoo, over random models, and in how long on a large one.
 
     python -m benchmarks.recognition             # every model of the zoo
-    python -m benchmarks.recognition --fuzz 600  # random models of tests/compositions.py
+    python -m benchmarks.recognition --fuzz 600  # random models of tests/helpers/compositions.py
     python -m benchmarks.recognition --large     # 12 layers, 12 heads, 197 tokens
 
 Each writes its part of benchmarks/results/recognition.json, and what stands in docs/recognition.md between the two
@@ -24,23 +24,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asapc.artifacts import CapturedGraph, Findings, Samples, Site
 from asapc.config import CompileConfig
-from asapc.environment import environment
 from asapc.errors import AsapcError
-from asapc.operators import operators
-from asapc.output import write_json
-from asapc.passes.find_sinkhorn import find_sinkhorn
-from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn
-from asapc.plan import plan
+from asapc.passes.find.sinkhorn import find_sinkhorn
+from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
+from asapc.planning.choose import plan
+from asapc.planning.operators import operators
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.types.site import Findings, Site
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the zoo and the random models are the tests' own
 
-from compositions import Composed, Composition, inputs_of, pick  # noqa: E402
-from relowering import PROBED, captured, examined, outputs, relowered, worst  # noqa: E402
-from zoo import NEGATIVES, POSITIVES, Case  # noqa: E402
+from helpers.compositions import Composed, Composition, inputs_of, pick  # noqa: E402
+from helpers.relowering import PROBED, captured, examined, outputs, relowered, worst  # noqa: E402
+from helpers.zoo import NEGATIVES, POSITIVES, Case  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "recognition.json"
 DOCUMENT = ROOT / "docs" / "recognition.md"

@@ -23,12 +23,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from asapc.approx import best_pieces, parse_function
-from asapc.environment import environment
-from asapc.ops.relu_activation import TrainedActivation
-from asapc.ops.relu_pwl import Manifold, breakpoints, count_pieces, to_networks
-from asapc.output import write_json
-from asapc.relu_fit import Fitted, fit, fit_manifold, random_networks, train
+from asapc.relu.approx import best_pieces, parse_function
+from asapc.relu.fit import Fitted, fit, fit_manifold, random_networks, train
+from asapc.relu.networks import Manifold, breakpoints, count_pieces, to_networks
+from asapc.relu.trained import TrainedActivation
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
 
 ROOT = Path(__file__).resolve().parent

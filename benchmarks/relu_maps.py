@@ -23,17 +23,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from asapc.artifacts import CapturedGraph, Samples, Site
-from asapc.calibrate import COORDINATES, Fitted, activation, calibrate
-from asapc.choices import FeatureSet, SlicedDualParams
-from asapc.environment import environment
-from asapc.measure import measure
+from asapc.fidelity.latency import measure
 from asapc.ops.features import mean, project, variance
-from asapc.ops.relu_pwl import Manifold, ReLUNetworks, sum_of_waves, to_networks, to_peaks
-from asapc.output import write_json
 from asapc.passes.layout import operands
 from asapc.passes.record import record
-from asapc.propose import split
+from asapc.planning.activations import activation
+from asapc.planning.bases import COORDINATES
+from asapc.planning.calibrate import Fitted, calibrate
+from asapc.planning.propose import split
+from asapc.relu.networks import Manifold, ReLUNetworks, sum_of_waves, to_networks, to_peaks
+from asapc.types.choices import FeatureSet, SlicedDualParams
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.types.site import Site
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
 from benchmarks.costs import onnx_runner, sliced_dual
 from benchmarks.fits import HELD_OUT, Part, linear, of_slices, part, random_directions, relc
 from benchmarks.teachers import studied

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from asapc.artifacts import Samples
-from asapc.environment import environment
-from asapc.measure import measure
+from asapc.fidelity.latency import measure
 from asapc.ops.features import dual_features
 from asapc.ops.potentials import potentials
-from asapc.output import write_json
+from asapc.types.samples import Samples
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
 from benchmarks.costs import onnx_runner
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sorts.json"

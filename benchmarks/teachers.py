@@ -24,13 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asapc.artifacts import CapturedGraph, Samples, Site
-from asapc.capture import capture
+from asapc.capturing.capture import capture
+from asapc.commands.teacher import find
 from asapc.config import CompileConfig
-from asapc.gather import gather_samples
-from asapc.loading import load_model
+from asapc.loading.model import load_model
+from asapc.loading.split import gather_samples
 from asapc.models import digits
-from asapc.pipeline import find
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.types.site import Site
 from benchmarks.scaling_form import trained_sinkhorn
 from benchmarks.teacher_data import VOCABULARY, WORDS, mails, point_sets
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from asapc.artifacts import Operand, Site
 from asapc.ops.scaling import LOWEST_LIVE
+from asapc.types.site import Operand, Site
 
 UNIT_TOLERANCE = 1e-9
 MERGED = {"z": "bh", "y": "hb"}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from asapc.artifacts import Samples
+from asapc.types.samples import Samples
 
 
 class Recorder(Interpreter):

@@ -6,14 +6,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from helpers.paths import ROOT
 from hypothesis import settings
 
 import asapc
 from asapc.config import CompileConfig
-from asapc.export import export_rivals
 from asapc.models.pointset import PointTransformer
-
-ROOT = Path(__file__).resolve().parent.parent
+from asapc.writing.rewrite import export_rivals
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +58,7 @@ def point_model(tmp_path_factory):
 
     def compile_it(**options):
         out = tmp_path_factory.mktemp("compiled") / "out"
-        with patch("asapc.pipeline.export_rivals", teachers):
+        with patch("asapc.commands.compile.export_rivals", teachers):
             return asapc.compile_model(folder / "model.pt", CompileConfig(out=out, **fixed, **quick, **options))
 
     return teacher, compile_it

@@ -12,17 +12,18 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from helpers.command import assert_user_error, run, write_checkpoint
+from helpers.paths import ROOT
 
-import asapc.pipeline
-from asapc.artifacts import EarlyStops, Findings, Miss
-from asapc.cli import app
+import asapc.commands.compile
+import asapc.commands.inspect
 from asapc.config import CompileConfig
 from asapc.errors import FidelityError
-from asapc.loading import load_model
-from asapc.models.vit import VisionTransformer
+from asapc.loading.model import load_model
+from asapc.types.graph import EarlyStops
+from asapc.types.site import Findings, Miss
 
-INSPECT_SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "inspect.schema.json").read_text())
+INSPECT_SCHEMA = json.loads((ROOT / "docs" / "inspect.schema.json").read_text())
 QUICK = ("--batch", "1", "--seconds", "0.05", "--threads", "1")
 
 
@@ -41,43 +42,9 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def write_checkpoint(path: Path, iterations: int = 20, **changes) -> Path:
-    """A small untrained model as a checkpoint: 16 tokens, one layer."""
-    torch.manual_seed(0)
-    args = {"size": 4, "classes": 3, "width": 8, "depth": 1, "heads": 2, "epsilon": 0.25, "iterations": iterations}
-    content = {
-        "format": "asapc.checkpoint/1",
-        "model": "asapc.models.vit:VisionTransformer",
-        "model_args": args,
-        "state_dict": VisionTransformer(**args).state_dict(),
-        "calibration": {"inputs": {"images": torch.rand(16, 4, 4)}},
-        "held_out": {"inputs": {"images": torch.rand(8, 4, 4)}, "labels": torch.arange(8) % 3},
-    }
-    torch.save({name: value for name, value in (content | changes).items() if value is not None}, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("small") / "small.pt")
-
-
-def assert_user_error(result, code: int = 1) -> tuple[str, str]:
-    """One message, one hint, no traceback; returns the two."""
-    assert result.exit_code == code, result.stderr
-    lines = result.stderr.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    hints = [line for line in lines if line.startswith("hint: ")]
-    assert (len(errors), len(hints)) == (1, 1), result.stderr
-    # Nothing follows but the hint, so that neither message was broken into several lines.
-    assert lines[-2:] == [errors[0], hints[0]]
-    assert "Traceback" not in result.output
-    assert "\x1b" not in result.output
-    return errors[0], hints[0]
 
 
 def test_the_version_is_printed_alone():
@@ -171,7 +138,7 @@ def test_inspect_why_says_what_was_turned_down(tmp_path):
 
 def test_inspect_says_of_a_site_and_a_miss_what_the_finder_says(shipped, monkeypatch):
     miss = Miss("matmul_1", None, "the reason [in brackets]", "a hint")  # which rich must not take for markup
-    monkeypatch.setattr(asapc.pipeline, "inspect_model", lambda *args: Findings((), (miss,)))
+    monkeypatch.setattr(asapc.commands.inspect, "inspect_model", lambda *args: Findings((), (miss,)))
     result = run("inspect", shipped, "--why")
     assert "miss: no source line (node matmul_1): the reason [in brackets]; a hint" in result.stdout
     data = json.loads(run("inspect", shipped, "--json").stdout)
@@ -183,15 +150,15 @@ def test_inspect_says_of_a_site_and_a_miss_what_the_finder_says(shipped, monkeyp
 
 def test_an_error_names_lines_as_the_table_does_and_no_misses_where_there_are_none(shipped, monkeypatch):
     miss = Miss("matmul_1", str(Path.cwd() / "model.py:3"), "the reason", "a hint")
-    monkeypatch.setattr(asapc.pipeline, "inspect_model", lambda *args: Findings((), (miss,)))
+    monkeypatch.setattr(asapc.commands.inspect, "inspect_model", lambda *args: Findings((), (miss,)))
     assert "; model.py:3: the reason" in assert_user_error(run("inspect", shipped))[0]
-    monkeypatch.setattr(asapc.pipeline, "inspect_model", lambda *args: Findings((), ()))
+    monkeypatch.setattr(asapc.commands.inspect, "inspect_model", lambda *args: Findings((), ()))
     assert "--why" not in assert_user_error(run("inspect", shipped))[1]
 
 
 def test_inspect_prints_which_early_stops_are_left_out_and_what_that_changes(shipped, monkeypatch):
     stops = EarlyStops({"sinkhorn.py:7": "if err < tol:"}, 2e-3, taken=True)
-    monkeypatch.setattr(asapc.pipeline, "inspect_model", lambda *args: Findings((), (), stops))
+    monkeypatch.setattr(asapc.commands.inspect, "inspect_model", lambda *args: Findings((), (), stops))
     result = run("inspect", shipped)
     assert "early stop at sinkhorn.py:7" in result.stdout
     assert "2.0e-03" in result.stdout
@@ -463,7 +430,7 @@ def test_a_missed_budget_leaves_an_earlier_output_as_it_was(small, monkeypatch):
     def refuse(*args):
         raise FidelityError("missed", "try again")
 
-    monkeypatch.setattr(asapc.pipeline, "capture", refuse)  # long before the real gate, to save time
+    monkeypatch.setattr(asapc.commands.compile, "capture", refuse)  # long before the real gate, to save time
     assert_user_error(run("compile", small, "--out", out, "--force", *QUICK), code=3)
     assert [str(path) for path in Path().rglob("*")] == ["out", "out/manifest.json"]
 
@@ -472,7 +439,7 @@ def test_a_defect_exits_with_70_a_traceback_and_a_request_to_report_it(small, mo
     def broken(*args):
         raise RuntimeError("the wheel came off [axle]")
 
-    monkeypatch.setattr(asapc.pipeline, "compile_model", broken)
+    monkeypatch.setattr(asapc.commands.compile, "compile_model", broken)
     result = run("compile", small)
     assert result.exit_code == 70
     assert "Traceback" in result.stderr
@@ -484,7 +451,7 @@ def test_a_defect_exits_with_70_a_traceback_and_a_request_to_report_it(small, mo
 
 def test_options_reach_the_library_and_those_on_the_command_line_win(small, monkeypatch):
     seen = []
-    monkeypatch.setattr(asapc.pipeline, "compile_model", lambda *args: seen.extend(args[:2]) or 1 / 0)
+    monkeypatch.setattr(asapc.commands.compile, "compile_model", lambda *args: seen.extend(args[:2]) or 1 / 0)
     toml = written(Path("o.toml"), b'seed = 1\nthreads = 3\nslices = [4]\nout = "there"\n')
     run("compile", small, "--config", toml, "--seed", 2, "--batch", 1, "--batch", 8, "--fidelity", "relc<=0.1")
     assert seen == [
@@ -534,7 +501,7 @@ def given(report_folder: Path, monkeypatch) -> dict:
     """Let `compile` return what a run left behind, and return the report's data."""
     data = json.loads((report_folder / "report.json").read_text())
     report = asapc.CompileReport(report_folder, data)
-    monkeypatch.setattr(asapc.pipeline, "compile_model", lambda *args: report)
+    monkeypatch.setattr(asapc.commands.compile, "compile_model", lambda *args: report)
     return data
 
 

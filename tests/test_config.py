@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from asapc.config import METRICS, MOST_THREADS, Bound, CompileConfig, parse_bound
+from asapc.config import MOST_THREADS, CompileConfig
 from asapc.errors import OptionError
+from asapc.types.budget import METRICS, Bound, parse_bound
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 # Those of installing and of `make` are run by .ci/run, on a clean checkout.
 COMPILE = "asapc compile models/digits.pt"

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from asapc.artifacts import Samples
+from asapc.types.samples import Samples
 
 
 class Runner(Protocol):

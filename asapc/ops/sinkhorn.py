@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from asapc.artifacts import Axis
-from asapc.config import Lowering
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.fused import attend, half_step
 from asapc.ops.scaling import (
@@ -20,6 +18,8 @@ from asapc.ops.scaling import (
     scaling_exponent,
     start,
 )
+from asapc.types.options import Lowering
+from asapc.types.site import Axis
 
 # As `scaling.MOST_SPREAD`, for float64, and of scaling vectors too: their products stay within its range of 745.
 MOST_SPREAD_FLOAT64 = 200.0

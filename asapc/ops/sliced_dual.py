@@ -13,23 +13,15 @@ import math
 import torch
 from torch import nn
 
-from asapc.artifacts import Axis
-from asapc.choices import Side, SlicedDualParams
-from asapc.config import Lowering
 from asapc.ops.c_transform import column_step, plan, row_step
-from asapc.ops.features import (
-    dual_features,
-    dual_features_ref,
-    estimate,
-    live_mask,
-    pair_matrices,
-    pairs_of,
-    project,
-)
+from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, pair_matrices, pairs_of, project
 from asapc.ops.fused import attend, half_step
 from asapc.ops.scaling import LOWEST_LIVE, column_scaling, row_scaling, scaled_plan, start
+from asapc.ops.shapes import check_shape
 from asapc.ops.sinkhorn import scaled_duals
-from asapc.shapes import check_shape
+from asapc.types.choices import Side, SlicedDualParams
+from asapc.types.options import Lowering
+from asapc.types.site import Axis
 
 # How far, as a natural logarithm, scaling vectors made of estimates go below their largest entry, which they do only
 # far outside of what was calibrated.

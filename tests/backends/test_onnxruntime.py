@@ -5,17 +5,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from tolerances import EXPORT
+from helpers.tolerances import EXPORT
 from torch import nn
 
-from asapc.artifacts import CapturedGraph, DynamicAxis, Samples
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.cuda import CudaRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.capture import export
+from asapc.capturing.export import export
 from asapc.errors import BuildError
 from asapc.ops.sinkhorn import Sinkhorn
+from asapc.types.graph import CapturedGraph, DynamicAxis
+from asapc.types.samples import Samples
 
 
 class TwoInputs(nn.Module):

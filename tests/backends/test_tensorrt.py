@@ -11,15 +11,17 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import asapc.backends.tensorrt.builder
-from asapc.artifacts import CapturedGraph, DynamicAxis, OnnxArtifact, Samples
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.tensorrt.builder import build_engine
-from asapc.capture import export
-from asapc.choices import SlicedDualParams
+from asapc.capturing.export import export
 from asapc.errors import BuildError, DependencyError
 from asapc.ops.features import pairs_of
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
+from asapc.types.artifacts import OnnxArtifact
+from asapc.types.choices import SlicedDualParams
+from asapc.types.graph import CapturedGraph, DynamicAxis
+from asapc.types.samples import Samples
 
 HEADS, SIZE, TOKENS = 2, 4, 12
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import torch
 
-from asapc.loading import load_model
+from asapc.loading.model import load_model
 from asapc.models import digits
 
 

@@ -1,15 +1,15 @@
 """The studies' teachers are trained by benchmarks/scaling_form.py; it must be the loop that their checkpoints hold."""
 
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
-from tolerances import FLOAT64
+from helpers.paths import ROOT
+from helpers.tolerances import FLOAT64
 
 from asapc.models.vit import sinkhorn
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "scaling_form.py"
+FILE = ROOT / "benchmarks" / "scaling_form.py"
 trained_sinkhorn = runpy.run_path(str(FILE))["trained_sinkhorn"]
 
 

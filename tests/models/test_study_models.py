@@ -1,14 +1,14 @@
 import pytest
 import torch
-from tolerances import FLOAT32
+from helpers.tolerances import FLOAT32
 from torch import nn
 
-from asapc.capture import capture
-from asapc.loading import load_model
+from asapc.capturing.capture import capture
+from asapc.loading.model import load_model
 from asapc.models.pointset import PointTransformer
 from asapc.models.text import TextTransformer
 from asapc.models.vit import sinkhorn
-from asapc.passes.find_sinkhorn import find_sinkhorn
+from asapc.passes.find.sinkhorn import find_sinkhorn
 
 SMALL = {"width": 16, "depth": 1, "heads": 2}
 

@@ -1,5 +1,5 @@
 import torch
-from tolerances import FLOAT32
+from helpers.tolerances import FLOAT32
 
 from asapc.models.vit import VisionTransformer, sinkhorn
 from asapc.ops.sinkhorn import sinkhorn_plan_ref

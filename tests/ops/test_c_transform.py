@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from helpers.tolerances import FLOAT64, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FLOAT64, difference
 
 from asapc.ops.c_transform import closure, column_step, plan, row_step
 from asapc.ops.sinkhorn import sinkhorn_duals

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers.tolerances import FLOAT32, FLOAT64, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FLOAT32, FLOAT64, difference
 
 from asapc.ops.c_transform import column_step, row_step
 from asapc.ops.fused import attend, half_step

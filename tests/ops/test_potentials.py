@@ -1,9 +1,9 @@
 import ot
 import pytest
 import torch
+from helpers.tolerances import FLOAT32, FLOAT64, LP, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FLOAT32, FLOAT64, LP, difference
 
 from asapc.ops.potentials import paired_keys, potentials, potentials_ref
 

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from helpers.tolerances import FLOAT32, FLOAT64, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FLOAT32, FLOAT64, difference
 
 from asapc.ops.scaling import (
     LOWEST_LIVE,

@@ -4,9 +4,9 @@ from itertools import islice, product
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tolerances import FLOAT32, FLOAT64, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FLOAT32, FLOAT64, difference
 
 from asapc.ops.c_transform import plan
 from asapc.ops.scaling import MOST_SPREAD

@@ -3,15 +3,15 @@ from itertools import product
 
 import pytest
 import torch
+from helpers.tolerances import FLOAT32, FLOAT64, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FLOAT32, FLOAT64, difference
 
-from asapc.choices import SlicedDualParams
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, pair_matrices, project
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
 from asapc.ops.sliced_dual import SlicedDual, first_half_steps, sliced_dual_plan_ref, target_dual
+from asapc.types.choices import SlicedDualParams
 
 quick = settings(max_examples=40, deadline=None)
 HEADS, DIM, MASS = 3, 4, 0.6

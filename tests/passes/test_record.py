@@ -1,9 +1,9 @@
 import torch
 from torch import nn
 
-from asapc.artifacts import Samples
-from asapc.capture import export
+from asapc.capturing.export import export
 from asapc.passes.record import record
+from asapc.types.samples import Samples
 
 
 class InPlace(nn.Module):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from asapc.artifacts import Samples
-from asapc.inputs import arguments
+from asapc.loading.inputs import arguments
+from asapc.types.samples import Samples
 
 
 class EagerRunner:

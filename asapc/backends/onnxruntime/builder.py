@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asapc.artifacts import CapturedGraph, OnnxArtifact
 from asapc.backends.base import temporary
 from asapc.errors import BuildError, first_line
 from asapc.passes.base import PassManager
-from asapc.passes.onnx_cleanup import OnnxCleanup
-from asapc.passes.standard_attention import StandardAttention
+from asapc.passes.onnx.cleanup import OnnxCleanup
+from asapc.passes.onnx.standard_attention import StandardAttention
+from asapc.types.artifacts import OnnxArtifact
+from asapc.types.graph import CapturedGraph
 
 OPSET = 18  # what every runtime of the last years takes, TensorRT 10 and ONNX Runtime 1.14 among them
 

@@ -7,8 +7,8 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from asapc.artifacts import Samples
 from asapc.errors import BuildError
+from asapc.types.samples import Samples
 
 
 class CudaRunner:

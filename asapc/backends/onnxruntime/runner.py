@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asapc.artifacts import Samples
 from asapc.errors import BuildError, first_line
+from asapc.types.samples import Samples
 
 
 class OnnxRuntimeRunner:

@@ -9,15 +9,18 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import Node
 
-from asapc.artifacts import CapturedGraph, OnnxArtifact, Samples, Site
 from asapc.backends.base import temporary
 from asapc.backends.onnxruntime.builder import OPSET, to_proto
-from asapc.capture import export
+from asapc.capturing.export import export
+from asapc.capturing.onnx import OnnxGraph, region_module
 from asapc.errors import BuildError
-from asapc.onnx_graph import OnnxGraph, region_module
+from asapc.passes.onnx.splice import Piece, SpliceOnnx
 from asapc.passes.record import record
-from asapc.passes.rewrite_sinkhorn import RewriteSinkhorn, replaced
-from asapc.passes.splice_onnx import Piece, SpliceOnnx
+from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn, replaced
+from asapc.types.artifacts import OnnxArtifact
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.types.site import Site
 
 UPGRADE = "convert it with onnx.version_converter.convert_version(model, 18), or export it anew with opset_version=18"
 LARGEST = 2**31 - 2**20  # bytes of a file of protobuf

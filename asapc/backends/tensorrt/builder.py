@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from asapc.artifacts import DynamicAxis, EngineArtifact, OnnxArtifact
 from asapc.backends.base import temporary
 from asapc.errors import BuildError, DependencyError
+from asapc.types.artifacts import EngineArtifact, OnnxArtifact
+from asapc.types.graph import DynamicAxis
 
 # With the parent's import path, so that both run the same asapc.
 CHILD = (

@@ -14,8 +14,8 @@ from typing import Any
 
 from asapc.errors import BuildError
 from asapc.passes.base import PassManager
-from asapc.passes.standard_attention import StandardAttention
-from asapc.passes.unfuse_attention import UnfuseAttention
+from asapc.passes.onnx.standard_attention import StandardAttention
+from asapc.passes.onnx.unfuse_attention import UnfuseAttention
 
 
 def main() -> None:

@@ -1,0 +1,69 @@
+"""Captures a model as one graph: the only place that calls torch.export."""
+
+from collections.abc import Mapping
+
+from asapc.capturing.compare import check_single, compare_stops, run
+from asapc.capturing.early_stop import Unconverged
+from asapc.capturing.export import export
+from asapc.capturing.onnx import check_memory, unmark
+from asapc.errors import CaptureError
+from asapc.loading.inputs import order_inputs
+from asapc.loading.onnx.module import OnnxModule
+from asapc.types.graph import CapturedGraph, DynamicAxis
+from asapc.types.model import LoadedModel
+from asapc.types.options import EarlyStopRule
+from asapc.types.samples import Samples
+
+# Batch of the example. Two or more, since an example of one is made a constant without a word
+# (pytorch issue 151582).
+EXAMPLE_BATCH = 2
+
+
+def capture(
+    loaded: LoadedModel,
+    samples: Samples,
+    early_stop: EarlyStopRule = "bound",
+    axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
+) -> CapturedGraph:
+    """Export a model with a dynamic batch axis.
+
+    Args:
+        loaded: the model.
+        samples: two samples or more, named as the parameters of its forward. A model that stops early is compared
+            with its graph on all of them.
+        early_stop: what to do where loops that stop early for these samples are captured at their bound, and the
+            outputs are other ones: "bound" goes on, "refuse" does not.
+        axes: open axes by the input's name and their number; None for the batch alone.
+
+    Raises:
+        SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
+        CaptureError: the model has control flow that cannot be captured, returns more than tensors, does something
+            else for a batch of one, or stops early though that is to be refused.
+    """
+    samples = order_inputs(loaded, samples)
+    example = samples[:EXAMPLE_BATCH]
+    if isinstance(loaded.module, OnnxModule):
+        check_memory(loaded.module, example)
+    run(loaded.module, example, samples)
+    if loaded.program is not None:
+        return CapturedGraph(loaded.program, example)
+    if isinstance(loaded.module, OnnxModule):
+        graph = unmark(export(loaded.module, example.inputs), example, loaded.module)
+        check_single(loaded.module, graph.program, example)
+        return graph
+    with Unconverged(loaded.module) as unconverged:
+        program = export(loaded.module, example.inputs, axes)
+    check_single(loaded.module, program, example, stops=bool(unconverged.questions))
+    if not unconverged.questions:
+        return CapturedGraph(program, example, axes=axes)
+    # What was only computed to be asked about is of no use any more.
+    program.graph_module.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    stops = compare_stops(loaded.module, program, samples, unconverged.questions)
+    if stops.taken and early_stop == "refuse":
+        raise CaptureError(
+            f"the loop at {', '.join(stops.questions)} stops early on the samples given; taken to its bound the "
+            f"outputs differ by {stops.difference:.1e}",
+            "compile it with --early-stop bound, or train and evaluate it with a fixed number of iterations",
+        )
+    return CapturedGraph(program, example, stops, axes)

@@ -1,0 +1,154 @@
+"""Axes of the inputs that a compiled model leaves open, beside the batch: lengths of sequences, sides of images.
+
+Sites are found, and operators fitted, in a graph whose lengths are those of the samples. Then the model is captured
+again with open axes. It does the same operations in the same order, or branches on a length and cannot be compiled that
+way; so the sites are found again by their place.
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from asapc.capturing.capture import capture
+from asapc.errors import CaptureError, OptionError
+from asapc.types.graph import BATCH_AXIS, CapturedGraph, DynamicAxis
+from asapc.types.model import LoadedModel
+from asapc.types.options import EarlyStopRule
+from asapc.types.samples import Samples
+from asapc.types.site import Operand, Site
+
+Axes = Mapping[str, Mapping[int, DynamicAxis]]
+FORM = "use batch=1:64, seq=16:2048 for the second axis of every input, or INPUT.AXIS=LOW:HIGH, separated by commas"
+
+
+def parse_axes(text: str, samples: Samples) -> Axes:
+    """Axes by the input's name and their number, of a description such as "batch=1:64,seq=16:2048".
+
+    "batch" is the first axis of every input, "seq" the second of all that have one; others are named as "images.2".
+
+    Raises:
+        OptionError: not of that form, no such axis, or a range without the samples' own length.
+    """
+    axes: dict[str, dict[int, DynamicAxis]] = {name: {0: BATCH_AXIS} for name in samples.inputs}
+    for term in filter(None, text.split(",")):
+        match = re.fullmatch(r"\s*([^\s=]{1,80})=(\d{1,9}):(\d{1,9})\s*", term)
+        if match is None:
+            raise OptionError(f"cannot read the dynamic axis {term[:200]!r}", FORM)
+        name, low, high = match[1], int(match[2]), int(match[3])
+        places = find_places(name, samples)
+        sizes = {samples.inputs[of].shape[axis] for of, axis in places if axis > 0}
+        if not places or len(sizes) > 1:
+            why = f"has the lengths {', '.join(map(str, sorted(sizes)))}" if sizes else "is no axis of the inputs"
+            raise OptionError(f"the dynamic axis {name[:80]} {why}", FORM)
+        if not 1 <= low < high or not all(low <= size <= high and size > 1 for size in sizes):
+            lengths = f"; the samples have {sizes.pop()}" if sizes else ""
+            raise OptionError(f"the range {low}:{high} of the axis {name} cannot be{lengths}", FORM)
+        for of, axis in places:
+            axes[of][axis] = DynamicAxis(re.sub(r"\W", "_", name), low, high)
+    return axes
+
+
+def find_places(name: str, samples: Samples) -> list[tuple[str, int]]:
+    """Inputs and axes that a name stands for."""
+    if name in ("batch", "seq"):
+        axis = int(name == "seq")
+        return [(of, axis) for of, value in samples.inputs.items() if value.dim() > axis]
+    of, _, number = name.rpartition(".")
+    known = of in samples.inputs and number.isdigit() and 0 < int(number) < samples.inputs[of].dim()
+    return [(of, int(number))] if known else []
+
+
+def opens(axes: Axes) -> bool:
+    """Whether any axis but the batch is open."""
+    return any(axis > 0 for of_input in axes.values() for axis in of_input)
+
+
+def at_longest(site: Site, axes: Axes, samples: Samples) -> Site:
+    """A site as it is where all axes are as long as they may be, as far as its sides grow with them."""
+    growth = [
+        axis.high / samples.inputs[name].shape[number]
+        for name, of_input in axes.items()
+        for number, axis in of_input.items()
+        if number > 0 and axis.high is not None
+    ]
+    longest = max(growth, default=1.0)
+    return replace(site, queries=round(site.queries * longest), keys=round(site.keys * longest))
+
+
+def reopen(
+    loaded: LoadedModel,
+    samples: Samples,
+    axes: Axes,
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    early_stop: EarlyStopRule,
+) -> tuple[CapturedGraph, list[Site]]:
+    """The model captured with open axes, and the sites in that graph.
+
+    Args:
+        loaded: the model.
+        samples: what `graph` was captured with.
+        axes: the open axes.
+        graph: the model with the lengths of the samples.
+        sites: what was found in that.
+        early_stop: as of `capture`.
+
+    Raises:
+        CaptureError: the model cannot be captured that way, or does something else then.
+    """
+    if loaded.program is not None:
+        raise CaptureError(
+            f"{loaded.path} is an exported model, whose axes are as they were exported",
+            "export it with dynamic axes, or compile the checkpoint with --model",
+        )
+    uneven = next((site for site in sites if not site.uniform), None)
+    if uneven is not None:
+        raise CaptureError(
+            f"the marginals of {uneven.name} differ from token to token, for one length alone", "leave --dynamic away"
+        )
+    opened = capture(loaded, samples, early_stop, axes)
+    before, after = made_tensors(graph.program.graph), made_tensors(opened.program.graph)
+    if [kind(node) for node in before] != [kind(node) for node in after]:
+        raise CaptureError(
+            "with dynamic axes the model does other operations than without",
+            "let the forward do the same for every length, and build its plans in full",
+        )
+    names = {old.name: new.name for old, new in zip(before, after, strict=True)}
+    for node in graph.program.graph.nodes:
+        if is_whole(node):
+            names[node.name] = names[node.args[0].name]
+    return opened, [move(site, names) for site in sites]
+
+
+def move(site: Site, names: Mapping[str, str]) -> Site:
+    """A site in another graph, of the names that its nodes have there."""
+    values = {field.name: getattr(site, field.name) for field in fields(Site)}
+    moved = {
+        name: replace(value, node=names[value.node]) for name, value in values.items() if isinstance(value, Operand)
+    }
+    padding = None if site.padding is None else tuple(names[node] for node in site.padding)
+    return Site(**{**values, **moved, "padding": padding})
+
+
+def made_tensors(graph: Graph) -> list[Node]:
+    """The nodes of a graph that stand for tensors, in order, but for slices of the whole."""
+    return [node for node in graph.nodes if isinstance(node.meta.get("val"), Tensor) and not is_whole(node)]
+
+
+def is_whole(node: Node) -> bool:
+    """Whether a node is a slice that leaves nothing out, as in `mask[:, None, None, :]`: open axes have none there."""
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    given = dict(zip(("start", "end", "step"), node.args[2:], strict=False)) | node.kwargs
+    whole = {"start": (None, 0), "end": (None, sys.maxsize), "step": (1,)}
+    return all(value in whole[name] for name, value in given.items() if name in whole)
+
+
+def kind(node: Node) -> tuple[str, str]:
+    """What a node does."""
+    return node.op, str(node.target)

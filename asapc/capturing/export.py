@@ -1,0 +1,95 @@
+"""Calls torch.export: the only place that does."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._export.utils import _is_cia_op, _is_preservable_cia_op
+from torch._ops import OpOverload
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_structure
+
+from asapc.errors import AsapcError, CaptureError, first_line
+from asapc.loading.inputs import arguments
+from asapc.types.graph import BATCH_AXIS, DynamicAxis
+
+aten = torch.ops.aten
+# Where functions that a graph applies to sizes, and to tuples of tensors, come from.
+OF_SIZES = ("_operator", "math", "torch")
+# Composite operators that passes know as they are; casts are not among them, since the probe leaves them out.
+KEPT = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.chunk.default, aten.mT.default}
+
+
+def export(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
+    dims: tuple[dict[int, Any], ...] | None = None,
+) -> ExportedProgram:
+    """torch.export with the first axis of every input dynamic and called "batch", or with dynamic axes of one's own.
+
+    Inputs reach the parameters of their names. The program's graph, and its module, take them by position, in the
+    order given.
+
+    Args:
+        module: the model.
+        inputs: example inputs.
+        axes: open axes by the input's name and their number; None for the batch alone.
+        dims: dynamic shapes as torch.export takes them, in place of `axes`.
+    """
+    open_axes = {name: {0: BATCH_AXIS} for name in inputs} if axes is None else axes
+    known = {axis.name: axis for of_input in open_axes.values() for axis in of_input.values()}
+    symbols = {name: Dim(name, min=axis.low, max=axis.high) for name, axis in known.items()}
+    own = tuple({number: symbols[axis.name] for number, axis in open_axes[name].items()} for name in inputs)
+    args, kwargs = arguments(module, inputs)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program: ExportedProgram = torch.export.export(
+                module,
+                args,
+                kwargs,
+                dynamic_shapes=own if dims is None else dims,
+                strict=False,
+            )
+            # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
+            # plan in place would otherwise outlive the rewrite, since such nodes never count as dead. And regions with
+            # automatic casts, without gradients or under vmap into plain nodes. It takes as long as the export itself.
+            if is_plain(program):
+                program.graph.eliminate_dead_code()
+                program.graph_module.recompile()
+            else:
+                program = program.run_decompositions({})
+            if kwargs:
+                by_position(program, inputs)
+    except AsapcError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot capture the model: {first_line(error)}",
+            "the forward must work for every batch size, and for every length of a dynamic axis, and may branch on "
+            "values of tensors to end a loop only",
+        ) from error
+    return program
+
+
+def is_plain(program: ExportedProgram) -> bool:
+    """Whether another pass would change nothing that counts: no writes, regions, or views that it would name anew."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    return all(
+        not target._schema.is_mutable and (not _is_cia_op(target) or _is_preservable_cia_op(target) or target in KEPT)
+        if isinstance(target, OpOverload)
+        else target.__module__ in OF_SIZES
+        for target in targets
+    )
+
+
+def by_position(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> None:
+    """Let a program that was exported with keyword arguments take them by position, as its graph does."""
+    signature = program.module_call_graph[0].signature
+    assert signature is not None  # the first is that of the whole program
+    example: tuple[tuple[Tensor, ...], dict[str, Tensor]] = (tuple(inputs.values()), {})
+    signature.in_spec = tree_structure(example)
+    program.example_inputs = example

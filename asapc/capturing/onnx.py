@@ -1,0 +1,95 @@
+"""A captured ONNX file: which node of the graph is which value of the file, exactly."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from asapc.errors import AsapcError
+from asapc.loading.onnx.call import label_of
+from asapc.loading.onnx.module import OnnxModule
+from asapc.passes.find.describe import SOURCE
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxGraph(CapturedGraph):
+    """A graph that was captured from an ONNX file.
+
+    Attributes:
+        model: the file, a ModelProto.
+        values: names of the file's values, by the node of the graph that makes them. Some nodes make none: they are
+            steps inside a node of the file.
+        initializers: names of the file's constants, by the buffer that holds them.
+    """
+
+    model: Any = None
+    values: Mapping[str, str] | None = None
+    initializers: Mapping[str, str] | None = None
+
+    def value_of(self, node: Node) -> str | None:
+        """Name of the file's value that a node of the graph makes; None where it makes none."""
+        if node.op == "placeholder":
+            inputs = [other for other in node.graph.nodes if other.op == "placeholder"]
+            return list(self.example.inputs)[inputs.index(node)]
+        if node.op == "get_attr":
+            return (self.initializers or {}).get(str(node.target))
+        return (self.values or {}).get(node.name)
+
+
+def check_memory(module: OnnxModule, example: Samples) -> None:
+    """Run a model on shapes alone, so that one that asks for more memory than there can be is refused before it does.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            module(*(mode.from_tensor(value) for value in example.inputs.values()))
+    except AsapcError:
+        raise
+    except Exception:  # whatever else is wrong shows, and better, when the model really runs
+        return
+
+
+def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> OnnxGraph:
+    """Take the marks out of a program that was captured from an `OnnxModule`, and note what they say.
+
+    That a node is a step of this or that node of the file is noted in its metadata, which copies keep.
+    """
+    graph = program.graph_module.graph
+    place = module.path.name
+    labels = {name: f"{place}: {label_of(node)}" for node in module.model.graph.node for name in node.output if name}
+    values: dict[str, str] = {}
+    steps: list[Node] = []
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.asapc.value.default:
+            made, name = node.args
+            values.setdefault(made.name, name)
+            for step in steps:
+                step.meta.setdefault(SOURCE, labels[name])
+            made.meta[SOURCE] = labels[values[made.name]]
+            steps.clear()
+            node.replace_all_uses_with(made)
+            program.graph_signature.replace_all_uses(node.name, made.name)
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            steps.append(node)
+    graph.lint()
+    program.graph_module.recompile()
+    return OnnxGraph(program, example, model=module.model, values=values, initializers=module.initializers)
+
+
+def region_module(module: GraphModule, inputs: list[Node], body: list[Node], outputs: list[Node]) -> GraphModule:
+    """A part of a graph as a module of its own: from some nodes, which become its inputs, to others."""
+    part = torch.fx.Graph()
+    copies: dict[Node, Node] = {node: part.placeholder(f"value_{i}") for i, node in enumerate(inputs)}
+    for node in body:
+        copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in outputs))
+    return GraphModule(module, part)

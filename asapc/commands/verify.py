@@ -1,0 +1,209 @@
+"""Repeats the fidelity check of a compiled model, later and on other data, against its teacher."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from asapc.backends.eager.runner import EagerRunner
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.capturing.capture import capture
+from asapc.capturing.onnx import OnnxGraph
+from asapc.commands.teacher import find
+from asapc.config import CompileConfig
+from asapc.errors import CheckpointError, SamplesError
+from asapc.fidelity.budget import seen_of
+from asapc.fidelity.outputs import verify
+from asapc.fidelity.sites import site_fidelity
+from asapc.hashes import sha256
+from asapc.loading.inputs import order_inputs
+from asapc.loading.model import load_model
+from asapc.loading.samples import load_samples
+from asapc.loading.untrusted.tensors import read_safetensors
+from asapc.passes.find.build import build_plans
+from asapc.planning.operators import operators
+from asapc.planning.ranges import score_ranges, wide_sites
+from asapc.types.budget import SITE_METRICS, Bound, parse_bound
+from asapc.types.choices import Candidate, Choice, Plan, SlicedDualParams
+from asapc.types.results import Fidelity
+from asapc.types.samples import Samples
+from asapc.types.site import Site
+from asapc.writing.report import fidelity_data
+
+COMPILE = "compile the model again"
+# A site has left the range of its calibration where more than this share of the samples lies outside of it, widened
+# by so much of its width at either end.
+MOST_OUTSIDE, WIDENED = 0.05, 0.1
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """What checking a compiled model again found.
+
+    Attributes:
+        fidelity: of the compiled file against the teacher.
+        budget: what the model was compiled to keep, as far as it can be judged here; empty for the default.
+        outside: by the site's name the share of samples whose scores spread less, or more, than any in calibration;
+            empty where there are only outputs to compare.
+    """
+
+    fidelity: Fidelity
+    budget: tuple[Bound, ...]
+    outside: Mapping[str, float]
+
+    @property
+    def shifted(self) -> list[str]:
+        """Sites that have left the range of their calibration."""
+        return [name for name, share in self.outside.items() if share > MOST_OUTSIDE]
+
+    def data(self) -> dict[str, Any]:
+        """What `asapc verify --json` prints."""
+        known = self.fidelity.sites
+        sites = [
+            {
+                "name": name,
+                "fidelity": asdict(known[name]) if name in known else None,
+                "outside_calibration": share,
+                "shifted": name in self.shifted,
+            }
+            for name, share in self.outside.items()
+        ]
+        return {"schema": "asapc.verify/1", "fidelity": fidelity_data(self.fidelity), "sites": sites}
+
+
+class StoredOutputs:
+    """Outputs that a model gave once, as a runner: asked for the samples in their order, batch by batch.
+
+    Args:
+        outputs: arrays in the order in which the model returns them.
+    """
+
+    runtime = "stored"
+
+    def __init__(self, outputs: Samples) -> None:
+        self.outputs, self.seen = outputs, 0
+
+    def __call__(self, samples: Samples) -> list[Tensor]:
+        """The outputs of the next samples."""
+        start, self.seen = self.seen, self.seen + len(samples)
+        return list(self.outputs[start : self.seen].inputs.values())
+
+
+def recheck_stored(folder: Path, data: Path, outputs: Path) -> Recheck:
+    """Compare the compiled model in a folder with outputs of its teacher that were stored; see `recheck`.
+
+    Args:
+        folder: what `compile_model` wrote.
+        data: samples, named as the model's inputs, with labels where there are any.
+        outputs: .npz or .pt file, one array for each output of the teacher in its order, for the same samples.
+
+    Raises:
+        CheckpointError: the folder is not whole.
+        SamplesError: samples or outputs do not fit the model, or each other.
+    """
+    report = read_folder(folder)
+    samples, stored = load_samples(data), load_samples(outputs)
+    runner = OnnxRuntimeRunner(folder / "model.onnx")
+    if set(runner.names) != samples.inputs.keys():
+        held, names = ", ".join(samples.inputs), ", ".join(runner.names)
+        raise SamplesError(f"{data} holds {held}; the model's inputs are {names}", "name the arrays as the inputs")
+    expected = [tuple(output.shape[1:]) for output in runner(samples[:1])]
+    given = [tuple(output.shape[1:]) for output in stored.inputs.values()]
+    if given != expected or len(stored) != len(samples):
+        raise SamplesError(
+            f"{outputs} holds outputs of {len(stored)} samples and shapes {given}; {len(samples)} samples of the model "
+            f"give shapes {expected}",
+            "store what the teacher returns for the samples of --data, one array for each output, in its order",
+        )
+    fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
+    return Recheck(fidelity, budget_of(report, fidelity), {})
+
+
+def recheck(folder: Path, data: Path, teacher: Path | None = None, config: CompileConfig | None = None) -> Recheck:
+    """Compare the compiled model in a folder with its teacher on the samples of a file.
+
+    Args:
+        folder: what `compile_model` wrote.
+        data: samples, named as the model's inputs, with labels where there are any.
+        teacher: the model that was compiled; None for the path that the report names.
+        config: options; those that say how to read the teacher matter, as they did when it was compiled.
+
+    Raises:
+        CheckpointError: the folder is not whole, or the teacher is another one.
+        SamplesError: the samples do not fit the model.
+    """
+    config = config or CompileConfig()
+    report = read_folder(folder)
+    loaded = load_model(teacher or Path(report["model"]["path"]), config)
+    if loaded.sha256 != report["model"]["sha256"]:
+        raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
+    samples = order_inputs(loaded, load_samples(data))
+    graph = build_plans(capture(loaded, samples, config.early_stop), samples)
+    sites = find(graph, samples).sites
+    if [site.name for site in sites] != [site["name"] for site in report["sites"]]:
+        raise CheckpointError(f"{folder} lists other sites than those found in {loaded.path}", COMPILE)
+    tensors = read_safetensors(folder / "operator.safetensors", CheckpointError)
+    ranges = score_ranges(graph, sites, samples)
+    choices = {s.name: Choice(read_choice(s, of, tensors), "") for s, of in zip(sites, report["sites"], strict=True)}
+    wide = wide_sites(ranges)
+    replaced = operators(sites, Plan(choices, wide))
+    original = OnnxRuntimeRunner(loaded.path) if isinstance(graph, OnnxGraph) else EagerRunner(loaded.module)
+    hops = {"teacher": original, "compiled": OnnxRuntimeRunner(folder / "model.onnx")}
+    fidelity = verify(hops, {}, site_fidelity(graph, sites, replaced, samples), samples)
+    known = {site["name"]: site["calibration_range"] for site in report["sites"]}
+    outside = {name: share_outside(found.deviations, *known[name]) for name, found in ranges.items()}
+    return Recheck(fidelity, budget_of(report, fidelity), outside)
+
+
+def budget_of(report: Mapping[str, Any], fidelity: Fidelity) -> tuple[Bound, ...]:
+    """The budget that a report states, less what these samples cannot tell."""
+    seen = seen_of(fidelity)
+    told = {
+        metric for metric, value in seen.items() if value is not None and (fidelity.sites or metric not in SITE_METRICS)
+    }
+    return tuple(bound for bound in map(parse_bound, report.get("budget", ())) if bound.metric in told)
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """The report of a folder whose files are what its manifest says.
+
+    Raises:
+        CheckpointError: a file is missing, or has changed since it was written.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+        changed = [name for name, digest in files.items() if sha256(folder / name) != digest]
+        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{folder} is no folder that `asapc compile` wrote, or not whole", COMPILE) from None
+    if changed:
+        raise CheckpointError(f"{', '.join(changed)} in {folder} changed since it was written", COMPILE)
+    return report
+
+
+def read_choice(site: Site, report: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Candidate:
+    """The operator that a report and the parameters beside it describe."""
+    choice = report["choice"]
+    params = None
+    if choice["operator"] == "sliced_dual":
+        weights = [tensors[f"{site.name}.weights.{i}"] for i in range(choice["half_steps"] // 2)]
+        of = {name: tensors[f"{site.name}.{name}"] for name in ("query_basis", "key_basis", "knots")}
+        params = SlicedDualParams(
+            **of,
+            slices=choice["slices"],
+            weights=tuple(weights),
+            side=choice["side"],
+            paired="pairs" in choice["features"],
+        )
+    return Candidate(choice["operator"], choice["half_steps"], inf, None, params, choice["lowering"])
+
+
+def share_outside(spreads: Tensor, low: float, high: float) -> float:
+    """Share of values outside a range that is widened a little."""
+    more = WIDENED * (high - low)
+    return ((spreads < low - more) | (spreads > high + more)).double().mean().item()

@@ -1,0 +1,1 @@
+"""How close a compiled model is to its teacher, and how fast."""

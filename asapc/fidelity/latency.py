@@ -1,0 +1,60 @@
+"""Measures latency: all runners interleaved in one process, so that drift of the machine hits them alike."""
+
+import random
+import time
+from collections.abc import Mapping
+
+import torch
+
+from asapc.backends.base import Runner
+from asapc.types.results import LatencyRun
+from asapc.types.samples import Samples
+
+WARM_UP_CALLS = 3
+FEWEST_ROUNDS = 10
+
+
+def measure(
+    runners: Mapping[str, Runner],
+    samples: Samples,
+    batch: int,
+    seconds: float,
+    seed: int = 0,
+    rounds: int = FEWEST_ROUNDS,
+) -> list[LatencyRun]:
+    """Time every runner on the same batch, in rounds of one call each, in a new random order each round.
+
+    Args:
+        runners: what to time, by name.
+        samples: real inputs; repeated where there are fewer than `batch`.
+        batch: samples a call.
+        seconds: time to spend.
+        seed: of the order within the rounds.
+        rounds: how many are made at least, however long they take.
+
+    Returns:
+        One result for each runner, milliseconds a call.
+    """
+    inputs = samples[[i % len(samples) for i in range(batch)]]
+    for runner in runners.values():
+        for _ in range(min(WARM_UP_CALLS, rounds)):
+            runner(inputs)
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    order, shuffle = list(runners), random.Random(seed).shuffle
+    end = time.perf_counter() + seconds
+    made = 0
+    while made < rounds or time.perf_counter() < end:
+        shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            runners[name](inputs)
+            times[name].append(1e3 * (time.perf_counter() - start))
+        made += 1
+    return [summarise(name, runners[name].runtime, batch, times[name]) for name in runners]
+
+
+def summarise(name: str, runtime: str, batch: int, times: list[float]) -> LatencyRun:
+    """Percentiles, mean and standard deviation of raw times in milliseconds."""
+    raw = torch.tensor(times, dtype=torch.float64)
+    p50, p90, p99 = raw.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
+    return LatencyRun(name, runtime, batch, p50, p90, p99, raw.mean().item(), raw.std(correction=0).item(), len(times))

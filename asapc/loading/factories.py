@@ -1,0 +1,118 @@
+"""Builds the model that the user names with `--model package.module:factory`: the user's own code, and trusted."""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from asapc.errors import OptionError, first_line
+from asapc.loading.untrusted.files import check_file
+
+ARGS_BYTES = 2**20  # of a JSON file of arguments; a configuration takes a few thousand
+
+
+@contextmanager
+def working_directory_importable() -> Iterator[None]:
+    """Look for modules in the working directory first, as `python -m` does; afterwards last.
+
+    Last, since code of the model may import more of its own when it runs, while nothing that asapc itself imports
+    later may be shadowed by a file that happens to lie there.
+    """
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def build_model(name: str, args: str | Mapping[str, Any] | None) -> nn.Module:
+    """Import a class or function by its name "package.module:factory" and call it.
+
+    Args:
+        name: of the factory; what follows the colon may be dotted.
+        args: its keyword arguments, as JSON, the path of a JSON file, or a mapping.
+
+    Raises:
+        OptionError: there is no such module or attribute, it cannot be called with these arguments, raises, or does
+            not return a module.
+    """
+    arguments = read_arguments(args)
+    module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
+        raise OptionError(f"cannot read the model {name!r}", "use package.module:factory, e.g. my_models.vit:build")
+    with working_directory_importable():
+        factory = find_factory(module_name, attribute)
+        call = f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())[:200]})"
+        try:
+            model = factory(**arguments)
+        except (Exception, SystemExit) as error:
+            raise OptionError(
+                f"{call} raises {first_line(error)}", "give its arguments with --model-args, as JSON"
+            ) from error
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"{call} returns a {type(model).__name__}, not a torch.nn.Module", "name the class, or a function"
+        )
+    if any(is_lazy(value) for value in [*model.parameters(), *model.buffers()]):
+        raise OptionError(
+            f"{call} has lazy modules, whose weights have no shape yet", "run the model once in the function"
+        )
+    return model
+
+
+def find_factory(module_name: str, attribute: str) -> Any:
+    """What a module holds under a dotted name, if it can be called."""
+    try:
+        found: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
+        raise OptionError(
+            f"there is no module {module_name}" if missing else f"importing {module_name} raises {first_line(error)}",
+            "modules are looked for in the working directory and where Python looks",
+        ) from error
+    where = getattr(found, "__file__", None) or module_name
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise OptionError(f"{where} has no {attribute}", "name the class, or a function that returns it") from None
+    if not callable(found):
+        raise OptionError(f"{attribute} of {where} cannot be called", "name the class, or a function that returns it")
+    return found
+
+
+def read_arguments(args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keyword arguments that an option gives.
+
+    Raises:
+        OptionError: the file cannot be read, it is no JSON, or no JSON object.
+    """
+    if args is None or isinstance(args, Mapping):
+        return dict(args or {})
+    hint = """give a JSON object, e.g. '{"depth": 4}', or the path of a file with one"""
+    text = args
+    if not args.lstrip().startswith(("{", "[", '"')):
+        if check_file(Path(args), OptionError) > ARGS_BYTES:
+            raise OptionError(f"{args} is too long for a model's arguments", hint)
+        try:
+            text = Path(args).read_text()
+        except UnicodeDecodeError:
+            raise OptionError(f"{args} is no JSON", hint) from None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "it nests too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise OptionError(f"cannot read the model's arguments {args[:80]!r}: {why}", hint) from None
+    if not isinstance(found, dict):
+        raise OptionError(f"the model's arguments {args[:80]!r} are no JSON object", hint)
+    return found

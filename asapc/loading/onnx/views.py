@@ -1,0 +1,266 @@
+"""The operators of ONNX that move, select and make entries; sizes and axes are numbers, never tensors."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from asapc.loading.onnx.call import Call, Operator
+from asapc.loading.onnx.numbers import MOST_NUMBERS, Known, sizes
+
+FOREVER = 2**31 - 1  # ends of slices at and beyond this mean "to the end"
+
+
+def shape_of(call: Call) -> Known:
+    """Shape, from `start` to `end`."""
+    value = call.inputs[0]
+    shape = value.array.shape if isinstance(value, Known) else call.tensor(0).shape
+    return sizes(shape[call.get("start", 0) : call.get("end")])
+
+
+def size_of(call: Call) -> Known:
+    """Size: how many entries there are."""
+    total: Any = 1
+    for size in call.tensor(0).shape:
+        total = total * size
+    return sizes([total]) if isinstance(total, torch.SymInt) else Known(sizes([total]).array.reshape(()))
+
+
+def reshape(call: Call) -> Tensor:
+    """Reshape; 0 keeps a size."""
+    tensor, shape = call.tensor(0), call.numbers(1)
+    if not call.get("allowzero"):
+        # Compared as a number only where it is one: to compare a symbol would constrain the batch.
+        shape = [tensor.shape[i] if isinstance(size, int) and size == 0 else size for i, size in enumerate(shape)]
+    return tensor.reshape(shape)
+
+
+def flatten(call: Call) -> Tensor:
+    """Flatten to a matrix."""
+    tensor = call.tensor(0)
+    axis = call.get("axis", 1)
+    axis = axis + tensor.dim() if axis < 0 else axis
+    if axis == 0:
+        return tensor.reshape(1, -1)
+    if axis == 1:
+        return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
+    rows: Any = 1
+    for size in tensor.shape[:axis]:
+        rows = rows * size
+    return tensor.reshape(rows, -1)
+
+
+def transpose(call: Call) -> Tensor:
+    """Transpose; without axes it turns their order around."""
+    tensor = call.tensor(0)
+    return tensor.permute(call.get("perm", list(reversed(range(tensor.dim())))))
+
+
+def squeeze(call: Call) -> Tensor:
+    """Squeeze of the axes named, else of all of length 1."""
+    tensor = call.tensor(0)
+    if call.has(1):
+        axes = call.numbers(1)
+    else:
+        axes = [axis for axis, size in enumerate(tensor.shape) if isinstance(size, int) and size == 1]
+    return tensor.squeeze(tuple(axes)) if axes else tensor
+
+
+def unsqueeze(call: Call) -> Tensor:
+    """Unsqueeze; axes are those of the result."""
+    tensor, axes = call.tensor(0), call.numbers(1)
+    for axis in sorted(axis % (tensor.dim() + len(axes)) for axis in axes):
+        tensor = tensor.unsqueeze(axis)
+    return tensor
+
+
+def expand(call: Call) -> Tensor:
+    """Expand, in both directions."""
+    tensor, shape = call.tensor(0), call.numbers(1)
+    missing = tensor.dim() - len(shape)
+    shape = [1] * missing + shape
+    own = [1] * (len(shape) - tensor.dim()) + list(tensor.shape)
+    target = [mine if isinstance(size, int) and size == 1 else size for mine, size in zip(own, shape, strict=True)]
+    return tensor.expand(call.limit(target))
+
+
+def concat(call: Call) -> Tensor:
+    """Concat."""
+    return torch.cat([call.tensor(i) for i in range(len(call.inputs))], dim=call.get("axis"))
+
+
+def split(call: Call) -> tuple[Tensor, ...]:
+    """Split into parts of sizes that are given, else equal ones of which the last may be smaller."""
+    tensor, axis = call.tensor(0), call.get("axis", 0)
+    if call.has(1):
+        return tuple(torch.split(tensor, call.numbers(1), dim=axis))
+    count = call.get("num_outputs", call.outputs)
+    size = -(-tensor.shape[axis] // count)
+    return tuple(torch.split(tensor, size, dim=axis))
+
+
+def cut(call: Call) -> Tensor:
+    """Slice along some axes."""
+    tensor = call.tensor(0)
+    starts, ends = call.numbers(1), call.numbers(2)
+    axes = call.numbers(3) if call.has(3) else list(range(len(starts)))
+    steps = call.numbers(4) if call.has(4) else [1] * len(starts)
+    places = [slice(None)] * tensor.dim()
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        if step < 0:
+            size = tensor.shape[axis]
+            if not isinstance(size, int):
+                raise call.refuse("runs backwards over the batch")
+            rows = range(size)[slice(start, None if end < -size else end, step)]
+            tensor = tensor.index_select(axis, torch.tensor(list(rows), dtype=torch.long))
+        else:
+            last = None if isinstance(end, int) and end >= FOREVER else end
+            places[axis] = slice(start if isinstance(start, torch.SymInt) or start else None, last, step)
+    return tensor[tuple(places)] if any(place != slice(None, None, 1) for place in places) else tensor
+
+
+def gather(call: Call) -> Tensor:
+    """Gather whole slices; rows of a table of weights are what torch calls an embedding."""
+    tensor, axis, index = call.tensor(0), call.get("axis", 0), call.inputs[1]
+    if isinstance(index, Known) and index.array.ndim == 0 and not index.symbolic:
+        return tensor.select(axis, int(index.array))
+    places = call.tensor(1)
+    if axis == 0 and tensor.dim() == 2 and call.constant[0] and not call.constant[1]:
+        return F.embedding(places, tensor)
+    places = within(places, tensor.shape[axis], isinstance(index, Known))
+    if places.dim() == 1:
+        return tensor.index_select(axis, places)
+    axis = axis % tensor.dim()
+    picked = tensor.index_select(axis, places.reshape(-1))
+    return picked.reshape([*tensor.shape[:axis], *places.shape, *tensor.shape[axis + 1 :]])
+
+
+def within(places: Tensor, size: Any, known: bool) -> Tensor:
+    """Indices, those from the end counted from the front; known ones without steps in the graph."""
+    places = places.long()
+    if known and not bool((places < 0).any()):
+        return places
+    return torch.where(places < 0, places + size, places)
+
+
+def gather_elements(call: Call) -> Tensor:
+    """GatherElements."""
+    tensor, axis = call.tensor(0), call.get("axis", 0)
+    return torch.gather(tensor, axis, within(call.tensor(1), tensor.shape[axis], False))
+
+
+def gather_nd(call: Call) -> Tensor:
+    """GatherND without axes of samples."""
+    if call.get("batch_dims", 0):
+        raise call.refuse("has batch_dims")
+    return call.tensor(0)[tuple(call.tensor(1).long().unbind(-1))]
+
+
+def scatter_nd(call: Call) -> Tensor:
+    """ScatterND that replaces."""
+    if call.get("reduction", b"none") != b"none":
+        raise call.refuse("reduces what it scatters")
+    return call.tensor(0).index_put(call.tensor(1).long().unbind(-1), call.tensor(2))
+
+
+def scatter_elements(call: Call) -> Tensor:
+    """ScatterElements that replaces."""
+    if call.get("reduction", b"none") != b"none":
+        raise call.refuse("reduces what it scatters")
+    tensor, axis = call.tensor(0), call.get("axis", 0)
+    return torch.scatter(tensor, axis, within(call.tensor(1), tensor.shape[axis], False), call.tensor(2))
+
+
+def tile(call: Call) -> Tensor:
+    """Tile."""
+    tensor, repeats = call.tensor(0), call.numbers(1)
+    call.limit([size * times for size, times in zip(tensor.shape, repeats, strict=True)])
+    return tensor.repeat(repeats)
+
+
+def pad(call: Call) -> Tensor:
+    """Pad with one value."""
+    if call.get("mode", b"constant") != b"constant":
+        raise call.refuse("pads with something other than a constant")
+    tensor, pads = call.tensor(0), call.numbers(1)
+    value = call.numbers(2)[0] if call.has(2) else 0
+    axes = [axis % tensor.dim() for axis in call.numbers(3)] if call.has(3) else list(range(tensor.dim()))
+    ends = {axis: (pads[i], pads[i + len(axes)]) for i, axis in enumerate(axes)}
+    both = [ends.get(axis, (0, 0)) for axis in range(tensor.dim())]
+    call.limit(
+        [size + sum(pair) if isinstance(size, int) else size for size, pair in zip(tensor.shape, both, strict=True)]
+    )
+    return F.pad(tensor, [size for pair in reversed(both) for size in pair], value=value)
+
+
+def triangle(call: Call) -> Tensor:
+    """Trilu."""
+    diagonal = int(call.numbers(1)[0]) if call.has(1) else 0
+    return (torch.triu if call.get("upper", 1) else torch.tril)(call.tensor(0), diagonal)
+
+
+def count_up(call: Call) -> Tensor:
+    """Range whose ends are known, the size of the batch among them."""
+    start, limit, delta = (call.numbers(i)[0] for i in range(3))
+    if all(isinstance(bound, int | float) for bound in (start, limit, delta)):
+        call.limit([int(max((limit - start) / delta, 0)) + 1])
+    return torch.arange(start, limit, delta)
+
+
+def constant_of_shape(call: Call) -> Tensor:
+    """ConstantOfShape."""
+    value = call.get("value")
+    shape = call.limit(call.numbers(0))
+    if value is None:
+        return torch.zeros(shape)
+    return torch.full(shape, value.item(), dtype=torch.from_numpy(value).dtype)
+
+
+def eye_like(call: Call) -> Tensor:
+    """EyeLike of a dtype of its input."""
+    tensor = call.tensor(0)
+    if call.get("k", 0) or call.get("dtype") or tensor.dim() != 2:
+        raise call.refuse("is more than an identity matrix")
+    return torch.eye(*tensor.shape, dtype=tensor.dtype)
+
+
+def constant(call: Call) -> Known | Tensor:
+    """Constant inside a graph within the graph; those outside are read with the weights."""
+    for name, dtype in (("value_int", np.int64), ("value_float", np.float32)):
+        for given in (name, name + "s"):
+            if given in call.attributes:
+                return Known(np.array(call.get(given), dtype=dtype))
+    value = call.get("value")
+    if value is None:
+        raise call.refuse("holds no numbers")
+    small = value.size <= MOST_NUMBERS and value.ndim <= 1
+    return Known(value) if small else torch.from_numpy(value)
+
+
+VIEWS: dict[str, Operator] = {
+    "Constant": constant,
+    "Shape": shape_of,
+    "Size": size_of,
+    "Reshape": reshape,
+    "Flatten": flatten,
+    "Transpose": transpose,
+    "Squeeze": squeeze,
+    "Unsqueeze": unsqueeze,
+    "Expand": expand,
+    "Concat": concat,
+    "Split": split,
+    "Slice": cut,
+    "Gather": gather,
+    "GatherElements": gather_elements,
+    "GatherND": gather_nd,
+    "ScatterND": scatter_nd,
+    "ScatterElements": scatter_elements,
+    "Tile": tile,
+    "Pad": pad,
+    "Trilu": triangle,
+    "Range": count_up,
+    "ConstantOfShape": constant_of_shape,
+    "EyeLike": eye_like,
+}

@@ -1,0 +1,79 @@
+"""Gathers the samples that a model is looked into, calibrated and checked with."""
+
+from pathlib import Path
+
+import torch
+
+from asapc.config import CompileConfig
+from asapc.errors import SamplesError
+from asapc.loading.inputs import order_inputs, shape_options
+from asapc.loading.samples import load_samples
+from asapc.types.model import LoadedModel
+from asapc.types.samples import Samples
+
+FEWEST_CALIBRATION, FEWEST_HELD_OUT = 8, 4
+HELD_OUT_SHARE = 4  # one in so many samples of a --calib file is held out
+
+
+def probe_samples(loaded: LoadedModel, config: CompileConfig) -> Samples:
+    """Inputs to look into a model with: those of --calib, else example inputs, else samples of the checkpoint.
+
+    Raises:
+        SamplesError: there are none, or they do not fit the model.
+    """
+    if config.calib is None and loaded.example is not None:
+        return order_inputs(loaded, loaded.example)
+    if config.calib is None and loaded.calibration is None:
+        raise SamplesError(
+            f"{loaded.path} carries no samples",
+            f"give inputs with --calib or --inputs file.npz, or their shapes with {shape_options(loaded)}",
+        )
+    return gather_samples(loaded, config)[0]
+
+
+def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples, Samples]:
+    """Calibration and held-out samples: of the --calib file where one is given, else of the checkpoint.
+
+    A --calib file is shuffled by the seed and a quarter of it held out.
+
+    Raises:
+        SamplesError: there are none, too few, or they do not fit the model.
+    """
+    if config.calib is None:
+        if loaded.calibration is None or loaded.held_out is None:
+            raise SamplesError(
+                f"{loaded.path} carries no calibration samples",
+                "give real inputs with --calib file.npz; asapc never makes up random ones",
+            )
+        calibration, held_out = loaded.calibration, loaded.held_out
+    else:
+        samples = load_samples(Path(config.calib))
+        compare_kinds(Path(config.calib), samples, loaded.calibration)
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
+        shuffled = samples[order.tolist()]
+        split = len(samples) // HELD_OUT_SHARE
+        calibration, held_out = shuffled[split:], shuffled[:split]
+    if len(calibration) < FEWEST_CALIBRATION or len(held_out) < FEWEST_HELD_OUT:
+        raise SamplesError(
+            f"{len(calibration)} calibration and {len(held_out)} held-out samples are too few",
+            f"give at least {HELD_OUT_SHARE * FEWEST_HELD_OUT} samples with --calib; 64 and more are better",
+        )
+    calibration, held_out = order_inputs(loaded, calibration), order_inputs(loaded, held_out)
+    if calibration.inputs.keys() != held_out.inputs.keys():
+        raise SamplesError(
+            f"calibration samples hold {', '.join(calibration.inputs)}, held-out ones {', '.join(held_out.inputs)}",
+            "give both the same inputs, or all samples with --calib",
+        )
+    return calibration, held_out
+
+
+def compare_kinds(path: Path, samples: Samples, known: Samples | None) -> None:
+    """Raise SamplesError where samples differ in shape or dtype from those that the checkpoint carries."""
+    for name, value in samples.inputs.items():
+        expected = known.inputs.get(name) if known else None
+        if expected is not None and (value.shape[1:], value.dtype) != (expected.shape[1:], expected.dtype):
+            raise SamplesError(
+                f"{path}: {name} is {tuple(value.shape)} {value.dtype}, the model was trained on "
+                f"(samples, {', '.join(map(str, expected.shape[1:]))}) {expected.dtype}",
+                "give samples of the shape and dtype that the model was trained on",
+            )

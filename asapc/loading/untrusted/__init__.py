@@ -1,0 +1,1 @@
+"""Looks into files before any reader does."""

@@ -1,0 +1,82 @@
+"""Looks through the opcodes of pickles, without executing any."""
+
+import pickletools
+from typing import Any
+
+from asapc.errors import AsapcError
+from asapc.loading.untrusted.refusals import Kind, unreadable, would_run
+
+# The pickle of a checkpoint of a thousand tensors takes 100 kB.
+PICKLE_BYTES = 2**25
+# Elements of a tuple with all that is nested in it. Python hashes nested tuples without looking at its stack, so that
+# one of a million levels crashes it, and one that holds itself a hundred times over keeps it busy for ever.
+TUPLE_ELEMENTS = 1000
+# What a pickle may name: what plain tensors and containers are built of. Storages and dtypes come below.
+GLOBALS = {
+    "collections OrderedDict",
+    "collections Counter",
+    "_codecs encode",
+    "__builtin__ set",
+    "builtins set",
+    "__builtin__ complex",
+    "builtins complex",
+    "torch Size",
+    "torch device",
+    "torch.storage UntypedStorage",
+    "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_tensor_v3",
+    "torch._utils _rebuild_parameter",
+}
+GLOBALS |= {f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char")}
+GLOBALS |= {f"torch {kind}Storage" for kind in ("Byte", "Bool", "ComplexDouble", "ComplexFloat")}
+GLOBALS |= {f"torch {kind}{bits}" for kind in ("float", "int", "uint") for bits in (8, 16, 32, 64)}
+GLOBALS |= {"torch bfloat16", "torch bool", "torch complex64", "torch complex128"}
+GLOBALS |= {f"torch float8_{kind}" for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")}
+
+
+def check_pickle(stream: Any, where: object, kind: Kind) -> None:
+    """Look through the opcodes of one pickle, without executing any.
+
+    Args:
+        stream: binary file, at the start of the pickle; afterwards behind it.
+        where: what messages call the file.
+        kind: of the errors.
+
+    Raises:
+        AsapcError: of the given kind: it names anything but what tensors and containers are built of, or it has
+            tuples that Python could not hash.
+    """
+    stack: list[int] = []  # for each value the elements of a tuple, 1 for all else; 0 for a mark
+    memo: dict[int, int] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(stream):
+            name, before = opcode.name, [item.name for item in opcode.stack_before]
+            if name == "GLOBAL" and argument in GLOBALS:
+                stack.append(1)
+            elif name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
+                raise would_run(where, kind, argument)
+            elif name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument or 0] = stack[-1]
+            elif name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[argument or 0])
+            else:
+                parts = pop(stack, before)
+                elements = 1 + sum(parts) if name.startswith("TUPLE") else 1
+                if elements > TUPLE_ELEMENTS:
+                    raise unreadable(where, kind, "it nests tuples too deeply")
+                stack += [0 if item.name == "mark" else elements for item in opcode.stack_after]
+    except AsapcError:
+        raise
+    except Exception:  # genops, or a stack that runs empty: this is no pickle
+        raise unreadable(where, kind) from None
+
+
+def pop(stack: list[int], before: list[str]) -> list[int]:
+    """Take off a stack what an opcode takes; `before` is its own description of that."""
+    parts = []
+    if "mark" in before:
+        while (part := stack.pop()) != 0:
+            parts.append(part)
+        before = before[: before.index("mark")]
+    return parts + [stack.pop() for _ in before]

@@ -1,0 +1,181 @@
+"""Finds a model's weights in what a checkpoint holds, by structure, and gives them to the model."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from asapc.errors import CheckpointError
+from asapc.loading.samples import has_nan, is_finite
+
+ONE_RUN = "the weights and the model's arguments must be of one training run"
+COMPILED = "_orig_mod."  # of torch.compile
+# {"model": {...}}, and what trainers put around that.
+DEEPEST = 4
+
+
+class Candidate(NamedTuple):
+    """A mapping of tensors in a file.
+
+    Attributes:
+        place: the keys that lead to it, "" for the file itself.
+        removed: what was taken out of the names of its tensors.
+        weights: the tensors, by the names that remain.
+    """
+
+    place: str
+    removed: tuple[str, ...]
+    weights: Mapping[str, Any]
+
+
+def load_weights(path: Path, name: str, module: nn.Module, content: Any) -> list[str]:
+    """Find the weights of a model in a file's content, compare them with the model, and give it them.
+
+    Args:
+        path: the file, for messages.
+        name: of the model, for messages.
+        module: the model.
+        content: of the file: nested mappings, one of which holds the weights.
+
+    Returns:
+        What the user should know: where the weights were found, and what was done to them.
+
+    Raises:
+        CheckpointError: there are none, or they do not fit.
+    """
+    expected = module.state_dict()
+    found = [strip(place, weights, expected) for place, weights in tensor_mappings(content)]
+    if not found:
+        raise CheckpointError(f"{path} holds no weights", "save model.state_dict()")
+    best = max(found, key=lambda candidate: shared(candidate.weights, expected))
+    most = shared(best.weights, expected)
+    rivals = [c.place for c in found if c is not best and shared(c.weights, expected) == most]
+    give_weights(path, name, module, best.weights)
+    return [*place_notes(best, rivals), *dtype_notes(best.weights, expected)]
+
+
+def tensor_mappings(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All mappings in nested mappings that hold tensors by name, outer ones first."""
+    if not isinstance(content, Mapping) or depth > DEEPEST:
+        return
+    if any(isinstance(value, Tensor) and isinstance(key, str) for key, value in content.items()):
+        yield place, content
+    for key, value in content.items():
+        if isinstance(key, str):
+            yield from tensor_mappings(value, f"{place}.{key}" if place else key, depth + 1)
+
+
+def strip(place: str, weights: Mapping[str, Any], expected: Mapping[str, Any]) -> Candidate:
+    """Remove from the names of weights what wrappers put there.
+
+    torch.compile puts "_orig_mod." somewhere, DataParallel "module." and trainers the name of their attribute at the
+    front of all; averaging adds a counter.
+    """
+    named = {key.replace(COMPILED, ""): value for key, value in weights.items() if isinstance(key, str)}
+    if len(named) < len(weights):  # two names became one, or a name is no text: the comparison shall name it
+        return Candidate(place, (), weights)
+    if "n_averaged" not in expected:
+        named.pop("n_averaged", None)
+    removed = (COMPILED,) if named.keys() - weights.keys() else ()
+    best, prefix = Candidate(place, removed, named), ""
+    for part in next(iter(named), "").split(".")[:-1]:
+        prefix += f"{part}."
+        if not all(key.startswith(prefix) for key in named):
+            break
+        shorter = {key.removeprefix(prefix): value for key, value in named.items()}
+        if shared(shorter, expected) > shared(best.weights, expected):
+            best = Candidate(place, (*removed, prefix), shorter)
+    return best
+
+
+def shared(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
+    """Number of weights that fit a model's by name and shape."""
+    fitting = (key for key, value in weights.items() if key in expected and isinstance(value, Tensor))
+    return sum(isinstance(expected[key], Tensor) and expected[key].shape == weights[key].shape for key in fitting)
+
+
+def compare_weights(path: Path, name: str, module: nn.Module, found: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming the first offender, unless the weights are those of the model, and finite.
+
+    A tied weight may come under one of its names only, and a buffer that the model does not save may come too.
+    """
+    expected = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    tied = {key for keys in ties(expected) if keys & found.keys() for key in keys}
+    missing = expected.keys() - found.keys() - tied
+    extra = found.keys() - module.state_dict().keys() - dict(module.named_buffers()).keys()
+    for kind, keys in (("lacks", missing), ("has unknown", extra)):
+        if keys:
+            first, *more = sorted(map(str, keys))
+            raise CheckpointError(
+                f"{path} {kind} weights of {name}: {first[:200]}" + (f" and {len(more)} more" if more else ""), ONE_RUN
+            )
+    for key, value in found.items():
+        if (wanted := expected.get(key)) is None:
+            continue
+        if (
+            not isinstance(value, Tensor)
+            or value.shape != wanted.shape
+            or (value.is_floating_point(), value.is_complex()) != (wanted.is_floating_point(), wanted.is_complex())
+        ):
+            seen = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(f"{path}: {key} is {seen}, {name} has {tuple(wanted.shape)} {wanted.dtype}", ONE_RUN)
+        # A mask of the model's own may hold infinities.
+        if not is_finite(value) and not torch.equal(value, wanted.to(value.dtype)):
+            raise CheckpointError(f"{path}: {key} holds NaN or infinity", "give a checkpoint of a run that went well")
+    for keys in ties(expected):
+        first, *more = sorted(keys & found.keys()) or [""]
+        for other in more:
+            if not torch.equal(found[first], found[other]):
+                raise CheckpointError(f"{path}: {first} and {other} differ, {name} has one weight for both", ONE_RUN)
+
+
+def check_finite(path: Path, parameters: Iterable[tuple[str, Tensor]], others: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise CheckpointError where parameters are not finite or buffers hold NaN: a mask may well hold infinities."""
+    broken = [name for name, value in parameters if not is_finite(value)]
+    broken += [name for name, value in others if has_nan(value)]
+    for name in broken[:1]:
+        raise CheckpointError(f"{path}: {name[:200]} holds NaN or infinity", "give one of a run that went well")
+
+
+def ties(weights: Mapping[str, Tensor]) -> list[set[str]]:
+    """Names that stand for one and the same weight."""
+    groups: dict[tuple[int, torch.Size, tuple[int, ...]], set[str]] = {}
+    for key, value in weights.items():
+        if value.numel():
+            groups.setdefault((value.data_ptr(), value.shape, value.stride()), set()).add(key)
+    return [keys for keys in groups.values() if len(keys) > 1]
+
+
+def give_weights(path: Path, name: str, module: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Give a model its weights, and nothing but these.
+
+    Raises:
+        CheckpointError: they are not the model's.
+    """
+    compare_weights(path, name, module, weights)
+    known = module.state_dict()
+    try:
+        # Not strict, since a tied weight need come under one of its names only.
+        module.load_state_dict({key: value for key, value in weights.items() if key in known}, strict=False)
+    except Exception as error:  # of the model's own hooks
+        raise CheckpointError(f"{path}: {name} refuses its weights: {str(error).strip()[:300]}", ONE_RUN) from error
+
+
+def place_notes(best: Candidate, rivals: list[str]) -> Iterator[str]:
+    """Where the weights were found, unless that goes without saying."""
+    if best.place:
+        yield f"weights found at {best.place!r}"
+    if best.removed:
+        yield f"{' and '.join(map(repr, best.removed))} taken out of their names"
+    if rivals:
+        yield f"those at {', '.join(map(repr, rivals))} would fit too"
+
+
+def dtype_notes(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    """Which dtypes were turned into which."""
+    pairs = {(v.dtype, expected[k].dtype) for k, v in weights.items() if k in expected and isinstance(v, Tensor)}
+    for old, new in sorted(pairs, key=str):
+        if old != new:
+            yield f"{str(old).removeprefix('torch.')} weights read as {str(new).removeprefix('torch.')}"

@@ -1,0 +1,1 @@
+"""Which operator each site gets, and its fit."""

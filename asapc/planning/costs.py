@@ -1,0 +1,105 @@
+"""Estimates what an operator costs on the target runtime.
+
+The estimate is a sum of units of work, each times milliseconds that `python -m benchmarks.costs` has measured. They
+were measured once and are kept in `costs.json`, rather than anew in each compilation, so that a plan does not hang on
+the noise of a machine: the same checkpoint gives the same model, byte for byte.
+"""
+
+import json
+from functools import cache
+from math import isfinite, log2
+from pathlib import Path
+from typing import NamedTuple
+
+from asapc.ops.sinkhorn import Sinkhorn
+from asapc.ops.sliced_dual import SlicedDual
+from asapc.types.choices import Plan
+from asapc.types.site import Site
+
+MODEL = Path(__file__).parent / "costs.json"
+
+
+class Shape(NamedTuple):
+    """Sizes of one call of an operator."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+
+
+def work(
+    shape: Shape, module: Sinkhorn | SlicedDual, masked: bool = False, transposed: bool = False
+) -> dict[str, float]:
+    """How many units of each kind of work an operator takes.
+
+    Args:
+        shape: sizes of the call.
+        module: the operator.
+        masked: whether it leaves masked entries out.
+        transposed: whether it gets scores that have to be transposed first.
+    """
+    matrices = shape.batch * shape.heads
+    entries = matrices * shape.queries * shape.keys
+    if module.lowering == "fused":
+        return fused_work(shape, module, entries)
+    passes = int(masked) + int(transposed)
+    total: dict[str, float] = {"call": 1, "product": entries * 2 * shape.head_dim, "softmax": entries}
+    if isinstance(module, Sinkhorn):
+        steps = module.half_steps - 1
+        passes += 3 * module.wide
+    else:
+        steps = module.half_steps - module.wide
+        passes += module.wide  # the bias
+        total |= estimate_work(shape, module)
+    return total | {"pass": entries * passes, "half_step": steps, "vector": matrices * steps, "matvec": entries * steps}
+
+
+def estimate_work(shape: Shape, module: SlicedDual) -> dict[str, float]:
+    """Units of estimating a dual, before any half-step."""
+    matrices = shape.batch * shape.heads
+    points, others = (shape.queries, shape.keys) if module.turned else (shape.keys, shape.queries)
+    coordinates = matrices * (points + others) * module.query_basis.shape[-1]
+    paired = 0 if module.pair_weights is None else module.pair_weights.shape[-1]
+    return {
+        "estimate": 1,
+        "paired": min(paired, 1),
+        "form": matrices * points * (module.steps + 1) * paired,
+        "coordinate": coordinates,
+        "project": coordinates * shape.head_dim,
+        "hinge": matrices * points * module.knots[0].numel(),
+        "sort": matrices * module.slices * sum(n * log2(max(n, 2)) for n in (points, others)),
+    }
+
+
+def fused_work(shape: Shape, module: Sinkhorn | SlicedDual, entries: float) -> dict[str, float]:
+    """Units of an operator in fused passes: the last with values, the others with one column in their place."""
+    narrow, channels = module.half_steps - 1, shape.head_dim + 1
+    products = entries * (narrow * (channels + 1) + channels + shape.head_dim)
+    total = {"fused_call": module.half_steps, "fused_product": products, "fused_softmax": entries * module.half_steps}
+    if isinstance(module, SlicedDual):
+        total |= estimate_work(shape, module)
+    return total | {"call": 1}
+
+
+@cache
+def unit_costs() -> dict[str, float]:
+    """Milliseconds a unit of each kind of work, as measured."""
+    costs: dict[str, float] = json.loads(MODEL.read_text())["milliseconds"]
+    return costs
+
+
+def share_of_exact(plan: Plan) -> float | None:
+    """What the operators of a plan take of the time of exact forms, as estimated; None where it keeps a loop."""
+    exact = [c.cost for choice in plan.choices.values() for c in choice.front if c.operator == "exact"]
+    chosen = [choice.candidate.cost for choice in plan.choices.values()]
+    return sum(chosen) / sum(exact) if len(exact) == len(chosen) and all(map(isfinite, chosen)) else None
+
+
+def estimate(site: Site, module: Sinkhorn | SlicedDual, batch: int) -> float:
+    """Milliseconds that an operator takes for a batch; for comparing operators, not for promising latencies."""
+    shape = Shape(batch, site.heads, site.queries, site.keys, site.head_dim or 1)
+    costs = unit_costs()
+    transposed = bool(module.turned) and not site.product
+    return sum(count * costs[kind] for kind, count in work(shape, module, site.masked, transposed).items())

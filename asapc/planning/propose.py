@@ -1,0 +1,86 @@
+"""Proposes what could stand in the place of each site: exact and truncated forms, and fitted sliced duals."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from math import inf
+
+from asapc.config import CompileConfig
+from asapc.ops.sliced_dual import first_half_steps
+from asapc.planning.calibrate import Fitted, calibrate
+from asapc.types.choices import SIDES, Candidate, FeatureSet, SlicedDualParams
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.types.site import Site
+
+MOST_CLOSURE_STEPS = 5
+TOO_FEW_HALF_STEPS = 3  # a loop of no more is as cheap as what an estimate is followed by
+TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
+# TensorRT sorts no more than this many elements; longer sites get no slices.
+LONGEST_SORT = 3840
+SELECTION_SHARE = 4  # one in so many calibration samples chooses between candidates and is not fitted on
+
+
+def propose(
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    samples: Samples,
+    config: CompileConfig,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> dict[str, list[Candidate]]:
+    """Candidates by the site's name, without cost and fidelity; the exact form comes first.
+
+    All processes that share in the calibration have to call it.
+    """
+    found = {site.name: [Candidate("exact", site.half_steps, inf)] for site in sites}
+    if config.level < 2:
+        return found
+    for site in sites:
+        found[site.name] += [Candidate("truncated", t, inf) for t in TRUNCATED if t < site.half_steps]
+    sliceable = [site for site in sites if why_not_sliced(site) is None]
+    sets = {site.name: feature_sets(site, config) for site in sliceable}
+    if not sliceable:
+        return found
+    advance(f"fitting {len(sliceable)} sites")
+    selection, fitting = split(samples)
+    fitted = calibrate(graph, sets, sliceable, fitting, selection, MOST_CLOSURE_STEPS, advance)
+    for site in sliceable:
+        for features in sets[site.name]:
+            params = fitted[Fitted(site.name, features)]
+            first = first_half_steps(features.side, site.last)
+            for steps in range(1 + MOST_CLOSURE_STEPS):
+                if (half_steps := first + 2 * steps) < site.half_steps:
+                    found[site.name].append(Candidate("sliced_dual", half_steps, inf, None, truncate(params, steps)))
+    return found
+
+
+def split(samples: Samples) -> tuple[Samples, Samples]:
+    """Calibration samples that choose, and those that are fitted."""
+    at = len(samples) // SELECTION_SHARE
+    return samples[:at], samples[at:]
+
+
+def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
+    """Feature sets that a site can have; masks, long sites and lengths left open allow no sort, one axis no pairs."""
+    sortable = not site.masked and not config.dynamic and max(site.queries, site.keys) <= LONGEST_SORT
+    slices = [s for s in config.slices if s == 0 or sortable] or [0]
+    paired = (False, True) if (site.head_dim or 0) > 1 else (False,)
+    return [FeatureSet(*chosen) for chosen in product(slices, config.pieces, SIDES, paired)]
+
+
+def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
+    """Keep the first `steps` closure steps: each was fitted without regard to those after it."""
+    return replace(params, weights=params.weights[: 1 + steps])
+
+
+def why_not_sliced(site: Site) -> str | None:
+    """Why a sliced dual cannot stand in for a site, None where it can."""
+    if site.half_steps <= TOO_FEW_HALF_STEPS:
+        return f"{site.half_steps} half-steps are too few for an approximation to pay"
+    if site.query is None or site.temperature is None or not bool((site.temperature > 0).all()):
+        return "its scores hold no product of queries and keys to slice"
+    if not site.uniform:
+        return "its marginals are not uniform, which sliced duals do not serve yet"
+    if site.logarithm:
+        return "it ends in the logarithm of a plan, which sliced duals do not serve yet"
+    return None

@@ -1,0 +1,65 @@
+"""What range the scores of each site take on some samples."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from asapc.ops.scaling import MOST_SPREAD
+from asapc.ops.sinkhorn import kernel_spread
+from asapc.passes.layout import operands
+from asapc.passes.record import record
+from asapc.planning.activations import masked_scores
+from asapc.planning.calibrate import BATCH
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.types.site import Site
+
+
+class ScoreRange(NamedTuple):
+    """The scores of one site.
+
+    Attributes:
+        kernel_spread: largest `ops.sinkhorn.kernel_spread` of any batch.
+        deviations: standard deviation of each sample's scores, mean over the heads; of each window where windows of
+            samples attend apart.
+    """
+
+    kernel_spread: float
+    deviations: Tensor
+
+
+def score_ranges(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) -> dict[str, ScoreRange]:
+    """Ranges by the site's name, in one pass over the samples."""
+    module = graph.program.module()
+    names = {operand.node for site in sites for operand in operands(site)}
+    spreads: dict[str, float] = dict.fromkeys((site.name for site in sites), 0.0)
+    deviations: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    for batch in samples.batches(BATCH):
+        values = record(module, batch, names)
+        for site in sites:
+            scores = masked_scores(site, values)
+            spread = kernel_spread(scores)
+            spreads[site.name] = spread if not spread <= spreads[site.name] else spreads[site.name]
+            deviations[site.name].append(deviation(scores))
+    return {name: ScoreRange(spreads[name], torch.cat(found)) for name, found in deviations.items()}
+
+
+def deviation(scores: Tensor) -> Tensor:
+    """Standard deviation (B,) of what is finite of scores (B, H, N, M), mean over the heads."""
+    live = scores.isfinite()
+    count = live.sum(dim=(-1, -2), keepdim=True).clamp_min(1)
+    known = torch.where(live, scores, 0.0)
+    centred = torch.where(live, known - known.sum(dim=(-1, -2), keepdim=True) / count, 0.0)
+    return (centred.square().sum(dim=(-1, -2), keepdim=True) / count).sqrt().flatten(1).mean(dim=1)
+
+
+def wide_sites(ranges: Mapping[str, ScoreRange]) -> frozenset[str]:
+    """Sites whose kernel has to be levelled on both axes, see `ops.scaling.MOST_SPREAD`; nan counts as too wide."""
+    return frozenset(name for name, found in ranges.items() if not found.kernel_spread <= MOST_SPREAD)
+
+
+def limits(ranges: Mapping[str, ScoreRange]) -> dict[str, tuple[float, float]]:
+    """Least and largest deviation of any sample, by the site's name."""
+    return {name: (found.deviations.amin().item(), found.deviations.amax().item()) for name, found in ranges.items()}

@@ -1,0 +1,50 @@
+"""Fits linear maps from sufficient statistics, in closed form: tensors in, tensors out."""
+
+import torch
+from torch import Tensor
+
+from asapc.types.choices import Regression
+
+# Relative; all features have the units of the scores, so that their spreads compare.
+SMALLEST_SPREAD = 1e-6
+# Ridge parameters that are tried. A first map extrapolates from a few features and wants damping; the closures that
+# later ones combine are nearly parallel, and their small differences are what counts.
+PENALTIES = tuple(10.0**exponent for exponent in range(-7, 0))
+
+
+def fit(fitting: Regression, selection: Regression) -> Tensor:
+    """Weights (H, F) by ridge, each head with that of PENALTIES which leaves least error on other samples.
+
+    Args:
+        fitting: statistics of the samples to fit.
+        selection: those of the samples that choose.
+    """
+    found = torch.stack([ridge(fitting, penalty) for penalty in PENALTIES])
+    errors = torch.stack([residual(selection, weights) for weights in found])
+    best = errors.argmin(dim=0)
+    return found[best, torch.arange(best.numel())]
+
+
+def residual(problem: Regression, weights: Tensor) -> Tensor:
+    """Sum (H,) of squared errors that weights (H, F) leave."""
+    quadratic = torch.einsum("hf,hfe,he->h", weights, problem.gram, weights)
+    return problem.energy - 2 * (weights * problem.moment).sum(dim=-1) + quadratic
+
+
+def ridge(problem: Regression, penalty: float) -> Tensor:
+    """Weights (H, F) that minimise mean (target - weights . features)^2 + penalty * |weights * spread|^2.
+
+    Args:
+        problem: sums over the calibration samples; `spread` is the features' standard deviation in them.
+        penalty: ridge parameter on features standardised to unit variance. A feature that hardly varies, beside
+            the one that varies most, gets weight 0: to divide by a spread of rounding errors would amplify them.
+    """
+    gram, moment = problem.gram / problem.count, problem.moment / problem.count
+    spread = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    inverse = torch.where(spread > SMALLEST_SPREAD * spread.amax(dim=-1, keepdim=True), 1 / spread, 0.0)
+    correlation = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    regularised = correlation + penalty * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    # Cholesky, not solve: batched LU is broken in some CPU builds of torch 2.13 (oneMKL DLASWP).
+    factor = torch.linalg.cholesky(regularised)
+    solution = torch.cholesky_solve((moment * inverse).unsqueeze(-1), factor)
+    return solution.squeeze(-1) * inverse

@@ -1,0 +1,1 @@
+"""The data that flows between the stages: frozen, and without logic of its own."""

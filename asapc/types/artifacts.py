@@ -1,0 +1,30 @@
+"""Files that a compilation writes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxArtifact:
+    """An ONNX file that onnx.checker accepts."""
+
+    path: Path
+    opset: int
+
+
+@dataclass(frozen=True, eq=False)
+class EngineArtifact:
+    """A serialised TensorRT engine.
+
+    Attributes:
+        path: the file.
+        builder: which compiler made it, and its version.
+        targets: GPU architectures it runs on, e.g. "SM89".
+        refused: architectures that the compiler knows but cannot build this model for, with its reason.
+    """
+
+    path: Path
+    builder: str
+    targets: tuple[str, ...]
+    refused: Mapping[str, str]

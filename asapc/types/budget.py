@@ -1,0 +1,49 @@
+"""The fidelity budget: metrics, terms and how they are read."""
+
+import re
+from typing import NamedTuple
+
+from asapc.errors import OptionError
+
+METRICS = {
+    "agreement": ">=",
+    "metric-drop": "<=",
+    "relc": "<=",
+    "column-marginal": "<=",
+}
+# Those that are judged site by site, with the field of `results.SiteFidelity`.
+SITE_METRICS = {"relc": "relc", "column-marginal": "column_marginal_error"}
+
+
+class Bound(NamedTuple):
+    """One term of a fidelity budget; `metric-drop` in percentage points, all else in natural units."""
+
+    metric: str
+    limit: float
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value keeps to this term; nan never does."""
+        return value >= self.limit if METRICS[self.metric] == ">=" else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.metric}{METRICS[self.metric]}{self.limit:g}"
+
+
+def parse_bound(text: str) -> Bound:
+    """Read one term of a fidelity budget, e.g. "agreement>=0.99".
+
+    Raises:
+        OptionError: not of that form, an unknown metric, or the comparison points the wrong way.
+    """
+    match = re.fullmatch(r"\s*([a-z-]+)\s*(>=|<=)\s*([0-9.eE+-]+)\s*", text)
+    hint = "use one of " + ", ".join(f"{name}{op}VALUE" for name, op in METRICS.items())
+    if match is None or METRICS.get(match[1]) != match[2]:
+        raise OptionError(f"cannot read the fidelity budget {text!r}", hint)
+    try:
+        return Bound(match[1], float(match[3]))
+    except ValueError:
+        raise OptionError(f"{match[3]!r} in the fidelity budget {text!r} is not a number", hint) from None
+
+
+# What a compiled model must keep where the user names no budget, as far as it can be judged.
+DEFAULT_BUDGET = (Bound("agreement", 0.98), Bound("relc", 0.08))

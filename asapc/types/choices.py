@@ -1,0 +1,138 @@
+"""What can stand in the place of a site, and what was chosen: frozen, and without logic of its own.
+
+Shapes as in `artifacts`, and F features.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from asapc.types.options import Lowering
+from asapc.types.results import SiteFidelity
+
+Operator = Literal["keep", "exact", "truncated", "sliced_dual"]
+Side = Literal["queries", "keys"]
+
+
+@dataclass(frozen=True, eq=False)
+class Regression:
+    """Sufficient statistics of one least-squares problem per head; float64, both centred over the points of a sample.
+
+    Attributes:
+        gram: (H, F, F) sum over samples and points of products of features.
+        moment: (H, F) sum of feature times target.
+        energy: (H,) sum of the target's square.
+        count: () number of summed terms (samples * points).
+    """
+
+    gram: Tensor
+    moment: Tensor
+    energy: Tensor
+    count: Tensor
+
+
+class FeatureSet(NamedTuple):
+    """What a dual is estimated from, beside a parabola for each coordinate and the mean of the other side.
+
+    Attributes:
+        slices: number of coordinates whose exact potential is taken, by sorting.
+        pieces: linear pieces that hinges give the first coordinates; 0 for no hinges.
+        side: the points whose dual it is.
+        paired: whether products of two coordinates take part.
+    """
+
+    slices: int = 0
+    pieces: int = 0
+    side: Side = "keys"
+    paired: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class SlicedDualParams:
+    """What the sliced-dual operator of one site needs.
+
+    Attributes:
+        query_basis, key_basis: (H, D, C) directions of C coordinates, so that (q @ query_basis).(k @ key_basis) is
+            as much of the score, without any bias, as C products can carry.
+        slices: number of slices L, the first columns of the bases.
+        knots: (H, K, P) places of P hinges in each of the first K coordinates, in standard deviations; K may be 0.
+        weights: linear maps to the dual. The first is (H, F), over the features of
+            `ops.sliced_dual.dual_features`; each further one is a fitted closure step, (H, F + 1),
+            (H, F + 2) ..., over the features and the closures so far. Empty before the fit.
+        side: the points whose dual is estimated.
+        paired: whether there are features of pairs of coordinates.
+    """
+
+    query_basis: Tensor
+    key_basis: Tensor
+    slices: int
+    knots: Tensor
+    weights: tuple[Tensor, ...] = ()
+    side: Side = "keys"
+    paired: bool = False
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the functions that the dual is estimated from."""
+        optional = {"slices": self.slices > 0, "pairs": self.paired, "hinges": self.knots.numel() > 0}
+        return ["bquad", "mean", *(name for name, there in optional.items() if there)]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An operator that could stand in the place of one site.
+
+    Attributes:
+        operator: "keep" leaves the site as it is, "exact" is the scaling form of the same half-steps,
+            "truncated" the scaling form of fewer, "sliced_dual" the fitted approximation.
+        half_steps: half-steps over the scores that the operator takes.
+        cost: estimated milliseconds at the largest batch; infinite for a loop as it was written.
+        fidelity: on calibration samples that were not fitted; None where it was not looked at.
+        params: of a sliced dual, else None.
+        lowering: "materialised" makes the scores once, as a matrix, and works on that; "fused" goes through the
+            runtime's fused attention for each half-step, without a matrix (`ops.fused`).
+    """
+
+    operator: Operator
+    half_steps: int
+    cost: float
+    fidelity: SiteFidelity | None = None
+    params: SlicedDualParams | None = None
+    lowering: Lowering = "materialised"
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The operator that a plan puts in the place of one site, and what else there was.
+
+    Attributes:
+        candidate: what was chosen.
+        reason: why this one.
+        front: the candidates that no other beats in both cost and error, cheapest first.
+    """
+
+    candidate: Candidate
+    reason: str
+    front: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One choice for each site, by the site's name.
+
+    Attributes:
+        choices: by the site's name.
+        wide: sites whose scores spread so far that the scaling form has to level its kernel twice, see `ops.scaling`.
+        ranges: least and largest standard deviation of a calibration sample's scores, see `ranges.ScoreRange`.
+        repairs: how often a site got a closer operator because the whole model missed the budget on held-out samples.
+    """
+
+    choices: Mapping[str, Choice]
+    wide: frozenset[str] = frozenset()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    repairs: int = 0
+
+
+SIDES: tuple[Side, Side] = ("queries", "keys")  # in the order of `Activations`

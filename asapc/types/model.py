@@ -1,0 +1,53 @@
+"""A model as it was loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from asapc.types.samples import Samples
+
+
+@dataclass(frozen=True)
+class InputType:
+    """What an exported model takes as one of its inputs.
+
+    Attributes:
+        sizes: of its axes, None for those that are left open, as the first always is; None for nothing known.
+        dtype: of its elements.
+    """
+
+    sizes: tuple[int | None, ...] | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A trained model in evaluation mode, and the samples that came with it.
+
+    Attributes:
+        module: the model; `inputs.arguments` says how `Samples.inputs` reach it.
+        path: the file it was read from.
+        sha256: hash of that file.
+        parameters: number of parameters.
+        calibration: samples for fitting, None where the file carries none.
+        held_out: samples that no stage may fit on, None where the file carries none.
+        program: the graph of a torch.export archive, free of writes in place; None where there is but the module.
+        inputs: what an exported model takes, by name and in its order; None for code, whose forward has parameters.
+        example: inputs that are good enough to capture the model with, not to fit on; None for none.
+        notes: what the user should know about how the file was read.
+    """
+
+    module: nn.Module
+    path: Path
+    sha256: str
+    parameters: int
+    calibration: Samples | None
+    held_out: Samples | None
+    program: ExportedProgram | None = None
+    inputs: Mapping[str, InputType] | None = None
+    example: Samples | None = None
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,130 @@
+"""What verifying and measuring find out: frozen, and without logic of their own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class SiteFidelity:
+    """What the operator of one site costs in fidelity, alone, on the teacher's own held-out activations.
+
+    Attributes:
+        relc: error of the attention output over the norm of the token-centred teacher output.
+        plan_tv: total variation between the rows of the two plans, mean.
+        row_marginal_error: |row sum - 1|, mean.
+        column_marginal_error: |column sum / (N / M) - 1|, mean.
+    """
+
+    relc: float
+    plan_tv: float
+    row_marginal_error: float
+    column_marginal_error: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric where labels were given, as shares in [0, 1], of the teacher and of the compiled model."""
+
+    name: str
+    teacher: float
+    compiled: float
+
+
+@dataclass(frozen=True)
+class Hop:
+    """The difference that one step of the compilation makes on held-out samples, to whichever output it is largest.
+
+    Attributes:
+        name: "capture" (model as loaded to its graph), "amortisation" (that with operators in the place of loops),
+            "activations" (that with ReLU networks in the place of smooth activations, where asked for), "export" (that
+            to ONNX Runtime), or "precision" (that to the precision asked for).
+        max_abs: largest absolute difference.
+        rel: norm of the difference over the norm of the reference output.
+        agreement: share of samples whose first output has the same argmax; None where it has no class axis.
+    """
+
+    name: str
+    max_abs: float
+    rel: float
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class VariantFidelity:
+    """Fidelity of one way to run the model, end to end; see `Hop` for the fields.
+
+    `logits_rel` is None where the output is not finite; `metric` is the variant's own, where there are labels.
+    """
+
+    logits_rel: float | None
+    agreement: float | None
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Fidelity of a compiled model on held-out samples.
+
+    Attributes:
+        samples: number of held-out samples.
+        logits_rel, agreement, metric: end to end, from the model as loaded to the compiled ONNX file.
+        hops: the same difference step by step.
+        variants: all variants whose latency is measured, end to end, by name.
+        sites: each operator alone, by the site's name; sites that were kept have none.
+    """
+
+    samples: int
+    logits_rel: float
+    agreement: float | None
+    metric: Metric | None
+    hops: tuple[Hop, ...]
+    variants: Mapping[str, VariantFidelity]
+    sites: Mapping[str, SiteFidelity]
+
+
+@dataclass(frozen=True)
+class LatencyRun:
+    """Latency of one model in one runtime at one batch size, milliseconds a call."""
+
+    name: str
+    runtime: str
+    batch: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    std_ms: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Interleaved runs of all variants on one device, with the threads that the runtime was given."""
+
+    device: str
+    threads: int
+    runs: tuple[LatencyRun, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FittedActivation:
+    """A stand-in for one function.
+
+    Attributes:
+        name: as of `passes.lower_activations.activation`.
+        module: the stand-in.
+        units: its hidden units.
+        error: largest error on the range, as computed in the floats of the graph.
+        low, high: the range.
+        nodes: how many nodes it stands in for.
+    """
+
+    name: str
+    module: nn.Module
+    units: int
+    error: float
+    low: float
+    high: float
+    nodes: int

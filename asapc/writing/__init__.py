@@ -1,0 +1,1 @@
+"""What a compilation writes: graphs, the folder, the report."""

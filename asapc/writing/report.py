@@ -1,0 +1,184 @@
+"""The report of a compilation: a public interface, described by docs/report.schema.json."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from asapc.types.budget import Bound
+from asapc.types.choices import Candidate, Choice, Plan
+from asapc.types.graph import EarlyStops
+from asapc.types.model import LoadedModel
+from asapc.types.results import Fidelity, FittedActivation, Latency
+from asapc.types.site import Findings, Miss, Site
+
+SCHEMA = "asapc.report/1"
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What a compilation did, what it costs and what it gains.
+
+    Attributes:
+        folder: where the artefacts are.
+        data: the content of report.json; docs/report.schema.json says what stands where.
+    """
+
+    folder: Path
+    data: Mapping[str, Any]
+
+
+def report_data(
+    loaded: LoadedModel,
+    findings: Findings,
+    plan: Plan,
+    activations: Sequence[FittedActivation],
+    fidelity: Fidelity,
+    budget: Sequence[Bound],
+    latency: Latency,
+    artifacts: list[dict[str, Any]],
+    environment: dict[str, object],
+) -> dict[str, Any]:
+    """The content of report.json, plain types only."""
+    return {
+        "schema": SCHEMA,
+        "model": {"path": str(loaded.path), "sha256": loaded.sha256, "parameters": loaded.parameters},
+        "sites": [
+            {
+                **site_data(site),
+                "choice": choice_data(plan.choices[site.name]),
+                "calibration_range": list(plan.ranges[site.name]),
+                "fidelity": None if (found := fidelity.sites.get(site.name)) is None else asdict(found),
+            }
+            for site in findings.sites
+        ],
+        "misses": [miss_data(miss) for miss in findings.misses],
+        "early_stops": early_stop_data(findings.early_stops),
+        "activations": [activation_data(found) for found in activations],
+        "fidelity": fidelity_data(fidelity),
+        "budget": [str(bound) for bound in budget],
+        "latency": latency_data(latency),
+        "artifacts": artifacts,
+        "environment": environment,
+    }
+
+
+def site_data(site: Site) -> dict[str, Any]:
+    """A site as `asapc inspect --json` and the report show it."""
+    epsilon = [] if site.epsilon is None else [round(e, 9) for e in site.epsilon]
+    same = bool(epsilon) and max(epsilon) - min(epsilon) <= 1e-6 * abs(max(epsilon))
+    return {
+        "name": site.name,
+        "source": shorten(site.source),
+        "half_steps": site.half_steps,
+        "last": site.last,
+        "epsilon": epsilon[0] if same else epsilon or None,
+        "heads": site.heads,
+        "queries": site.queries,
+        "keys": site.keys,
+        "head_dim": site.head_dim,
+        "masked": site.masked,
+        "ends_in": "attention" if site.applied else "plan",
+        "share": round(site.share, 4),
+    }
+
+
+def shorten(source: str | None) -> str | None:
+    """Give "file:line" relative to the working directory where it lies below."""
+    if source is None:
+        return None
+    path = Path(source)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else source
+
+
+def miss_data(miss: Miss) -> dict[str, Any]:
+    """A miss as `asapc inspect --json` and the report show it."""
+    return {**asdict(miss), "source": shorten(miss.source)}
+
+
+def activation_data(found: FittedActivation) -> dict[str, Any]:
+    """A ReLU network in the place of an activation, in the report."""
+    return {name: value for name, value in vars(found).items() if name != "module"}
+
+
+def activations_note(activations: Sequence[FittedActivation]) -> str:
+    """Say what stands in for smooth activations; empty where nothing does."""
+    return "".join(f"; {found.nodes} {found.name} in {found.units} ReLU units" for found in activations)
+
+
+def early_stop_data(early_stops: EarlyStops | None) -> dict[str, Any] | None:
+    """Early stops as `asapc inspect --json` and the report show them; None where the model has none."""
+    if early_stops is None:
+        return None
+    return {
+        "stops": [{"source": shorten(source), "question": line} for source, line in early_stops.questions.items()],
+        "difference": early_stops.difference,
+        "taken": early_stops.taken,
+    }
+
+
+def early_stop_note(data: Mapping[str, Any] | None) -> str:
+    """Say in one line what `early_stop_data` holds; empty where the model has no early stops."""
+    if data is None:
+        return ""
+    lines = ", ".join(str(stop["source"]) for stop in data["stops"])
+    change = f"the outputs by {data['difference']:.1e}" if data["taken"] else "nothing"
+    return f"without the early stop at {lines}, which changes {change} on the samples given"
+
+
+def plan_note(plan: Plan) -> str:
+    """Say in one line what a plan chose."""
+    chosen = Counter(choice.candidate.operator for choice in plan.choices.values())
+    note = ", ".join(f"{count} {operator}" for operator, count in chosen.items())
+    return f"{note}; {plan.repairs} repairs" if plan.repairs else note
+
+
+def choice_data(choice: Choice) -> dict[str, Any]:
+    """A choice in the report, with what the others on its front would have given."""
+    return {
+        **candidate_data(choice.candidate),
+        "reason": choice.reason,
+        "front": [candidate_data(candidate) for candidate in choice.front],
+    }
+
+
+def candidate_data(candidate: Candidate) -> dict[str, Any]:
+    """A candidate in the report; slices, features and side are those of a sliced dual, else 0 and none."""
+    params, fidelity = candidate.params, candidate.fidelity
+    return {
+        "operator": candidate.operator,
+        "half_steps": candidate.half_steps,
+        "lowering": candidate.lowering,
+        "slices": 0 if params is None else params.slices,
+        "features": [] if params is None else params.features,
+        "side": None if params is None else params.side,
+        "closure_half_steps": 0 if params is None else candidate.half_steps,
+        "estimated_ms": candidate.cost if isfinite(candidate.cost) else None,
+        "calibration_relc": fidelity.relc if fidelity is not None and isfinite(fidelity.relc) else None,
+    }
+
+
+def fidelity_data(fidelity: Fidelity) -> dict[str, Any]:
+    """End-to-end fidelity, hop by hop, with all variants beside it; site by site it stands with the sites."""
+    data = asdict(fidelity)
+    del data["sites"]
+    data["hops"] = list(data["hops"])
+    return data
+
+
+def latency_data(latency: Latency) -> dict[str, Any]:
+    """Runs, and the ratios at the largest batch: above 1 in a speedup, the compiled model is the faster."""
+    batch = max(run.batch for run in latency.runs)
+    p50 = {run.name: run.p50_ms for run in latency.runs if run.batch == batch}
+    return {
+        "device": latency.device,
+        "threads": latency.threads,
+        "batch": batch,
+        "runs": [asdict(run) for run in latency.runs],
+        "speedup_vs_teacher": p50["teacher"] / p50["compiled"],
+        "speedup_vs_exact": p50["exact"] / p50["compiled"],
+        "speedup_vs_truncated": p50["truncated"] / p50["compiled"],
+        "ratio_to_softmax": p50["compiled"] / p50["softmax"],
+    }

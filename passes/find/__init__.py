@@ -1,0 +1,1 @@
+"""Finds Sinkhorn loops in a graph."""

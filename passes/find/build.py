@@ -1,0 +1,160 @@
+"""Builds plans that a model applies without ever building them: a * (K @ (b * v)) becomes (a * K * b) @ v.
+
+Code that keeps scaling vectors often stops there: it scales the values, multiplies by the kernel and scales the
+result, so that there is no plan for the finder to look at. Whether a plan that was built is Sinkhorn is still the
+finder's to say; where it is not, the graph stays as it was.
+"""
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from asapc.passes.base import GraphPass, PassResult, PreconditionError
+from asapc.passes.find.evidence import find_with_evidence
+from asapc.passes.find.kinds import SIZE
+from asapc.passes.find.products import SHAPE
+from asapc.passes.find.unbuilt import Scaling, Unbuilt, find_unbuilt, find_unbuilt_equation
+from asapc.passes.layout import align, loosen_views
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+
+OF_VALUES = ("val", "tensor_meta", SHAPE, SIZE)  # metadata that tells of a node's value, not of where it comes from
+
+
+def build_plans(graph: CapturedGraph, samples: Samples) -> CapturedGraph:
+    """The graph with those plans built that it applies without, as far as they are Sinkhorn; else the graph itself.
+
+    Args:
+        graph: the captured model; it is not changed.
+        samples: what the finder may look at, see `find_with_evidence`.
+    """
+    wanted: Collection[str] | None = None
+    while True:
+        build = BuildPlan(wanted)
+        result = build(copy.deepcopy(graph.program.graph_module))
+        if not result.modified:
+            return graph
+        built = replace(graph, program=with_graph(graph.program, result.program))
+        plans = {site.plan.node for site in find_with_evidence(built, samples).sites}
+        found = {product for product, plan in build.plans.items() if plan in plans}
+        if found == set(build.plans):
+            return built
+        wanted = found
+
+
+def with_graph(program: ExportedProgram, module: GraphModule) -> ExportedProgram:
+    """A program with the same weights, inputs and outputs, and another graph in between."""
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=program.state_dict,
+        range_constraints=dict(program.range_constraints),
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+class BuildPlan(GraphPass[GraphModule]):
+    """Moves scaling vectors from values and results onto the matrix between them, in place.
+
+    The scaled matrix is traced, all else are copies of nodes that were there. The node that held the scaled result
+    stays, and keeps its name and metadata: it computes the same from the plan.
+
+    Args:
+        wanted: names of the products whose plan is to be built; None for all.
+
+    Attributes:
+        plans: after a call, the names of the plans by those of the products.
+    """
+
+    def __init__(self, wanted: Collection[str] | None = None) -> None:
+        self.wanted = wanted
+        self.plans: dict[str, str] = {}
+
+    def requires(self, program: GraphModule) -> None:
+        """The graph says what shapes its values have, as captured ones do."""
+        if not all("val" in node.meta for node in program.graph.find_nodes(op="placeholder")):
+            raise PreconditionError("the graph was not captured: its nodes bear no example values")
+
+    def call(self, program: GraphModule) -> PassResult[GraphModule]:
+        """Build what plans there are to build."""
+        self.plans = {}
+        for node in list(program.graph.nodes):
+            if self.wanted is not None and node.name not in self.wanted:
+                continue
+            for find in (find_unbuilt_equation, find_unbuilt):  # what the first leaves may be scaled from outside
+                if (unbuilt := find(node)) is not None:
+                    self.plans[node.name] = build(program.graph, unbuilt).name
+        if self.plans:
+            program.graph.eliminate_dead_code()
+            program.recompile()
+        return PassResult(program, bool(self.plans))
+
+    def ensures(self, program: GraphModule) -> None:
+        """The graph is sound."""
+        program.graph.lint()
+
+
+class Scaled(nn.Module):
+    """A matrix times, or by, what scales it; to be traced."""
+
+    def __init__(self, scalings: Sequence[Scaling]) -> None:
+        super().__init__()
+        self.scalings = scalings
+
+    def forward(self, matrix: Tensor, *factors: Tensor) -> Tensor:
+        """The plan of a matrix (...) and the factors of all scalings, in the layouts of the graph."""
+        for scaling, factor in zip(self.scalings, factors, strict=True):
+            aligned = align(factor, scaling.axes, scaling.target)
+            matrix = matrix / aligned if scaling.divides else matrix * aligned
+        return matrix
+
+
+def build(graph: Graph, unbuilt: Unbuilt) -> Node:
+    """Build a plan and apply it, in the place of the product or of its scaled result; return the plan."""
+    end = (unbuilt.product, *unbuilt.result)[-1]
+
+    def again(steps: Sequence[Node], given: Mapping[Node, Node]) -> Node:
+        """The last of some steps, computed from what is given in the place of some nodes, and without what moves."""
+        copies = dict(given)
+        for node in steps:
+            if node in unbuilt.left_out:
+                copies[node] = copies.get(unbuilt.left_out[node], unbuilt.left_out[node])
+            elif node not in copies:
+                copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
+        return copies[steps[-1]]
+
+    with graph.inserting_before(end):
+        plan = trace(graph, Scaled(unbuilt.scalings), unbuilt)
+        matrix = again(unbuilt.matrix, {unbuilt.matrix[0]: plan})
+        values = again(unbuilt.values, {unbuilt.values[0]: unbuilt.values[0]})
+        product = again([unbuilt.product], {unbuilt.matrix[-1]: matrix, unbuilt.values[-1]: values})
+        if unbuilt.equation is not None:
+            product.args = (unbuilt.equation, [matrix, values])
+        last = again((unbuilt.product, *unbuilt.result), {unbuilt.product: product})
+    # The end stays the node that it is, under its name; it only comes of the plan from now on.
+    end.target, end.args, end.kwargs = last.target, last.args, last.kwargs
+    graph.erase_node(last)
+    loosen_views(plan)
+    return plan
+
+
+def trace(graph: Graph, module: nn.Module, unbuilt: Unbuilt) -> Node:
+    """Put what a module makes of a matrix and its factors into a graph, as if the product's line had done it."""
+    inputs = (unbuilt.matrix[0], *(scaling.factor for scaling in unbuilt.scalings))
+    traced = make_fx(module, tracing_mode="symbolic")(*(node.meta["val"] for node in inputs)).graph
+    origin = {key: value for key, value in unbuilt.product.meta.items() if key not in OF_VALUES}
+    for node in traced.nodes:
+        node.meta = origin | {key: value for key, value in node.meta.items() if key in OF_VALUES}
+    placeholders = traced.find_nodes(op="placeholder")
+    result = graph.graph_copy(traced, dict(zip(placeholders, inputs, strict=True)))
+    assert isinstance(result, Node)
+    return result

@@ -1,0 +1,159 @@
+"""Kinds of nodes, as far as it matters for what may be a plan."""
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from asapc.passes.find.products import as_product, shape_of
+
+aten = torch.ops.aten
+SIZE = "asapc_size"
+# Learned layers: what lies before one belongs to another attention.
+LAYERS = {
+    aten.linear.default,
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.embedding.default,
+    aten.layer_norm.default,
+}
+# Those that torch does not tag as views or elementwise, and that are: nothing moves or changes in evaluation mode.
+UNTAGGED = {
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten._unsafe_view.default,
+    aten.cat.default,
+    aten.stack.default,
+    aten.repeat_interleave.self_int,
+    aten.chunk.default,
+}
+SAME_VALUES = {aten.clone.default, aten._to_copy.default, aten.to.dtype, aten.dropout.default, aten.contiguous.default}
+DIAGONALS = {aten.diag_embed.default, aten.diag.default}
+REDUCTIONS = {
+    aten.sum,
+    aten.mean,
+    aten.logsumexp,
+    aten.amax,
+    aten.amin,
+    aten.max,
+    aten.min,
+    aten.norm,
+    aten.linalg_vector_norm,
+    aten.softmax,
+    aten._softmax,
+    aten.log_softmax,
+    aten._log_softmax,
+    aten.cumsum,
+    aten.any,
+    aten.all,
+    aten.prod,
+    aten.var,
+    aten.std,
+    aten.isclose,
+}
+SIZES_ONLY = {
+    aten.sym_size,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.empty_like,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.new_empty,
+}
+EXTREMES = {aten.amax, aten.amin, aten.max, aten.min}  # taken off scores before an exp
+
+
+def makes_scores(node: Node) -> bool:
+    """Whether a node is a product of two tensors that each bring an axis to the result, as queries and keys do.
+
+    Not a matrix times a vector, and not a matrix scaled by a diagonal one: those stand inside loops.
+    """
+    product = as_product(node)
+    return (
+        product is not None
+        and product.contracted != ""
+        and brings_axis(product.left, product.left_axes, product.only("left"))
+        and brings_axis(product.right, product.right_axes, product.only("right"))
+    )
+
+
+def brings_axis(operand: Node, axes: str, own: str) -> bool:
+    """Whether an operand of a product has an axis of its own, longer than 1, and is not diagonal."""
+    sizes = dict(zip(axes, shape_of(operand) or (), strict=False))
+    while (viewed := viewed_by(operand)) is not None:
+        operand = viewed
+    return operand.target not in DIAGONALS and any(sizes.get(a) != "1" for a in own)
+
+
+def viewed_by(node: Node) -> Node | None:
+    """The tensor that a view is one of; None for a node that is no view, or puts several together."""
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    return tensors[0] if is_view(node) and len(tensors) == 1 else None
+
+
+def is_matrix(node: Node) -> bool:
+    """Whether a node is a floating tensor of two axes or more."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point()
+
+
+def is_elementwise(node: Node) -> bool:
+    """Whether a node computes each entry from those at the same place."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node moves entries about without changing them."""
+    return bool(getattr(node.target, "is_view", False)) or node.target in UNTAGGED | SAME_VALUES
+
+
+def is_reduction(node: Node) -> bool:
+    """Whether a node sums, or takes the most, over axes."""
+    return getattr(node.target, "overloadpacket", None) in REDUCTIONS
+
+
+def is_mixing(node: Node) -> bool:
+    """Whether a node could normalise: it sums over axes, itself or as a product."""
+    return is_reduction(node) or as_product(node) is not None
+
+
+def size_of(node: Node) -> str | None:
+    """Symbolic number of entries, as text."""
+    if SIZE not in node.meta:
+        value = node.meta.get("val")
+        node.meta[SIZE] = str(value.numel()) if isinstance(value, Tensor) else None
+    size: str | None = node.meta[SIZE]
+    return size
+
+
+def is_cut(node: Node) -> bool:
+    """Whether a node takes a part of a matrix: a plan without its dustbins, say."""
+    return node.target in (aten.slice.Tensor, aten.select.int, aten.narrow.default)
+
+
+def is_constant(node: Node) -> bool:
+    """Whether a node depends on no values of the model's inputs; on their sizes it may."""
+    stack, seen = [node], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            return False
+        if node not in seen and getattr(node.target, "overloadpacket", None) not in SIZES_ONLY:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return True
+
+
+def depends_on(node: Node, source: Node) -> bool:
+    """Whether a node depends on another."""
+    stack, seen = [node], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node is source:
+            return True
+        if node not in seen and node > source:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return False

@@ -1,0 +1,214 @@
+"""Finds Sinkhorn attention in a graph, whatever its code looks like.
+
+Structure proposes (`candidates.py`), numbers decide (`probe.py`). The graph runs once on real samples. Where a
+candidate for a plan comes up, the nodes that it may have been made from are tried in order: the product
+of queries and keys, that with a bias, with a mask. The first from which the region up to the plan is Sinkhorn
+scaling, in numbers, is where the loop starts. No class, module or function name is ever looked at; names
+only label the result.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from asapc.passes.find.candidates import Candidate, propose
+from asapc.passes.find.describe import describe, module_path, source_line
+from asapc.passes.find.frames import frames
+from asapc.passes.find.kinds import is_constant
+from asapc.passes.find.probe import MASKED_LATER, NotSinkhorn, amount, difference, find_scale, probe
+from asapc.passes.find.products import as_product
+from asapc.passes.find.regions import OpenRegionError, Region
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.types.site import Findings, Miss, Site
+
+# The plan that the model computes may differ from the loop in float64 by so much, relative: rounding of a long loop
+# in float32. Beyond it the loop lives on rounding, as masks of -1e9 that float32 swallows do.
+PRECISION_TOLERANCE = 1e-2
+
+
+def find_sinkhorn(graph: CapturedGraph, samples: Samples) -> Findings:
+    """Find the Sinkhorn attention sites of a graph.
+
+    Args:
+        graph: the captured model; it is not changed.
+        samples: two real inputs or more, for the probe on real scores.
+
+    Returns:
+        The sites in the order of the graph, and for each candidate that was turned down the reason.
+    """
+    module = graph.program.module()
+    finder = Finder(module, list(propose(module.graph)), len(samples))
+    with torch.no_grad():
+        finder.run(*samples.inputs.values(), enable_io_processing=False)
+    return finder.findings()
+
+
+class Finder(Interpreter):
+    """Runs a graph once and judges each candidate as soon as its plan is there, so that little has to be kept."""
+
+    def __init__(self, module: GraphModule, candidates: Sequence[Candidate], batch: int) -> None:
+        super().__init__(module)
+        self.batch = batch
+        # Candidates are judged where a use begins, those nearest to it first: the others are on the way to it.
+        self.ending: dict[Node, list[Candidate]] = {}
+        for candidate in candidates:
+            for use in sorted(candidate.uses, key=lambda use: len(use.path)):
+                self.ending.setdefault(use.path[-1], []).append(candidate)
+        self.judged: dict[Node, bool] = {}
+        self.releases: dict[Node, list[Node]] = {}  # whose values are no longer needed after a node
+        last: dict[Node, Node] = {}
+        for node in module.graph.nodes:
+            for candidate in self.ending.get(node, ()):
+                last |= dict.fromkeys(candidate.needed, node)
+        for node, end in last.items():
+            self.releases.setdefault(end, []).append(node)
+        self.kept = set(last)
+        self.values: dict[Node, Any] = {}
+        self.seconds: dict[Node, float] = {}
+        self.sites: list[tuple[Candidate, Site]] = []
+        self.misses: list[tuple[Candidate, Miss]] = []
+        self.untold: list[str] = []
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node; judge the candidate that ends in it."""
+        start = time.perf_counter()
+        value = super().run_node(n)
+        self.seconds[n] = time.perf_counter() - start
+        if n in self.kept:
+            self.values[n] = value
+        for candidate in sorted(self.ending.get(n, ()), key=lambda c: c.plan, reverse=True):
+            if candidate.plan not in self.judged:
+                self.judged[candidate.plan] = self.judge(candidate)
+            if self.judged[candidate.plan]:
+                break
+        for node in self.releases.get(n, ()):
+            self.values.pop(node, None)
+        return value
+
+    def judge(self, candidate: Candidate) -> bool:
+        """Whether a candidate is a site; noted among sites or, where it looks like attention, misses."""
+        try:
+            self.sites.append((candidate, identify(candidate, self.values, self.batch)))
+        except NotSinkhorn as reason:
+            self.untold += reason.untold
+            plan = self.values[candidate.plan]
+            if bool((plan >= 0).all()) and any(as_product(use.user) for use in candidate.uses):
+                user = candidate.uses[0].user
+                self.misses.append((candidate, Miss(candidate.plan.name, source_line(user), str(reason), reason.hint)))
+            return False
+        return True
+
+    def findings(self) -> Findings:
+        """Sites and misses, less those that are only a stage on the way to another site's plan."""
+        inside: set[Node] = set().union(*(c.region - {c.plan} for c, _ in self.sites))
+        plans = {candidate.plan for candidate, _ in self.sites}
+        total = sum(self.seconds.values())
+        sites: list[Site] = []
+        used: set[Node] = set()  # what carries a site's plan to its use
+        places = set[tuple[str | None, str]]()
+        for candidate, site in self.sites:
+            if all(plans & set(use.path[1:]) or use.user in inside for use in candidate.uses):
+                continue
+            places.add((site.source, site.name))
+            share = sum(self.seconds.get(node, 0.0) for node in candidate.region) / total
+            sites.append(replace(site, name=unique(site.name, {other.name for other in sites}), share=share))
+            used |= {node for use in candidate.uses for node in use.path}
+        misses = [
+            miss
+            for candidate, miss in self.misses
+            if candidate.plan not in inside | used
+            and (miss.source, module_path(candidate.uses[0].user)) not in places  # a line may hold more than a loop
+        ]
+        first: dict[str, Miss] = {}  # at each line of code: the one nearest to the use was judged first
+        for miss in misses:
+            first.setdefault(miss.source or miss.node, miss)
+        return Findings(tuple(sites), tuple(first.values()), untold=tuple(dict.fromkeys(self.untold)))
+
+
+def identify(candidate: Candidate, values: Mapping[Node, Any], batch: int) -> Site:
+    """Judge one candidate; return its site, its name not yet made unique, or raise NotSinkhorn."""
+    seen = values[candidate.plan].double()
+    if is_same_everywhere(seen):
+        raise NotSinkhorn(
+            "the plan is constant on the samples, so nothing can be told from it",
+            "give other samples, not wholly masked",
+            untold=(candidate.plan.name,),
+        )
+    logarithm = bool((seen < 0).any())
+    failure = NotSinkhorn(
+        "nothing before it has its shape",
+        "if it is a loop, build the plan, a matrix of the scores' shape for each sample, and multiply that",
+        nearness=-1,
+    )
+    for exponential in (False, True):
+        if exponential and failure.nearness != MASKED_LATER:
+            break  # the kernel may start the loop where it is exp(scores) and a mask, not where it is anything else
+        for start in candidate.starts:
+            scores = values[start].double()
+            if exponential:
+                if bool((scores < 0).any()):
+                    continue
+                scores = scores.log()
+            try:
+                answer = Region(start, candidate.plan, candidate.region, values)
+                plan = answer(values[start].double())
+            except OpenRegionError:
+                continue
+            for frame in frames(candidate, seen.shape, batch):
+
+                def respond(changed: Tensor) -> Tensor:
+                    changed = frame.restore(changed)  # noqa: B023
+                    made = answer(changed.exp() if exponential else changed)  # noqa: B023
+                    return frame.arrange(made.exp() if logarithm else made)  # noqa: B023
+
+                try:
+                    arranged = frame.arrange(scores), frame.arrange(plan.exp() if logarithm else plan)
+                    scale, live = find_scale(*arranged)
+                    found = probe(*arranged, scale, live, respond)
+                    require_evidence(candidate, values)
+                    if (error := difference(seen, plan)) > PRECISION_TOLERANCE:
+                        raise NotSinkhorn(
+                            f"in its own precision the loop differs by {amount(error)} from what it computes in "
+                            "float64",
+                            "mask with -inf, and keep what is masked out of every step",
+                            nearness=3,
+                        )
+                except NotSinkhorn as reason:
+                    if reason.nearness > failure.nearness:
+                        failure = reason
+                    continue
+                return describe(candidate, start, frame, found, values, exponential, logarithm)
+    raise failure
+
+
+def require_evidence(candidate: Candidate, values: Mapping[Node, Any]) -> None:
+    """Raise NotSinkhorn if the loop reads an input, a mask say, that is the same everywhere on the samples.
+
+    What it does cannot be told then, and a rewrite could leave it out.
+    """
+    same = [n for n in sorted(candidate.given) if is_same_everywhere(values.get(n)) and not is_constant(n)]
+    if same:
+        raise NotSinkhorn(
+            f"the loop reads {same[0].name}, which depends on the model's inputs and is the same everywhere on the "
+            "samples, so that what it does cannot be told",
+            "give samples in which it differs: for a mask, some with padding",
+            nearness=4,
+            untold=tuple(node.name for node in same),
+        )
+
+
+def is_same_everywhere(value: Any) -> bool:
+    """Whether a value is a tensor of several entries that are all equal."""
+    return isinstance(value, Tensor) and value.numel() > 1 and bool((value == value.flatten()[0]).all())
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """Return the name, with a number after it where it is taken."""
+    return next(n for n in chain([name], (f"{name}.{i}" for i in count(2))) if n not in taken)

@@ -1,0 +1,1 @@
+"""Rewrites an ONNX model."""

@@ -1,0 +1,181 @@
+"""Puts the chosen operator in the place of each Sinkhorn site.
+
+The operator is an ordinary module that is called where the product plan @ v stood, or the plan where something else
+reads it too; the loop before it dies for want of readers. Exporting the result again traces the operator into
+the graph, so its graph comes from its one definition in torch, and no node is built by hand.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from asapc.passes.base import GraphPass, PassResult, PostconditionError, PreconditionError
+from asapc.passes.layout import Form, loosen_views, operands, restore, score_factor, site_inputs
+from asapc.types.site import Operand, Site
+
+WIDE = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "batch_norm", "rms_norm"),
+        *("exp", "log", "log1p", "log_softmax", "logsumexp", "sum", "prod", "cumsum", "pow", "rsqrt", "reciprocal"),
+    )
+}
+ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # what torch.export leaves behind at casts
+
+
+class InLayout(nn.Module):
+    """An operator that reads and gives tensors in the layout of the graph that it is put into.
+
+    Products with queries, keys and values are in `precision`, all else in the precision of the scores: duals, scaling
+    vectors and exponentials are no matter of half-precision floats.
+    """
+
+    def __init__(self, site: Site, operator: nn.Module, dtype: torch.dtype, precision: torch.dtype) -> None:
+        super().__init__()
+        self.site, self.operator, self.dtype = site, operator, dtype
+        self.form = form_of(site, operator)
+        multiplied = {operand for operand in (site.query, site.key) if site.product or self.form == "points"}
+        self.dtypes = [precision if o in multiplied | {site.value} else site.dtype for o in operands(site)]
+        self.register_buffer("factor", score_factor(site, site.dtype, self.form))
+
+    factor: Tensor | None
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """What stands at the node that is replaced, of the values of `operands(site)`."""
+        if not torch.is_autocast_enabled("cpu"):
+            return self.run(tensors)
+        with torch.autocast("cpu", enabled=False):
+            return self.run(tensors)
+
+    def run(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Do as `forward` where no cast is automatic."""
+        site, target = self.site, replaced(self.site)
+        given = [t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]
+        ways = {"scores": "forward", "turned": "oriented", "points": "from_points"}
+        run: Callable[..., Tensor] = getattr(self.operator, ways[self.form])
+        first, *others = site_inputs(site, given, self.factor, self.form)
+        assert first is not None
+        result = run(first if self.form == "points" else first.to(site.dtype), *others)
+        result = result if result.dtype == self.dtype else result.to(self.dtype)
+        return restore(result, target.axes, "nm" if site.output is None else "ne", site.groups, site.heads)
+
+
+def form_of(site: Site, operator: nn.Module) -> Form:
+    """What an operator takes in the place of the scores."""
+    if getattr(operator, "lowering", None) == "fused":
+        return "points"
+    return "turned" if site.product and getattr(operator, "turned", False) else "scores"
+
+
+def replaced(site: Site) -> Operand:
+    """The node in whose place the operator of a site comes."""
+    return site.output or site.plan
+
+
+class RewriteSinkhorn(GraphPass[GraphModule]):
+    """Replaces sites by operators, see `ops`, in place.
+
+    Args:
+        sites: what `find_sinkhorn` found in the program that the graph module was made of.
+        operators: by the site's name; a site without one is left as it is.
+        precision: of products with queries, keys and values; None for that of the scores.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], operators: Mapping[str, nn.Module], precision: torch.dtype | None = None
+    ) -> None:
+        self.precision = precision
+        self.operators = {
+            f"asapc_{replaced(site).node}": (site, operators[site.name]) for site in sites if site.name in operators
+        }
+
+    def requires(self, program: GraphModule) -> None:
+        """Every site stands in the graph, as it was found or replaced already."""
+        names = {node.name for node in program.graph.nodes}
+        for target, (site, _) in self.operators.items():
+            nodes = {replaced(site).node, *(operand.node for operand in operands(site))}
+            if not (nodes <= names or hasattr(program, target)):
+                raise PreconditionError(f"site {site.name} was not found in this graph")
+
+    def call(self, program: GraphModule) -> PassResult[GraphModule]:
+        """Replace what is still to replace."""
+        nodes: dict[str, Node] = {node.name: node for node in program.graph.nodes}
+        modified = False
+        for target, (site, operator) in self.operators.items():
+            if hasattr(program, target):
+                continue
+            old = nodes[replaced(site).node]
+            program.add_submodule(target, InLayout(site, operator, old.meta["val"].dtype, self.precision or site.dtype))
+            with program.graph.inserting_before(old):
+                args = tuple(nodes[operand.node] for operand in operands(site))
+                if form_of(site, operator) == "points" and not site.product:
+                    args = (of_one_row(nodes, site), *args[1:])
+                replacement = program.graph.call_module(target, args)
+            replacement.meta = dict(old.meta)
+            old.replace_all_uses_with(replacement)
+            loosen_views(replacement)
+            # A later site may have been found to read what stood here.
+            nodes[old.name] = replacement
+            modified = True
+        if modified:
+            for node in program.graph.find_nodes(op="call_function", target=ASSERTION):
+                program.graph.erase_node(node)  # they would keep the loop alive
+            program.graph.eliminate_dead_code()
+            program.delete_all_unused_submodules()
+            program.recompile()
+        return PassResult(program, modified)
+
+    def ensures(self, program: GraphModule) -> None:
+        """The graph is sound, and nothing that was replaced is left."""
+        program.graph.lint()
+        names = {node.name for node in program.graph.nodes}
+        for site, _ in self.operators.values():
+            if replaced(site).node in names:
+                raise PostconditionError(f"site {site.name} is still in the graph")
+
+
+def of_one_row(nodes: Mapping[str, Node], site: Site) -> Node:
+    """Put into a graph, where nodes are being inserted, a row of a site's scores, of a query that is zero."""
+    assert site.padding is not None
+    assert site.query is not None
+    product, *rest = (nodes[name] for name in site.padding)
+    query, graph = nodes[site.query.node], product.graph
+    row = graph.call_function(torch.ops.aten.slice.Tensor, (query, site.query.axes.index("n"), 0, 1))
+    made = {query: graph.call_function(torch.ops.aten.zeros_like.default, (row,))}
+    made[product] = graph.node_copy(product, lambda n: made.get(n, n))
+    for node in rest:
+        made[node] = graph.node_copy(node, lambda n: made.get(n, n))
+    for node in made.values():
+        node.meta = {}
+    return made[rest[-1]]
+
+
+def keep_float32(program: GraphModule) -> None:
+    """Cast what goes into normalisations, exponentials and sums back to the floats that it was traced as.
+
+    As torch's automatic casts do on GPUs, in whose stead those for processors are traced.
+    """
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in WIDE:
+            for given in node.all_input_nodes:
+                value = given.meta.get("val")
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    with program.graph.inserting_before(node):
+                        cast = program.graph.call_function(torch.ops.aten.to.dtype, (given, value.dtype))
+                    node.replace_input_with(given, cast)
+    program.recompile()
+
+
+def keep_output_types(program: GraphModule) -> None:
+    """Cast the outputs of a graph to the floats that they were traced as, whatever becomes of what makes them."""
+    graph = program.graph
+    output = graph.output_node()
+    for node in output.all_input_nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_floating_point() and node.op != "placeholder":
+            with graph.inserting_before(output):
+                cast = graph.call_function(torch.ops.aten.to.dtype, (node, value.dtype))
+            output.replace_input_with(node, cast)
+    program.recompile()

@@ -1,0 +1,117 @@
+"""A compiled folder is checked again: on the data it was compiled with, on other data, and when something is amiss."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.command import assert_user_error, run, write_checkpoint
+
+from asapc.commands.compile import compile_model
+from asapc.commands.verify import budget_of, recheck, recheck_stored, share_outside
+from asapc.config import CompileConfig
+from asapc.errors import CheckpointError, SamplesError
+from asapc.loading.model import load_model
+from asapc.types.budget import Bound
+from asapc.types.results import Fidelity
+
+LOOSE = ("relc<=1", "agreement>=0")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    """A folder with a small model, what it was compiled to, and samples of the kind it was compiled with."""
+    folder = tmp_path_factory.mktemp("recheck")
+    path = write_checkpoint(folder / "model.pt")
+    compile_model(path, CompileConfig(out=folder / "out", fidelity=LOOSE, batches=(2,), seconds=0.1, threads=1))
+    images = torch.load(path, weights_only=True)["held_out"]["inputs"]["images"].numpy()
+    np.savez(folder / "same.npz", images=images, labels=np.arange(8) % 3)
+    np.savez(folder / "sharp.npz", images=30 * images)
+    return folder
+
+
+def test_on_the_data_it_was_compiled_with_it_says_what_the_report_says(compiled):
+    found = recheck(compiled / "out", compiled / "same.npz")
+    report = json.loads((compiled / "out" / "report.json").read_text())
+    assert found.fidelity.logits_rel == pytest.approx(report["fidelity"]["logits_rel"], rel=1e-3)
+    assert found.fidelity.agreement == report["fidelity"]["agreement"]
+    [site] = report["sites"]
+    assert found.fidelity.sites[site["name"]].relc == pytest.approx(site["fidelity"]["relc"], rel=1e-3)
+    assert site["choice"]["operator"] != "keep"
+    assert found.fidelity.metric is not None
+
+
+def test_stored_outputs_do_in_place_of_the_teacher(compiled, tmp_path):
+    images = torch.from_numpy(np.load(compiled / "same.npz")["images"])
+    teacher = load_model(compiled / "model.pt").module
+    with torch.no_grad():
+        np.savez(tmp_path / "logits.npz", logits=teacher(images).numpy())
+        np.savez(tmp_path / "fewer.npz", logits=teacher(images[:5]).numpy())
+    found = recheck_stored(compiled / "out", compiled / "same.npz", tmp_path / "logits.npz").fidelity
+    expected = recheck(compiled / "out", compiled / "same.npz").fidelity
+    assert found.logits_rel == pytest.approx(expected.logits_rel, rel=1e-4)
+    assert (found.agreement, found.metric) == (expected.agreement, expected.metric)
+    for outputs in (tmp_path / "fewer.npz", compiled / "same.npz"):
+        with pytest.raises(SamplesError, match="samples and shapes"):
+            recheck_stored(compiled / "out", compiled / "same.npz", outputs)
+    arguments = ("verify", compiled / "out", "--data", compiled / "same.npz", "--outputs", tmp_path / "logits.npz")
+    assert run(*arguments).exit_code == 0
+    assert run(*arguments, "--fidelity", "agreement>=1.1").exit_code == 3
+    assert_user_error(run(*arguments, "--fidelity", "relc<=1"))
+
+
+def test_the_budget_is_that_of_the_report_as_far_as_the_samples_tell(compiled, tmp_path):
+    whole, outputs = Fidelity(8, 0.1, 0.9, None, (), {}, {}), ["relc<=0.2", "agreement>=0.5", "metric-drop<=1"]
+    assert budget_of({"budget": outputs}, whole) == (Bound("agreement", 0.5),)
+    assert budget_of({}, whole) == ()  # that of a folder which says nothing is the default
+    assert recheck(compiled / "out", compiled / "same.npz").budget == (Bound("relc", 1), Bound("agreement", 0))
+
+
+def test_data_of_another_kind_is_out_of_range(compiled):
+    assert recheck(compiled / "out", compiled / "sharp.npz").shifted == ["blocks.0.attention"]
+
+
+def test_a_range_is_widened_by_a_tenth_and_what_lies_beyond_is_outside():
+    values = torch.tensor([0.85, 0.95, 1.5, 2.05, 2.15])
+    assert share_outside(values, 1.0, 2.0) == pytest.approx(0.4)
+
+
+def test_the_teacher_may_have_moved_and_may_not_be_another(compiled, tmp_path):
+    moved = tmp_path / "moved.pt"
+    shutil.copy(compiled / "model.pt", moved)
+    assert recheck(compiled / "out", compiled / "same.npz", moved).fidelity.samples == 8
+    other = write_checkpoint(tmp_path / "other.pt", iterations=19)
+    with pytest.raises(CheckpointError, match="not the model"):
+        recheck(compiled / "out", compiled / "same.npz", other)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "report.json", "manifest.json", "operator.safetensors"])
+def test_a_folder_that_changed_or_lacks_a_file_is_refused(compiled, name, tmp_path):
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b"{}")):
+        folder = tmp_path / "copy"
+        shutil.copytree(compiled / "out", folder, dirs_exist_ok=True)
+        damage(folder / name)
+        with pytest.raises(CheckpointError) as caught:
+            recheck(folder, compiled / "same.npz", compiled / "model.pt")
+        assert "compile" in caught.value.hint
+
+
+def test_samples_that_do_not_fit_are_refused(compiled, tmp_path):
+    np.savez(tmp_path / "wrong.npz", pictures=np.zeros((3, 4, 4), dtype=np.float32))
+    with pytest.raises(SamplesError):
+        recheck(compiled / "out", tmp_path / "wrong.npz")
+
+
+def test_the_command_prints_the_sites_and_exits_by_the_budget(compiled):
+    arguments = ("verify", compiled / "out", "--data", compiled / "same.npz")
+    result = run(*arguments)  # the budget is what the model was compiled to keep
+    assert result.exit_code == 0, result.output
+    assert "blocks.0.attention" in result.stdout
+    assert "agreement" in result.stdout
+    assert run(*arguments, "--fidelity", "relc<=1e-9").exit_code == 3
+    data = json.loads(run(*arguments, "--json").stdout)
+    assert data["schema"] == "asapc.verify/1"
+    assert data["sites"][0]["outside_calibration"] <= 1
+    assert_user_error(run("verify", compiled / "nothing", "--data", compiled / "same.npz"))

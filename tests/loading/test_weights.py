@@ -1,0 +1,316 @@
+"""Plain weights with `--model`: found by structure, compared, and given to the model that the user names."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.hostile import Bomb, Tiny, assert_refused, forget
+from safetensors.torch import save_file
+from torch import nn
+
+from asapc.config import CompileConfig
+from asapc.errors import CheckpointError, OptionError
+from asapc.loading.factories import build_model
+from asapc.loading.model import load_model
+
+TINY = CompileConfig(model="helpers.hostile:Tiny")
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+        self.out.weight = self.embed.weight
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+
+    def forward(self, x):
+        return self.out(x)
+
+
+def saved(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return Tiny().state_dict()
+
+
+def same(loaded, expected: dict[str, torch.Tensor]) -> bool:
+    found = loaded.module.state_dict()
+    return found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_state_dict_is_given_to_the_model(suffix, legacy, tmp_path):
+    expected = weights()
+    torch.save(expected, tmp_path / f"w{suffix}", _use_new_zipfile_serialization=not legacy)
+    loaded = load_model(tmp_path / f"w{suffix}", TINY)
+    assert same(loaded, expected)
+    assert not loaded.module.training
+    assert loaded.notes == ()
+
+
+def test_safetensors_are_given_to_the_model(tmp_path):
+    expected = weights()
+    save_file(expected, tmp_path / "w.safetensors")
+    assert same(load_model(tmp_path / "w.safetensors", TINY), expected)
+
+
+def nest(*keys: str):
+    def make(weights: dict) -> dict:
+        for key in reversed(keys):
+            weights = {"epoch": 3, key: weights, "note": "text"}
+        return weights
+
+    return make
+
+
+def prefixed(prefix: str):
+    return lambda weights: {prefix + name: value for name, value in weights.items()}
+
+
+WRAPPED = {
+    "model": (nest("model"), ["'model'"]),
+    "state_dict": (nest("state_dict"), ["'state_dict'"]),
+    "deep": (nest("run", "net", "weights"), ["'run.net.weights'"]),
+    "data parallel": (prefixed("module."), ["'module.'"]),
+    "compiled": (prefixed("_orig_mod."), ["'_orig_mod.'"]),
+    "compiled in part": (lambda w: {k.replace("layers.", "layers._orig_mod."): v for k, v in w.items()}, ["_orig_mod"]),
+    "both": (prefixed("module._orig_mod."), ["'_orig_mod.'", "'module.'"]),
+    "trainer": (prefixed("trainer.model.module."), ["'trainer.model.module.'"]),
+    "averaged": (lambda w: {"n_averaged": torch.tensor(3), **prefixed("module.")(w)}, ["'module.'"]),
+    "nested and prefixed": (lambda w: {"ema": prefixed("module.")(w)}, ["'ema'", "'module.'"]),
+    "with optimizer": (
+        lambda w: {"optimizer": {"state": {0: {"exp_avg": torch.zeros(4, 4)}}}, "model": w},
+        ["'model'"],
+    ),
+    "with an unrelated mapping": (lambda w: {"teacher": {"head.weight": torch.zeros(9)}, "student": w}, ["'student'"]),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_weights_are_found_by_structure_and_where_is_said(name, tmp_path):
+    wrap, words = WRAPPED[name]
+    expected = weights()
+    loaded = load_model(saved(tmp_path / "w.pt", wrap(expected)), TINY)
+    assert same(loaded, expected)
+    assert all(word in "; ".join(loaded.notes) for word in words)
+
+
+def test_the_first_of_several_is_taken_and_the_others_are_named(tmp_path):
+    first = weights()
+    loaded = load_model(saved(tmp_path / "w.pt", {"model": first, "ema": weights()}), TINY)
+    assert same(loaded, first)
+    assert "'ema'" in loaded.notes[-1]
+
+
+def test_weights_of_half_precision_are_read_and_said(tmp_path):
+    content = {name: value.half() for name, value in weights().items()}
+    loaded = load_model(saved(tmp_path / "w.pt", content), TINY)
+    assert all(value.dtype == torch.float32 for value in loaded.module.state_dict().values())
+    assert "float16 weights read as float32" in loaded.notes
+
+
+def test_a_checkpoint_of_asapc_may_be_read_as_another_model(shipped):
+    name = "asapc.models.vit:VisionTransformer"
+    args = torch.load(shipped, weights_only=True)["model_args"]
+    loaded = load_model(shipped, CompileConfig(model=name, model_args=args))
+    assert same(loaded, load_model(shipped).module.state_dict())
+    assert loaded.calibration is not None
+
+
+def changed(**changes) -> dict:
+    found = weights() | {name.replace("__", "."): value for name, value in changes.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (changed(head__bias=None), "head.bias"),
+        (changed(head__bias=None, head__weight=None), "and 1 more"),
+        (changed(surplus=torch.zeros(1)), "surplus"),
+        (changed(head__bias=torch.zeros(3)), "(3,)"),
+        (changed(head__bias=torch.tensor([0.0, torch.nan])), "NaN"),
+        (changed(head__bias=torch.tensor([0.0, torch.inf])), "infinity"),
+        (changed(head__bias=torch.tensor([0.0, torch.nan]).to(torch.float8_e5m2)), "NaN"),
+        (changed(head__bias=torch.zeros(2, dtype=torch.int8)), "int8"),
+        (changed(head__bias=torch.zeros(2, dtype=torch.complex64)), "complex64"),
+        (changed(head__bias=[0.0, 0.0]), "list"),
+        ({**weights(), 1: torch.zeros(1)}, "1"),
+        ({"_orig_mod.a": torch.zeros(1), "a": torch.zeros(1)}, "lacks"),
+        ({"layer": 3}, "no weights"),
+        ([torch.zeros(1)], "no weights"),
+        (torch.zeros(1), "no weights"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(content, word, tmp_path):
+    assert word in assert_refused(
+        CheckpointError, lambda path: load_model(path, TINY), saved(tmp_path / "w.pt", content)
+    )
+
+
+TIED = CompileConfig(model=f"{Path(__file__).stem}:Tied")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+
+def test_a_tied_weight_may_come_once_and_a_mask_may_be_infinite(here, tmp_path):
+    expected = Tied().state_dict()
+    for name in ("embed.weight", "out.weight"):
+        content = {key: value for key, value in expected.items() if key != name}
+        assert same(load_model(saved(tmp_path / "w.pt", content), TIED), expected)
+
+
+def test_tied_weights_that_differ_are_refused(here, tmp_path):
+    content = {**Tied().state_dict(), "out.weight": torch.zeros(3, 4)}
+    assert "one weight for both" in assert_refused(
+        CheckpointError, lambda path: load_model(path, TIED), saved(tmp_path / "w.pt", content)
+    )
+
+
+def test_buffers_that_the_model_does_not_save_may_come_too(tmp_path):
+    expected = weights()
+    assert same(load_model(saved(tmp_path / "w.pt", {**expected, "mask": torch.ones(3, 3)}), TINY), expected)
+
+
+# The model that the user names.
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module into the working directory."""
+    monkeypatch.chdir(tmp_path)
+    written = []
+
+    def write(code: str, name: str = "my_model") -> None:
+        (tmp_path / f"{name}.py").write_text(f"import sys, torch\nfrom torch import nn\n{code}\n")
+        written.append(name)
+
+    yield write
+    for name in written:
+        forget(name)
+
+
+def test_a_model_of_the_working_directory_is_built_with_its_arguments(module, tmp_path):
+    module(
+        "def build(depth, *, width=1):\n    return nn.ModuleDict({str(i): nn.Linear(width, 1) for i in range(depth)})"
+    )
+    (tmp_path / "args.json").write_text('{"depth": 3, "width": 2}')
+    for args in ('{"depth": 3, "width": 2}', "args.json", {"depth": 3, "width": 2}):
+        assert sum(p.numel() for p in build_model("my_model:build", args).parameters()) == 9
+
+
+def test_a_class_inside_a_class_is_found(module):
+    module("class A:\n    class B(nn.Linear):\n        def __init__(self):\n            super().__init__(1, 1)")
+    assert isinstance(build_model("my_model:A.B", None), nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "word"),
+    [
+        ("my_model", "", "my_model"),
+        ("my_model:", "", "my_model:"),
+        (":build", "", ":build"),
+        ("my model:build", "", "my model"),
+        ("../my_model:build", "", "../my_model"),
+        ("no_such_module:build", "", "no module"),
+        ("my_model:build", "", "has no build"),
+        ("my_model:x.y", "x = 1", "has no x.y"),
+        ("my_model:build", "build = 3", "cannot be called"),
+        ("my_model:build", "build = lambda: 3", "int"),
+        ("my_model:build", "build = lambda: nn.Linear", "not a torch.nn.Module"),
+        ("my_model:build", "build = lambda depth: 3", "depth"),
+        ("my_model:build", "def build():\n    raise RuntimeError('first\\nsecond')", "RuntimeError: first"),
+        ("my_model:build", "def build():\n    raise KeyError", "KeyError"),
+        ("my_model:build", "def build():\n    sys.exit(3)", "SystemExit"),
+        ("my_model:build", "build = lambda: nn.LazyLinear(3)", "lazy"),
+        ("my_model:build", "import no_such_module", "no_such_module"),
+        ("my_model:build", "1 +", "SyntaxError"),
+        ("my_model:build", "sys.exit()", "SystemExit"),
+        ("my_model:build", "raise ValueError('bad')", "bad"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_in_one_line(name, code, word, module):
+    module(code)
+    assert_refused(OptionError, lambda name: build_model(name, None), name, named=word)
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ("missing.json", "no such file"),
+        (".", "folder"),
+        ("/dev/zero", "regular"),
+        ("binary.json", "no JSON"),
+        ("long.json", "too long"),
+        ("{", "JSON"[:0]),
+        ("[1]", "no JSON object"),
+        ('"text"', "no JSON object"),
+        ('{"a":' * 100_000, "nests too deeply"),
+        ("deep.json", "nests too deeply"),
+        ("", ""),
+    ],
+)
+def test_arguments_that_are_no_json_object_are_refused(args, word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("binary.json").write_bytes(b"\xff\xfe\x00")
+    Path("long.json").write_text(json.dumps({"a": "x" * 2**21}))
+    Path("deep.json").write_text("[" * 100_000)
+    assert_refused(OptionError, lambda args: build_model("helpers.hostile:Tiny", args), args, named=word)
+
+
+# Pickled modules.
+
+
+def test_a_pickled_module_is_read_only_where_the_user_says_so(tmp_path):
+    expected = Tiny()
+    for content, place in ((expected, ""), ({"model": expected}, "'model'")):
+        path = saved(tmp_path / "m.pt", content)
+        with pytest.raises(CheckpointError, match="run code") as caught:
+            load_model(path)
+        assert "--unsafe-load" in caught.value.hint
+        loaded = load_model(path, CompileConfig(unsafe_load=True))
+        assert same(loaded, expected.state_dict())
+        assert "code in the file was run" in loaded.notes
+        assert place in loaded.notes[-1]
+
+
+def test_weights_among_python_objects_need_the_same_word(tmp_path):
+    marker = tmp_path / "marker"
+    expected = weights()
+    path = saved(tmp_path / "m.pt", {"args": Bomb(marker), "model": expected})
+    with pytest.raises(CheckpointError):
+        load_model(path, TINY)
+    assert not marker.exists()
+    assert same(load_model(path, CompileConfig(model="helpers.hostile:Tiny", unsafe_load=True)), expected)
+    assert marker.exists()
+
+
+def test_the_numbers_of_a_pickled_module_are_looked_at_as_those_of_weights(tmp_path):
+    read = CompileConfig(unsafe_load=True)
+    masked, spoilt = Tiny(), Tiny()
+    masked.mask.fill_(-torch.inf)
+    assert load_model(saved(tmp_path / "m.pt", masked), read).module.mask.isinf().all()
+    spoilt.head.bias.data[0] = torch.inf
+    assert "head.bias" in assert_refused(
+        CheckpointError, lambda p: load_model(p, read), saved(tmp_path / "m.pt", spoilt)
+    )
+    masked.mask[0, 0] = torch.nan
+    assert "mask" in assert_refused(CheckpointError, lambda p: load_model(p, read), saved(tmp_path / "m.pt", masked))
+
+
+def test_unsafe_load_runs_nothing_where_nothing_needs_it(shipped):
+    assert load_model(shipped, CompileConfig(unsafe_load=True)).notes == ()
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02N.", b"\x80\x04N.", b"\x80", b"PK\x03\x04", b"junk"])
+def test_damage_stays_damage_with_unsafe_load(content, tmp_path):
+    (tmp_path / "m.pt").write_bytes(content)
+    assert_refused(CheckpointError, lambda path: load_model(path, CompileConfig(unsafe_load=True)), tmp_path / "m.pt")

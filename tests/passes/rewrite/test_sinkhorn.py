@@ -1,0 +1,296 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.tolerances import FLOAT64, difference
+from torch import nn
+
+from asapc.capturing.export import export
+from asapc.errors import CaptureError, InternalError
+from asapc.ops.sinkhorn import Sinkhorn
+from asapc.passes.base import PreconditionError
+from asapc.passes.find.sinkhorn import find_sinkhorn
+from asapc.passes.layout import operands
+from asapc.passes.rewrite.sinkhorn import InLayout, RewriteSinkhorn
+from asapc.planning.operators import exact_operator
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.writing.rewrite import rewrite
+
+WIDTH, HEADS, TOKENS = 16, 2, 6
+
+
+def log_domain(scores, half_steps):
+    for i in range(half_steps):
+        scores = scores - torch.logsumexp(scores, dim=-1 - i % 2, keepdim=True)
+    return scores.exp()
+
+
+def division_in_place(scores, half_steps):
+    plan = scores.exp()
+    for i in range(half_steps):
+        plan /= plan.sum(dim=-1 - i % 2, keepdim=True)
+    return plan
+
+
+class Attention(nn.Module):
+    def __init__(self, half_steps, style=log_domain):
+        super().__init__()
+        self.half_steps, self.style = half_steps, style
+        self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
+        plan = self.style(3 * q @ k.transpose(-1, -2), self.half_steps)
+        return x + (plan @ v).transpose(1, 2).flatten(2)
+
+
+class Case:
+    """A float64 model of two sites, one that ends on rows and one on columns, with an exact operator for each."""
+
+    def __init__(self, style=log_domain):
+        model = nn.Sequential(Attention(5, style), Attention(4, style)).double().eval()
+        self.samples = Samples({"input": torch.randn(5, TOKENS, WIDTH, dtype=torch.float64)})
+        self.graph = CapturedGraph(export(model, self.samples[:2].inputs), self.samples[:2])
+        self.sites = find_sinkhorn(self.graph, self.samples).sites
+        assert [(site.half_steps, site.last) for site in self.sites] == [(5, "rows"), (4, "columns")]
+        self.operators = {site.name: exact_operator(site) for site in self.sites}
+        self.module = self.graph.program.module()
+        with torch.no_grad():
+            self.expected = model(*self.samples.inputs.values())
+
+    def run(self, module):
+        with torch.no_grad():
+            return module(*self.samples.inputs.values())
+
+
+@pytest.fixture
+def case():
+    return Case()
+
+
+def names(module):
+    return [node.name for node in module.graph.nodes]
+
+
+def calls(module, case):
+    """The nodes that call the operators, in the order of the graph."""
+    operators = list(case.operators.values())
+    called = [node for node in module.graph.nodes if node.op == "call_module"]
+    modules = {node: module.get_submodule(node.target) for node in called}
+    return [node for node, made in modules.items() if isinstance(made, InLayout) and made.operator in operators]
+
+
+def test_an_exact_operator_leaves_the_outputs_as_they_were(case):
+    assert difference(case.run(case.module), case.expected) < FLOAT64
+    result = RewriteSinkhorn(case.sites, case.operators)(case.module)
+    assert len(calls(result.program, case)) == len(case.sites)
+    assert difference(case.run(result.program), case.expected) < FLOAT64
+
+
+def test_another_operator_changes_the_outputs(case):
+    softmax = {site.name: Sinkhorn(1) for site in case.sites}
+    result = RewriteSinkhorn(case.sites, softmax)(case.module)
+    # Softmax in the place of Sinkhorn is no matter of rounding.
+    assert difference(case.run(result.program), case.expected) > 0.01
+
+
+def test_modified_is_true_when_the_graph_changed_and_false_on_the_second_run(case):
+    rewrite = RewriteSinkhorn(case.sites, case.operators)
+    before = names(case.module)
+    first = rewrite(case.module)
+    assert first.modified is True
+    assert names(first.program) != before
+    after = names(first.program)
+    second = rewrite(first.program)
+    assert second.modified is False
+    assert names(second.program) == after
+
+
+def test_without_operators_nothing_is_modified(case):
+    before = names(case.module)
+    result = RewriteSinkhorn(case.sites, {})(case.module)
+    assert result.modified is False
+    assert names(result.program) == before
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_a_site_without_an_operator_is_left_as_it_is(case, chosen):
+    other = 1 - chosen
+    name = case.sites[chosen].name
+    result = RewriteSinkhorn(case.sites, {name: case.operators[name]})(case.module)
+    assert result.modified is True
+    assert case.sites[other].plan.node in names(result.program)
+    assert case.sites[chosen].plan.node not in names(result.program)
+    assert difference(case.run(result.program), case.expected) < FLOAT64
+
+
+def test_the_rewritten_graph_is_sound_and_the_replaced_loop_is_gone(case):
+    result = RewriteSinkhorn(case.sites, case.operators)(case.module)
+    result.program.graph.lint()
+    left = set(names(result.program))
+    for site in case.sites:
+        assert not {site.scores.node, site.plan.node, site.output.node} & left
+    assert not any("logsumexp" in name for name in left)
+
+
+def test_a_replaced_loop_that_worked_in_place_is_gone_too():
+    case = Case(division_in_place)
+    result = RewriteSinkhorn(case.sites, case.operators)(case.module)
+    assert difference(case.run(result.program), case.expected) < FLOAT64
+    left = set(names(result.program))
+    for site in case.sites:
+        assert not {site.scores.node, site.plan.node, site.output.node} & left
+
+
+def test_the_replacement_keeps_the_metadata_of_the_node_it_replaces(case):
+    before = {node.name: dict(node.meta) for node in case.module.graph.nodes}
+    result = RewriteSinkhorn(case.sites, case.operators)(case.module)
+    for site, node in zip(case.sites, calls(result.program, case), strict=True):
+        assert {"val", "stack_trace", "nn_module_stack"} <= set(before[site.output.node])
+        assert node.meta == before[site.output.node]
+
+
+def test_the_operator_is_called_with_the_queries_keys_and_values_of_its_site(case):
+    result = RewriteSinkhorn(case.sites, case.operators)(case.module)
+    for site, node in zip(case.sites, calls(result.program, case), strict=True):
+        assert [arg.name for arg in node.args] == [site.query.node, site.key.node, site.value.node]
+        assert [operand.node for operand in operands(site)] == [arg.name for arg in node.args]
+        assert result.program.get_submodule(node.target).operator is case.operators[site.name]
+
+
+@pytest.mark.parametrize("missing", ["query", "key", "value", "output"])
+def test_a_site_of_another_graph_is_refused_and_the_graph_left_alone(case, missing):
+    operand = getattr(case.sites[1], missing)
+    foreign = replace(case.sites[1], **{missing: replace(operand, node="elsewhere")})
+    before = names(case.module)
+    with pytest.raises(PreconditionError, match=foreign.name):
+        RewriteSinkhorn([case.sites[0], foreign], case.operators)(case.module)
+    assert names(case.module) == before
+
+
+def test_sites_may_be_replaced_by_one_pass_after_another(case):
+    program = case.module
+    for site in case.sites:
+        result = RewriteSinkhorn([site], {site.name: case.operators[site.name]})(program)
+        assert result.modified is True
+        program = result.program
+    assert len(calls(program, case)) == len(case.sites)
+    assert difference(case.run(program), case.expected) < FLOAT64
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_batch_is_still_dynamic_after_the_next_export(case, batch):
+    module = RewriteSinkhorn(case.sites, case.operators)(case.module).program
+    again = export(module, case.graph.example.inputs)
+    inputs = case.samples[:batch].inputs
+    assert difference(again.module()(*inputs.values()), case.expected[:batch]) < FLOAT64
+    assert not any("logsumexp" in node.name for node in again.graph.nodes)
+
+
+class Other(nn.Module):
+    """One loop, whose scores, layout and use a model may write in other ways than `Attention`."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.bias = nn.Parameter(torch.randn(HEADS, TOKENS, TOKENS))
+        self.written = forward
+
+    def forward(self, x):
+        return self.written(self, 2 * self.to_q(x), self.to_k(x), self.to_v(x))
+
+
+def split(t):
+    return t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def biased(m, q, k, v):
+    return log_domain(split(q) @ split(k).mT + m.bias, 5) @ split(v)
+
+
+def batched_products(m, q, k, v):
+    q, k, v = (split(t).flatten(0, 1) for t in (q, k, v))
+    return torch.bmm(log_domain(torch.bmm(q, k.mT), 5), v).unflatten(0, (-1, HEADS))
+
+
+def heads_stacked_first(m, q, k, v):
+    q, k, v = (torch.cat(t.chunk(HEADS, dim=-1), dim=0) for t in (q, k, v))
+    return torch.cat((log_domain(q @ k.mT, 5) @ v).unflatten(0, (HEADS, -1)).unbind(0), dim=-1)
+
+
+def equations(m, q, k, v):
+    q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in (q, k, v))
+    plan = log_domain(torch.einsum("bnhd,bmhd->bhnm", q, k), 5)
+    return torch.einsum("bhnm,bmhd->bnhd", plan, v).flatten(2)
+
+
+def keys_first(m, q, k, v):
+    """The plan is transposed: what are rows to the loop are its last axis but one."""
+    plan = split(k) @ split(q).mT
+    for i in range(5):
+        plan = plan - torch.logsumexp(plan, dim=-2 + i % 2, keepdim=True)
+    return plan.exp().mT @ split(v)
+
+
+def returned_too(m, q, k, v):
+    plan = log_domain(split(q) @ split(k).mT, 5)
+    return plan @ split(v), plan
+
+
+def plan_alone(m, q, k, v):
+    return log_domain(split(q) @ split(k).mT, 6)
+
+
+def logarithm_alone(m, q, k, v):
+    log_plan = split(q) @ split(k).mT
+    for i in range(6):
+        log_plan = log_plan - torch.logsumexp(log_plan, dim=-1 - i % 2, keepdim=True)
+    return log_plan
+
+
+def two_sorts_of_values(m, q, k, v):
+    plan = log_domain(split(q) @ split(k).mT, 5)
+    return plan @ split(v), plan @ split(q)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        biased,
+        batched_products,
+        heads_stacked_first,
+        equations,
+        keys_first,
+        returned_too,
+        plan_alone,
+        logarithm_alone,
+        two_sorts_of_values,
+    ],
+)
+def test_an_exact_operator_fits_every_way_to_write_the_loop(forward):
+    model = Other(forward).double().eval()
+    samples = Samples({"x": torch.randn(3, TOKENS, WIDTH, dtype=torch.float64)})
+    graph = CapturedGraph(export(model, samples[:2].inputs), samples[:2])
+    [site] = find_sinkhorn(graph, samples).sites
+    result = RewriteSinkhorn([site], {site.name: exact_operator(site)})(graph.program.module())
+    assert result.modified is True
+    assert not any("logsumexp" in name for name in names(result.program))
+    for batch in (1, 3):
+        inputs = samples[:batch].inputs.values()
+        with torch.no_grad():
+            expected, seen = model(*inputs), result.program(*inputs)
+        if not isinstance(expected, tuple):
+            expected, seen = (expected,), (seen,)
+        for wanted, output in zip(expected, seen, strict=True):
+            assert output.shape == wanted.shape
+            assert difference(output, wanted) < FLOAT64
+
+
+def test_a_graph_that_cannot_be_exported_again_is_no_fault_of_the_model(case, monkeypatch):
+    def refuse(*args, **options):
+        raise CaptureError("torch.export cannot capture the model", "a hint for users")
+
+    monkeypatch.setattr("asapc.export.export", refuse)
+    with pytest.raises(InternalError, match="with its operators"):
+        rewrite(case.graph, case.sites, case.operators)

@@ -1,0 +1,322 @@
+from dataclasses import replace
+from math import inf
+
+import pytest
+import torch
+from helpers.fitted import DIM, HEADS, SCALE, TOKENS, cached_teacher, site, sound
+from helpers.tolerances import FLOAT32, FLOAT64, SOLVE, difference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asapc.ops.c_transform import column_step, row_step
+from asapc.ops.features import dual_features, project
+from asapc.ops.sinkhorn import Sinkhorn
+from asapc.ops.sliced_dual import SlicedDual, sliced_dual_plan_ref, target_dual
+from asapc.planning.activations import activation
+from asapc.planning.bases import COVARIANCE_RIDGE, balance, balanced_bases, scatter
+from asapc.planning.calibrate import Fitted, calibrate, regressions
+from asapc.planning.hinges import BINS, WIDEST, count_places, quantiles
+from asapc.types.choices import SIDES, FeatureSet, SlicedDualParams
+from asapc.types.site import Operand
+
+quick = settings(max_examples=30, deadline=None)
+
+
+def normal(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def correlated_points(seed, tokens=TOKENS):
+    """Points (4, H, N, D) whose coordinates depend on each other and differ in spread, off the origin."""
+    return normal(seed, 4, HEADS, tokens, DIM) @ normal(seed + 1, HEADS, DIM, DIM) + normal(seed + 2, 4, HEADS, 1, DIM)
+
+
+def regularised(covariance):
+    variance = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    return covariance + COVARIANCE_RIDGE * variance[:, None, None] * torch.eye(DIM)
+
+
+def scores_of(queries, keys, scale):
+    return torch.einsum("bhnd,bhmd,h->bhnm", queries, keys, scale)
+
+
+seeds = st.integers(0, 10**6)
+
+
+@quick
+@given(seeds)
+def test_the_balanced_bases_keep_every_score(seed):
+    queries, keys = correlated_points(seed), correlated_points(seed + 10, tokens=7)
+    query_basis, key_basis = balance(scatter(queries), scatter(keys), SCALE)
+    seen = (queries @ query_basis) @ (keys @ key_basis).transpose(-1, -2)
+    assert difference(seen, scores_of(queries, keys, SCALE)) < SOLVE
+
+
+@quick
+@given(seeds)
+def test_in_the_balanced_bases_both_covariances_are_one_falling_diagonal(seed):
+    query_scatter, key_scatter = scatter(correlated_points(seed)), scatter(correlated_points(seed + 10))
+    query_basis, key_basis = balance(query_scatter, key_scatter, SCALE)
+    in_queries = query_basis.transpose(-1, -2) @ regularised(query_scatter) @ query_basis
+    in_keys = key_basis.transpose(-1, -2) @ regularised(key_scatter) @ key_basis
+    carried = in_queries.diagonal(dim1=-2, dim2=-1)
+    assert difference(in_queries, torch.diag_embed(carried)) < SOLVE
+    assert difference(in_keys, in_queries) < SOLVE
+    assert (carried > 0).all()
+    assert (carried.diff(dim=-1) <= 0).all()
+
+
+def test_scatter_is_the_covariance_within_each_sample_summed_over_samples():
+    points = correlated_points(0)
+    expected = torch.stack([sum(torch.cov(points[b, h].T, correction=0) for b in range(4)) for h in range(HEADS)])
+    assert difference(scatter(points), expected) < FLOAT64
+
+
+@pytest.mark.parametrize("which", ["queries", "keys", "both"])
+@pytest.mark.parametrize("kind", ["zero", "constant", "rank one"])
+def test_degenerate_points_have_finite_bases_that_keep_the_scores(which, kind):
+    def degenerate(points):
+        if kind == "zero":
+            return torch.zeros_like(points)
+        if kind == "constant":
+            return points[..., :1, :].expand_as(points)
+        return points[..., :1] * normal(5, HEADS, 1, DIM)
+
+    queries, keys = correlated_points(0), correlated_points(10)
+    queries = queries if which == "keys" else degenerate(queries)
+    keys = keys if which == "queries" else degenerate(keys)
+    query_basis, key_basis = balance(scatter(queries), scatter(keys), SCALE)
+    assert torch.isfinite(query_basis).all()
+    assert torch.isfinite(key_basis).all()
+    seen = (queries @ query_basis) @ (keys @ key_basis).transpose(-1, -2)
+    assert difference(seen, scores_of(queries, keys, SCALE)) < SOLVE
+
+
+def activations(queries, keys):
+    """What a batch of the site's activations holds."""
+    return {"attention": (scores_of(queries, keys, SCALE), queries, keys)}
+
+
+NO_KNOTS = torch.zeros(HEADS, 0, 0, dtype=torch.float64)
+KEY = Fitted("attention", FeatureSet())
+
+
+def unfitted(queries, keys, slices=2):
+    bases = balanced_bases([site()], iter([activations(queries, keys)]))["attention"]
+    return SlicedDualParams(*bases, slices, NO_KNOTS)
+
+
+def batches(queries, keys, *sizes):
+    parts = zip(queries.split(sizes), keys.split(sizes), strict=True)
+    return iter([activations(*part) for part in parts])
+
+
+def test_statistics_do_not_depend_on_how_the_samples_are_split_into_batches():
+    queries, keys = correlated_points(0), correlated_points(10)
+    whole = balanced_bases([site()], batches(queries, keys, 4))["attention"]
+    parts = balanced_bases([site()], batches(queries, keys, 1, 3))["attention"]
+    params = {KEY: unfitted(queries, keys)}
+    at_once = regressions([site()], params, batches(queries, keys, 4))[KEY]
+    streamed = regressions([site()], params, batches(queries, keys, 3, 1))[KEY]
+    assert difference(torch.stack(parts), torch.stack(whole)) < SOLVE
+    assert difference(streamed.gram, at_once.gram) < FLOAT64
+    assert difference(streamed.moment, at_once.moment) < FLOAT64
+    assert difference(streamed.energy, at_once.energy) < FLOAT64
+    counted = [count_places([site()], {"attention": whole}, batches(queries, keys, *sizes)) for sizes in ((4,), (1, 3))]
+    assert all(torch.equal(counted[0]["attention", side], counted[1]["attention", side]) for side in SIDES)
+    assert streamed.count == at_once.count == 4 * TOKENS
+
+
+def features_of(params, queries, keys):
+    """Features of the keys."""
+    return dual_features(project(keys, params.key_basis), project(queries, params.query_basis), params.slices, NO_KNOTS)
+
+
+def centred(vectors):
+    return vectors - vectors.mean(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("half_steps", [4, 5, 8])
+def test_the_regression_target_is_the_dual_from_which_the_operator_meets_the_teacher(half_steps):
+    queries, keys = correlated_points(0), correlated_points(10)
+    params = unfitted(queries, keys)
+    problem = regressions([site(half_steps)], {KEY: params}, batches(queries, keys, 4))[KEY]
+    target = centred(target_dual(scores_of(queries, keys, SCALE), half_steps, "keys", "rows"))
+    features = centred(features_of(params, queries, keys))
+    assert difference(problem.gram, torch.einsum("bhfn,bhen->hfe", features, features)) < FLOAT64
+    assert difference(problem.moment, torch.einsum("bhfn,bhn->hf", features, target)) < FLOAT64
+    assert difference(problem.energy, target.square().sum(dim=(0, 2))) < FLOAT64
+
+
+@pytest.mark.parametrize("last", ["rows", "columns"])
+def test_the_queries_dual_is_the_keys_with_queries_and_keys_exchanged(last):
+    queries, keys = correlated_points(0), correlated_points(10, tokens=7)
+    bases = balanced_bases([site()], iter([activations(queries, keys)]))["attention"]
+    exchanged = {"rows": "columns", "columns": "rows"}[last]
+    one = {KEY: SlicedDualParams(*bases, 2, NO_KNOTS)}
+    other = {KEY: SlicedDualParams(*bases[::-1], 2, NO_KNOTS, side="queries")}
+    seen = regressions([site(last=exchanged, queries=7)], other, batches(keys, queries, 4))[KEY]
+    expected = regressions([site(last=last)], one, batches(queries, keys, 4))[KEY]
+    assert difference(seen.gram, expected.gram) < FLOAT64
+    assert difference(seen.moment, expected.moment) < FLOAT64
+
+
+def test_a_later_map_is_fitted_on_the_closures_of_the_maps_before_it():
+    queries, keys = correlated_points(0) / 3, correlated_points(10) / 3
+    params = unfitted(queries, keys)
+    weights = torch.ones(HEADS, params.slices + DIM + 1, dtype=torch.float64) / 10
+    problem = regressions([site()], {KEY: replace(params, weights=(weights,))}, batches(queries, keys, 4))[KEY]
+    scores = scores_of(queries, keys, SCALE)
+    estimate = torch.einsum("hf,bhfn->bhn", weights, features_of(params, queries, keys))
+    closed = centred(column_step(scores, row_step(scores, estimate)))
+    assert problem.gram.shape == (HEADS, params.slices + DIM + 2, params.slices + DIM + 2)
+    assert difference(problem.gram[:, -1, -1], closed.square().sum(dim=(0, 2))) < FLOAT64
+
+
+def test_knots_part_the_points_in_equal_shares():
+    points = normal(0, 1, 1, 20_000, 1)
+    points = (points - points.mean()) / points.std(correction=0)
+    bins = ((points.flatten() / WIDEST + 1) * BINS / 2).long().clamp(0, BINS - 1)
+    counts = torch.bincount(bins, minlength=BINS).double().view(1, 1, -1)
+    seen = quantiles(counts, 8)
+    expected = torch.quantile(points.flatten(), torch.arange(1, 8, dtype=torch.float64) / 8)
+    assert seen.shape == (1, 1, 7)
+    assert (seen.flatten() - expected).abs().max() < 2 * WIDEST / BINS
+
+
+def padded(points, more):
+    """The points with padding appended, whatever that holds."""
+    return torch.cat([points, 100 * normal(3, *points.shape[:2], more, DIM)], dim=-2)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_masked_site_is_fitted_on_what_is_live_alone(step):
+    queries, keys = correlated_points(0) / 3, correlated_points(10) / 3
+    plain, masked = site(), site(queries=TOKENS + 2, keys=TOKENS + 4, masked=True)
+    more_queries, more_keys = padded(queries, 2), padded(keys, 4)
+    scores = scores_of(more_queries, more_keys, SCALE)
+    scores[..., TOKENS:, :] = -inf
+    scores[..., TOKENS:] = -inf
+    batch = {"attention": (scores, more_queries, more_keys)}
+    bases = balanced_bases([plain], iter([activations(queries, keys)]))["attention"]
+    with_padding = balanced_bases([masked], iter([batch]))["attention"]
+    assert difference(torch.stack(with_padding), torch.stack(bases)) < SOLVE
+    weights = (torch.ones(HEADS, DIM + 1, dtype=torch.float64) / 10,) * step
+    params = {KEY: SlicedDualParams(*bases, 0, NO_KNOTS, weights)}
+    expected = regressions([plain], params, iter([activations(queries, keys)]))[KEY]
+    seen = regressions([masked], params, iter([batch]))[KEY]
+    place = [{"attention": bases}]
+    one, other = (
+        count_places([s], *place, iter([b])) for s, b in ((plain, activations(queries, keys)), (masked, batch))
+    )
+    assert all(difference(one["attention", side], other["attention", side]) < FLOAT64 for side in SIDES)
+    assert seen.count == expected.count == 4 * TOKENS
+    assert difference(seen.gram, expected.gram) < FLOAT64
+    assert difference(seen.moment, expected.moment) < FLOAT64
+
+
+def test_activations_are_the_graphs_own_values_in_one_layout_with_masks_as_minus_infinity():
+    queries, keys = correlated_points(0), correlated_points(10)
+    axes = {"query": Operand("query", "bnhd"), "key": Operand("key", "bhdm")}
+    values = {"query": queries.transpose(1, 2), "key": keys.transpose(-1, -2), "value": keys}
+    scores, seen_queries, seen_keys = activation(site(**axes), values)
+    assert difference(scores, scores_of(queries, keys, SCALE)) < FLOAT64
+    assert torch.equal(seen_queries, queries)
+    assert torch.equal(seen_keys, keys)
+    held = scores_of(queries, keys, torch.ones(HEADS, dtype=torch.float64))
+    held[..., 5:] -= 1e9
+    biased = site(**axes, product=False, masked=True)
+    scores, *_ = activation(biased, {**values, "scores": held})
+    assert (scores[..., 5:] == -inf).all()
+    assert difference(scores[..., :5], scores_of(queries, keys[..., :5, :], SCALE)) < FLOAT64
+
+
+def test_queries_that_all_samples_share_are_fitted_too():
+    learned, keys = normal(0, HEADS, TOKENS, DIM), correlated_points(10)
+    shared = site(query=Operand("query", "hnd"))
+    values = {"query": learned, "key": keys, "value": keys}
+    scores, queries, _ = activation(shared, values)
+    assert queries.shape == (4, HEADS, TOKENS, DIM)
+    assert difference(scores, scores_of(learned.expand(4, -1, -1, -1), keys, SCALE)) < FLOAT64
+
+
+def test_a_site_without_queries_and_keys_cannot_be_fitted():
+    none = dict.fromkeys(("query", "key", "head_dim", "temperature", "folded"))
+    values = {"scores": normal(0, 4, HEADS, TOKENS, TOKENS), "value": normal(0, 4, HEADS, TOKENS, DIM)}
+    with pytest.raises(ValueError, match="attention"):
+        activation(site(**none, product=False), values)
+
+
+def dead_query_axes(qkv):
+    qkv.weight[:5], qkv.bias[:5] = 0, 0.1
+
+
+def dead_key_axes(qkv):
+    qkv.weight[32:37], qkv.bias[32:37] = 0, 0.1
+
+
+def keys_of_rank_one(qkv):
+    """All key axes of the first head repeat the first one."""
+    qkv.weight[32:48], qkv.bias[32:48] = qkv.weight[32:33].clone(), 0
+
+
+@pytest.fixture
+def teacher():
+    return cached_teacher(sound)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    ("slices", "pieces", "paired"), [(0, 0, False), (4, 0, False), (0, 4, False), (0, 0, True), (2, 3, True)]
+)
+def test_the_fitted_operator_is_closer_to_the_teacher_than_truncated_sinkhorn_of_as_many_half_steps(
+    teacher, slices, pieces, paired, side
+):
+    fitted = teacher.calibrate(slices, 2, pieces, side, paired)
+    errors = []
+    for steps in range(3):
+        operator = SlicedDual(replace(fitted, weights=fitted.weights[: 1 + steps]))
+        errors.append(teacher.error(operator))
+        assert errors[-1] < 0.5 * teacher.error(Sinkhorn(operator.half_steps))
+    # Every closure step brings it closer.
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_the_first_maps_do_not_depend_on_how_many_come_after_them(teacher):
+    one, three = teacher.calibrate(closure_steps=0), teacher.calibrate(closure_steps=2)
+    assert len(one.weights) == 1
+    assert len(three.weights) == 3
+    assert torch.equal(one.weights[0], three.weights[0])
+
+
+def test_fitted_parameters_are_float32_and_have_no_more_slices_than_the_head_has_axes(teacher):
+    params = teacher.calibrate(slices=1000)
+    assert params.slices == teacher.site.head_dim
+    assert [w.shape for w in params.weights] == [(2, 2 * teacher.site.head_dim + 1)]
+    tensors = (params.query_basis, params.key_basis, *params.weights)
+    assert {t.dtype for t in tensors} == {torch.float32}
+
+
+def test_a_line_of_progress_comes_before_every_pass_over_the_samples(teacher):
+    lines = []
+    sets = {teacher.site.name: [FeatureSet(2, 0), FeatureSet(0, 4)]}
+    calibrate(teacher.graph, sets, [teacher.site], teacher.samples, teacher.samples, 2, lines.append)
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize("change", [dead_query_axes, dead_key_axes, keys_of_rank_one])
+def test_degenerate_heads_are_fitted_as_well_as_sound_ones(change):
+    teacher = cached_teacher(change)
+    fitted = teacher.calibrate()
+    assert all(torch.isfinite(weights).all() for weights in fitted.weights)
+    assert teacher.error(SlicedDual(fitted)) < 0.5 * teacher.error(Sinkhorn(3))
+
+
+@pytest.mark.parametrize("change", [sound, dead_query_axes, dead_key_axes, keys_of_rank_one])
+def test_a_fit_gives_in_float32_what_it_gives_in_float64(change):
+    # A fit that leans on features smaller than the rounding of float32 would not.
+    teacher = cached_teacher(change)
+    fitted = teacher.calibrate(closure_steps=1)
+    scores, queries, keys, values = teacher.inputs
+    expected = sliced_dual_plan_ref(scores, queries, keys, fitted) @ values.double()
+    assert difference(SlicedDual(fitted)(*teacher.inputs), expected) < FLOAT32

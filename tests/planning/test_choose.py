@@ -1,0 +1,158 @@
+"""What the planner chooses, on sites and candidates whose cost and error are known."""
+
+from dataclasses import replace
+from itertools import product
+from math import nan
+
+import pytest
+from helpers.fitted import cached_teacher, site, sound
+
+from asapc.config import CompileConfig
+from asapc.planning.choose import check, choose, decide, front, next_step, plan, repair
+from asapc.planning.operators import build, rivals
+from asapc.planning.propose import TRUNCATED, feature_sets, propose
+from asapc.types.choices import Candidate, Choice, Plan
+from asapc.types.results import SiteFidelity
+
+
+def candidate(operator, cost, relc, half_steps=5, column=0.0):
+    return Candidate(operator, half_steps, cost, SiteFidelity(relc, 0.0, 0.0, column))
+
+
+EXACT = candidate("exact", 10.0, 1e-7, half_steps=40)
+ROUGH, CLOSE = candidate("sliced_dual", 3.0, 0.2), candidate("sliced_dual", 5.0, 0.05, half_steps=7)
+SLOW, CHEAP = candidate("sliced_dual", 9.8, 0.01), candidate("truncated", 2.0, 0.9, half_steps=3)
+ALL = [EXACT, ROUGH, CLOSE, SLOW, CHEAP]
+DEFAULT = CompileConfig()
+
+
+def test_the_cheapest_that_keeps_the_budget_is_chosen():
+    assert choose(site(40), ALL, DEFAULT).candidate is CLOSE
+    assert choose(site(40), ALL, CompileConfig(fidelity=("relc<=0.3",))).candidate is ROUGH
+
+
+def test_what_saves_too_little_is_not_worth_an_error():
+    assert choose(site(40), ALL, CompileConfig(fidelity=("relc<=0.02",))).candidate is EXACT
+
+
+def test_every_term_of_the_budget_counts():
+    lopsided = replace(CLOSE, fidelity=replace(CLOSE.fidelity, column_marginal_error=0.5))
+    budget = CompileConfig(fidelity=("column-marginal<=0.1",))
+    assert choose(site(40), [EXACT, lopsided], budget).candidate is EXACT
+    assert choose(site(40), [EXACT, lopsided], DEFAULT).candidate is lopsided
+
+
+def test_an_error_that_is_nan_keeps_no_budget():
+    broken = candidate("sliced_dual", 1.0, nan)
+    assert choose(site(40), [EXACT, broken], DEFAULT).candidate is EXACT
+
+
+def test_a_site_is_kept_where_even_the_exact_form_fails():
+    lost = candidate("exact", 10.0, 0.3)
+    choice = choose(site(40), [lost], DEFAULT)
+    assert choice.candidate.operator == "keep"
+    assert "float32" in choice.reason
+
+
+def test_the_reason_says_how_close_the_closest_came():
+    assert "0.2" in choose(site(40), [EXACT, ROUGH], DEFAULT).reason
+    assert "too few" in choose(site(3), [EXACT], DEFAULT).reason
+
+
+def test_the_front_holds_what_nothing_beats_cheapest_first():
+    beaten = candidate("sliced_dual", 6.0, 0.06)
+    assert list(front([*ALL, beaten])) == [CHEAP, ROUGH, CLOSE, SLOW, EXACT]
+
+
+def test_the_next_step_is_closer_and_costs_more():
+    curve = tuple(front(ALL))
+    assert next_step(Choice(ROUGH, "", curve)) is CLOSE
+    assert next_step(Choice(EXACT, "", curve)) is None
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return cached_teacher(sound)
+
+
+def test_level_one_and_zero_do_not_approximate(teacher):
+    held_out = teacher.samples
+    for level, operator in ((0, "keep"), (1, "exact")):
+        config = CompileConfig(level=level)
+        chosen = plan(teacher.graph, [teacher.site], teacher.samples, held_out, config)
+        assert chosen.choices[teacher.site.name].candidate.operator == operator
+
+
+def test_candidates_are_the_exact_form_its_truncations_and_sliced_duals_of_every_feature_set(teacher):
+    config = CompileConfig(slices=(0, 2), pieces=(0, 4))
+    samples = teacher.samples
+    found = propose(teacher.graph, [teacher.site], samples, config)
+    candidates = found[teacher.site.name]
+    steps = teacher.site.half_steps
+    assert candidates[0].operator == "exact"
+    truncated = [c.half_steps for c in candidates if c.operator == "truncated"]
+    assert truncated == [t for t in TRUNCATED if t < steps]
+    sliced = [c for c in candidates if c.operator == "sliced_dual"]
+    kinds = {
+        (c.params.slices, c.params.knots.numel() > 0, c.params.side, c.params.paired, c.half_steps) for c in sliced
+    }
+    taken = {"keys": (3, 5, 7, 9, 11, 13), "queries": (2, 4, 6, 8, 10, 12)}
+    sets = product((0, 2), (False, True), taken, (False, True))
+    assert kinds == {(*of, t) for of in sets for t in taken[of[2]] if t < steps}
+    assert len(kinds) == len(sliced)
+    assert all(build(teacher.site, c).half_steps == c.half_steps for c in candidates)
+
+
+def test_masked_and_long_sites_get_no_slices():
+    config = CompileConfig(slices=(0, 8), pieces=(0,))
+    assert {f.slices for f in feature_sets(site(), config)} == {0, 8}
+    assert {f.slices for f in feature_sets(site(masked=True), config)} == {0}
+    assert {f.slices for f in feature_sets(site(keys=5000), config)} == {0}
+    only_slices = CompileConfig(slices=(8,))
+    assert {f.slices for f in feature_sets(site(masked=True), only_slices)} == {0}
+
+
+def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
+    candidates = propose(teacher.graph, [teacher.site], teacher.samples, DEFAULT)[teacher.site.name]
+    exact = replace(EXACT, half_steps=teacher.site.half_steps)
+    truncated = replace(candidate("truncated", 1.0, 0.9), half_steps=2)
+    middle = replace(next(c for c in candidates if c.half_steps == 9), cost=2.0, fidelity=CLOSE.fidelity)
+    curve = (truncated, middle, exact)
+    name = teacher.site.name
+    start = Plan({name: Choice(truncated, "", curve)})
+    lines = []
+    for budget, expected in (("relc<=0.3", middle), ("relc<=1e-5", exact)):
+        config = CompileConfig(fidelity=(budget, "agreement>=0"))
+        made = repair(teacher.graph, [teacher.site], start, teacher.samples, config, lines.append)
+        assert made.choices[name].candidate is expected, check(teacher.graph, [teacher.site], made, teacher.samples)
+        assert made.repairs == curve.index(expected)
+    assert "held-out" in made.choices[name].reason
+    assert lines
+
+
+def test_a_budget_on_the_whole_model_alone_lets_sites_go_as_far_as_it_does(teacher):
+    name = teacher.site.name
+    exact = replace(EXACT, half_steps=teacher.site.half_steps)
+    candidates = {name: [exact, *(candidate("truncated", t, 0.8 / t, half_steps=t) for t in (2, 3, 4, 6))]}
+    for budget, expected in (("agreement>=0", 2), ("relc<=9", 2), ("agreement>=1.1", exact.half_steps)):
+        config = CompileConfig(fidelity=(budget,))
+        made = decide(teacher.graph, [teacher.site], candidates, Plan({}), teacher.samples, config)
+        assert made.choices[name].candidate.half_steps == expected
+    assert made.repairs > 0
+
+
+def test_a_budget_that_nothing_keeps_leaves_the_closest(teacher):
+    start = Plan({teacher.site.name: Choice(EXACT, "", (EXACT,))})
+    config = CompileConfig(fidelity=("relc<=1e-30",))
+    start = Plan({teacher.site.name: replace(start.choices[teacher.site.name])})
+    made = repair(teacher.graph, [teacher.site], start, teacher.samples, config, lambda detail: None)
+    assert made.choices[teacher.site.name].candidate is EXACT
+
+
+def test_rivals_take_as_many_half_steps_as_they_are_said_to(teacher):
+    name = teacher.site.name
+    found = rivals([teacher.site], Plan({name: Choice(candidate("sliced_dual", 1.0, 0.1), "")}, frozenset([name])), 1)
+    assert found["teacher"] == {}
+    assert (found["exact"][name].half_steps, found["exact"][name].wide) == (teacher.site.half_steps, True)
+    assert found["truncated"][name].half_steps == 5
+    assert found["softmax"][name].half_steps == 1

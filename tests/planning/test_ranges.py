@@ -1,0 +1,35 @@
+from dataclasses import replace
+from math import inf
+
+import torch
+from helpers.fitted import cached_teacher, sound
+from helpers.tolerances import FLOAT64, difference
+
+from asapc.ops.scaling import MOST_SPREAD
+from asapc.planning.ranges import deviation, limits, score_ranges
+
+
+def test_the_deviation_is_that_of_what_is_not_masked():
+    scores = torch.randn(3, 2, 4, 5, dtype=torch.float64)
+    assert difference(deviation(scores), scores.flatten(2).std(dim=-1, correction=0).mean(dim=1)) < FLOAT64
+    masked = torch.cat([scores, torch.full((3, 2, 4, 2), -inf, dtype=torch.float64)], dim=-1)
+    assert difference(deviation(masked), deviation(scores)) < FLOAT64
+    assert deviation(torch.full((2, 1, 3, 3), -inf)).tolist() == [0, 0]
+
+
+def test_each_sample_has_its_place_and_the_limits_hold_them_all():
+    teacher = cached_teacher(sound)
+    found = score_ranges(teacher.graph, [teacher.site], teacher.samples)[teacher.site.name]
+    assert found.deviations.shape == (len(teacher.samples),)
+    alone = score_ranges(teacher.graph, [teacher.site], teacher.samples[5:7])[teacher.site.name]
+    assert difference(alone.deviations, found.deviations[5:7]) < FLOAT64
+    low, high = limits({"a": found})["a"]
+    assert 0 < low <= high
+    assert low == found.deviations.min()
+    assert found.kernel_spread <= MOST_SPREAD
+
+
+def test_scores_far_apart_spread_the_kernel():
+    teacher = cached_teacher(sound)
+    sharp = replace(teacher.site, temperature=1e3 * teacher.site.temperature, scale=1e3 * teacher.site.scale)
+    assert score_ranges(teacher.graph, [sharp], teacher.samples)[sharp.name].kernel_spread > MOST_SPREAD

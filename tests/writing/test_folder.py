@@ -1,0 +1,175 @@
+"""Output appears whole or not at all, and never in the place of something that asapc did not write."""
+
+from pathlib import Path
+
+import pytest
+
+from asapc.errors import OutputError
+from asapc.writing.folder import output_file, output_folder, write_json, write_manifest
+
+
+def written(path: Path) -> Path:
+    """An output folder as an earlier run left it."""
+    with output_folder(path, force=False) as folder:
+        (folder / "old.onnx").write_text("old")
+        write_manifest(folder, model_sha256="0" * 64, version="0.0.0")
+    return path
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its content, and every folder; hidden ones too."""
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else "folder" for path in folder.rglob("*")
+    }
+
+
+def test_a_folder_holds_what_was_written_and_nothing_is_left_beside_it(tmp_path):
+    with output_folder(tmp_path / "out", force=False) as folder:
+        (folder / "model.onnx").write_text("new")
+        assert not (tmp_path / "out").exists()
+    assert tree(tmp_path) == {"out": "folder", "out/model.onnx": "new"}
+
+
+def test_a_file_holds_what_was_written_and_nothing_is_left_beside_it(tmp_path):
+    with output_file(tmp_path / "model.pt", force=False) as file:
+        file.write_text("new")
+        assert not (tmp_path / "model.pt").exists()
+    assert tree(tmp_path) == {"model.pt": "new"}
+
+
+def test_missing_parents_are_made(tmp_path):
+    with output_folder(tmp_path / "a" / "b" / "out", force=False) as folder:
+        (folder / "model.onnx").write_text("new")
+    assert (tmp_path / "a" / "b" / "out" / "model.onnx").read_text() == "new"
+
+
+def write_and_fail(kind, path: Path, error: type[BaseException], force: bool = False) -> None:
+    with kind(path, force) as partial:
+        (partial / "model.onnx" if kind is output_folder else partial).write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [output_folder, output_file])
+@pytest.mark.parametrize("place", ["out", "a/b/out"])
+def test_a_failing_run_leaves_nothing_nor_parents_that_it_made(kind, error, place, tmp_path):
+    with pytest.raises(error):
+        write_and_fail(kind, tmp_path / place, error)
+    assert tree(tmp_path) == {}
+
+
+def test_a_failing_run_leaves_parents_that_were_there(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError):
+        write_and_fail(output_folder, tmp_path / "a" / "out", RuntimeError)
+    assert tree(tmp_path) == {"a": "folder"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_run_leaves_an_existing_folder_as_it_was(error, tmp_path):
+    written(tmp_path / "out")
+    before = tree(tmp_path)
+    with pytest.raises(error):
+        write_and_fail(output_folder, tmp_path / "out", error, force=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_run_leaves_an_existing_file_as_it_was(error, tmp_path):
+    (tmp_path / "model.pt").write_text("old")
+    with pytest.raises(error):
+        write_and_fail(output_file, tmp_path / "model.pt", error, force=True)
+    assert tree(tmp_path) == {"model.pt": "old"}
+
+
+def assert_refused(kind, path: Path, force: bool) -> OutputError:
+    """Refused before the block runs, and nothing changes."""
+    before = tree(path.parent) if path.parent.is_dir() else None
+    with pytest.raises(OutputError) as caught, kind(path, force):
+        pytest.fail("the work was begun")
+    assert before is None or tree(path.parent) == before
+    assert caught.value.hint
+    return caught.value
+
+
+def test_what_exists_is_not_replaced_without_force(tmp_path):
+    written(tmp_path / "out")
+    (tmp_path / "model.pt").write_text("old")
+    assert "--force" in assert_refused(output_folder, tmp_path / "out", force=False).hint
+    assert "--force" in assert_refused(output_file, tmp_path / "model.pt", force=False).hint
+
+
+def test_force_replaces_a_folder_that_asapc_wrote(tmp_path):
+    written(tmp_path / "out")
+    with output_folder(tmp_path / "out", force=True) as folder:
+        (folder / "model.onnx").write_text("new")
+    assert tree(tmp_path) == {"out": "folder", "out/model.onnx": "new"}
+
+
+def test_force_replaces_a_file(tmp_path):
+    (tmp_path / "model.pt").write_text("old")
+    with output_file(tmp_path / "model.pt", force=True) as file:
+        file.write_text("new")
+    assert tree(tmp_path) == {"model.pt": "new"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{}, {"thesis.txt": "years of work"}, {"manifest.json": '{"name": "a web app", "version": "3"}'}],
+    ids=["empty", "papers", "another tool's manifest"],
+)
+def test_a_folder_that_asapc_did_not_write_is_never_replaced(files, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name, text in files.items():
+        (tmp_path / "out" / name).write_text(text)
+    assert_refused(output_folder, tmp_path / "out", force=True)
+
+
+def test_a_file_is_never_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    assert_refused(output_folder, tmp_path / "file", force=True)
+    assert_refused(output_file, tmp_path / "folder", force=True)
+
+
+def test_a_folder_that_appears_during_the_run_is_not_replaced_without_force(tmp_path):
+    def run_beside_another() -> None:
+        with output_folder(tmp_path / "out", force=False) as folder:
+            (folder / "model.onnx").write_text("new")
+            written(tmp_path / "out")
+
+    with pytest.raises(OutputError):
+        run_beside_another()
+    assert (tmp_path / "out" / "old.onnx").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# The tests run as root too, whom no permission keeps out: a file in the place of the parent keeps out everyone.
+@pytest.mark.parametrize("kind", [output_folder, output_file])
+@pytest.mark.parametrize("below", ["out", "deep/out"])
+def test_an_unwritable_parent_is_refused(kind, below, tmp_path):
+    (tmp_path / "parent").write_text("a file")
+    assert_refused(kind, tmp_path / "parent" / below, force=False)
+    assert tree(tmp_path) == {"parent": "a file"}
+
+
+@pytest.mark.parametrize("kind", [output_folder, output_file])
+def test_a_name_too_long_for_the_file_system_is_refused(kind, tmp_path):
+    assert_refused(kind, tmp_path / ("x" * 300), force=False)
+
+
+def test_the_manifest_lists_every_file_with_its_hash(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    write_manifest(tmp_path, model_sha256="f" * 64, version="1.2.3")
+    manifest = (tmp_path / "manifest.json").read_text()
+    # SHA-256 of "abc", FIPS 180-2 appendix B.1.
+    assert "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" in manifest
+    assert '"bytes": 3' in manifest
+    assert "f" * 64 in manifest
+    assert '"manifest.json"' not in manifest  # it cannot hold its own hash
+
+
+def test_json_is_never_written_with_numbers_that_json_does_not_have(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "report.json", {"value": float("nan")})
+    assert tree(tmp_path) == {}

@@ -1,0 +1,212 @@
+import json
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from helpers.paths import ROOT
+
+from asapc.types.budget import Bound
+from asapc.types.choices import Candidate, Choice, Plan, SlicedDualParams
+from asapc.types.graph import EarlyStops
+from asapc.types.model import LoadedModel
+from asapc.types.results import (
+    Fidelity,
+    FittedActivation,
+    Hop,
+    Latency,
+    LatencyRun,
+    Metric,
+    SiteFidelity,
+    VariantFidelity,
+)
+from asapc.types.site import Findings, Miss, Operand, Site
+from asapc.writing.environment import environment
+from asapc.writing.report import early_stop_data, early_stop_note, miss_data, report_data, site_data
+
+SCHEMA = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+VARIANTS = {"teacher": 8.0, "exact": 3.0, "truncated": 1.5, "softmax": 1.0, "compiled": 2.0}
+
+
+def site(name: str, temperature: list[float]) -> Site:
+    one = torch.ones(1, dtype=torch.float64)
+    return Site(
+        name=name,
+        source=None,
+        half_steps=40,
+        last="rows",
+        scale=torch.tensor(temperature),
+        row_mass=one,
+        column_mass=2 * one,
+        masked=False,
+        groups=1,
+        heads=len(temperature),
+        queries=64,
+        keys=32,
+        head_dim=16,
+        dtype=torch.float32,
+        share=0.123456,
+        scores=Operand("scores", "bhnm"),
+        exponential=False,
+        plan=Operand("plan", "bhnm"),
+        logarithm=False,
+        query=Operand("query", "bhnd"),
+        key=Operand("key", "bhdm"),
+        product=True,
+        padding=None,
+        temperature=torch.tensor(temperature),
+        folded=torch.ones(len(temperature)),
+        applied=True,
+        value=Operand("value", "bhme"),
+        output=Operand("output", "bhne"),
+    )
+
+
+def matching(name: str) -> Site:
+    """A site that ends in a plan, whose scores are no product of queries and keys."""
+    none = dict.fromkeys(("head_dim", "query", "key", "temperature", "folded", "value", "output"))
+    return replace(site(name, [1.0, 1.0]), product=False, applied=False, **none)
+
+
+def report() -> dict:
+    sites = (site("a", [1.0, 1.0]), site("b", [1.0, 2.0]), matching("c"))
+    basis, knots = torch.eye(16).expand(2, -1, -1), torch.zeros(2, 0, 0)
+    params = SlicedDualParams(basis, basis, 8, knots, (torch.zeros(2, 25), torch.zeros(2, 26)))
+    quality = SiteFidelity(0.1, 0.1, 0.0, 0.1)
+    sliced, exact = Candidate("sliced_dual", 5, 1.0, quality, params), Candidate("exact", 40, 2.0, quality)
+    plan = Plan(
+        {
+            "a": Choice(sliced, "why", (sliced, exact)),
+            "b": Choice(Candidate("keep", 40, inf), "why", (exact,)),
+            "c": Choice(exact, "why"),
+        },
+        ranges=dict.fromkeys("abc", (1.0, 2.5)),
+    )
+    fidelity = Fidelity(
+        samples=10,
+        logits_rel=0.1,
+        agreement=0.9,
+        metric=Metric("accuracy", 0.9, 0.8),
+        hops=(Hop("capture", 0.0, 0.0, 1.0), Hop("amortisation", 0.1, 0.1, 0.9), Hop("export", 0.0, 0.0, 1.0)),
+        variants={name: VariantFidelity(None if name == "truncated" else 0.1, None, None) for name in VARIANTS},
+        sites={"a": SiteFidelity(0.1, 0.1, 0.0, 0.1)},
+    )
+    runs = [
+        LatencyRun(name, "onnxruntime", batch, ms * batch, ms, ms, ms, 0.0, 10)
+        for batch in (1, 32)
+        for name, ms in VARIANTS.items()
+    ]
+    lowered = FittedActivation("gelu, float32", torch.nn.Identity(), 16, 1e-3, -6.0, 4.0, 2)
+    loaded = LoadedModel(torch.nn.Identity(), Path("model.pt"), "0" * 64, 5, None, None)
+    artifacts = [{"kind": "onnx", "path": "model.onnx", "sha256": "0" * 64, "builder": "b", "targets": []}]
+    stops = EarlyStops({"sinkhorn.py:7": "if err.item() < self.tol:"}, 1e-3, taken=True)
+    findings = Findings(sites, (Miss("node", None, "why", "what to do"),), stops)
+    budget, latency = (Bound("relc", 0.2),), Latency("cpu", 2, tuple(runs))
+    return report_data(loaded, findings, plan, (lowered,), fidelity, budget, latency, artifacts, environment(seed=0))
+
+
+def test_a_report_keeps_to_its_schema_as_json() -> None:
+    jsonschema.validate(json.loads(json.dumps(report(), allow_nan=False)), SCHEMA)
+
+
+def test_what_inspect_prints_is_described_as_it_is_in_the_report() -> None:
+    inspect = json.loads((ROOT / "docs" / "inspect.schema.json").read_text())
+    of_report, of_inspect = (schema["$defs"]["site"] for schema in (SCHEMA, inspect))
+    added = {"choice", "fidelity", "calibration_range"}
+    assert set(of_inspect["required"]) == set(of_report["required"]) - added == set(site_data(matching("a")))
+    assert of_inspect["properties"].items() <= of_report["properties"].items()
+    for name in ("misses", "early_stops"):
+        assert inspect["properties"][name] == SCHEMA["properties"][name]
+    assert inspect["$defs"]["source"] == SCHEMA["$defs"]["source"]
+
+
+@pytest.mark.parametrize("source", ["model.py:3", "model.onnx: node_einsum_22", "model.onnx: /blocks.0/MatMul", None])
+def test_a_source_is_a_line_of_code_or_a_node_of_a_file(source) -> None:
+    data = report()
+    data["sites"][0]["source"] = source
+    jsonschema.validate(data, SCHEMA)
+    data["sites"][0]["source"] = "model.py"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, SCHEMA)
+
+
+def test_the_schema_refuses_what_it_does_not_describe() -> None:
+    data = report()
+    data["sites"][0]["choice"]["operator"] = "guess"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, SCHEMA)
+    for change in ({"ends_in": "nothing"}, {"share": 1.5}, {"epsilon": "?"}):
+        data = report()
+        data["sites"][0] |= change
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(data, SCHEMA)
+    data = report()
+    del data["misses"][0]["hint"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, SCHEMA)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**report(), "more": 1}, SCHEMA)
+
+
+def test_ratios_are_of_medians_at_the_largest_batch() -> None:
+    latency = report()["latency"]
+    assert latency["batch"] == 32
+    assert latency["speedup_vs_teacher"] == 4.0
+    assert latency["speedup_vs_exact"] == 1.5
+    assert latency["speedup_vs_truncated"] == 0.75
+    assert latency["ratio_to_softmax"] == 2.0
+
+
+def test_epsilon_is_a_number_or_a_list_where_it_differs_by_head() -> None:
+    assert site_data(site("a", [1.0, 1.0]))["epsilon"] == pytest.approx(0.25)
+    assert site_data(site("b", [1.0, 2.0]))["epsilon"] == pytest.approx([0.25, 0.125])
+    assert site_data(matching("c"))["epsilon"] is None
+
+
+def test_a_temperature_that_queries_and_keys_carry_already_counts_in_epsilon() -> None:
+    folded = replace(site("a", [1.0, 1.0]), folded=torch.tensor([0.5, 0.5]))
+    assert site_data(folded)["epsilon"] == pytest.approx(0.5)
+
+
+def test_a_site_says_what_it_ends_in_and_its_share() -> None:
+    attention, _, plan = report()["sites"]
+    assert (attention["ends_in"], attention["share"], attention["head_dim"]) == ("attention", 0.1235, 16)
+    assert (plan["ends_in"], plan["head_dim"], plan["fidelity"]) == ("plan", None, None)
+    # A plan that is multiplied with values and read elsewhere too is attention.
+    assert site_data(replace(site("a", [1.0]), value=None, output=None))["ends_in"] == "attention"
+
+
+def test_a_miss_carries_its_hint() -> None:
+    assert report()["misses"] == [{"node": "node", "source": None, "reason": "why", "hint": "what to do"}]
+    here = str(Path.cwd() / "model.py:3")
+    assert miss_data(Miss("node", here, "why", "hint"))["source"] == "model.py:3"
+
+
+def test_a_sliced_dual_names_its_features_and_a_kept_site_none() -> None:
+    first, second, _ = (entry["choice"] for entry in report()["sites"])
+    assert first["features"] == ["bquad", "mean", "slices"]
+    assert first["closure_half_steps"] == 5
+    assert second["features"] == []
+    assert second["closure_half_steps"] == 0
+
+
+def test_early_stops_stand_in_the_report_and_are_none_where_a_model_has_none() -> None:
+    assert report()["early_stops"] == {
+        "stops": [{"source": "sinkhorn.py:7", "question": "if err.item() < self.tol:"}],
+        "difference": 1e-3,
+        "taken": True,
+    }
+    assert early_stop_data(None) is None
+    jsonschema.validate({**report(), "early_stops": None}, SCHEMA)
+
+
+def test_the_note_names_the_line_and_what_leaving_the_stop_out_changes() -> None:
+    assert early_stop_note(None) == ""
+    stops = EarlyStops({"a.py:7": "if a:", "b.py:8": "if b:"}, 1.234e-3, taken=True)
+    note = early_stop_note(early_stop_data(stops))
+    assert "a.py:7, b.py:8" in note
+    assert "1.2e-03" in note
+    same = EarlyStops(stops.questions, 1e-8, taken=False)
+    assert "changes nothing" in early_stop_note(early_stop_data(same))

@@ -1,1 +1,0 @@
-../../asapc/archives.py

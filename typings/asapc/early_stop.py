@@ -1,1 +1,0 @@
-../../asapc/early_stop.py

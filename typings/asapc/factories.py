@@ -1,1 +1,0 @@
-../../asapc/factories.py

@@ -1,1 +1,0 @@
-../../asapc/inputs.py

@@ -1,1 +1,0 @@
-../../asapc/onnx_import.py

@@ -1,1 +1,0 @@
-../../asapc/pt2_archive.py

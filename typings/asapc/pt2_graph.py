@@ -1,1 +1,0 @@
-../../asapc/pt2_graph.py

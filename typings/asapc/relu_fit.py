@@ -1,1 +1,0 @@
-../../asapc/relu_fit.py

@@ -1,1 +1,0 @@
-../../asapc/shapes.py
