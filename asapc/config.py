@@ -12,9 +12,9 @@ from asapc.types.budget import Bound, parse_bound
 from asapc.types.options import EarlyStopRule, Lowering, LoweringRule, Precision
 
 # More only wait for each other, and far more crash ONNX Runtime for want of memory, without an error to catch.
-MOST_THREADS = 4 * (os.cpu_count() or 1)
+MAX_THREADS = 4 * (os.cpu_count() or 1)
 # Activations grow with the batch: a slip of the keyboard here would take all memory, and the process with it.
-LARGEST_BATCH = 4096
+MAX_BATCH = 4096
 
 LEVELS = (0, 1, 2)  # loops as written, exact rewrites only, approximations within the budget
 
@@ -59,9 +59,9 @@ class CompileConfig:
             inputs have been on the calibration samples; 0 leaves activations alone.
         dynamic: open axes of the inputs with their ranges, such as "batch=1:64,seq=16:2048"; see `asapc.dynamic`.
         slices: numbers of sorted slices that the planner may give a site, in the order it tries them.
-        batches: batch sizes at which latency is measured, up to LARGEST_BATCH.
+        batches: batch sizes at which latency is measured, up to MAX_BATCH.
         seconds: time spent on measuring each batch size.
-        threads: threads of torch and ONNX Runtime, up to MOST_THREADS, four a core; 0 for as many as torch takes by
+        threads: threads of torch and ONNX Runtime, up to MAX_THREADS, four a core; 0 for as many as torch takes by
             itself, one a core.
         seed: seeds everything that draws random numbers.
     """
@@ -96,8 +96,8 @@ class CompileConfig:
         for name, values, low, high in (
             ("slices", self.slices, 0, inf),
             ("pieces", self.pieces, 0, inf),
-            ("batches", self.batches, 1, LARGEST_BATCH),
-            ("threads", (self.threads,), 0, MOST_THREADS),
+            ("batches", self.batches, 1, MAX_BATCH),
+            ("threads", (self.threads,), 0, MAX_THREADS),
             ("seed", (self.seed,), 0, 2**63 - 1),
         ):
             if not values or min(values) < low or max(values) > high:

@@ -53,7 +53,7 @@ TEACHER_ENTRIES = 8 * 4096 * 4096
 TOGETHER_ENTRIES = 8 * 8 * 2048 * 2048
 FLOOR = "softmax, fused"
 TORCH_LENGTHS, TORCH_FORMS = (256, 1024), ("teacher", "softmax, fused", "exact 40", "parabolas, 3")
-SECONDS, FEWEST, MEMORY_LENGTH = 8.0, 4, 4096
+SECONDS, MIN_ROUNDS, MEMORY_LENGTH = 8.0, 4, 4096
 Row = dict[str, Any]
 
 
@@ -119,7 +119,7 @@ def inputs(batch: int, length: int) -> Samples:
 
 
 def medians(
-    runners: Mapping[str, Runner], samples: Samples, batch: int, seconds: float = SECONDS, rounds: int = FEWEST
+    runners: Mapping[str, Runner], samples: Samples, batch: int, seconds: float = SECONDS, rounds: int = MIN_ROUNDS
 ) -> dict[str, float]:
     """Milliseconds a call, by name."""
     runs = measure(runners, samples, batch, seconds, rounds=rounds)

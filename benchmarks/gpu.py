@@ -52,7 +52,7 @@ IN_TORCH = ("teacher", "softmax, fused", "exact 40", "hinges, 3")
 COMPILED, COMPILED_LENGTH = ("exact 40", "truncated 3", "hinges, 3", "parabolas, 2, fused"), 1024
 MODEL_BATCHES = (1, 32, 500)
 VARIANTS = ("teacher", "exact", "truncated", "softmax", "compiled")
-SECONDS, FEWEST = 3.0, 10
+SECONDS, MIN_ROUNDS = 3.0, 10
 Row = dict[str, Any]
 
 
@@ -130,7 +130,7 @@ def model_path(name: str, dtype: str) -> Path:
 
 def milliseconds(runners: Mapping[str, Runner], samples: Samples) -> dict[str, float]:
     """Medians by name."""
-    return medians(runners, samples, len(samples), SECONDS, FEWEST)
+    return medians(runners, samples, len(samples), SECONDS, MIN_ROUNDS)
 
 
 def relative(output: Tensor, reference: Tensor) -> float:

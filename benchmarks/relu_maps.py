@@ -43,7 +43,7 @@ from benchmarks.fits import HELD_OUT, Part, linear, of_slices, part, random_dire
 from benchmarks.teachers import studied
 
 RESULTS = Path(__file__).resolve().parent / "results" / "relu_maps.json"
-DEPTH, WIDEST, PENALTY = 3, 3.0, 1e-5  # 8 pieces over so many standard deviations to each side
+DEPTH, MAX_DEVIATIONS, PENALTY = 3, 3.0, 1e-5  # 8 pieces over so many standard deviations to each side
 STEPS, FREE_STEPS, RATE, FREE_RATE, LOOK_EVERY = 200, 300, 0.05, 3e-3, 25
 LENGTH, HEADS, SIZE = 1024, 8, 64
 
@@ -127,7 +127,7 @@ def points(graph: CapturedGraph, site: Site, params: SlicedDualParams, samples: 
     x, y = project(keys, params.key_basis.double()), project(queries, params.query_basis.double())
     x, y = x - mean(x, None), y - mean(y, None)
     spreads = variance(x, None).sqrt(), variance(y, None).sqrt()
-    return Points((x / spreads[0] / (2 * WIDEST) + 0.5).clamp(0, 1), spreads[0] * spreads[1])
+    return Points((x / spreads[0] / (2 * MAX_DEVIATIONS) + 0.5).clamp(0, 1), spreads[0] * spreads[1])
 
 
 def ridge(of: Part, vectors: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class Networks(Parabolas):
         x, y = self.operator.coordinates(q, k)
         x, y = x - mean(x, None), y - mean(y, None)
         spreads = variance(x, None).sqrt(), variance(y, None).sqrt()
-        t = (x / (spreads[0] * 2 * WIDEST) + 0.5).clamp(0, 1).unsqueeze(-2)  # B H C 1 N
+        t = (x / (spreads[0] * 2 * MAX_DEVIATIONS) + 0.5).clamp(0, 1).unsqueeze(-2)  # B H C 1 N
         h = torch.relu(self.first.unsqueeze(-1) * t + self.first_bias.unsqueeze(-1))
         for i in range(DEPTH - 1):
             h = torch.relu(self.hidden[:, :, i] @ h + self.hidden_bias[:, :, i].unsqueeze(-1))

@@ -1,6 +1,6 @@
 """Brings tensors from the layout of a user's graph into the one that operators work in, and back.
 
-Axes are told by letters, see `artifacts.Operand`. Which axis of a node is which axis of the scores is found by
+Axes are told by letters, see `types.site.Operand`. Which axis of a node is which axis of the scores is found by
 sending a tensor of positions through the graph's own views, and looking where its axes went: no list of
 view operators to keep, and heads that were stacked by `cat` are found as well.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from asapc.ops.scaling import LOWEST_LIVE
+from asapc.ops.scaling import MIN_LIVE
 from asapc.types.site import Operand, Site
 
 UNIT_TOLERANCE = 1e-9
@@ -158,7 +158,7 @@ def site_inputs(
         assert keys is not None
         scaled = queries if factor is None else (queries * factor).to(queries.dtype)
         if form == "points":
-            live = [] if scores is None else [(scores * site.scale.mean().item() >= LOWEST_LIVE).to(site.dtype)]
+            live = [] if scores is None else [(scores * site.scale.mean().item() >= MIN_LIVE).to(site.dtype)]
             return [scaled, queries, keys, values, *live]
         scores = keys @ scaled.transpose(-1, -2) if form == "turned" else scaled @ keys.transpose(-1, -2)
         return [scores, queries, keys, values]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from asapc.config import MOST_THREADS, CompileConfig
+from asapc.config import MAX_THREADS, CompileConfig
 from asapc.errors import OptionError
 from asapc.types.budget import METRICS, Bound, parse_bound
 
@@ -85,7 +85,7 @@ def test_a_config_reads_its_budget_when_it_is_made():
         ("batches", (1, 10**7)),  # more than any memory
         ("threads", -1),
         ("threads", 100_000),  # crashed ONNX Runtime
-        ("threads", MOST_THREADS + 1),
+        ("threads", MAX_THREADS + 1),
         ("seed", -1),
         ("seed", 2**64),  # torch takes 64 bits
         ("seconds", 0.0),

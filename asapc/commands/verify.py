@@ -37,7 +37,7 @@ from asapc.writing.report import fidelity_data
 COMPILE = "compile the model again"
 # A site has left the range of its calibration where more than this share of the samples lies outside of it, widened
 # by so much of its width at either end.
-MOST_OUTSIDE, WIDENED = 0.05, 0.1
+MAX_OUTSIDE, WIDENED = 0.05, 0.1
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Recheck:
     @property
     def shifted(self) -> list[str]:
         """Sites that have left the range of their calibration."""
-        return [name for name, share in self.outside.items() if share > MOST_OUTSIDE]
+        return [name for name, share in self.outside.items() if share > MAX_OUTSIDE]
 
     def data(self) -> dict[str, Any]:
         """What `asapc verify --json` prints."""

@@ -11,7 +11,7 @@ from asapc.types.results import LatencyRun
 from asapc.types.samples import Samples
 
 WARM_UP_CALLS = 3
-FEWEST_ROUNDS = 10
+MIN_ROUNDS = 10
 
 
 def measure(
@@ -20,7 +20,7 @@ def measure(
     batch: int,
     seconds: float,
     seed: int = 0,
-    rounds: int = FEWEST_ROUNDS,
+    rounds: int = MIN_ROUNDS,
 ) -> list[LatencyRun]:
     """Time every runner on the same batch, in rounds of one call each, in a new random order each round.
 

@@ -25,7 +25,7 @@ from asapc.types.samples import Samples
 
 
 def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedModel:
-    """Read a model: a checkpoint of `asapc train`, weights with `config.model`, a torch.export archive, or ONNX.
+    """Read a model: a checkpoint of `asapc train`, weights with `CompileConfig.model`, a torch.export archive, or ONNX.
 
     Args:
         path: the file.

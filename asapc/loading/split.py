@@ -11,7 +11,7 @@ from asapc.loading.samples import load_samples
 from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
 
-FEWEST_CALIBRATION, FEWEST_HELD_OUT = 8, 4
+MIN_CALIBRATION, MIN_HELD_OUT = 8, 4
 HELD_OUT_SHARE = 4  # one in so many samples of a --calib file is held out
 
 
@@ -53,10 +53,10 @@ def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples,
         shuffled = samples[order.tolist()]
         split = len(samples) // HELD_OUT_SHARE
         calibration, held_out = shuffled[split:], shuffled[:split]
-    if len(calibration) < FEWEST_CALIBRATION or len(held_out) < FEWEST_HELD_OUT:
+    if len(calibration) < MIN_CALIBRATION or len(held_out) < MIN_HELD_OUT:
         raise SamplesError(
             f"{len(calibration)} calibration and {len(held_out)} held-out samples are too few",
-            f"give at least {HELD_OUT_SHARE * FEWEST_HELD_OUT} samples with --calib; 64 and more are better",
+            f"give at least {HELD_OUT_SHARE * MIN_HELD_OUT} samples with --calib; 64 and more are better",
         )
     calibration, held_out = order_inputs(loaded, calibration), order_inputs(loaded, held_out)
     if calibration.inputs.keys() != held_out.inputs.keys():

@@ -7,7 +7,7 @@ basis, exactly or under an assumption, or a piece of which such potentials are m
 import torch
 
 from asapc.ops.potentials import potentials, potentials_ref
-from asapc.ops.scaling import LOWEST_LIVE
+from asapc.ops.scaling import MIN_LIVE
 
 # Below this variance a projected coordinate counts as constant, and its features as zero.
 MIN_VARIANCE = 1e-12
@@ -25,7 +25,7 @@ def project(points: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 def live_mask(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """1 where a row or column takes part and 0 where it is masked: (B, H, 1, N) and (B, H, 1, M), of scores' dtype."""
-    live = scores >= LOWEST_LIVE
+    live = scores >= MIN_LIVE
     rows = live.any(dim=-1, keepdim=True).transpose(-1, -2)
     return rows.to(scores.dtype), live.any(dim=-2, keepdim=True).to(scores.dtype)
 

@@ -15,11 +15,11 @@ from asapc.ops.features import mean
 
 # What attention gives to the known score is held between these, so that logarithms are finite. It is no more than 1/2
 # but for rounding.
-SMALLEST_SHARE, LARGEST_SHARE = 1e-37, 0.75
+MIN_SHARE, MAX_SHARE = 1e-37, 0.75
 # Kernels for half precision load so many channels at once. They take other numbers of channels, in twice the time.
 ALIGNED_CHANNELS = 8
 # What stands for 1 in the column that tells the share: a power of two, with which float16 holds shares down to 4e-12.
-LARGEST_COLUMN = 2.0**14
+MAX_COLUMN = 2.0**14
 # Dual of what is masked, within float16 and far below all that is not.
 MASKED_DUAL = -1e4
 
@@ -96,8 +96,8 @@ def half_step(
     centred = (torch.cat([others.to(exact), centre], dim=-2) - centre).to(points.dtype)
     keys = with_dual(centred, pad(masked(dual - level, live), (0, 1)))
     others_are = torch.zeros_like(with_ones(others) if in_half(others) else others[..., :1])
-    seen = attention(with_ones(points), keys, pad(others_are, (0, 0, 0, 1), value=LARGEST_COLUMN))[..., :1]
-    share = (seen.to(exact).transpose(-1, -2) / LARGEST_COLUMN).clamp(SMALLEST_SHARE, LARGEST_SHARE)
+    seen = attention(with_ones(points), keys, pad(others_are, (0, 0, 0, 1), value=MAX_COLUMN))[..., :1]
+    share = (seen.to(exact).transpose(-1, -2) / MAX_COLUMN).clamp(MIN_SHARE, MAX_SHARE)
     return torch.log(share) - torch.log1p(-share) - level - centre @ points.to(exact).transpose(-1, -2)
 
 

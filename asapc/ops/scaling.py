@@ -11,18 +11,18 @@ import torch
 
 # Sums below this are held there. Float32 reaches it only when the scaling vectors span more than 30 orders of
 # magnitude; the result is then wrong but finite, and the fidelity check on real samples sees it.
-SMALLEST_SUM = 1e-30
+MIN_SUM = 1e-30
 # How far, as a natural logarithm, the largest entries of the softmax's columns may lie below 1 before the kernel has to
 # be levelled: half the range of float32, so that entries much smaller than those still count.
-MOST_SPREAD = 40.0
+MAX_SPREAD = 40.0
 # Where a site is masked, scores below this are the mask: -inf, -1e9, -1e4 and their likes.
-LOWEST_LIVE = -1e3
+MIN_LIVE = -1e3
 
 
 def subtract_largest(scores: torch.Tensor, dim: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores less the largest along an axis, and those largest; what is masked stays below LOWEST_LIVE or near it."""
+    """Scores less the largest along an axis, and those largest; what is masked stays below MIN_LIVE or near it."""
     largest = scores.amax(dim=dim, keepdim=True)
-    largest = largest.clamp_min(LOWEST_LIVE) if masked else largest
+    largest = largest.clamp_min(MIN_LIVE) if masked else largest
     return scores - largest, largest
 
 
@@ -31,7 +31,7 @@ def scaling_exponent(scores: torch.Tensor, masked: bool = False) -> tuple[torch.
 
     Args:
         scores: (B, H, N, M), with any query-side dual already added.
-        masked: whether to leave out what lies below LOWEST_LIVE: its kernel is 0, also where that is a whole
+        masked: whether to leave out what lies below MIN_LIVE: its kernel is 0, also where that is a whole
             row or column.
 
     Returns:
@@ -44,11 +44,11 @@ def scaling_exponent(scores: torch.Tensor, masked: bool = False) -> tuple[torch.
 
 
 def log_row_softmax(scores: torch.Tensor, masked: bool = False) -> torch.Tensor:
-    """Log-softmax over the last axis; with `masked` what lies below LOWEST_LIVE is kept out, whole rows of it too."""
+    """Log-softmax over the last axis; with `masked` what lies below MIN_LIVE is kept out, whole rows of it too."""
     if not masked:
         return torch.log_softmax(scores, dim=-1)
     scores, _ = subtract_largest(scores, -1, masked)
-    return scores - torch.log(torch.exp(scores).sum(dim=-1, keepdim=True).clamp_min(SMALLEST_SUM))
+    return scores - torch.log(torch.exp(scores).sum(dim=-1, keepdim=True).clamp_min(MIN_SUM))
 
 
 def start(scores: torch.Tensor, masked: bool, fused: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,7 +56,7 @@ def start(scores: torch.Tensor, masked: bool, fused: bool) -> tuple[torch.Tensor
 
     Args:
         scores: (B, H, N, M).
-        masked: whether what lies below LOWEST_LIVE gets 0, whole rows of it too.
+        masked: whether what lies below MIN_LIVE gets 0, whole rows of it too.
         fused: whether softmax is the fastest way there. It is not where the scores had to be transposed first:
             runtimes then take a slow softmax over the other axis.
 
@@ -72,7 +72,7 @@ def start(scores: torch.Tensor, masked: bool, fused: bool) -> tuple[torch.Tensor
 def column_scaling(kernel: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
     """Key-side vector (B, H, 1, M), up to a constant, that makes the columns of u * kernel * v equal in sum."""
     u = kernel.new_ones(1, kernel.shape[-2]) if u is None else u
-    return 1 / (u @ kernel).clamp_min(SMALLEST_SUM)
+    return 1 / (u @ kernel).clamp_min(MIN_SUM)
 
 
 def row_scaling(kernel: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:

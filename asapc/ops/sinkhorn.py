@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.fused import attend, half_step
 from asapc.ops.scaling import (
-    SMALLEST_SUM,
+    MIN_SUM,
     column_scaling,
     log_row_softmax,
     row_scaling,
@@ -21,7 +21,7 @@ from asapc.ops.scaling import (
 from asapc.types.options import Lowering
 from asapc.types.site import Axis
 
-# As `scaling.MOST_SPREAD`, for float64, and of scaling vectors too: their products stay within its range of 745.
+# As `scaling.MAX_SPREAD`, for float64, and of scaling vectors too: their products stay within its range of 745.
 MOST_SPREAD_FLOAT64 = 200.0
 
 
@@ -117,7 +117,7 @@ def times(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor 
 
 
 def kernel_spread(scores: torch.Tensor) -> float:
-    """How far the largest entries of a kernel's columns lie below 1, whichever axis is first; see `MOST_SPREAD`.
+    """How far the largest entries of a kernel's columns lie below 1, whichever axis is first; see `MAX_SPREAD`.
 
     Args:
         scores: (B, H, N, M), -inf where masked.
@@ -158,9 +158,9 @@ class Sinkhorn(nn.Module):
             last: the axis that the last half-step normalises.
             row_mass: (1,) or (N,), what rows are normalised to; None for 1.
             column_mass: (1,) or (M,), what columns are normalised to; None for N / M.
-            masked: whether scores below `scaling.LOWEST_LIVE` are left out.
+            masked: whether scores below `scaling.MIN_LIVE` are left out.
             logarithm: whether the plan is returned as its logarithm.
-            wide: whether the scores spread so far, see `scaling.MOST_SPREAD`, that the kernel has to be levelled on
+            wide: whether the scores spread so far, see `scaling.MAX_SPREAD`, that the kernel has to be levelled on
                 both axes. That takes more passes over the scores.
             lowering: what takes its place in a graph, `forward` or `from_points`.
         """
@@ -199,7 +199,7 @@ class Sinkhorn(nn.Module):
             live_rows = (kernel.amax(dim=-1, keepdim=True) > 0).to(kernel.dtype).transpose(-1, -2)
             live_columns = (kernel.amax(dim=-2, keepdim=True) > 0).to(kernel.dtype)
         total_rows, total_columns = (
-            (mass * live).sum(dim=-1, keepdim=True).clamp_min(SMALLEST_SUM)
+            (mass * live).sum(dim=-1, keepdim=True).clamp_min(MIN_SUM)
             for mass, live in ((rows, live_rows), (columns, live_columns))
         )
         if (self.last == "rows") != self.turned:  # the kernel's rows come last

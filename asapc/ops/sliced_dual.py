@@ -16,7 +16,7 @@ from torch import nn
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, pair_matrices, pairs_of, project
 from asapc.ops.fused import attend, half_step
-from asapc.ops.scaling import LOWEST_LIVE, column_scaling, row_scaling, scaled_plan, start
+from asapc.ops.scaling import MIN_LIVE, column_scaling, row_scaling, scaled_plan, start
 from asapc.ops.shapes import check_shape
 from asapc.ops.sinkhorn import scaled_duals
 from asapc.types.choices import Side, SlicedDualParams
@@ -25,7 +25,7 @@ from asapc.types.site import Axis
 
 # How far, as a natural logarithm, scaling vectors made of estimates go below their largest entry, which they do only
 # far outside of what was calibrated.
-LARGEST_LOG = 60.0
+MAX_LOG = 60.0
 
 
 def first_half_steps(side: Side, last: Axis) -> int:
@@ -86,9 +86,9 @@ class SlicedDual(nn.Module):
         Args:
             params: what the fit found for this site; the operator takes its dtype.
             last: the axis that the last half-step normalises.
-            masked: whether scores below `scaling.LOWEST_LIVE` are left out; only without slices.
+            masked: whether scores below `scaling.MIN_LIVE` are left out; only without slices.
             mass: what the last half-step normalises to.
-            wide: whether the scores spread further than `scaling.MOST_SPREAD`.
+            wide: whether the scores spread further than `scaling.MAX_SPREAD`.
             lowering: what takes its place in a graph, `forward` or `from_points`.
         """
         super().__init__()
@@ -248,8 +248,8 @@ class SlicedDual(nn.Module):
 
 def scaling_vector(dual: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
     """Scaling vector of a dual (B, H, 1, M), up to a factor: exp of it, with 1 for the sum of what is live."""
-    dual = dual if live is None else dual + (1 - live) * LOWEST_LIVE
-    return torch.softmax(dual, dim=-1).clamp_min(math.exp(-LARGEST_LOG))
+    dual = dual if live is None else dual + (1 - live) * MIN_LIVE
+    return torch.softmax(dual, dim=-1).clamp_min(math.exp(-MAX_LOG))
 
 
 def log_where_live(v: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:

@@ -6,7 +6,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from asapc.ops.scaling import LOWEST_LIVE
+from asapc.ops.scaling import MIN_LIVE
 from asapc.passes.layout import operands, score_factor, site_inputs
 from asapc.types.site import Site
 
@@ -25,7 +25,7 @@ def masked_scores(site: Site, values: Mapping[str, Tensor]) -> Tensor:
     """Scores (B, H, N, M) of a site, in units of the temperature, -inf where masked, in float64."""
     scores, *_ = float64_inputs(site, values)
     assert scores is not None
-    return scores.masked_fill(scores < LOWEST_LIVE, -inf) if site.masked else scores
+    return scores.masked_fill(scores < MIN_LIVE, -inf) if site.masked else scores
 
 
 def float64_inputs(site: Site, values: Mapping[str, Tensor]) -> list[Tensor | None]:

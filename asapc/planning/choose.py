@@ -28,10 +28,10 @@ MARGIN = 0.9
 # that is allowed.
 EXACT_RELC = {1: 1e-5, 2: 1e-3}
 # What an approximation has to save, as estimated, before it is taken instead of the exact form.
-LEAST_SAVING = 0.05
+MIN_SAVING = 0.05
 # Where a budget is about the whole model alone, sites may be so far from the teacher at first, then half as far, and so
 # on.
-LOOSEST_RELC, LEVELS = 0.5, 5
+MAX_RELC, LEVELS = 0.5, 5
 
 
 def plan(
@@ -95,7 +95,7 @@ def decide(
         advance: called with a line about the progress.
     """
     open_sites = bool(config.bounds()) and not any(bound.metric in SITE_METRICS for bound in config.bounds())
-    levels = [LOOSEST_RELC / 2**i for i in range(LEVELS)] if open_sites and config.level == 2 else [None]
+    levels = [MAX_RELC / 2**i for i in range(LEVELS)] if open_sites and config.level == 2 else [None]
     chosen = empty
     for tightened, level in enumerate(levels):
         choices = {site.name: choose(site, candidates[site.name], config, level) for site in sites}
@@ -144,7 +144,7 @@ def choose(site: Site, candidates: Sequence[Candidate], config: CompileConfig, l
     """
     exact, *others = candidates
     most = {name: MARGIN * limit for name, limit in site_limits(config).items()} if level is None else {"relc": level}
-    saving = [c for c in others if c.cost <= (1 - LEAST_SAVING) * exact.cost]
+    saving = [c for c in others if c.cost <= (1 - MIN_SAVING) * exact.cost]
     close = [c for c in saving if keeps(c.fidelity, most)]
     curve = tuple(front([exact, *others]))
     if close:

@@ -13,7 +13,7 @@ from asapc.types.choices import SIDES, Side
 from asapc.types.site import Site
 
 # Quantiles come from counts in so many bins, up to so many standard deviations: sums, as everything that is kept.
-BINS, WIDEST = 400, 5.0
+BINS, MAX_DEVIATIONS = 400, 5.0
 
 
 def count_places(
@@ -21,7 +21,7 @@ def count_places(
 ) -> dict[tuple[str, Side], Tensor]:
     """How queries and keys lie along the first coordinates: counts (H, C, BINS) by the site's name and the side.
 
-    In standard deviations of each sample, from -WIDEST to WIDEST.
+    In standard deviations of each sample, from -MAX_DEVIATIONS to MAX_DEVIATIONS.
     """
     counts: dict[tuple[str, Side], Tensor] = {}
     for batch in activations:
@@ -32,7 +32,13 @@ def count_places(
                 x = project(of_side, basis)[..., :COORDINATES, :]
                 x = x - mean(x, live)
                 places = x / variance(x, live).sqrt()
-                bins = ((places / WIDEST + 1) * (BINS / 2)).long().clamp(0, BINS - 1).permute(1, 2, 0, 3).flatten(2)
+                bins = (
+                    ((places / MAX_DEVIATIONS + 1) * (BINS / 2))
+                    .long()
+                    .clamp(0, BINS - 1)
+                    .permute(1, 2, 0, 3)
+                    .flatten(2)
+                )
                 weights = torch.ones_like(places) if live is None else live.expand_as(places)
                 found = torch.zeros(*bins.shape[:2], BINS, dtype=torch.float64)
                 found.scatter_add_(-1, bins, weights.permute(1, 2, 0, 3).flatten(2))
@@ -46,4 +52,4 @@ def quantiles(counts: Tensor, pieces: int) -> Tensor:
     shares = (counts.cumsum(dim=-1) / counts.sum(dim=-1, keepdim=True).clamp_min(1)).contiguous()
     levels = (torch.arange(1, pieces, dtype=torch.float64) / pieces).expand(*counts.shape[:2], -1).contiguous()
     bins = torch.searchsorted(shares, levels).clamp(max=BINS - 1)
-    return ((bins + 0.5) / (BINS / 2) - 1) * WIDEST
+    return ((bins + 0.5) / (BINS / 2) - 1) * MAX_DEVIATIONS

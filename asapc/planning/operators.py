@@ -16,7 +16,7 @@ Operator = Sinkhorn | SlicedDual
 MASS_TOLERANCE = 1e-6  # a last marginal within this of the usual one is the usual one
 # Bytes of a matrix of scores beyond which the fused form is taken where there is one, and takes no more than so many
 # times as long.
-LARGEST_MATRIX, MOST_SLOWER = 2**28, 3.0
+MAX_MATRIX, MAX_SLOWER = 2**28, 3.0
 
 
 def build(site: Site, candidate: Candidate, wide: frozenset[str] = frozenset()) -> Operator:
@@ -69,7 +69,7 @@ def lower(site: Site, module: Operator, batch: int, wanted: Lowering | None = No
     attention does not take. But each half-step makes them anew then, which many half-steps do not bear.
     """
     forms: tuple[Lowering, ...] = ("materialised", "fused") if fusable(site, module) else ("materialised",)
-    too_large = batch * site.heads * site.queries * site.keys * site.dtype.itemsize > LARGEST_MATRIX
+    too_large = batch * site.heads * site.queries * site.keys * site.dtype.itemsize > MAX_MATRIX
     if wanted in forms:
         forms = (wanted,)
     costs: dict[Lowering, float] = {}
@@ -77,7 +77,7 @@ def lower(site: Site, module: Operator, batch: int, wanted: Lowering | None = No
         module.lowering = form
         costs[form] = estimate(site, module, batch)
     if too_large and "fused" in costs:
-        costs["fused"] /= MOST_SLOWER
+        costs["fused"] /= MAX_SLOWER
     module.lowering = min(forms, key=costs.__getitem__)
     return module
 

@@ -13,11 +13,11 @@ from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Site
 
-MOST_CLOSURE_STEPS = 5
-TOO_FEW_HALF_STEPS = 3  # a loop of no more is as cheap as what an estimate is followed by
+MAX_CLOSURE_STEPS = 5
+MAX_EXACT_HALF_STEPS = 3  # a loop of no more is as cheap as what an estimate is followed by
 TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
 # TensorRT sorts no more than this many elements; longer sites get no slices.
-LONGEST_SORT = 3840
+MAX_SORT = 3840
 SELECTION_SHARE = 4  # one in so many calibration samples chooses between candidates and is not fitted on
 
 
@@ -43,12 +43,12 @@ def propose(
         return found
     advance(f"fitting {len(sliceable)} sites")
     selection, fitting = split(samples)
-    fitted = calibrate(graph, sets, sliceable, fitting, selection, MOST_CLOSURE_STEPS, advance)
+    fitted = calibrate(graph, sets, sliceable, fitting, selection, MAX_CLOSURE_STEPS, advance)
     for site in sliceable:
         for features in sets[site.name]:
             params = fitted[Fitted(site.name, features)]
             first = first_half_steps(features.side, site.last)
-            for steps in range(1 + MOST_CLOSURE_STEPS):
+            for steps in range(1 + MAX_CLOSURE_STEPS):
                 if (half_steps := first + 2 * steps) < site.half_steps:
                     found[site.name].append(Candidate("sliced_dual", half_steps, inf, None, truncate(params, steps)))
     return found
@@ -62,7 +62,7 @@ def split(samples: Samples) -> tuple[Samples, Samples]:
 
 def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
     """Feature sets that a site can have; masks, long sites and lengths left open allow no sort, one axis no pairs."""
-    sortable = not site.masked and not config.dynamic and max(site.queries, site.keys) <= LONGEST_SORT
+    sortable = not site.masked and not config.dynamic and max(site.queries, site.keys) <= MAX_SORT
     slices = [s for s in config.slices if s == 0 or sortable] or [0]
     paired = (False, True) if (site.head_dim or 0) > 1 else (False,)
     return [FeatureSet(*chosen) for chosen in product(slices, config.pieces, SIDES, paired)]
@@ -75,7 +75,7 @@ def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
 
 def why_not_sliced(site: Site) -> str | None:
     """Why a sliced dual cannot stand in for a site, None where it can."""
-    if site.half_steps <= TOO_FEW_HALF_STEPS:
+    if site.half_steps <= MAX_EXACT_HALF_STEPS:
         return f"{site.half_steps} half-steps are too few for an approximation to pay"
     if site.query is None or site.temperature is None or not bool((site.temperature > 0).all()):
         return "its scores hold no product of queries and keys to slice"

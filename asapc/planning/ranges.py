@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from asapc.ops.scaling import MOST_SPREAD
+from asapc.ops.scaling import MAX_SPREAD
 from asapc.ops.sinkhorn import kernel_spread
 from asapc.passes.layout import operands
 from asapc.passes.record import record
@@ -56,8 +56,8 @@ def deviation(scores: Tensor) -> Tensor:
 
 
 def wide_sites(ranges: Mapping[str, ScoreRange]) -> frozenset[str]:
-    """Sites whose kernel has to be levelled on both axes, see `ops.scaling.MOST_SPREAD`; nan counts as too wide."""
-    return frozenset(name for name, found in ranges.items() if not found.kernel_spread <= MOST_SPREAD)
+    """Sites whose kernel has to be levelled on both axes, see `ops.scaling.MAX_SPREAD`; nan counts as too wide."""
+    return frozenset(name for name, found in ranges.items() if not found.kernel_spread <= MAX_SPREAD)
 
 
 def limits(ranges: Mapping[str, ScoreRange]) -> dict[str, tuple[float, float]]:

@@ -6,7 +6,7 @@ from torch import Tensor
 from asapc.types.choices import Regression
 
 # Relative; all features have the units of the scores, so that their spreads compare.
-SMALLEST_SPREAD = 1e-6
+MIN_SPREAD = 1e-6
 # Ridge parameters that are tried. A first map extrapolates from a few features and wants damping; the closures that
 # later ones combine are nearly parallel, and their small differences are what counts.
 PENALTIES = tuple(10.0**exponent for exponent in range(-7, 0))
@@ -41,7 +41,7 @@ def ridge(problem: Regression, penalty: float) -> Tensor:
     """
     gram, moment = problem.gram / problem.count, problem.moment / problem.count
     spread = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    inverse = torch.where(spread > SMALLEST_SPREAD * spread.amax(dim=-1, keepdim=True), 1 / spread, 0.0)
+    inverse = torch.where(spread > MIN_SPREAD * spread.amax(dim=-1, keepdim=True), 1 / spread, 0.0)
     correlation = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     regularised = correlation + penalty * torch.eye(gram.shape[-1], dtype=gram.dtype)
     # Cholesky, not solve: batched LU is broken in some CPU builds of torch 2.13 (oneMKL DLASWP).

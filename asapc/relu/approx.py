@@ -1,6 +1,6 @@
 """Approximates a function of one variable by a ReLU network, beside what others make of as many weights or pieces.
 
-`relu_fit` fits, `ops.relu_pwl` says what is fitted.
+`relu.fit` fits, `relu.networks` says what is fitted.
 """
 
 import ast
@@ -28,7 +28,7 @@ FUNCTIONS = {
     for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "sqrt", "abs")
 } | {"erf": torch.erf, "relu": torch.relu, "sigmoid": torch.sigmoid, "gelu": nn.functional.gelu}
 CONSTANTS = {"pi": math.pi, "e": math.e}
-LONGEST = 1000  # characters of an expression
+MAX_LENGTH = 1000  # characters of an expression
 OPERATIONS: dict[type, Callable[..., Tensor]] = {
     ast.Add: torch.add,
     ast.Sub: torch.sub,
@@ -38,7 +38,7 @@ OPERATIONS: dict[type, Callable[..., Tensor]] = {
     ast.USub: torch.neg,
     ast.UAdd: torch.positive,
 }
-DEEPEST, FEWEST_POINTS, MOST_POINTS, MOST_RUNS = 10, 8, 100_000, 1000
+DEEPEST, MIN_POINTS, MAX_POINTS, MAX_RUNS = 10, 8, 100_000, 1000
 # A function is convex or concave where its second differences have one sign, up to this share of the largest.
 STRAIGHT = 1e-9
 
@@ -90,8 +90,8 @@ def parse_function(text: str) -> Callable[[Tensor], Tensor]:
     """
     hint = f"use x, numbers, pi, e, + - * / ** and {', '.join(FUNCTIONS)}"
     try:
-        if len(text) > LONGEST:
-            raise ValueError(f"longer than {LONGEST} characters")
+        if len(text) > MAX_LENGTH:
+            raise ValueError(f"longer than {MAX_LENGTH} characters")
         tree = ast.parse(text.strip(), mode="eval").body
         compute(tree, torch.ones(1, dtype=torch.float64))
     except (SyntaxError, ValueError, RecursionError, MemoryError, KeyError, TypeError) as error:
@@ -142,8 +142,8 @@ def approximate(
     """
     for name, value, low, high in (
         ("depth", depth, 1, DEEPEST),
-        ("points", points, FEWEST_POINTS, MOST_POINTS),
-        ("runs", runs, 1, MOST_RUNS),
+        ("points", points, MIN_POINTS, MAX_POINTS),
+        ("runs", runs, 1, MAX_RUNS),
     ):
         if not low <= value <= high:
             raise OptionError(f"{name} is {value}", f"give {name} a value from {low} to {high}")

@@ -1,6 +1,6 @@
 """Fits ReLU networks of width 4 with exponentially many pieces to functions of one variable.
 
-First on the manifold of `ops.relu_pwl`: the peaks alone are trained, by Adam; scale and affine part are linear and
+First on the manifold of `relu.networks`: the peaks alone are trained, by Adam; scale and affine part are linear and
 follow from them in closed form at every step (variable projection). The manifold is left where a hundred steps have
 improved the mean error of the runs by less than a hundredth. Then all weights are free, and trained by
 Levenberg-Marquardt: there are about a hundred of them, and the error is a sum of squares. Where samples are fewer than
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from asapc.relu.networks import WIDTH, Manifold, ReLUNetworks, sum_of_waves, to_networks, to_peaks
 
 # The manifold is left where so many steps have gained less than this share of the error.
-PATIENCE, LEAST_GAIN, MOST_STEPS, RATE = 100, 0.01, 3000, 0.02
+PATIENCE, MIN_GAIN, MAX_STEPS, RATE = 100, 0.01, 3000, 0.02
 DENSE = 500  # points for free weights where samples are few
-LEAST_SCALE = 1e-9
-FREE_STEPS, FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 150, 1e-2, 1e-12, 1e12
+MIN_SCALE = 1e-9
+FREE_STEPS, FIRST_DAMPING, MIN_DAMPING, MAX_DAMPING = 150, 1e-2, 1e-12, 1e12
 ROUNDING = 1e-14  # of a unit that is off everywhere the normal matrix is zero
 
 
@@ -87,7 +87,7 @@ def fit_manifold(x: Tensor, y: Tensor, depth: int, runs: int, members: int, seed
     logits.requires_grad_()
     optimiser = torch.optim.Adam([logits], RATE)
     best, since = math.inf, 0
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         peaks = to_peaks(logits)
         waves = torch.unflatten(sum_of_waves(t, peaks), 0, (groups, members))
         coefficients = solve(t, waves.detach(), target)
@@ -97,7 +97,7 @@ def fit_manifold(x: Tensor, y: Tensor, depth: int, runs: int, members: int, seed
         errors.log().sum().backward()  # type: ignore[no-untyped-call] # runs take no notice of each other, whatever their errors
         optimiser.step()
         now = errors.detach().log().mean().item()
-        best, since = (now, 0) if now < best + math.log(1 - LEAST_GAIN) else (best, since + 1)
+        best, since = (now, 0) if now < best + math.log(1 - MIN_GAIN) else (best, since + 1)
         if since == PATIENCE:
             break
     with torch.no_grad():
@@ -107,7 +107,7 @@ def fit_manifold(x: Tensor, y: Tensor, depth: int, runs: int, members: int, seed
         affine = torch.zeros(groups, members, 2, dtype=torch.float64)
         affine[:, 0] = coefficients[:, :2]
         scale = -coefficients[:, 2:].flatten()
-        scale = torch.where(scale.abs() < LEAST_SCALE, LEAST_SCALE, scale)
+        scale = torch.where(scale.abs() < MIN_SCALE, MIN_SCALE, scale)
         return Manifold(peaks, scale, affine[..., 1].flatten(), affine[..., 0].flatten())
 
 
@@ -180,5 +180,5 @@ def train(networks: ReLUNetworks, x: Tensor, y: Tensor, members: int, steps: int
             better = (found < errors) & (info == 0)
             flat = torch.where(better.unsqueeze(-1), candidate, flat)
             residuals, errors = torch.where(better.unsqueeze(-1), trial, residuals), torch.where(better, found, errors)
-            damping = torch.where(better, damping / 3, damping * 4).clamp(LEAST_DAMPING, MOST_DAMPING)
+            damping = torch.where(better, damping / 3, damping * 4).clamp(MIN_DAMPING, MAX_DAMPING)
     return Fitted(at(flat), errors.reshape(y.shape[0], -1), members)

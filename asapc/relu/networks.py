@@ -19,7 +19,7 @@ WIDTH = 4
 # Two slopes are one where they differ by less, relative to the largest; a piece is a matter of rounding where it is
 # shorter, relative to the domain.
 SAME_SLOPE, SHORTEST = 1e-13, 1e-14
-LOWEST_PEAK = 0.02  # and 1 less that is the highest: tents of no width have no slopes
+MIN_PEAK = 0.02  # and 1 less that is the highest: tents of no width have no slopes
 
 
 class Manifold(NamedTuple):
@@ -41,7 +41,7 @@ class Manifold(NamedTuple):
 
 def to_peaks(logits: Tensor) -> Tensor:
     """Peaks from numbers of any size."""
-    return LOWEST_PEAK + (1 - 2 * LOWEST_PEAK) * torch.sigmoid(logits)
+    return MIN_PEAK + (1 - 2 * MIN_PEAK) * torch.sigmoid(logits)
 
 
 def scale_ratios(peaks: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Fits ReLU layers to the smooth activations of a graph, for targets that have no other activation.
 
 Each function is fitted once, on the range that its inputs take on calibration samples, by as few linear pieces as keep
-the error, and is continued by straight lines beyond: one hidden layer, a unit a piece. The networks of `ops.relu_pwl`
+the error, and is continued by straight lines beyond: one hidden layer, a unit a piece. The networks of `relu.networks`
 have more pieces from as many units, but not a smaller largest error here (docs/relu.md).
 """
 

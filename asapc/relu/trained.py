@@ -1,4 +1,4 @@
-"""Activation functions that are trained: networks of `relu_pwl`, one for each channel of a larger network.
+"""Activation functions that are trained: networks of `relu.networks`, one for each channel of a larger network.
 
 Side by side they are one network of block-diagonal layers, the way in which arXiv 2311.18022 goes to several inputs. A
 model trains them with its other weights: first peaks and scales, which keep every function convex or concave with 2^d

@@ -11,7 +11,7 @@ METRICS = {
     "relc": "<=",
     "column-marginal": "<=",
 }
-# Those that are judged site by site, with the field of `results.SiteFidelity`.
+# Those that are judged site by site, with the field of `types.results.SiteFidelity`.
 SITE_METRICS = {"relc": "relc", "column-marginal": "column_marginal_error"}
 
 

@@ -1,6 +1,6 @@
 """What can stand in the place of a site, and what was chosen: frozen, and without logic of its own.
 
-Shapes as in `artifacts`, and F features.
+Shapes as in `types.site`, and F features.
 """
 
 from collections.abc import Mapping
@@ -125,7 +125,7 @@ class Plan:
     Attributes:
         choices: by the site's name.
         wide: sites whose scores spread so far that the scaling form has to level its kernel twice, see `ops.scaling`.
-        ranges: least and largest standard deviation of a calibration sample's scores, see `ranges.ScoreRange`.
+        ranges: least and largest standard deviation of a calibration sample's scores, see `planning.ranges.ScoreRange`.
         repairs: how often a site got a closer operator because the whole model missed the budget on held-out samples.
     """
 

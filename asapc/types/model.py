@@ -29,7 +29,7 @@ class LoadedModel:
     """A trained model in evaluation mode, and the samples that came with it.
 
     Attributes:
-        module: the model; `inputs.arguments` says how `Samples.inputs` reach it.
+        module: the model; `loading.inputs.arguments` says how `Samples.inputs` reach it.
         path: the file it was read from.
         sha256: hash of that file.
         parameters: number of parameters.

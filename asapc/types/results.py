@@ -113,7 +113,7 @@ class FittedActivation:
     """A stand-in for one function.
 
     Attributes:
-        name: as of `passes.lower_activations.activation`.
+        name: as of `passes.rewrite.activations.activation`.
         module: the stand-in.
         units: its hidden units.
         error: largest error on the range, as computed in the floats of the graph.

@@ -1,4 +1,10 @@
-"""A Sinkhorn loop in a graph, and what was found of them."""
+"""A Sinkhorn loop in a graph, and what was found of them.
+
+Compared by identity: sites hold tensors, which have no single answer to "equal".
+
+Shapes: B samples, H heads, N queries, M keys, D head size, L slices, F features. Scores and duals are in
+units of the temperature: the plan is exp(scores + f + g), scores = scale * q.k.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -41,7 +47,7 @@ class Site:
         scale: (H,) factor from what the scores node holds to scores in units of the temperature, float64.
         row_mass, column_mass: (1,) or (N,) and (1,) or (M,), float64: what rows and columns of the plan are scaled
             to. That of the last axis is what its sums are, the other's matters up to a factor.
-        masked: whether entries below `ops.scaling.LOWEST_LIVE` are left out: key padding, and padded queries.
+        masked: whether entries below `ops.scaling.MIN_LIVE` are left out: key padding, and padded queries.
         groups, heads: H = heads, in so many groups where the graph has two axes for them.
         queries, keys: N, M.
         head_dim: D; None where the scores are no product of queries and keys.

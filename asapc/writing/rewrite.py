@@ -36,7 +36,7 @@ def rewrite(
         modules: operators by the site's name.
         precision: of the graph's layers and products, by torch's rules of automatic casts, and of the products that
             operators make; outputs keep their dtype.
-        activations: what stands in for smooth activations, by their names in `passes.lower_activations`.
+        activations: what stands in for smooth activations, by their names in `passes.rewrite.activations`.
 
     Raises:
         InternalError: the rewritten graph cannot be exported. The user's model was, so that it is not at fault.

@@ -1,4 +1,4 @@
-"""Proposes, by structure alone, where a graph may hold Sinkhorn loops; `find_sinkhorn.py` judges.
+"""Proposes, by structure alone, where a graph may hold Sinkhorn loops; `sinkhorn.py` judges.
 
 A plan is looked for wherever a matrix is used up: multiplied, returned, sorted. A few views and elementwise steps may
 stand between. What it may have been made from are the nodes of its own shape before it, back to the learned
@@ -35,8 +35,8 @@ from asapc.passes.find.regions import descend
 from asapc.passes.layout import follow_axes, positions
 
 aten = torch.ops.aten
-MOST_STEPS = 6  # views and elementwise steps that may stand between a plan and its use
-MOST_STARTS = 16  # nodes of the plan's shape that are tried as scores, from the first on
+MAX_STEPS = 6  # views and elementwise steps that may stand between a plan and its use
+MAX_STARTS = 16  # nodes of the plan's shape that are tried as scores, from the first on
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def paths_to(operand: Node) -> Iterator[tuple[Node, ...]]:
             continue
         seen.add(node)
         yield path
-        if len(path) <= MOST_STEPS and (is_view(node) or is_elementwise(node)):
+        if len(path) <= MAX_STEPS and (is_view(node) or is_elementwise(node)):
             paths += [
                 (n, *path)
                 for n in node.all_input_nodes
@@ -134,7 +134,7 @@ def trace_back(plan: Node, uses: Sequence[Use]) -> Candidate | None:
             stack += node.all_input_nodes
     starts = [n for n in sorted(reached) if n is not plan and is_matrix(n) and shape_of(n) == shape_of(plan)]
     late = under_way(plan, region)
-    starts = [n for n in starts if n not in late][:MOST_STARTS]
+    starts = [n for n in starts if n not in late][:MAX_STARTS]
     ordered = sorted(region)
     after = descend({*starts, *(n for n in region if makes_scores(n))}, ordered)
     if not starts or not any(is_mixing(node) for node in after):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from asapc.ops.scaling import LOWEST_LIVE
+from asapc.ops.scaling import MIN_LIVE
 from asapc.passes.find.candidates import Candidate, carry, example_shape, paths_to, scaling_chain
 from asapc.passes.find.frames import Frame, place
 from asapc.passes.find.kinds import is_view, makes_scores, viewed_by
@@ -171,7 +171,7 @@ def padding(
     bias, of_one = biases
     if of_one.shape != (b, h, 1, m) or not torch.equal(bias, of_one.expand_as(bias)):
         return None
-    alone = bool(((of_one == 0) | (of_one < LOWEST_LIVE)).all())
+    alone = bool(((of_one == 0) | (of_one < MIN_LIVE)).all())
     return tuple(node.name for node in origin.path) if alone else None
 
 

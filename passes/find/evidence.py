@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from asapc.ops.scaling import LOWEST_LIVE
+from asapc.ops.scaling import MIN_LIVE
 from asapc.passes.find.sinkhorn import find_sinkhorn, is_same_everywhere
 from asapc.passes.record import record
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Findings
 
-MOST_SAMPLES, BATCH = 256, 32  # that many are looked through, where two do not tell enough
+MAX_SAMPLES, BATCH = 256, 32  # that many are looked through, where two do not tell enough
 
 
 def find_with_evidence(graph: CapturedGraph, samples: Samples) -> Findings:
@@ -49,7 +49,7 @@ def marks(value: Tensor) -> Tensor:
         return value
     if not value.is_floating_point() or bool(((value == 0) | (value == 1)).all()):
         return value == 0
-    return value < LOWEST_LIVE
+    return value < MIN_LIVE
 
 
 def telling(graph: CapturedGraph, names: Sequence[str], samples: Samples) -> list[int]:
@@ -63,7 +63,7 @@ def telling(graph: CapturedGraph, names: Sequence[str], samples: Samples) -> lis
     for name in names:
         if differs(name, found):
             continue
-        indices = list(range(len(samples)))[:MOST_SAMPLES]
+        indices = list(range(len(samples)))[:MAX_SAMPLES]
         parts = (indices[start : start + BATCH] for start in range(0, len(indices), BATCH))
         part = next((part for part in parts if differs(name, part)), [])
         while len(part) > 2:

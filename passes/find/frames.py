@@ -15,7 +15,7 @@ from asapc.passes.layout import arrange, positions, restore
 
 @dataclass(frozen=True)
 class Frame:
-    """The layout that scores and plan have in the graph; letters as in `artifacts.Operand`."""
+    """The layout that scores and plan have in the graph; letters as in `types.site.Operand`."""
 
     axes: str
     groups: int
@@ -64,7 +64,7 @@ class Placed:
     Attributes:
         product: the product.
         side: which of its operands carries the plan, "left" or "right".
-        names: letters as in `artifacts.Operand` by those of the product.
+        names: letters as in `types.site.Operand` by those of the product.
         contracted: letters of the axes that it sums over.
     """
 

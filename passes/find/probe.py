@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from asapc.ops.c_transform import plan as plan_of
-from asapc.ops.scaling import LOWEST_LIVE
+from asapc.ops.scaling import MIN_LIVE
 from asapc.ops.sinkhorn import sinkhorn_duals, sinkhorn_iterates
 from asapc.types.site import Axis
 
@@ -61,7 +61,7 @@ class NotSinkhorn(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Recognised:
-    """What the probe found out; fields as in `artifacts.Site`."""
+    """What the probe found out; fields as in `types.site.Site`."""
 
     half_steps: int
     last: Axis
@@ -122,7 +122,7 @@ def find_scale(scores: Tensor, plan: Tensor) -> tuple[Tensor, Live]:
         )
     dead = scores[~live.cells]
     dead_scale = scale[:, None, None].expand_as(scores)[~live.cells]
-    if not bool((dead * dead_scale < LOWEST_LIVE).all()):
+    if not bool((dead * dead_scale < MIN_LIVE).all()):
         raise NotSinkhorn(
             "the plan is zero where the scores are not masked",
             "mask the scores before the loop, with -inf or a large negative number",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asapc.fidelity import latency as module
-from asapc.fidelity.latency import FEWEST_ROUNDS, WARM_UP_CALLS, measure, summarise
+from asapc.fidelity.latency import MIN_ROUNDS, WARM_UP_CALLS, measure, summarise
 from asapc.types.samples import Samples
 
 SAMPLES = Samples({"x": torch.arange(3.0)})
@@ -75,7 +75,7 @@ def test_every_runner_is_warmed_up_before_anything_is_timed(lab):
     runs = measure(lab.runners, SAMPLES, batch=2, seconds=0.0)
     warm_up = [name for name, _ in lab.log][: 3 * WARM_UP_CALLS]
     assert sorted(warm_up) == sorted(["a", "b", "c"] * WARM_UP_CALLS)
-    assert [run.samples for run in runs] == [FEWEST_ROUNDS] * 3
+    assert [run.samples for run in runs] == [MIN_ROUNDS] * 3
 
 
 def test_the_time_to_spend_decides_the_rounds_beyond_the_fewest(lab):

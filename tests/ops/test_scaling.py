@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asapc.ops.scaling import (
-    LOWEST_LIVE,
+    MIN_LIVE,
     column_scaling,
     log_row_softmax,
     row_scaling,
@@ -133,5 +133,5 @@ def test_masked_rows_and_columns_have_a_kernel_of_zero_and_leave_the_others_as_t
     log_plan = log_row_softmax(masked, masked=True)
     assert difference(log_plan[..., :rows, :columns], live.log_softmax(dim=-1)) < FLOAT32
     # What was masked still is, for the step that comes next.
-    assert (log_plan[..., rows:, :] < LOWEST_LIVE).all()
-    assert (log_plan[..., columns:] < LOWEST_LIVE).all()
+    assert (log_plan[..., rows:, :] < MIN_LIVE).all()
+    assert (log_plan[..., columns:] < MIN_LIVE).all()

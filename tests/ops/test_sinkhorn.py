@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asapc.ops.c_transform import plan
-from asapc.ops.scaling import MOST_SPREAD
+from asapc.ops.scaling import MAX_SPREAD
 from asapc.ops.sinkhorn import (
     Sinkhorn,
     first_axis,
@@ -122,7 +122,7 @@ def scaling_form_error(dtype, seed, n, m, half_steps, last, sharpness):
     scores, values = (sharpness * heads * normal(seed, 2, 3, n, m)).to(dtype), normal(seed + 1, 2, 3, m, 4).to(dtype)
     expected = sinkhorn_plan_ref(scores, half_steps, last)
     errors = []
-    for wide in {kernel_spread(scores) > MOST_SPREAD, True}:
+    for wide in {kernel_spread(scores) > MAX_SPREAD, True}:
         operator = Sinkhorn(half_steps, last, wide=wide)
         plan, output = operator(scores), operator(scores, values=values)
         assert plan.dtype == output.dtype == dtype

@@ -15,7 +15,7 @@ from asapc.ops.sliced_dual import SlicedDual, sliced_dual_plan_ref, target_dual
 from asapc.planning.activations import activation
 from asapc.planning.bases import COVARIANCE_RIDGE, balance, balanced_bases, scatter
 from asapc.planning.calibrate import Fitted, calibrate, regressions
-from asapc.planning.hinges import BINS, WIDEST, count_places, quantiles
+from asapc.planning.hinges import BINS, MAX_DEVIATIONS, count_places, quantiles
 from asapc.types.choices import SIDES, FeatureSet, SlicedDualParams
 from asapc.types.site import Operand
 
@@ -176,12 +176,12 @@ def test_a_later_map_is_fitted_on_the_closures_of_the_maps_before_it():
 def test_knots_part_the_points_in_equal_shares():
     points = normal(0, 1, 1, 20_000, 1)
     points = (points - points.mean()) / points.std(correction=0)
-    bins = ((points.flatten() / WIDEST + 1) * BINS / 2).long().clamp(0, BINS - 1)
+    bins = ((points.flatten() / MAX_DEVIATIONS + 1) * BINS / 2).long().clamp(0, BINS - 1)
     counts = torch.bincount(bins, minlength=BINS).double().view(1, 1, -1)
     seen = quantiles(counts, 8)
     expected = torch.quantile(points.flatten(), torch.arange(1, 8, dtype=torch.float64) / 8)
     assert seen.shape == (1, 1, 7)
-    assert (seen.flatten() - expected).abs().max() < 2 * WIDEST / BINS
+    assert (seen.flatten() - expected).abs().max() < 2 * MAX_DEVIATIONS / BINS
 
 
 def padded(points, more):

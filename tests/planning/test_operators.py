@@ -7,7 +7,7 @@ import torch
 from helpers.fitted import site
 
 from asapc.ops.sinkhorn import Sinkhorn
-from asapc.planning.operators import LARGEST_MATRIX, fusable, lower, rivals
+from asapc.planning.operators import MAX_MATRIX, fusable, lower, rivals
 from asapc.types.choices import Candidate, Choice, Plan
 from asapc.types.site import Operand
 
@@ -24,7 +24,7 @@ def plain(**changes):
 def test_short_sites_get_a_matrix_and_long_ones_none():
     assert lower(plain(), Sinkhorn(3), batch=1).lowering == "materialised"
     longest = plain(queries=4096, keys=4096)
-    assert longest.heads * 4096**2 * 4 > LARGEST_MATRIX
+    assert longest.heads * 4096**2 * 4 > MAX_MATRIX
     assert lower(longest, Sinkhorn(3), batch=1).lowering == "fused"
     # Forty passes that make the scores anew are too many, whatever memory they save.
     assert lower(longest, Sinkhorn(40), batch=1).lowering == "materialised"

@@ -5,7 +5,7 @@ import torch
 from helpers.fitted import cached_teacher, sound
 from helpers.tolerances import FLOAT64, difference
 
-from asapc.ops.scaling import MOST_SPREAD
+from asapc.ops.scaling import MAX_SPREAD
 from asapc.planning.ranges import deviation, limits, score_ranges
 
 
@@ -26,10 +26,10 @@ def test_each_sample_has_its_place_and_the_limits_hold_them_all():
     low, high = limits({"a": found})["a"]
     assert 0 < low <= high
     assert low == found.deviations.min()
-    assert found.kernel_spread <= MOST_SPREAD
+    assert found.kernel_spread <= MAX_SPREAD
 
 
 def test_scores_far_apart_spread_the_kernel():
     teacher = cached_teacher(sound)
     sharp = replace(teacher.site, temperature=1e3 * teacher.site.temperature, scale=1e3 * teacher.site.scale)
-    assert score_ranges(teacher.graph, [sharp], teacher.samples)[sharp.name].kernel_spread > MOST_SPREAD
+    assert score_ranges(teacher.graph, [sharp], teacher.samples)[sharp.name].kernel_spread > MAX_SPREAD

@@ -23,7 +23,7 @@ from asapc.types.samples import Samples
 from asapc.types.site import Site
 
 UPGRADE = "convert it with onnx.version_converter.convert_version(model, 18), or export it anew with opset_version=18"
-LARGEST = 2**31 - 2**20  # bytes of a file of protobuf
+MAX_BYTES = 2**31 - 2**20  # bytes of a file of protobuf
 
 
 def splice_onnx(
@@ -46,7 +46,7 @@ def splice_onnx(
     # A loop's operator is fitted to its tokens: an axis that the file leaves open is open no longer.
     sizes = {name: dict(enumerate(value.shape[1:], 1)) for name, value in graph.example.inputs.items()}
     model = SpliceOnnx(found, metadata, open_axes(graph.model, sizes) if found else {})(graph.model).program
-    if model.ByteSize() > LARGEST:
+    if model.ByteSize() > MAX_BYTES:
         raise BuildError(f"the compiled model has {model.ByteSize():,} bytes, more than an ONNX file can", "use less")
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
     temporary(path).rename(path)

@@ -16,7 +16,7 @@ Value = Tensor | Known
 Operator = Callable[["Call"], Any]
 
 # Elements of one tensor for one batch of samples. A graph may ask for any size, whatever that of its file.
-LARGEST = 2**32
+MAX_ELEMENTS = 2**32
 REWRITE = "export the model without it, or give its weights with --model, or a torch.export archive"
 
 
@@ -82,7 +82,7 @@ class Call:
         total = 1
         for size in shape:
             total *= size if isinstance(size, int) else 1
-        if total > LARGEST or any(isinstance(size, int) and size < 0 for size in shape):
+        if total > MAX_ELEMENTS or any(isinstance(size, int) and size < 0 for size in shape):
             raise self.refuse("makes a tensor larger than memory")
         return list(shape)
 

@@ -14,20 +14,30 @@ from torch import Tensor, nn
 
 from asapc.errors import CheckpointError
 from asapc.hashes import sha256
-from asapc.loading.onnx.call import LARGEST, REWRITE, Call, Operator, Value, label_of, to_array, to_dtype, to_tensor
+from asapc.loading.onnx.call import (
+    MAX_ELEMENTS,
+    REWRITE,
+    Call,
+    Operator,
+    Value,
+    label_of,
+    to_array,
+    to_dtype,
+    to_tensor,
+)
 from asapc.loading.onnx.compute import COMPUTING
 from asapc.loading.onnx.layers import LAYERS
-from asapc.loading.onnx.numbers import MOST_NUMBERS, Known, on_numbers
+from asapc.loading.onnx.numbers import MAX_NUMBERS, Known, on_numbers
 from asapc.loading.onnx.reader import EXPORT, opset_of, read_onnx
 from asapc.loading.onnx.views import VIEWS
 from asapc.types.model import InputType, LoadedModel
 
 OPERATORS: dict[str, Operator] = {**COMPUTING, **LAYERS, **VIEWS}
 CONTROL = ("If", "Loop")
-MOST_TURNS = 1000
+MAX_TURNS = 1000
 DATA = "export the model with a fixed number of iterations, and without branches on data"
 
-# Names the values of the file in a graph while it is captured; `onnx_graph.py` takes these nodes out again.
+# Names the values of the file in a graph while it is captured; `capturing.onnx` takes these nodes out again.
 LIBRARY = torch.library.Library("asapc", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define("value(Tensor tensor, str name) -> Tensor")  # type: ignore[no-untyped-call]
 
@@ -48,7 +58,7 @@ class OnnxModule(nn.Module):
     Attributes:
         model: the same, never changed.
         input_names: of the file's inputs; the forward takes them by position.
-        input_types, input_sizes: their dtypes, and their sizes as in `artifacts.InputType`.
+        input_types, input_sizes: their dtypes, and their sizes as in `types.model.InputType`.
         initializers: names in the file of the module's buffers.
 
     Raises:
@@ -71,7 +81,7 @@ class OnnxModule(nn.Module):
             tensor = to_tensor(proto)
             self.register_buffer(buffer := f"w{len(self.initializers)}", tensor)
             self.initializers[buffer] = name
-            small = tensor.numel() == 1 or (tensor.numel() <= MOST_NUMBERS and not tensor.is_floating_point())
+            small = tensor.numel() == 1 or (tensor.numel() <= MAX_NUMBERS and not tensor.is_floating_point())
             if small and tensor.dim() <= 1:
                 self.known[name] = to_array(proto)
         self.fixed = constant_values(model.graph, {*stored, *(name for name, _ in constants)})
@@ -98,7 +108,7 @@ class OnnxModule(nn.Module):
             if node.output and node.output[0] in values and node.op_type == "Constant":
                 continue
             for name, result in zip(node.output, self.run_node(node, values), strict=False):
-                if isinstance(result, Tensor) and prod(s for s in result.shape if isinstance(s, int)) > LARGEST:
+                if isinstance(result, Tensor) and prod(s for s in result.shape if isinstance(s, int)) > MAX_ELEMENTS:
                     raise CheckpointError(f"the ONNX node {label_of(node)} makes more than fits into memory", REWRITE)
                 if name and marked and isinstance(result, Tensor):
                     result = torch.ops.asapc.value(result, name)
@@ -132,13 +142,13 @@ class OnnxModule(nn.Module):
         """Loop, unrolled, where its number of turns does not depend on data."""
         body = call.get("body")
         carried: list[Any] = list(call.inputs[2:])
-        turns = int(call.numbers(0)[0]) if call.has(0) else MOST_TURNS + 1
+        turns = int(call.numbers(0)[0]) if call.has(0) else MAX_TURNS + 1
         going = decided(call, call.inputs[1]) if call.has(1) else True
         kept: list[list[Tensor]] = [[] for _ in body.output[1 + len(carried) :]]
         count = 0
         while going and count < turns:
-            if count == MOST_TURNS:
-                raise call.refuse(f"takes more than {MOST_TURNS} turns")
+            if count == MAX_TURNS:
+                raise call.refuse(f"takes more than {MAX_TURNS} turns")
             inner = dict(values)
             first = [Known(np.array(count)), Known(np.array(True)), *carried]
             inner |= {value.name: item for value, item in zip(body.input, first, strict=True)}
@@ -254,7 +264,7 @@ def load_onnx(path: Path) -> LoadedModel:
     module = OnnxModule(path, model).eval()
     for buffer, name in module.initializers.items():
         tensor = getattr(module, buffer)
-        if tensor.numel() > MOST_NUMBERS and bool(torch.isnan(tensor).any()):
+        if tensor.numel() > MAX_NUMBERS and bool(torch.isnan(tensor).any()):
             raise CheckpointError(f"{path}: {name[:80]} holds NaN", "give one of a run that went well")
     kinds = map(InputType, module.input_sizes, module.input_types)
     notes = [f"ONNX, opset {opset_of(model)}, {len(model.graph.node)} nodes"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 Array = npt.NDArray[Any]
-MOST_NUMBERS = 64  # larger constants are tensors
-LARGEST_RANGE = 2**20
+MAX_NUMBERS = 64  # larger constants are tensors
+MAX_RANGE = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +91,14 @@ def fill(array: Array, shape: Array) -> Array:
     if shape.dtype == object:
         raise TypeError
     target = np.broadcast_shapes(array.shape, tuple(shape.tolist()))
-    if np.prod(target, dtype=float) > MOST_NUMBERS:
+    if np.prod(target, dtype=float) > MAX_NUMBERS:
         raise TypeError
     return np.broadcast_to(array, target)
 
 
 def count_up(start: Array, limit: Array, delta: Array) -> Array:
     """Range of ONNX."""
-    if object in (start.dtype, limit.dtype, delta.dtype) or abs((limit - start) / delta) > LARGEST_RANGE:
+    if object in (start.dtype, limit.dtype, delta.dtype) or abs((limit - start) / delta) > MAX_RANGE:
         raise TypeError
     return np.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
 
@@ -168,7 +168,7 @@ def cast(array: Array, dtype: Any) -> Array:
 
 def constant_of_shape(shape: Array, value: Array | None) -> Array:
     """ConstantOfShape of ONNX, for few numbers."""
-    if shape.dtype == object or np.prod(shape, dtype=float) > MOST_NUMBERS:
+    if shape.dtype == object or np.prod(shape, dtype=float) > MAX_NUMBERS:
         raise TypeError
     return np.full(tuple(shape.tolist()), np.float32(0) if value is None else value.flatten()[0])
 

@@ -17,9 +17,9 @@ from asapc.loading.untrusted.refusals import unreadable
 from asapc.loading.untrusted.tensors import damage
 
 # Protobuf has no larger files; what is compiled comes out as one file, external data included.
-LARGEST_FILE = 2**31 - 2**20
-LOWEST_OPSET = 13
-LOWEST_IR = 4
+MAX_FILE = 2**31 - 2**20
+MIN_OPSET = 13
+MIN_IR = 4
 DEEPEST = 16  # graphs within graphs
 EXPORT = (
     'export it with a dynamic batch: dynamic_shapes={"NAME": {0: Dim("batch")}} or dynamic_axes={"NAME": {0: "batch"}}'
@@ -35,7 +35,7 @@ def read_onnx(path: Path) -> Any:
             asapc does not read.
     """
     size = check_file(path, CheckpointError)
-    if size > LARGEST_FILE:
+    if size > MAX_FILE:
         raise unreadable(path, CheckpointError, f"it has {size:,} bytes, more than an ONNX file can")
     with damage(path, CheckpointError):
         model = onnx.load_model_from_string(path.read_bytes())
@@ -44,10 +44,8 @@ def read_onnx(path: Path) -> Any:
     for tensor in list(tensors_in(path, model)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             total += load_external(path, tensor)
-            if total > LARGEST_FILE:
-                raise unreadable(
-                    path, CheckpointError, f"with its external data it has more than {LARGEST_FILE:,} bytes"
-                )
+            if total > MAX_FILE:
+                raise unreadable(path, CheckpointError, f"with its external data it has more than {MAX_FILE:,} bytes")
         check_tensor(path, tensor)
     if model.functions:
         with damage(path, CheckpointError):
@@ -66,11 +64,11 @@ def check_versions(path: Path, model: Any) -> None:
         raise unreadable(path, CheckpointError)
     newest = onnx.defs.onnx_opset_version()
     opset = opset_of(model)
-    if not LOWEST_OPSET <= opset <= newest:
-        raise CheckpointError(f"{path} has opset {opset}; asapc reads {LOWEST_OPSET} to {newest}", UPGRADE)
-    if not LOWEST_IR <= model.ir_version <= onnx.IR_VERSION:
+    if not MIN_OPSET <= opset <= newest:
+        raise CheckpointError(f"{path} has opset {opset}; asapc reads {MIN_OPSET} to {newest}", UPGRADE)
+    if not MIN_IR <= model.ir_version <= onnx.IR_VERSION:
         raise CheckpointError(
-            f"{path} has IR version {model.ir_version}; asapc reads {LOWEST_IR} to {onnx.IR_VERSION}", UPGRADE
+            f"{path} has IR version {model.ir_version}; asapc reads {MIN_IR} to {onnx.IR_VERSION}", UPGRADE
         )
 
 
@@ -122,7 +120,7 @@ def load_external(path: Path, tensor: Any) -> int:
         raise CheckpointError(f"{shown} has no readable place", hint) from None
     if offset < 0 or length != needed or offset + length > held:
         raise CheckpointError(f"{shown} should be {needed:,} bytes at {offset:,}; the file has {held:,}", hint)
-    if length > LARGEST_FILE:
+    if length > MAX_FILE:
         raise CheckpointError(f"{shown} has {length:,} bytes, more than one file can hold", hint)
     with source.open("rb") as file:
         file.seek(offset)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asapc.loading.onnx.call import Call, Operator
-from asapc.loading.onnx.numbers import MOST_NUMBERS, Known, sizes
+from asapc.loading.onnx.numbers import MAX_NUMBERS, Known, sizes
 
 FOREVER = 2**31 - 1  # ends of slices at and beyond this mean "to the end"
 
@@ -235,7 +235,7 @@ def constant(call: Call) -> Known | Tensor:
     value = call.get("value")
     if value is None:
         raise call.refuse("holds no numbers")
-    small = value.size <= MOST_NUMBERS and value.ndim <= 1
+    small = value.size <= MAX_NUMBERS and value.ndim <= 1
     return Known(value) if small else torch.from_numpy(value)
 
 

@@ -22,7 +22,7 @@ SIZE_FUNCTIONS = re.compile(
     "FloatTrueDiv|ToFloat|TruncToInt|CeilToInt|FloorToInt"
 )
 SYMBOL = re.compile(r"[a-z]{1,4}\d{1,5}")
-LONGEST_EXPRESSION = 1000
+MAX_EXPRESSION = 1000
 TREES = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 KEY = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
@@ -47,7 +47,7 @@ def check_operator(name: str) -> bool:
 
 def check_expression(text: str) -> bool:
     """Whether a symbolic size, which torch evaluates, is arithmetic of symbols and numbers, and quick to evaluate."""
-    if len(text) > LONGEST_EXPRESSION:
+    if len(text) > MAX_EXPRESSION:
         return False
     try:
         return check_size(ast.parse(text, mode="eval").body)

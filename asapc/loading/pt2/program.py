@@ -20,7 +20,7 @@ from asapc.types.model import InputType, LoadedModel
 from asapc.types.samples import Samples
 
 # Elements of a tensor in a graph, for one sample. A graph may ask for any size, whatever that of its file.
-LARGEST = 2**32
+MAX_SIZE = 2**32
 # Position of the argument that says whether a layer is trained.
 TRAINED = {
     "aten.dropout.default": 2,
@@ -67,7 +67,7 @@ def check_graph(path: Path, program: ExportedProgram) -> None:
         if place is not None and len(node.args) > place and node.args[place] is True:
             raise CheckpointError(f"{path} was exported in training mode: it has {node.target}", ANEW)
         value = node.meta.get("val")
-        if isinstance(value, Tensor) and prod(size for size in value.shape if isinstance(size, int)) > LARGEST:
+        if isinstance(value, Tensor) and prod(size for size in value.shape if isinstance(size, int)) > MAX_SIZE:
             raise CheckpointError(f"{path}: {node.name} is {tuple(value.shape)}, more than fits into memory", ANEW)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from asapc.capturing.export import export
-from asapc.passes.find.evidence import MOST_SAMPLES, find_with_evidence, most_different, telling
+from asapc.passes.find.evidence import MAX_SAMPLES, find_with_evidence, most_different, telling
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 
@@ -85,7 +85,7 @@ def test_a_mask_that_the_model_makes_is_found_in_the_values_of_the_graph(padded)
 
 
 def test_without_any_padding_the_loop_is_refused_as_before():
-    samples = ids(MOST_SAMPLES + 1, [(MOST_SAMPLES, 3)])[:40]
+    samples = ids(MAX_SAMPLES + 1, [(MAX_SAMPLES, 3)])[:40]
     findings = find_with_evidence(captured(PaddedIds(), samples), samples)
     assert findings.sites == ()
     [miss] = findings.misses
