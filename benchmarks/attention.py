@@ -229,11 +229,11 @@ def models() -> Iterator[Row]:
         graph = capture(loaded, samples[:2])
         sites = find_sinkhorn(graph, samples[:2]).sites
         forms = {
-            "exact 40": lambda s: Sinkhorn(s.half_steps),
+            "exact 40": lambda s: Sinkhorn(s.loop.half_steps),
             "truncated 5": lambda s: Sinkhorn(5),
             "softmax": lambda s: Sinkhorn(1),
-            "parabolas, 5": lambda s: sliced_dual(s.heads, s.head_dim, 0, 0, 1),
-            "8 slices, 5": lambda s: sliced_dual(s.heads, s.head_dim, 8, 0, 1),
+            "parabolas, 5": lambda s: sliced_dual(s.loop.heads, s.head_dim, 0, 0, 1),
+            "8 slices, 5": lambda s: sliced_dual(s.loop.heads, s.head_dim, 8, 0, 1),
         }
         runners: dict[str, Runner] = {}
         with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from asapc.ops.c_transform import column_step, row_step
 from asapc.ops.sinkhorn import sinkhorn_duals
 from asapc.ops.sliced_dual import SlicedDual, target_dual
-from asapc.passes.layout import operands, site_inputs
+from asapc.passes.layout import site_inputs
 from asapc.passes.record import record
 from asapc.planning.activations import Activations, activation
 from asapc.planning.calibrate import Fitted, calibrate, regressions, to_dtype
@@ -111,18 +111,20 @@ def compare(
     fitted = calibrate(graph, {site.name: [paired]}, [site], fitting, selection, 2)[Fitted(site.name, paired)]
     for steps in (0, 2):
         greedy = truncate(fitted, steps)
-        yield f"pairs, {steps} steps", relc(judged, Operator(greedy, site.last, (), fit_part)(judged)), 0.0
+        yield f"pairs, {steps} steps", relc(judged, Operator(greedy, site.loop.last, (), fit_part)(judged)), 0.0
         for way, names in {"jointly": (), "with directions": DIRECTIONS}.items():
-            operator = Operator(greedy, site.last, ("weights", *names), fit_part)
+            operator = Operator(greedy, site.loop.last, ("weights", *names), fit_part)
             yield f"pairs, {steps} steps, {way}", *train(operator, output_error, *parts)
 
 
 def random_directions(site: Site, count: int) -> tuple[Tensor, Tensor]:
     """Bases (H, D, count) of queries and keys: rotations side by side, in whose coordinates scores are sums."""
     size = site.head_dim or 1
-    rotations = [torch.linalg.qr(torch.randn(site.heads, size, size))[0].double() for _ in range(-(-count // size))]
+    rotations = [
+        torch.linalg.qr(torch.randn(site.loop.heads, size, size))[0].double() for _ in range(-(-count // size))
+    ]
     basis = torch.cat(rotations, dim=-1)[..., :count]
-    scale = torch.ones(()) if site.temperature is None else site.temperature.double()
+    scale = torch.ones(()) if site.wiring.product is None else site.wiring.product.score_scale.double()
     return basis, basis * scale.view(-1, 1, 1)
 
 
@@ -131,7 +133,7 @@ def of_slices(
 ) -> float:
     """Relc on the last samples of a ridge on slices of the first coordinates, and parabolas in all of them."""
     fitting, selection, held_out = given
-    bare = SlicedDualParams(*bases, slices, torch.zeros(site.heads, 0, 0))
+    bare = SlicedDualParams(*bases, slices, torch.zeros(site.loop.heads, 0, 0))
     key = Fitted(site.name, FeatureSet(slices))
     problems = [regressions([site], {key: bare}, activations(graph, site, s))[key] for s in (fitting, selection)]
     judged = part(graph, site, bare, held_out)
@@ -140,22 +142,22 @@ def of_slices(
 
 def activations(graph: CapturedGraph, site: Site, samples: Samples) -> Iterator[Activations]:
     """What the fit sees of a site."""
-    values = record(graph.program.module(), samples, {operand.node for operand in operands(site)})
+    values = record(graph.program.module(), samples, {operand.node for operand in site.wiring.operands})
     yield {site.name: activation(site, values)}
 
 
 def part(graph: CapturedGraph, site: Site, params: SlicedDualParams, samples: Samples) -> Part:
     """All that a fit, of any kind, needs of some samples, in float64."""
-    values = record(graph.program.module(), samples, {operand.node for operand in operands(site)})
-    applied = site_inputs(site, [values[operand.node].double() for operand in operands(site)], None)[-1]
+    values = record(graph.program.module(), samples, {operand.node for operand in site.wiring.operands})
+    applied = site_inputs(site, [values[operand.node].double() for operand in site.wiring.operands], None)[-1]
     assert applied is not None
     scores, queries, keys = activation(site, values)
     bases = params.query_basis.double(), params.key_basis.double()
     params = SlicedDualParams(*bases, params.slices, params.knots.double())
-    features = SlicedDual(params, site.last).vectors(scores, queries, keys)
-    f, g = sinkhorn_duals(scores, site.half_steps)
+    features = SlicedDual(params, site.loop.last).vectors(scores, queries, keys)
+    f, g = sinkhorn_duals(scores, site.loop.half_steps)
     plan = torch.exp(scores + f.unsqueeze(-1) + g.unsqueeze(-2))
-    target = target_dual(scores, site.half_steps, "keys", site.last)
+    target = target_dual(scores, site.loop.half_steps, "keys", site.loop.last)
     centred = [x - x.mean(dim=-1, keepdim=True) for x in (features, target)]
     return Part(centred[0], centred[1], scores, plan, queries, keys, applied, plan @ applied)
 

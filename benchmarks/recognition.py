@@ -118,14 +118,14 @@ def style(case: Case, module: nn.Module) -> str:
 def described(site: Site) -> Row:
     """A site as data."""
     return {
-        "half_steps": site.half_steps,
-        "last": site.last,
-        "kind": "attention" if site.applied else "plan",
+        "half_steps": site.loop.half_steps,
+        "last": site.loop.last,
+        "kind": "attention" if site.wiring.applied else "plan",
         "epsilon": site.epsilon,
-        "masked": site.masked,
-        "axes": site.plan.axes,
-        "queries": site.queries,
-        "keys": site.keys,
+        "masked": site.loop.masked,
+        "axes": site.wiring.plan.axes,
+        "queries": site.loop.queries,
+        "keys": site.loop.keys,
     }
 
 
@@ -187,8 +187,8 @@ def fuzz(count: int, seed: int) -> Row:
         [site] = findings.sites if len(findings.sites) == 1 else [None]
         if kind == "poisoned":
             poisoned_and_found[composition.poison] += 1
-        elif site is None or (site.half_steps, site.last) != written(composition):
-            seen = [(site.half_steps, site.last) for site in findings.sites]
+        elif site is None or (site.loop.half_steps, site.loop.last) != written(composition):
+            seen = [(site.loop.half_steps, site.loop.last) for site in findings.sites]
             listed["counted_otherwise"].append(f"{composition}: {seen}")
         if number % 20 == 19:
             print(f"{number + 1} of {count}: {dict(tally)}", flush=True)
@@ -258,7 +258,7 @@ def large(layers: int = 12, width: int = 768, heads: int = 12, tokens: int = 197
         "half_steps": 2 * iterations,
         "threads": torch.get_num_threads(),
         "sites": len(findings.sites),
-        "half_steps_found": sorted({site.half_steps for site in findings.sites}),
+        "half_steps_found": sorted({site.loop.half_steps for site in findings.sites}),
         "capture_seconds": middle - start,
         "find_seconds": end - middle,
         "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

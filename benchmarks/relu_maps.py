@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from asapc.fidelity.latency import measure
 from asapc.ops.features import mean, project, variance
-from asapc.passes.layout import operands
 from asapc.passes.record import record
 from asapc.planning.activations import activation
 from asapc.planning.bases import COORDINATES
@@ -122,7 +121,7 @@ def along(places: Tensor, functions: Callable[[Tensor], Tensor]) -> Tensor:
 
 def points(graph: CapturedGraph, site: Site, params: SlicedDualParams, samples: Samples) -> Points:
     """Coordinates of the keys in standard deviations, mapped to [0, 1], and the deviations of the queries'."""
-    values = record(graph.program.module(), samples, {operand.node for operand in operands(site)})
+    values = record(graph.program.module(), samples, {operand.node for operand in site.wiring.operands})
     _, queries, keys = activation(site, values)
     x, y = project(keys, params.key_basis.double()), project(queries, params.query_basis.double())
     x, y = x - mean(x, None), y - mean(y, None)

@@ -101,19 +101,12 @@ def align(tensor: Tensor, axes: str, target: str) -> Tensor:
     return tensor
 
 
-def operands(site: Site) -> list[Operand]:
-    """What the operator of a site reads, in the order in which `site_inputs` takes it.
-
-    In the form "points" one row of the scores, of queries that are zero, takes the place of the scores.
-    """
-    first = None if site.product else site.scores
-    return [operand for operand in (first, site.query, site.key, site.value) if operand is not None]
-
-
 def score_factor(site: Site, dtype: torch.dtype, form: Form = "scores") -> Tensor | None:
     """Factor (H, 1, 1) from q.k, or from what the scores node holds, to scores; None where it is 1."""
-    factor = site.temperature if site.product or form == "points" else site.scale
-    if factor is None or bool(((factor - 1).abs() < UNIT_TOLERANCE).all()):
+    product = site.wiring.product
+    of_product = product is not None and (product.is_scores or form == "points")
+    factor = product.score_scale if product is not None and of_product else site.loop.scale
+    if bool(((factor - 1).abs() < UNIT_TOLERANCE).all()):
         return None
     return factor.to(dtype).reshape(-1, 1, 1)
 
@@ -123,46 +116,52 @@ def site_inputs(
 ) -> list[Tensor | None]:
     """Arguments of a site's operator: scores, queries, keys and values, (B, H, ...) each, None where it has none.
 
-    In the form "points" queries in units of the temperature take the place of the scores, and where keys are masked
-    there is one argument more: 1 for a key that takes part and 0 for one that does not, (B, H, 1, M).
+    In the form "points" queries in units of the temperature replace the scores, the first operand is one row of the
+    scores, of a query that is zero, and where keys are masked there is one argument more: 1 for a key that takes part
+    and 0 for one that does not, (B, H, 1, M).
 
     Args:
         site: the site.
-        tensors: values of `operands(site)`, in that order, in the graph's own layout.
+        tensors: values of `Wiring.operands`, in that order, in the graph's own layout.
         factor: what `score_factor` gave for the site; apart, since it takes no part in tracing.
         form: of the scores, see `Form`; all but "scores" where they are a product.
     """
-    rest = list(tensors)
-    batch = None
+    wiring, heads = site.wiring, site.loop.heads
+    rest = iter(tensors)
+    batch: int | torch.SymInt | None = None
 
-    def take(operand: Operand | None, last_two: str) -> Tensor | None:
+    def take(operand: Operand, last_two: str) -> Tensor:
         nonlocal batch
-        if operand is None:
-            return None
-        tensor = arrange(rest.pop(0), operand.axes, last_two, site.groups, site.heads)
-        if not set(operand.axes) & set("bzy"):  # shared by all samples
-            return tensor if batch is None else tensor.expand(batch, site.heads, -1, -1)
+        tensor = arrange(next(rest), operand.axes, last_two, wiring.groups, heads)
+        if is_shared(operand):
+            return tensor if batch is None else tensor.expand(batch, heads, -1, -1)
         batch = tensor.shape[0]
-        return tensor if set(operand.axes) & set("hzy") else tensor.expand(-1, site.heads, -1, -1)
+        return tensor if set(operand.axes) & set("hzy") else tensor.expand(-1, heads, -1, -1)
 
-    scores = None if site.product else take(site.scores, "nm")
-    queries, keys = take(site.query, "nd"), take(site.key, "md")
-    if site.product and site.query is not None and queries is not None and not set(site.query.axes) & set("bzy"):
-        assert batch is not None
-        queries = queries.expand(batch, site.heads, -1, -1)  # it came before the keys told the batch
-    values = take(site.value, "me")
-    if site.exponential and scores is not None:
+    scores = None if wiring.scores_are_product else take(wiring.scores, "nm")
+    points: tuple[Tensor, ...] = ()
+    if wiring.product is not None:
+        queries, keys = take(wiring.product.query, "nd"), take(wiring.product.key, "md")
+        if wiring.scores_are_product and is_shared(wiring.product.query):
+            queries = queries.expand(keys.shape[0], heads, -1, -1)  # it came before the keys told the batch
+        points = (queries, keys)
+    values = None if wiring.attention is None else take(wiring.attention.value, "me")
+    if scores is not None and wiring.exponential:
         scores = scores.log()
-    if scores is None or form == "points":
-        assert queries is not None
-        assert keys is not None
-        scaled = queries if factor is None else (queries * factor).to(queries.dtype)
-        if form == "points":
-            live = [] if scores is None else [(scores * site.scale.mean().item() >= MIN_LIVE).to(site.dtype)]
-            return [scaled, queries, keys, values, *live]
-        scores = keys @ scaled.transpose(-1, -2) if form == "turned" else scaled @ keys.transpose(-1, -2)
-        return [scores, queries, keys, values]
-    return [scores if factor is None else scores * factor, queries, keys, values]
+    if scores is not None and form != "points":
+        return [scores if factor is None else scores * factor, *(points or (None, None)), values]
+    queries, keys = points
+    scaled = queries if factor is None else (queries * factor).to(queries.dtype)
+    if form == "points":
+        live = [] if scores is None else [(scores * site.loop.scale.mean().item() >= MIN_LIVE).to(wiring.dtype)]
+        return [scaled, queries, keys, values, *live]
+    scores = keys @ scaled.transpose(-1, -2) if form == "turned" else scaled @ keys.transpose(-1, -2)
+    return [scores, queries, keys, values]
+
+
+def is_shared(operand: Operand) -> bool:
+    """Whether an operand is the same for all samples."""
+    return not set(operand.axes) & set("bzy")
 
 
 def positions(shape: Sequence[int]) -> Tensor:

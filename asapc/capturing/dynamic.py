@@ -8,7 +8,7 @@ way; so the sites are found again by their place.
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from asapc.types.graph import BATCH_AXIS, CapturedGraph, DynamicAxis
 from asapc.types.model import LoadedModel
 from asapc.types.options import EarlyStopRule
 from asapc.types.samples import Samples
-from asapc.types.site import Operand, Site
+from asapc.types.site import Site
 
 Axes = Mapping[str, Mapping[int, DynamicAxis]]
 FORM = "use batch=1:64, seq=16:2048 for the second axis of every input, or INPUT.AXIS=LOW:HIGH, separated by commas"
@@ -77,7 +77,8 @@ def at_longest(site: Site, axes: Axes, samples: Samples) -> Site:
         if number > 0 and axis.high is not None
     ]
     longest = max(growth, default=1.0)
-    return replace(site, queries=round(site.queries * longest), keys=round(site.keys * longest))
+    loop = replace(site.loop, queries=round(site.loop.queries * longest), keys=round(site.loop.keys * longest))
+    return replace(site, loop=loop)
 
 
 def reopen(
@@ -106,7 +107,7 @@ def reopen(
             f"{loaded.path} is an exported model, whose axes are as they were exported",
             "export it with dynamic axes, or compile the checkpoint with --model",
         )
-    uneven = next((site for site in sites if not site.uniform), None)
+    uneven = next((site for site in sites if not site.loop.uniform), None)
     if uneven is not None:
         raise CaptureError(
             f"the marginals of {uneven.name} differ from token to token, for one length alone", "leave --dynamic away"
@@ -122,17 +123,7 @@ def reopen(
     for node in graph.program.graph.nodes:
         if is_whole(node):
             names[node.name] = names[node.args[0].name]
-    return opened, [move(site, names) for site in sites]
-
-
-def move(site: Site, names: Mapping[str, str]) -> Site:
-    """A site in another graph, of the names that its nodes have there."""
-    values = {field.name: getattr(site, field.name) for field in fields(Site)}
-    moved = {
-        name: replace(value, node=names[value.node]) for name, value in values.items() if isinstance(value, Operand)
-    }
-    padding = None if site.padding is None else tuple(names[node] for node in site.padding)
-    return Site(**{**values, **moved, "padding": padding})
+    return opened, [replace(site, wiring=site.wiring.renamed(names)) for site in sites]
 
 
 def made_tensors(graph: Graph) -> list[Node]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from asapc.fidelity.outputs import BATCH
-from asapc.passes.layout import arrange, operands, score_factor, site_inputs
+from asapc.passes.layout import arrange, score_factor, site_inputs
 from asapc.passes.record import record
 from asapc.types.graph import CapturedGraph
 from asapc.types.results import SiteFidelity
@@ -35,7 +35,7 @@ def candidate_fidelity(
     """Fidelity of several operators for each site, each alone, in one pass; see `site_fidelity`."""
     sites = [site for site in sites if site.name in candidates]
     module = graph.program.module()
-    names = {operand.node for site in sites for operand in (*operands(site), site.plan)}
+    names = {operand.node for site in sites for operand in (*site.wiring.operands, site.wiring.plan)}
     sums = {s.name: dict.fromkeys(candidates[s.name], torch.zeros(6, dtype=torch.float64)) for s in sites}
     for batch in samples.batches(BATCH):
         values = record(module, batch, names)
@@ -47,13 +47,14 @@ def candidate_fidelity(
 
 def site_errors(site: Site, operator: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
     """Sums over a batch, its heads and its rows, see `to_fidelity`; masked rows and columns do not count."""
-    given = [values[operand.node] for operand in operands(site)]
-    scores, queries, keys, applied = site_inputs(site, given, score_factor(site, site.dtype))
-    plan = arrange(values[site.plan.node].double(), site.plan.axes, "nm", site.groups, site.heads)
+    given = [values[operand.node] for operand in site.wiring.operands]
+    scores, queries, keys, applied = site_inputs(site, given, score_factor(site, site.wiring.dtype))
+    node, wiring = site.wiring.plan, site.wiring
+    plan = arrange(values[node.node].double(), node.axes, "nm", wiring.groups, site.loop.heads)
     with torch.no_grad():
         compiled_plan = operator(scores, queries, keys).double()
         compiled = compiled_plan if applied is None else operator(scores, queries, keys, applied).double()
-    if site.logarithm:
+    if site.wiring.logarithm:
         plan, compiled_plan, compiled = plan.exp(), compiled_plan.exp(), compiled.exp()
     live = plan > 0
     rows = live.any(dim=-1, keepdim=True)
@@ -63,7 +64,7 @@ def site_errors(site: Site, operator: nn.Module, values: Mapping[str, Tensor]) -
     columns = live.any(dim=-2, keepdim=True)
     count = columns.sum(dim=-1, keepdim=True).clamp_min(1)
     share = plan.sum(dim=(-1, -2), keepdim=True) / count
-    column_mass = share if site.uniform else plan.sum(dim=-2, keepdim=True)
+    column_mass = share if site.loop.uniform else plan.sum(dim=-2, keepdim=True)
     off = torch.where(columns, (compiled_plan.sum(dim=-2, keepdim=True) / column_mass - 1).abs(), 0.0)
     off = off.sum(dim=-1, keepdim=True) / count
     typical = plan.sum(dim=-1).amax().clamp_min(torch.finfo(torch.float64).tiny)

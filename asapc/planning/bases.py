@@ -25,12 +25,12 @@ def balanced_bases(sites: Sequence[Site], activations: Iterator[Activations]) ->
     for batch in activations:
         for site in sites:
             scores, queries, keys = batch[site.name]
-            live_queries, live_keys = live_mask(scores) if site.masked else (None, None)
+            live_queries, live_keys = live_mask(scores) if site.loop.masked else (None, None)
             both = scatter(queries, live_queries), scatter(keys, live_keys)
             old = scatters.get(site.name)
             scatters[site.name] = both if old is None else (old[0] + both[0], old[1] + both[1])
-    temperatures = {s.name: torch.ones(()) if s.temperature is None else s.temperature for s in sites}
-    return {name: balance(total(q), total(k), temperatures[name]) for name, (q, k) in scatters.items()}
+    scales = {site.name: site.wiring.product.score_scale for site in sites if site.wiring.product is not None}
+    return {name: balance(total(q), total(k), scales[name]) for name, (q, k) in scatters.items()}
 
 
 def scatter(points: Tensor, live: Tensor | None = None) -> Tensor:

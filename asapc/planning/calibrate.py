@@ -15,7 +15,6 @@ from torch import Tensor
 
 from asapc.ops.features import live_mask
 from asapc.ops.sliced_dual import SlicedDual, target_dual
-from asapc.passes.layout import operands
 from asapc.passes.record import record
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.activations import Activations, activation
@@ -62,7 +61,7 @@ def calibrate(
     # With exact forms in the place of the loops: what the sites see is the same up to rounding, in a tenth of the time.
     exact = {site.name: exact_operator(site, wide=True) for site in sites}
     module = RewriteSinkhorn(sites, exact)(graph.program.module()).program
-    names = {operand.node for site in sites for operand in operands(site)}
+    names = {operand.node for site in sites for operand in site.wiring.operands}
 
     def activations(samples: Samples) -> Iterator[Activations]:
         for batch in share(samples).batches(BATCH):
@@ -77,7 +76,7 @@ def calibrate(
         counts = count_places(sites, bases, activations(fitting))
     params = {}
     for site in sites:
-        none = torch.zeros(site.heads, 0, 0, dtype=torch.float64)
+        none = torch.zeros(site.loop.heads, 0, 0, dtype=torch.float64)
         for features in feature_sets[site.name]:
             places = quantiles(counts[site.name, features.side], features.pieces) if features.pieces else none
             slices = min(features.slices, site.head_dim or 0)
@@ -91,7 +90,7 @@ def calibrate(
             key: replace(known, weights=(*known.weights, fit(problems[key], others[key])))
             for key, known in params.items()
         }
-    dtypes = {site.name: site.dtype for site in sites}
+    dtypes = {site.name: site.wiring.dtype for site in sites}
     return {key: to_dtype(known, dtypes[key.site]) for key, known in params.items()}
 
 
@@ -105,14 +104,14 @@ def regressions(
             scores, queries, keys = batch[site.name]
             targets = {}
             for side in {known.side for key, known in params.items() if key.site == site.name}:
-                target = target_dual(scores, site.half_steps, side, site.last).unsqueeze(-2)
-                live = live_mask(scores)[SIDES.index(side)] if site.masked else torch.ones_like(target)
+                target = target_dual(scores, site.loop.half_steps, side, site.loop.last).unsqueeze(-2)
+                live = live_mask(scores)[SIDES.index(side)] if site.loop.masked else torch.ones_like(target)
                 targets[side] = centre(target, live), live
             for key, known in params.items():
                 if key.site != site.name:
                     continue
                 target, live = targets[known.side]
-                operator = SlicedDual(known, site.last, site.masked, wide=True)  # which serves all scores
+                operator = SlicedDual(known, site.loop.last, site.loop.masked, wide=True)  # which serves all scores
                 vectors = centre(operator.vectors(scores, queries, keys), live)
                 found = Regression(
                     gram=torch.einsum("bhfn,bhen->hfe", vectors, vectors),

@@ -59,7 +59,7 @@ def plan(
     ranges = score_ranges(graph, sites, samples)
     wide = wide_sites(ranges)
     if config.level == 0:
-        kept = {s.name: Choice(Candidate("keep", s.half_steps, inf), "-O0 leaves all as it is") for s in sites}
+        kept = {s.name: Choice(Candidate("keep", s.loop.half_steps, inf), "-O0 leaves all as it is") for s in sites}
         return Plan(kept, wide, limits(ranges))
     candidates = propose(graph, sites, samples, config, advance)
     advance(f"comparing {sum(map(len, candidates.values()))} candidates")
@@ -158,7 +158,7 @@ def choose(site: Site, candidates: Sequence[Candidate], config: CompileConfig, l
     if relc(exact) <= EXACT_RELC[config.level]:
         return Choice(exact, "-O1 asks for the exact form" if config.level == 1 else why, curve)
     why = f"{why}; the scaling form leaves the range of float32 (relc {relc(exact):.1e})"
-    return Choice(Candidate("keep", site.half_steps, inf), why, curve)
+    return Choice(Candidate("keep", site.loop.half_steps, inf), why, curve)
 
 
 def site_limits(config: CompileConfig) -> dict[str, float]:

@@ -99,7 +99,7 @@ def share_of_exact(plan: Plan) -> float | None:
 
 def estimate(site: Site, module: Sinkhorn | SlicedDual, batch: int) -> float:
     """Milliseconds that an operator takes for a batch; for comparing operators, not for promising latencies."""
-    shape = Shape(batch, site.heads, site.queries, site.keys, site.head_dim or 1)
+    shape = Shape(batch, site.loop.heads, site.loop.queries, site.loop.keys, site.head_dim or 1)
     costs = unit_costs()
-    transposed = bool(module.turned) and not site.product
-    return sum(count * costs[kind] for kind, count in work(shape, module, site.masked, transposed).items())
+    transposed = bool(module.turned) and not site.wiring.scores_are_product
+    return sum(count * costs[kind] for kind, count in work(shape, module, site.loop.masked, transposed).items())

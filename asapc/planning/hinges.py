@@ -27,7 +27,7 @@ def count_places(
     for batch in activations:
         for site in sites:
             scores, *points = batch[site.name]
-            live_masks = live_mask(scores) if site.masked else (None, None)
+            live_masks = live_mask(scores) if site.loop.masked else (None, None)
             for side, of_side, basis, live in zip(SIDES, points, bases[site.name], live_masks, strict=True):
                 x = project(of_side, basis)[..., :COORDINATES, :]
                 x = x - mean(x, live)

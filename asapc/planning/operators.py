@@ -22,9 +22,10 @@ MAX_MATRIX, MAX_SLOWER = 2**28, 3.0
 def build(site: Site, candidate: Candidate, wide: frozenset[str] = frozenset()) -> Operator:
     """The module that a candidate stands for."""
     if candidate.params is not None:
-        mass = site.row_mass if site.last == "rows" else site.column_mass
+        loop = site.loop
+        mass = loop.row_mass if loop.last == "rows" else loop.column_mass
         usual_mass = usual(mass.item(), 1.0)
-        return SlicedDual(candidate.params, site.last, site.masked, usual_mass, site.name in wide, candidate.lowering)
+        return SlicedDual(candidate.params, loop.last, loop.masked, usual_mass, site.name in wide, candidate.lowering)
     return exact_operator(site, candidate.half_steps, site.name in wide, candidate.lowering)
 
 
@@ -37,18 +38,17 @@ def exact_operator(
     site: Site, half_steps: int | None = None, wide: bool = False, lowering: Lowering = "materialised"
 ) -> Sinkhorn:
     """Scaling-form Sinkhorn of a site, of its own number of half-steps or of fewer (truncated)."""
-    default = 1.0 if site.last == "rows" else site.queries / site.keys
-    given = {"rows": site.row_mass, "columns": site.column_mass}
+    loop = site.loop
+    default = 1.0 if loop.last == "rows" else loop.queries / loop.keys
+    of_axes = {"rows": loop.row_mass, "columns": loop.column_mass}
     masses = {
         # On the axis that is not normalised last a common factor is of no consequence.
-        f"{axis[:-1]}_mass": mass.to(site.dtype)
-        for axis, mass in given.items()
-        if mass.numel() > 1 or (axis == site.last and usual(mass.item(), default) != default)
+        f"{axis[:-1]}_mass": mass.to(site.wiring.dtype)
+        for axis, mass in of_axes.items()
+        if mass.numel() > 1 or (axis == loop.last and usual(mass.item(), default) != default)
     }
-    steps = half_steps or site.half_steps
-    return Sinkhorn(
-        steps, site.last, **masses, masked=site.masked, logarithm=site.logarithm, wide=wide, lowering=lowering
-    )
+    steps, logarithm = half_steps or loop.half_steps, site.wiring.logarithm
+    return Sinkhorn(steps, loop.last, **masses, masked=loop.masked, logarithm=logarithm, wide=wide, lowering=lowering)
 
 
 def fusable(site: Site, module: Operator) -> bool:
@@ -56,8 +56,9 @@ def fusable(site: Site, module: Operator) -> bool:
 
     Keys may be left out, the same for all rows.
     """
-    products = (site.product and not site.masked) or site.padding is not None
-    plain = products and site.output is not None and site.uniform and not site.logarithm
+    product, attention = site.wiring.product, site.wiring.attention
+    products = product is not None and ((product.is_scores and not site.loop.masked) or product.padding is not None)
+    plain = products and attention is not None and site.loop.uniform and not site.wiring.logarithm
     usual_mass = getattr(module, "mass", 1.0) == 1.0 and getattr(module, "row_mass", None) is None
     return plain and usual_mass and module.last == "rows" and not module.wide
 
@@ -69,7 +70,7 @@ def lower(site: Site, module: Operator, batch: int, wanted: Lowering | None = No
     attention does not take. But each half-step makes them anew then, which many half-steps do not bear.
     """
     forms: tuple[Lowering, ...] = ("materialised", "fused") if fusable(site, module) else ("materialised",)
-    too_large = batch * site.heads * site.queries * site.keys * site.dtype.itemsize > MAX_MATRIX
+    too_large = batch * site.loop.heads * site.loop.queries * site.loop.keys * site.wiring.dtype.itemsize > MAX_MATRIX
     if wanted in forms:
         forms = (wanted,)
     costs: dict[Lowering, float] = {}
@@ -100,7 +101,7 @@ def rivals(
     found: dict[str, dict[str, Operator]] = {
         "exact": {s.name: exact_operator(s, wide=s.name in chosen.wide) for s in sites},
         "truncated": {s.name: exact_operator(s, steps[s.name], s.name in chosen.wide) for s in sites},
-        "softmax": {s.name: Sinkhorn(1, masked=s.masked, logarithm=s.logarithm) for s in sites},
+        "softmax": {s.name: Sinkhorn(1, masked=s.loop.masked, logarithm=s.wiring.logarithm) for s in sites},
     }
     lowered = {
         name: {site.name: lower(site, of_sites[site.name], batch, wanted) for site in sites}

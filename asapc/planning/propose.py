@@ -32,11 +32,11 @@ def propose(
 
     All processes that share in the calibration have to call it.
     """
-    found = {site.name: [Candidate("exact", site.half_steps, inf)] for site in sites}
+    found = {site.name: [Candidate("exact", site.loop.half_steps, inf)] for site in sites}
     if config.level < 2:
         return found
     for site in sites:
-        found[site.name] += [Candidate("truncated", t, inf) for t in TRUNCATED if t < site.half_steps]
+        found[site.name] += [Candidate("truncated", t, inf) for t in TRUNCATED if t < site.loop.half_steps]
     sliceable = [site for site in sites if why_not_sliced(site) is None]
     sets = {site.name: feature_sets(site, config) for site in sliceable}
     if not sliceable:
@@ -47,9 +47,9 @@ def propose(
     for site in sliceable:
         for features in sets[site.name]:
             params = fitted[Fitted(site.name, features)]
-            first = first_half_steps(features.side, site.last)
+            first = first_half_steps(features.side, site.loop.last)
             for steps in range(1 + MAX_CLOSURE_STEPS):
-                if (half_steps := first + 2 * steps) < site.half_steps:
+                if (half_steps := first + 2 * steps) < site.loop.half_steps:
                     found[site.name].append(Candidate("sliced_dual", half_steps, inf, None, truncate(params, steps)))
     return found
 
@@ -62,7 +62,7 @@ def split(samples: Samples) -> tuple[Samples, Samples]:
 
 def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
     """Feature sets that a site can have; masks, long sites and lengths left open allow no sort, one axis no pairs."""
-    sortable = not site.masked and not config.dynamic and max(site.queries, site.keys) <= MAX_SORT
+    sortable = not site.loop.masked and not config.dynamic and max(site.loop.queries, site.loop.keys) <= MAX_SORT
     slices = [s for s in config.slices if s == 0 or sortable] or [0]
     paired = (False, True) if (site.head_dim or 0) > 1 else (False,)
     return [FeatureSet(*chosen) for chosen in product(slices, config.pieces, SIDES, paired)]
@@ -75,12 +75,12 @@ def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
 
 def why_not_sliced(site: Site) -> str | None:
     """Why a sliced dual cannot stand in for a site, None where it can."""
-    if site.half_steps <= MAX_EXACT_HALF_STEPS:
-        return f"{site.half_steps} half-steps are too few for an approximation to pay"
-    if site.query is None or site.temperature is None or not bool((site.temperature > 0).all()):
+    if site.loop.half_steps <= MAX_EXACT_HALF_STEPS:
+        return f"{site.loop.half_steps} half-steps are too few for an approximation to pay"
+    if site.wiring.product is None or not bool((site.wiring.product.score_scale > 0).all()):
         return "its scores hold no product of queries and keys to slice"
-    if not site.uniform:
+    if not site.loop.uniform:
         return "its marginals are not uniform, which sliced duals do not serve yet"
-    if site.logarithm:
+    if site.wiring.logarithm:
         return "it ends in the logarithm of a plan, which sliced duals do not serve yet"
     return None

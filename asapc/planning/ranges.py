@@ -8,7 +8,6 @@ from torch import Tensor
 
 from asapc.ops.scaling import MAX_SPREAD
 from asapc.ops.sinkhorn import kernel_spread
-from asapc.passes.layout import operands
 from asapc.passes.record import record
 from asapc.planning.activations import masked_scores
 from asapc.planning.calibrate import BATCH
@@ -33,7 +32,7 @@ class ScoreRange(NamedTuple):
 def score_ranges(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) -> dict[str, ScoreRange]:
     """Ranges by the site's name, in one pass over the samples."""
     module = graph.program.module()
-    names = {operand.node for site in sites for operand in operands(site)}
+    names = {operand.node for site in sites for operand in site.wiring.operands}
     spreads: dict[str, float] = dict.fromkeys((site.name for site in sites), 0.0)
     deviations: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     for batch in samples.batches(BATCH):

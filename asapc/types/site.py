@@ -6,7 +6,8 @@ Shapes: B samples, H heads, N queries, M keys, D head size, L slices, F features
 units of the temperature: the plan is exp(scores + f + g), scores = scale * q.k.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,6 +32,146 @@ class Operand:
     node: str
     axes: str
 
+    def renamed(self, names: Mapping[str, str]) -> "Operand":
+        """The operand in another graph, by the names that nodes have there."""
+        return Operand(names[self.node], self.axes)
+
+
+@dataclass(frozen=True, eq=False)
+class Loop:
+    """The mathematics of a site: rows and columns of exp(scale * scores) scaled by turns to given masses.
+
+    Attributes:
+        half_steps: number of half-steps T, each normalising one axis.
+        last: the axis that the last half-step normalises.
+        heads, queries, keys: H, N, M of the plan (B, H, N, M).
+        scale: (H,) factor from what the scores node holds to scores in units of the temperature, float64.
+        row_mass, column_mass: (1,) or (N,) and (1,) or (M,), float64: what rows and columns of the plan are scaled
+            to. That of the last axis is what its sums are, the other's matters up to a factor.
+        masked: whether entries below `ops.scaling.MIN_LIVE` are left out: key padding, and padded queries.
+    """
+
+    half_steps: int
+    last: Axis
+    heads: int
+    queries: int
+    keys: int
+    scale: Tensor
+    row_mass: Tensor
+    column_mass: Tensor
+    masked: bool
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have one mass, and all columns one."""
+        return self.row_mass.numel() == self.column_mass.numel() == 1
+
+
+@dataclass(frozen=True, eq=False)
+class DotProduct:
+    """The product of queries and keys that is in the scores.
+
+    Attributes:
+        query, key: its operands.
+        head_dim: D.
+        score_scale: (H,) factor from q.k to scores in units of the temperature, float64.
+        folded: (H,) factor of the temperature that query and key nodes carry already.
+        is_scores: whether the scores node is that product itself.
+        padding: nodes from the product to the scores, both included, where all that comes in between leaves out whole
+            columns, and does so too where the product has one row; None elsewhere.
+    """
+
+    query: Operand
+    key: Operand
+    head_dim: int
+    score_scale: Tensor
+    folded: Tensor
+    is_scores: bool
+    padding: tuple[str, ...] | None
+
+    @property
+    def epsilon(self) -> list[float]:
+        """Temperature of each head, in the convention scores = q.k / (sqrt(head_dim) * epsilon)."""
+        values: list[float] = (1 / (self.score_scale * self.folded * self.head_dim**0.5)).tolist()
+        return values
+
+    def renamed(self, names: Mapping[str, str]) -> "DotProduct":
+        """The product in another graph, by the names that nodes have there."""
+        padding = None if self.padding is None else tuple(names[node] for node in self.padding)
+        return replace(self, query=self.query.renamed(names), key=self.key.renamed(names), padding=padding)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The product plan @ values.
+
+    Attributes:
+        value: the values.
+        output: the result.
+    """
+
+    value: Operand
+    output: Operand
+
+    def renamed(self, names: Mapping[str, str]) -> "Attention":
+        """The product in another graph, by the names that nodes have there."""
+        return Attention(self.value.renamed(names), self.output.renamed(names))
+
+
+@dataclass(frozen=True, eq=False)
+class Wiring:
+    """Where a site stands in its graph: nodes, and what their axes are.
+
+    Attributes:
+        scores: the node that the loop starts from.
+        plan: the node that the loop ends in.
+        dtype: of the scores.
+        groups: the graph has the heads in so many groups, on an axis of their own where there are several.
+        exponential: the scores node holds exp(scores): the mask or the temperature comes in after the exp.
+        logarithm: the plan node holds log(plan).
+        product: the product of queries and keys that is in the scores; None where there is none.
+        attention: the product with values that reads the plan; None where anything else reads the plan too.
+        applied: whether the plan is multiplied with values: attention, not a plan alone.
+    """
+
+    scores: Operand
+    plan: Operand
+    dtype: torch.dtype
+    groups: int
+    exponential: bool
+    logarithm: bool
+    product: DotProduct | None
+    attention: Attention | None
+    applied: bool
+
+    @property
+    def scores_are_product(self) -> bool:
+        """Whether the scores node is the product of queries and keys itself, so that an operator can make it anew."""
+        return self.product is not None and self.product.is_scores
+
+    @property
+    def operands(self) -> list[Operand]:
+        """What the operator of the site reads: scores unless they are the product, queries, keys, values."""
+        operands = [] if self.scores_are_product else [self.scores]
+        if self.product is not None:
+            operands += [self.product.query, self.product.key]
+        return operands if self.attention is None else [*operands, self.attention.value]
+
+    @property
+    def result(self) -> Operand:
+        """The node that the operator of the site replaces."""
+        return self.plan if self.attention is None else self.attention.output
+
+    def renamed(self, names: Mapping[str, str]) -> "Wiring":
+        """The wiring in another graph, by the names that nodes have there."""
+        return replace(
+            self,
+            scores=self.scores.renamed(names),
+            plan=self.plan.renamed(names),
+            product=None if self.product is None else self.product.renamed(names),
+            attention=None if self.attention is None else self.attention.renamed(names),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -42,72 +183,26 @@ class Site:
     Attributes:
         name: path of the module it stands in, made unique; a label, never evidence.
         source: "file:line" of the user's code, or None.
-        half_steps: number of half-steps T, each normalising one axis.
-        last: the axis that the last half-step normalises.
-        scale: (H,) factor from what the scores node holds to scores in units of the temperature, float64.
-        row_mass, column_mass: (1,) or (N,) and (1,) or (M,), float64: what rows and columns of the plan are scaled
-            to. That of the last axis is what its sums are, the other's matters up to a factor.
-        masked: whether entries below `ops.scaling.MIN_LIVE` are left out: key padding, and padded queries.
-        groups, heads: H = heads, in so many groups where the graph has two axes for them.
-        queries, keys: N, M.
-        head_dim: D; None where the scores are no product of queries and keys.
-        dtype: of the scores.
         share: estimated share of the model's time that the loop takes, in [0, 1].
-        scores: the node that the loop starts from.
-        exponential: the scores node holds exp(scores): the mask or the temperature comes in after the exp.
-        plan: the node that the loop ends in.
-        logarithm: the plan node holds log(plan).
-        query, key: operands of the product q.k that is in the scores; None where there is none.
-        product: whether the scores node is that product itself.
-        padding: nodes from the product to the scores, both included, where all that comes in between leaves out whole
-            columns, and does so too where the product has one row; None elsewhere.
-        temperature: (H,) factor from q.k to scores, float64, None where there is no product.
-        folded: (H,) factor that query and key nodes carry already, of the temperature too.
-        applied: whether the plan is multiplied with values: attention, not a plan alone.
-        value, output: operand and result of plan @ v; None where anything else reads the plan too.
+        loop: the mathematics.
+        wiring: the nodes.
     """
 
     name: str
     source: str | None
-    half_steps: int
-    last: Axis
-    scale: Tensor
-    row_mass: Tensor
-    column_mass: Tensor
-    masked: bool
-    groups: int
-    heads: int
-    queries: int
-    keys: int
-    head_dim: int | None
-    dtype: torch.dtype
     share: float
-    scores: Operand
-    exponential: bool
-    plan: Operand
-    logarithm: bool
-    query: Operand | None
-    key: Operand | None
-    product: bool
-    padding: tuple[str, ...] | None
-    temperature: Tensor | None
-    folded: Tensor | None
-    applied: bool
-    value: Operand | None
-    output: Operand | None
+    loop: Loop
+    wiring: Wiring
+
+    @property
+    def head_dim(self) -> int | None:
+        """D; None where the scores are no product of queries and keys."""
+        return None if self.wiring.product is None else self.wiring.product.head_dim
 
     @property
     def epsilon(self) -> list[float] | None:
-        """Temperature of each head, in the convention scores = q.k / (sqrt(head_dim) * epsilon)."""
-        if self.temperature is None or self.head_dim is None or self.folded is None:
-            return None
-        values: list[float] = (1 / (self.temperature * self.folded * self.head_dim**0.5)).tolist()
-        return values
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all rows have one mass, and all columns one."""
-        return self.row_mass.numel() == self.column_mass.numel() == 1
+        """Temperature of each head, see `DotProduct.epsilon`; None where the scores are no product."""
+        return None if self.wiring.product is None else self.wiring.product.epsilon
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,7 +112,11 @@ def write_operators(path: Path, sites: Sequence[Site], plan: Plan) -> None:
     tensors: dict[str, Tensor] = {}
     for site in sites:
         params = plan.choices[site.name].candidate.params
-        tensors[f"{site.name}.scale"] = (site.scale if site.temperature is None else site.temperature).to(site.dtype)
+        product, dtype = site.wiring.product, site.wiring.dtype
+        if product is None:
+            tensors[f"{site.name}.loop_scale"] = site.loop.scale.to(dtype)
+        else:
+            tensors[f"{site.name}.score_scale"] = product.score_scale.to(dtype)
         if params is not None:
             tensors[f"{site.name}.query_basis"] = params.query_basis
             tensors[f"{site.name}.key_basis"] = params.key_basis

@@ -72,15 +72,15 @@ def site_data(site: Site) -> dict[str, Any]:
     return {
         "name": site.name,
         "source": shorten(site.source),
-        "half_steps": site.half_steps,
-        "last": site.last,
+        "half_steps": site.loop.half_steps,
+        "last": site.loop.last,
         "epsilon": epsilon[0] if same else epsilon or None,
-        "heads": site.heads,
-        "queries": site.queries,
-        "keys": site.keys,
+        "heads": site.loop.heads,
+        "queries": site.loop.queries,
+        "keys": site.loop.keys,
         "head_dim": site.head_dim,
-        "masked": site.masked,
-        "ends_in": "attention" if site.applied else "plan",
+        "masked": site.loop.masked,
+        "ends_in": "attention" if site.wiring.applied else "plan",
         "share": round(site.share, 4),
     }
 

@@ -40,7 +40,7 @@ def build_plans(graph: CapturedGraph, samples: Samples) -> CapturedGraph:
         if not result.modified:
             return graph
         built = replace(graph, program=with_graph(graph.program, result.program))
-        plans = {site.plan.node for site in find_with_evidence(built, samples).sites}
+        plans = {site.wiring.plan.node for site in find_with_evidence(built, samples).sites}
         found = {product for product, plan in build.plans.items() if plan in plans}
         if found == set(build.plans):
             return built

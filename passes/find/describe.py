@@ -14,11 +14,11 @@ from asapc.ops.scaling import MIN_LIVE
 from asapc.passes.find.candidates import Candidate, carry, example_shape, paths_to, scaling_chain
 from asapc.passes.find.frames import Frame, place
 from asapc.passes.find.kinds import is_view, makes_scores, viewed_by
-from asapc.passes.find.probe import Live, Recognised, difference, double_centre
+from asapc.passes.find.probe import Live, difference, double_centre
 from asapc.passes.find.products import as_product
 from asapc.passes.find.regions import OpenRegionError, Region, double
 from asapc.passes.layout import arrange, follow_axes, invert, restore
-from asapc.types.site import Operand, Site
+from asapc.types.site import Attention, DotProduct, Loop, Operand, Site, Wiring
 
 aten = torch.ops.aten
 # The code of torch and its modules, wherever an exported program was written.
@@ -32,54 +32,52 @@ def describe(
     candidate: Candidate,
     start: Node,
     frame: Frame,
-    found: Recognised,
+    loop: Loop,
     values: Mapping[Node, Any],
     exponential: bool,
     logarithm: bool,
 ) -> Site:
-    """The site of a candidate that was recognised."""
-    axes = frame.axes
-    origin = find_product(candidate, start, frame)
-    factor = None if origin is None else product_factor(origin, candidate, start, frame, values, exponential)
-    query, key = (None, None) if origin is None or factor is None else (origin.query, origin.key)
-    value, output = (None, None) if logarithm else values_and_output(candidate, frame)
-    applied = any((placed := place(use, axes)) is not None and placed.contracted == "m" for use in candidate.uses)
-    last = candidate.uses[0].user if output else maker(candidate.plan)
-    scores = values[start]
-    return Site(
-        name=module_path(last),
-        source=source_line(last),
-        half_steps=found.half_steps,
-        last=found.last,
-        scale=found.scale,
-        row_mass=found.row_mass,
-        column_mass=found.column_mass,
-        masked=found.masked,
+    """The site of a candidate that was recognised as a loop; its share of the time is not known here."""
+    attention = None if logarithm else find_attention(candidate, frame)
+    uses = [place(use, frame.axes) for use in candidate.uses]
+    last = candidate.uses[0].user if attention else maker(candidate.plan)
+    wiring = Wiring(
+        scores=Operand(start.name, frame.axes),
+        plan=Operand(candidate.plan.name, frame.axes),
+        dtype=values[start].dtype,
         groups=frame.groups,
-        heads=frame.heads,
-        queries=scores.shape[axes.index("n")],
-        keys=scores.shape[axes.index("m")],
-        head_dim=None if origin is None or query is None else origin.head_dim,
-        dtype=scores.dtype,
-        share=0.0,
-        scores=Operand(start.name, axes),
         exponential=exponential,
-        plan=Operand(candidate.plan.name, axes),
         logarithm=logarithm,
-        query=query,
-        key=key,
-        product=origin is not None and query is not None and origin.path == (start,) and is_pure(start),
-        padding=None if origin is None or query is None else padding(origin, frame, found, values, exponential),
-        temperature=None if factor is None else found.scale * factor,
-        folded=None if origin is None or factor is None else folded_factor(origin, frame, values),
-        applied=applied,
-        value=value,
-        output=output,
+        product=describe_product(candidate, start, frame, loop, values, exponential),
+        attention=attention,
+        applied=any(use is not None and use.contracted == "m" for use in uses),
+    )
+    return Site(module_path(last), source_line(last), 0.0, loop, wiring)
+
+
+def describe_product(
+    candidate: Candidate, start: Node, frame: Frame, loop: Loop, values: Mapping[Node, Any], exponential: bool
+) -> DotProduct | None:
+    """The product of queries and keys that scores are made of; None where they are more than a multiple of one."""
+    origin = find_product(candidate, start, frame)
+    if origin is None:
+        return None
+    factor = product_factor(origin, candidate, start, frame, values, exponential)
+    if factor is None:
+        return None
+    return DotProduct(
+        query=origin.query,
+        key=origin.key,
+        head_dim=origin.head_dim,
+        score_scale=loop.scale * factor,
+        folded=folded_factor(origin, frame, values),
+        is_scores=origin.path == (start,) and is_pure(start),
+        padding=padding(origin, frame, loop, values, exponential),
     )
 
 
 @dataclass(frozen=True)
-class Origin:
+class ScoreOrigin:
     """The product of queries and keys that is in the scores, and the way from it to them."""
 
     query: Operand
@@ -90,7 +88,7 @@ class Origin:
     path: tuple[Node, ...]
 
 
-def find_product(candidate: Candidate, start: Node, frame: Frame) -> Origin | None:
+def find_product(candidate: Candidate, start: Node, frame: Frame) -> ScoreOrigin | None:
     """The product that scores come from, through views and elementwise steps; None if they come from none."""
     for path in paths_to(start):
         product = as_product(path[0])
@@ -110,12 +108,12 @@ def find_product(candidate: Candidate, start: Node, frame: Frame) -> Origin | No
         if "n" in query.axes and "m" in key.axes and "?" not in query.axes + key.axes and "m" not in query.axes:
             size = product.left.meta["val"].shape[left.axes.index("d")]
             nodes = (product.left, product.right) if query is left else (product.right, product.left)
-            return Origin(query, key, nodes, int(size), letters, path)
+            return ScoreOrigin(query, key, nodes, int(size), letters, path)
     return None
 
 
 def product_factor(
-    origin: Origin,
+    origin: ScoreOrigin,
     candidate: Candidate,
     start: Node,
     frame: Frame,
@@ -151,14 +149,14 @@ def product_factor(
 
 
 def padding(
-    origin: Origin, frame: Frame, found: Recognised, values: Mapping[Node, Any], exponential: bool
+    origin: ScoreOrigin, frame: Frame, loop: Loop, values: Mapping[Node, Any], exponential: bool
 ) -> tuple[str, ...] | None:
     """Names of the nodes of a path on which keys are left out by a mask that is the same for all rows; else None.
 
     Told by sending zeros down the path, all rows of them and a single one.
     """
     first, *rest = origin.path
-    if not found.masked or not rest or not is_pure(first):
+    if not loop.masked or not rest or not is_pure(first):
         return None
     b, h, n, m = frame.arrange(values[origin.path[-1]]).shape
     biases = []
@@ -167,7 +165,7 @@ def padding(
         seen = replay(origin.path, restore(zeros, origin.axes, "nm", frame.groups, frame.heads), values)
         if seen is None:
             return None
-        biases.append(frame.arrange(seen.log() if exponential else seen) * found.scale.reshape(-1, 1, 1))
+        biases.append(frame.arrange(seen.log() if exponential else seen) * loop.scale.reshape(-1, 1, 1))
     bias, of_one = biases
     if of_one.shape != (b, h, 1, m) or not torch.equal(bias, of_one.expand_as(bias)):
         return None
@@ -189,7 +187,7 @@ def replay(path: Sequence[Node], value: Tensor, values: Mapping[Node, Any]) -> T
     return last
 
 
-def folded_factor(origin: Origin, frame: Frame, values: Mapping[Node, Any]) -> Tensor:
+def folded_factor(origin: ScoreOrigin, frame: Frame, values: Mapping[Node, Any]) -> Tensor:
     """Factor (H,) by which queries and keys were multiplied before their product: temperature folded into them."""
     total = torch.ones(frame.heads, dtype=torch.float64)
     start = origin.path[-1]
@@ -215,25 +213,25 @@ def folded_factor(origin: Origin, frame: Frame, values: Mapping[Node, Any]) -> T
     return total
 
 
-def values_and_output(candidate: Candidate, frame: Frame) -> tuple[Operand | None, Operand | None]:
-    """Operands of the product of plan and values, where the plan goes there alone and unchanged."""
-    nothing = (None, None)
+def find_attention(candidate: Candidate, frame: Frame) -> Attention | None:
+    """The product of plan and values, where the plan goes there alone and unchanged."""
     if len(candidate.uses) != 1:
-        return nothing
+        return None
     [use] = candidate.uses
     if any(len(readers(node)) != 1 for node in use.path) or not all(is_view(node) for node in use.path[1:]):
-        return nothing
-    if (placed := place(use, frame.axes)) is None or placed.contracted != "m":
-        return nothing
+        return None
+    placed = place(use, frame.axes)
+    if placed is None or placed.contracted != "m":
+        return None
     product, names = placed.product, dict(placed.names)
     node, own = (product.right, product.right_axes) if placed.side == "left" else (product.left, product.left_axes)
     free = [a for a in own if a not in names and a != "1"]
     if len(free) != 1 or free[0] not in product.out_axes or not is_pure(product.node) or node is use.path[-1]:
-        return nothing
+        return None
     names |= {free[0]: "e", "1": "1"}
     value = Operand(node.name, "".join(names[a] for a in own))
     output = Operand(product.node.name, "".join(names[a] for a in product.out_axes))
-    return (value, output) if {"n", "e"} <= set(output.axes) and "m" in value.axes else nothing
+    return Attention(value, output) if {"n", "e"} <= set(output.axes) and "m" in value.axes else None
 
 
 def is_pure(node: Node) -> bool:

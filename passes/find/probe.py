@@ -21,7 +21,7 @@ from torch import Tensor
 from asapc.ops.c_transform import plan as plan_of
 from asapc.ops.scaling import MIN_LIVE
 from asapc.ops.sinkhorn import sinkhorn_duals, sinkhorn_iterates
-from asapc.types.site import Axis
+from asapc.types.site import Axis, Loop
 
 MAX_HALF_STEPS = 200
 # Relative, in float64: what a different order of the same operations costs stays far below these, and
@@ -57,18 +57,6 @@ class NotSinkhorn(Exception):
     def __init__(self, reason: str, hint: str = NOTHING, nearness: int = 0, untold: tuple[str, ...] = ()) -> None:
         super().__init__(reason)
         self.hint, self.nearness, self.untold = hint, nearness, untold
-
-
-@dataclass(frozen=True, eq=False)
-class Recognised:
-    """What the probe found out; fields as in `types.site.Site`."""
-
-    half_steps: int
-    last: Axis
-    scale: Tensor
-    row_mass: Tensor
-    column_mass: Tensor
-    masked: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +145,7 @@ def find_live(plan: Tensor) -> Live:
     return live
 
 
-def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Callable[[Tensor], Tensor]) -> Recognised:
+def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Callable[[Tensor], Tensor]) -> Loop:
     """Second test, after `find_scale`: count half-steps and read off axes and marginals.
 
     Args:
@@ -218,7 +206,8 @@ def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Call
             PLAIN_LOOP,
             nearness=2,
         )
-    return Recognised(half_steps, last, scale, row_mass, column_mass, live.masked)
+    _, heads, queries, keys = scores.shape
+    return Loop(half_steps, last, heads, queries, keys, scale, row_mass, column_mass, live.masked)
 
 
 def marginals(answer: Tensor, live: Live, sample: slice) -> tuple[Tensor | None, Tensor | None]:

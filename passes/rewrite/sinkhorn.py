@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from asapc.passes.base import GraphPass, PassResult, PostconditionError, PreconditionError
-from asapc.passes.layout import Form, loosen_views, operands, restore, score_factor, site_inputs
-from asapc.types.site import Operand, Site
+from asapc.passes.layout import Form, loosen_views, restore, score_factor, site_inputs
+from asapc.types.site import DotProduct, Operand, Site
 
 WIDE = {
     getattr(torch.ops.aten, name)
@@ -36,14 +36,14 @@ class InLayout(nn.Module):
         super().__init__()
         self.site, self.operator, self.dtype = site, operator, dtype
         self.form = form_of(site, operator)
-        multiplied = {operand for operand in (site.query, site.key) if site.product or self.form == "points"}
-        self.dtypes = [precision if o in multiplied | {site.value} else site.dtype for o in operands(site)]
-        self.register_buffer("factor", score_factor(site, site.dtype, self.form))
+        factors, dtype_of_scores = multiplied(site, self.form), site.wiring.dtype
+        self.dtypes = [precision if operand in factors else dtype_of_scores for operand in site.wiring.operands]
+        self.register_buffer("factor", score_factor(site, dtype_of_scores, self.form))
 
     factor: Tensor | None
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """What stands at the node that is replaced, of the values of `operands(site)`."""
+        """What stands at the node that is replaced, of the values of `Wiring.operands`."""
         if not torch.is_autocast_enabled("cpu"):
             return self.run(tensors)
         with torch.autocast("cpu", enabled=False):
@@ -51,27 +51,32 @@ class InLayout(nn.Module):
 
     def run(self, tensors: Sequence[Tensor]) -> Tensor:
         """Do as `forward` where no cast is automatic."""
-        site, target = self.site, replaced(self.site)
+        site, wiring = self.site, self.site.wiring
         given = [t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]
         ways = {"scores": "forward", "turned": "oriented", "points": "from_points"}
         run: Callable[..., Tensor] = getattr(self.operator, ways[self.form])
         first, *others = site_inputs(site, given, self.factor, self.form)
         assert first is not None
-        result = run(first if self.form == "points" else first.to(site.dtype), *others)
+        result = run(first if self.form == "points" else first.to(site.wiring.dtype), *others)
         result = result if result.dtype == self.dtype else result.to(self.dtype)
-        return restore(result, target.axes, "nm" if site.output is None else "ne", site.groups, site.heads)
+        last_two = "nm" if wiring.attention is None else "ne"
+        return restore(result, wiring.result.axes, last_two, wiring.groups, site.loop.heads)
 
 
 def form_of(site: Site, operator: nn.Module) -> Form:
     """What an operator takes in the place of the scores."""
     if getattr(operator, "lowering", None) == "fused":
         return "points"
-    return "turned" if site.product and getattr(operator, "turned", False) else "scores"
+    return "turned" if site.wiring.scores_are_product and getattr(operator, "turned", False) else "scores"
 
 
-def replaced(site: Site) -> Operand:
-    """The node in whose place the operator of a site comes."""
-    return site.output or site.plan
+def multiplied(site: Site, form: Form) -> set[Operand]:
+    """Operands that the operator of a site multiplies: values, and queries and keys where it makes the scores."""
+    attention, product = site.wiring.attention, site.wiring.product
+    operands = set() if attention is None else {attention.value}
+    if product is not None and (product.is_scores or form == "points"):
+        operands |= {product.query, product.key}
+    return operands
 
 
 class RewriteSinkhorn(GraphPass[GraphModule]):
@@ -88,14 +93,14 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
     ) -> None:
         self.precision = precision
         self.operators = {
-            f"asapc_{replaced(site).node}": (site, operators[site.name]) for site in sites if site.name in operators
+            f"asapc_{site.wiring.result.node}": (site, operators[site.name]) for site in sites if site.name in operators
         }
 
     def requires(self, program: GraphModule) -> None:
         """Every site stands in the graph, as it was found or replaced already."""
         names = {node.name for node in program.graph.nodes}
         for target, (site, _) in self.operators.items():
-            nodes = {replaced(site).node, *(operand.node for operand in operands(site))}
+            nodes = {site.wiring.result.node, *(operand.node for operand in site.wiring.operands)}
             if not (nodes <= names or hasattr(program, target)):
                 raise PreconditionError(f"site {site.name} was not found in this graph")
 
@@ -106,12 +111,14 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
         for target, (site, operator) in self.operators.items():
             if hasattr(program, target):
                 continue
-            old = nodes[replaced(site).node]
-            program.add_submodule(target, InLayout(site, operator, old.meta["val"].dtype, self.precision or site.dtype))
+            old = nodes[site.wiring.result.node]
+            precision = self.precision or site.wiring.dtype
+            program.add_submodule(target, InLayout(site, operator, old.meta["val"].dtype, precision))
             with program.graph.inserting_before(old):
-                args = tuple(nodes[operand.node] for operand in operands(site))
-                if form_of(site, operator) == "points" and not site.product:
-                    args = (of_one_row(nodes, site), *args[1:])
+                args = tuple(nodes[operand.node] for operand in site.wiring.operands)
+                product = site.wiring.product
+                if product is not None and form_of(site, operator) == "points" and not product.is_scores:
+                    args = (of_one_row(nodes, product), *args[1:])
                 replacement = program.graph.call_module(target, args)
             replacement.meta = dict(old.meta)
             old.replace_all_uses_with(replacement)
@@ -132,24 +139,25 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
         program.graph.lint()
         names = {node.name for node in program.graph.nodes}
         for site, _ in self.operators.values():
-            if replaced(site).node in names:
+            if site.wiring.result.node in names:
                 raise PostconditionError(f"site {site.name} is still in the graph")
 
 
-def of_one_row(nodes: Mapping[str, Node], site: Site) -> Node:
-    """Put into a graph, where nodes are being inserted, a row of a site's scores, of a query that is zero."""
-    assert site.padding is not None
-    assert site.query is not None
-    product, *rest = (nodes[name] for name in site.padding)
-    query, graph = nodes[site.query.node], product.graph
-    row = graph.call_function(torch.ops.aten.slice.Tensor, (query, site.query.axes.index("n"), 0, 1))
-    made = {query: graph.call_function(torch.ops.aten.zeros_like.default, (row,))}
-    made[product] = graph.node_copy(product, lambda n: made.get(n, n))
+def of_one_row(nodes: Mapping[str, Node], product: DotProduct) -> Node:
+    """Put into a graph, where nodes are being inserted, a row of a site's scores, of a query that is zero.
+
+    Only for products whose way to the scores is padding.
+    """
+    first, *rest = (nodes[name] for name in product.padding or ())
+    query, graph = nodes[product.query.node], first.graph
+    row = graph.call_function(torch.ops.aten.slice.Tensor, (query, product.query.axes.index("n"), 0, 1))
+    copies = {query: graph.call_function(torch.ops.aten.zeros_like.default, (row,))}
+    copies[first] = graph.node_copy(first, lambda n: copies.get(n, n))
     for node in rest:
-        made[node] = graph.node_copy(node, lambda n: made.get(n, n))
-    for node in made.values():
+        copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
+    for node in copies.values():
         node.meta = {}
-    return made[rest[-1]]
+    return copies[rest[-1]]
 
 
 def keep_float32(program: GraphModule) -> None:

@@ -1,6 +1,6 @@
 """Sites and small teachers that tests fit operators to."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 
 import torch
@@ -10,46 +10,51 @@ from asapc.capturing.export import export
 from asapc.models.vit import VisionTransformer
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
 from asapc.passes.find.sinkhorn import find_sinkhorn
-from asapc.passes.layout import operands, score_factor, site_inputs
+from asapc.passes.layout import score_factor, site_inputs
 from asapc.passes.record import record
 from asapc.planning.calibrate import Fitted, calibrate
 from asapc.types.choices import FeatureSet
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
-from asapc.types.site import Operand, Site
+from asapc.types.site import Attention, DotProduct, Loop, Operand, Site, Wiring
 
 HEADS, DIM, TOKENS = 2, 5, 9
 SCALE = torch.tensor([0.3, 2.0], dtype=torch.float64)
 
 
 def site(half_steps=6, **changes):
-    axes = {"scores": "bhnm", "plan": "bhnm", "query": "bhnd", "key": "bhmd", "value": "bhme", "output": "bhne"}
-    made = Site(
-        name="attention",
-        source=None,
-        half_steps=half_steps,
-        last="rows",
-        scale=SCALE,
-        row_mass=torch.ones(1, dtype=torch.float64),
-        column_mass=torch.ones(1, dtype=torch.float64),
-        masked=False,
-        groups=1,
-        heads=HEADS,
-        queries=TOKENS,
-        keys=TOKENS,
-        head_dim=DIM,
+    """A site of attention; `changes` name fields of Site or of its parts, or "product" and "attention" as None."""
+    ones = torch.ones(1, dtype=torch.float64)
+    loop = Loop(half_steps, "rows", HEADS, TOKENS, TOKENS, SCALE, ones, ones, masked=False)
+    operands = {name: Operand(name, f"bh{axes}") for name, axes in {"query": "nd", "key": "md"}.items()}
+    folded = torch.ones(HEADS, dtype=torch.float64)
+    product = DotProduct(**operands, head_dim=DIM, score_scale=SCALE, folded=folded, is_scores=True, padding=None)
+    wiring = Wiring(
+        scores=Operand("scores", "bhnm"),
+        plan=Operand("plan", "bhnm"),
         dtype=torch.float32,
-        share=0.5,
+        groups=1,
         exponential=False,
         logarithm=False,
-        product=True,
-        padding=None,
-        temperature=SCALE,
-        folded=torch.ones(HEADS, dtype=torch.float64),
+        product=product,
+        attention=Attention(Operand("value", "bhme"), Operand("output", "bhne")),
         applied=True,
-        **{name: Operand(name, letters) for name, letters in axes.items()},
     )
-    return replace(made, **changes)
+    return changed(Site("attention", None, 0.5, loop, wiring), **changes)
+
+
+def changed(site, **changes):
+    """A site with other values of fields, of its own or of its parts."""
+    loop, wiring = site.loop, site.wiring
+    product, attention = changes.pop("product", wiring.product), changes.pop("attention", wiring.attention)
+
+    def own(part):
+        return {} if part is None else {f.name: changes.pop(f.name) for f in fields(part) if f.name in changes}
+
+    product = product and replace(product, **own(product))
+    attention = attention and replace(attention, **own(attention))
+    wiring = replace(wiring, product=product, attention=attention, **own(wiring))
+    return replace(site, loop=replace(loop, **own(loop)), wiring=wiring, **changes)
 
 
 class Teacher:
@@ -64,11 +69,13 @@ class Teacher:
         self.samples, held_out = Samples({"images": images[:24]}), Samples({"images": images[24:]})
         self.graph = CapturedGraph(export(model, self.samples[:2].inputs), self.samples[:2])
         [self.site] = find_sinkhorn(self.graph, self.samples[:2]).sites
-        recorded = record(self.graph.program.module(), held_out, [operand.node for operand in operands(self.site)])
-        given_tensors = [recorded[operand.node] for operand in operands(self.site)]
+        recorded = record(
+            self.graph.program.module(), held_out, [operand.node for operand in self.site.wiring.operands]
+        )
+        given_tensors = [recorded[operand.node] for operand in self.site.wiring.operands]
         self.inputs = site_inputs(self.site, given_tensors, score_factor(self.site, torch.float32))
         scores, _, _, values = self.inputs
-        self.output = sinkhorn_plan_ref(scores, self.site.half_steps) @ values.double()
+        self.output = sinkhorn_plan_ref(scores, self.site.loop.half_steps) @ values.double()
 
     def calibrate(self, slices=4, closure_steps=0, pieces=0, side="keys", paired=False):
         features = FeatureSet(slices, pieces, side, paired)

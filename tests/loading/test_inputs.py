@@ -95,7 +95,7 @@ def test_inputs_reach_the_parameters_of_their_names_everywhere(kind, tmp_path):
         (seen,) = EagerRunner(module)(samples)
         assert difference(seen, wanted) < FLOAT32
     (site,) = find_sinkhorn(graph, samples[:2]).sites
-    assert site.half_steps == 8
+    assert site.loop.half_steps == 8
     output = record(graph.program.module(), samples, {"linear_1"})["linear_1"]
     assert difference(output, wanted) < FLOAT32
     path = export_onnx(rewrite(graph, [site], {}), tmp_path / "model.onnx", {}).path

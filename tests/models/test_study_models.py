@@ -72,6 +72,6 @@ def test_a_checkpoint_loads_and_its_loop_is_recognised(model_class, args, name, 
     torch.save(checkpoint, tmp_path / "model.pt")
     loaded = load_model(tmp_path / "model.pt")
     (site,) = find_sinkhorn(capture(loaded, loaded.calibration), loaded.calibration).sites
-    assert site.half_steps == 6
-    assert site.last == "rows"
+    assert site.loop.half_steps == 6
+    assert site.loop.last == "rows"
     assert site.epsilon == pytest.approx((0.5, 0.5), rel=1e-3)

@@ -88,7 +88,7 @@ def test_candidates_are_the_exact_form_its_truncations_and_sliced_duals_of_every
     samples = teacher.samples
     found = propose(teacher.graph, [teacher.site], samples, config)
     candidates = found[teacher.site.name]
-    steps = teacher.site.half_steps
+    steps = teacher.site.loop.half_steps
     assert candidates[0].operator == "exact"
     truncated = [c.half_steps for c in candidates if c.operator == "truncated"]
     assert truncated == [t for t in TRUNCATED if t < steps]
@@ -114,7 +114,7 @@ def test_masked_and_long_sites_get_no_slices():
 
 def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
     candidates = propose(teacher.graph, [teacher.site], teacher.samples, DEFAULT)[teacher.site.name]
-    exact = replace(EXACT, half_steps=teacher.site.half_steps)
+    exact = replace(EXACT, half_steps=teacher.site.loop.half_steps)
     truncated = replace(candidate("truncated", 1.0, 0.9), half_steps=2)
     middle = replace(next(c for c in candidates if c.half_steps == 9), cost=2.0, fidelity=CLOSE.fidelity)
     curve = (truncated, middle, exact)
@@ -132,7 +132,7 @@ def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
 
 def test_a_budget_on_the_whole_model_alone_lets_sites_go_as_far_as_it_does(teacher):
     name = teacher.site.name
-    exact = replace(EXACT, half_steps=teacher.site.half_steps)
+    exact = replace(EXACT, half_steps=teacher.site.loop.half_steps)
     candidates = {name: [exact, *(candidate("truncated", t, 0.8 / t, half_steps=t) for t in (2, 3, 4, 6))]}
     for budget, expected in (("agreement>=0", 2), ("relc<=9", 2), ("agreement>=1.1", exact.half_steps)):
         config = CompileConfig(fidelity=(budget,))
@@ -153,6 +153,6 @@ def test_rivals_take_as_many_half_steps_as_they_are_said_to(teacher):
     name = teacher.site.name
     found = rivals([teacher.site], Plan({name: Choice(candidate("sliced_dual", 1.0, 0.1), "")}, frozenset([name])), 1)
     assert found["teacher"] == {}
-    assert (found["exact"][name].half_steps, found["exact"][name].wide) == (teacher.site.half_steps, True)
+    assert (found["exact"][name].half_steps, found["exact"][name].wide) == (teacher.site.loop.half_steps, True)
     assert found["truncated"][name].half_steps == 5
     assert found["softmax"][name].half_steps == 1

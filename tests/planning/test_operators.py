@@ -1,7 +1,5 @@
 """How operators are lowered: as is cheapest, as is asked for, and never into a form that they have not."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers.fitted import site
@@ -9,22 +7,20 @@ from helpers.fitted import site
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.planning.operators import MAX_MATRIX, fusable, lower, rivals
 from asapc.types.choices import Candidate, Choice, Plan
-from asapc.types.site import Operand
 
 LENGTH = 512
 
 
 def plain(**changes):
     """A site of plain products of 8 heads of 64."""
-    output = Operand("output", "bhne")
-    given = {"product": True, "output": output, "heads": 8, "head_dim": 64, "queries": LENGTH, "keys": LENGTH}
-    return replace(site(40), **{**given, **changes})
+    sizes = {"heads": 8, "head_dim": 64, "queries": LENGTH, "keys": LENGTH}
+    return site(40, **{**sizes, **changes})
 
 
 def test_short_sites_get_a_matrix_and_long_ones_none():
     assert lower(plain(), Sinkhorn(3), batch=1).lowering == "materialised"
     longest = plain(queries=4096, keys=4096)
-    assert longest.heads * 4096**2 * 4 > MAX_MATRIX
+    assert longest.loop.heads * 4096**2 * 4 > MAX_MATRIX
     assert lower(longest, Sinkhorn(3), batch=1).lowering == "fused"
     # Forty passes that make the scores anew are too many, whatever memory they save.
     assert lower(longest, Sinkhorn(40), batch=1).lowering == "materialised"
@@ -38,16 +34,16 @@ def test_the_matrix_of_a_large_batch_counts():
 def test_what_is_asked_for_is_taken_where_it_exists():
     assert lower(plain(), Sinkhorn(40), 1, "fused").lowering == "fused"
     assert lower(plain(queries=4096, keys=4096), Sinkhorn(40), 1, "materialised").lowering == "materialised"
-    assert lower(plain(product=False), Sinkhorn(40), 1, "fused").lowering == "materialised"
+    assert lower(plain(is_scores=False), Sinkhorn(40), 1, "fused").lowering == "materialised"
 
 
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
-        ({"product": False}, {}),
-        ({"output": None}, {}),
+        ({"is_scores": False}, {}),
+        ({"attention": None}, {}),
         ({"masked": True}, {}),
-        ({"product": False, "masked": True}, {}),
+        ({"is_scores": False, "masked": True}, {}),
         ({"logarithm": True}, {}),
         ({"row_mass": torch.ones(LENGTH)}, {}),
         ({}, {"last": "columns"}),
@@ -58,7 +54,7 @@ def test_what_is_asked_for_is_taken_where_it_exists():
 )
 def test_only_plain_products_that_end_on_rows_have_a_fused_form(changes, options):
     assert fusable(plain(), Sinkhorn(40))
-    assert fusable(plain(product=False, masked=True, padding=("product", "scores")), Sinkhorn(40))
+    assert fusable(plain(is_scores=False, masked=True, padding=("product", "scores")), Sinkhorn(40))
     assert not fusable(plain(**changes), Sinkhorn(40, **options))
 
 

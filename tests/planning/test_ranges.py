@@ -1,8 +1,7 @@
-from dataclasses import replace
 from math import inf
 
 import torch
-from helpers.fitted import cached_teacher, sound
+from helpers.fitted import cached_teacher, changed, sound
 from helpers.tolerances import FLOAT64, difference
 
 from asapc.ops.scaling import MAX_SPREAD
@@ -31,5 +30,6 @@ def test_each_sample_has_its_place_and_the_limits_hold_them_all():
 
 def test_scores_far_apart_spread_the_kernel():
     teacher = cached_teacher(sound)
-    sharp = replace(teacher.site, temperature=1e3 * teacher.site.temperature, scale=1e3 * teacher.site.scale)
+    old = teacher.site
+    sharp = changed(old, score_scale=1e3 * old.wiring.product.score_scale, scale=1e3 * old.loop.scale)
     assert score_ranges(teacher.graph, [sharp], teacher.samples)[sharp.name].kernel_spread > MAX_SPREAD

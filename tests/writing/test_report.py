@@ -1,11 +1,12 @@
 import json
-from dataclasses import replace
 from math import inf
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
+from helpers import fitted
+from helpers.fitted import changed
 from helpers.paths import ROOT
 
 from asapc.types.budget import Bound
@@ -22,7 +23,7 @@ from asapc.types.results import (
     SiteFidelity,
     VariantFidelity,
 )
-from asapc.types.site import Findings, Miss, Operand, Site
+from asapc.types.site import Findings, Miss, Site
 from asapc.writing.environment import environment
 from asapc.writing.report import early_stop_data, early_stop_note, miss_data, report_data, site_data
 
@@ -30,44 +31,18 @@ SCHEMA = json.loads((ROOT / "docs" / "report.schema.json").read_text())
 VARIANTS = {"teacher": 8.0, "exact": 3.0, "truncated": 1.5, "softmax": 1.0, "compiled": 2.0}
 
 
-def site(name: str, temperature: list[float]) -> Site:
-    one = torch.ones(1, dtype=torch.float64)
-    return Site(
-        name=name,
-        source=None,
-        half_steps=40,
-        last="rows",
-        scale=torch.tensor(temperature),
-        row_mass=one,
-        column_mass=2 * one,
-        masked=False,
-        groups=1,
-        heads=len(temperature),
-        queries=64,
-        keys=32,
-        head_dim=16,
-        dtype=torch.float32,
-        share=0.123456,
-        scores=Operand("scores", "bhnm"),
-        exponential=False,
-        plan=Operand("plan", "bhnm"),
-        logarithm=False,
-        query=Operand("query", "bhnd"),
-        key=Operand("key", "bhdm"),
-        product=True,
-        padding=None,
-        temperature=torch.tensor(temperature),
-        folded=torch.ones(len(temperature)),
-        applied=True,
-        value=Operand("value", "bhme"),
-        output=Operand("output", "bhne"),
-    )
+def site(name: str, score_scale: list[float]) -> Site:
+    heads = len(score_scale)
+    one, scale = torch.ones(1, dtype=torch.float64), torch.tensor(score_scale)
+    sizes = {"heads": heads, "queries": 64, "keys": 32, "head_dim": 16}
+    masses = {"row_mass": one, "column_mass": 2 * one}
+    scales = {"scale": scale, "score_scale": scale, "folded": torch.ones(heads)}
+    return fitted.site(40, name=name, share=0.123456, **sizes, **masses, **scales)
 
 
 def matching(name: str) -> Site:
     """A site that ends in a plan, whose scores are no product of queries and keys."""
-    none = dict.fromkeys(("head_dim", "query", "key", "temperature", "folded", "value", "output"))
-    return replace(site(name, [1.0, 1.0]), product=False, applied=False, **none)
+    return changed(site(name, [1.0, 1.0]), product=None, attention=None, applied=False)
 
 
 def report() -> dict:
@@ -166,7 +141,7 @@ def test_epsilon_is_a_number_or_a_list_where_it_differs_by_head() -> None:
 
 
 def test_a_temperature_that_queries_and_keys_carry_already_counts_in_epsilon() -> None:
-    folded = replace(site("a", [1.0, 1.0]), folded=torch.tensor([0.5, 0.5]))
+    folded = changed(site("a", [1.0, 1.0]), folded=torch.tensor([0.5, 0.5]))
     assert site_data(folded)["epsilon"] == pytest.approx(0.5)
 
 
@@ -175,7 +150,7 @@ def test_a_site_says_what_it_ends_in_and_its_share() -> None:
     assert (attention["ends_in"], attention["share"], attention["head_dim"]) == ("attention", 0.1235, 16)
     assert (plan["ends_in"], plan["head_dim"], plan["fidelity"]) == ("plan", None, None)
     # A plan that is multiplied with values and read elsewhere too is attention.
-    assert site_data(replace(site("a", [1.0]), value=None, output=None))["ends_in"] == "attention"
+    assert site_data(changed(site("a", [1.0]), attention=None))["ends_in"] == "attention"
 
 
 def test_a_miss_carries_its_hint() -> None:

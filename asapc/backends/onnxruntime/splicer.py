@@ -16,7 +16,7 @@ from asapc.capturing.onnx import OnnxGraph, region_module
 from asapc.errors import BuildError
 from asapc.passes.onnx.splice import Piece, SpliceOnnx
 from asapc.passes.record import record
-from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn, replaced
+from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -71,8 +71,8 @@ def pieces(graph: OnnxGraph, sites: Sequence[Site], modules: Mapping[str, nn.Mod
     values = {node.name: name for node in original.graph.nodes if (name := graph.value_of(node)) is not None}
     rewritten = RewriteSinkhorn(sites, modules)(graph.program.module()).program
     # An operator stands for the node that it replaced, under another name.
-    stands = {f"asapc_{replaced(site).node}": replaced(site).node for site in sites if site.name in modules}
-    names = {site.name: f"asapc_{replaced(site).node}" for site in sites if site.name in modules}
+    stands = {f"asapc_{site.wiring.result.node}": site.wiring.result.node for site in sites if site.name in modules}
+    names = {site.name: f"asapc_{site.wiring.result.node}" for site in sites if site.name in modules}
 
     def source(node: Node) -> str:
         return stands.get(str(node.target), node.name) if node.op == "call_module" else node.name

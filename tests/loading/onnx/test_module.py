@@ -134,7 +134,9 @@ def test_a_loop_is_found_and_replaced_and_all_else_stays(name, legacy, tmp_path)
     graph = build_plans(graph, Samples(inputs))
     findings = find(graph, Samples(inputs))
     sites = CASES[name].sites
-    assert [(site.half_steps, site.last) for site in findings.sites] == [(s.half_steps, s.last) for s in sites]
+    assert [(site.loop.half_steps, site.loop.last) for site in findings.sites] == [
+        (s.loop.half_steps, s.loop.last) for s in sites
+    ]
     names = {node.name for node in model.graph.node}
     assert all(str(site.source).removeprefix("model.onnx: ") in names for site in findings.sites)
     operators = {site.name: exact_operator(site) for site in findings.sites}
@@ -173,7 +175,7 @@ def test_the_whole_line(name, tmp_path, monkeypatch):
 
 def test_inspect_takes_shapes_and_names_the_node(tmp_path):
     findings = inspect_model(tiny_file(tmp_path), CompileConfig(input_shape=("x=2,3,4",)))
-    assert [site.half_steps for site in findings.sites] == [4]
+    assert [site.loop.half_steps for site in findings.sites] == [4]
     assert str(findings.sites[0].source).startswith("tiny.onnx: /MatMul")
 
 
@@ -211,7 +213,7 @@ def test_a_loop_of_onnx_with_a_known_number_of_turns(tmp_path):
     inputs = {"x": torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(0))}
     graph = capture(load_model(path), Samples(inputs))
     findings = find(graph, Samples(inputs))
-    assert [(site.half_steps, site.last) for site in findings.sites] == [(10, "columns")]
+    assert [(site.loop.half_steps, site.loop.last) for site in findings.sites] == [(10, "columns")]
     operators = {site.name: exact_operator(site) for site in findings.sites}
     artifact = splice_onnx(graph, findings.sites, operators, tmp_path / "out.onnx", {})
     assert "Loop" not in {node.op_type for node in onnx.load(artifact.path).graph.node}

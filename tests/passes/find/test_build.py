@@ -253,10 +253,10 @@ def test_modified_is_true_when_the_graph_changed_and_false_on_the_second_run(wri
 @by_spelling
 def test_the_plan_is_found_and_an_exact_operator_fits(written):
     model, samples, graph = capture_of(written)
-    assert all(not site.applied for site in find_sinkhorn(graph, samples).sites)
+    assert all(not site.wiring.applied for site in find_sinkhorn(graph, samples).sites)
     graph = build_plans(graph, samples)
     [site] = find_sinkhorn(graph, samples).sites
-    assert (site.half_steps, site.last, site.applied) == (HALF_STEPS, "rows", True)
+    assert (site.loop.half_steps, site.loop.last, site.wiring.applied) == (HALF_STEPS, "rows", True)
     rewritten = RewriteSinkhorn([site], {site.name: exact_operator(site)})(graph.program.module()).program
     assert not any("reciprocal" in name or "logsumexp" in name for name in names(rewritten)) or written is read_twice
     for batch in (1, 5):

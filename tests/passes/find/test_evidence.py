@@ -81,7 +81,7 @@ def ids(count, padded=()):
 def test_a_mask_that_the_model_makes_is_found_in_the_values_of_the_graph(padded):
     samples = ids(40, padded)
     [site] = find_with_evidence(captured(PaddedIds(), samples), samples).sites
-    assert (site.half_steps, site.last, site.masked) == (6, "rows", True)
+    assert (site.loop.half_steps, site.loop.last, site.loop.masked) == (6, "rows", True)
 
 
 def test_without_any_padding_the_loop_is_refused_as_before():
@@ -121,4 +121,4 @@ def test_scores_of_minus_infinity_leave_no_gap_in_what_is_looked_at():
 
     samples = ids(20, [(0, 0), (19, 4)])
     [site] = find_with_evidence(captured(Logs(), samples), samples).sites
-    assert (site.half_steps, site.last, site.masked) == (6, "rows", True)
+    assert (site.loop.half_steps, site.loop.last, site.loop.masked) == (6, "rows", True)

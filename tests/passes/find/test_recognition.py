@@ -54,11 +54,15 @@ def found(name):
 @by_name(FOUND)
 def test_every_loop_is_found_as_declared(case):
     _, _, findings = found(case.name)
-    seen = [(s.half_steps, s.last, "attention" if s.applied else "plan", s.masked) for s in findings.sites]
+    loops = [site.loop for site in findings.sites]
+    kinds = ["attention" if site.wiring.applied else "plan" for site in findings.sites]
+    seen = [(loop.half_steps, loop.last, kind, loop.masked) for loop, kind in zip(loops, kinds, strict=True)]
     assert seen == [(e.half_steps, e.last, e.kind, e.masked) for e in case.sites], findings.misses
     for site, expected in zip(findings.sites, case.sites, strict=True):
         if expected.epsilon is not None:
-            declared = expected.epsilon if isinstance(expected.epsilon, tuple) else (expected.epsilon,) * site.heads
+            declared = (
+                expected.epsilon if isinstance(expected.epsilon, tuple) else (expected.epsilon,) * site.loop.heads
+            )
             assert site.epsilon == pytest.approx(declared, rel=EPSILON)
 
 
@@ -96,7 +100,7 @@ def test_a_mask_of_keys_alone_needs_no_scores(case):
     for arguments in (inputs, fresh):
         assert worst(outputs(module, arguments), outputs(graph.program.module(), arguments)) < FLOAT32
     passes = module.graph.find_nodes(op="call_function", target=torch.ops.asapc.attention.default)
-    assert len(passes) == sum(site.half_steps for site in findings.sites)
+    assert len(passes) == sum(site.loop.half_steps for site in findings.sites)
 
 
 @by_name([case for i, case in enumerate(FOUND) if i % EXPORTED == 1 or case.name == "windows"])

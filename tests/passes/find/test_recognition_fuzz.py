@@ -87,7 +87,7 @@ def test_plans_are_found_that_are_not_built(layout, style):
         for post in ("plain", "on_values")
     )
     findings, difference = examine(unbuilt)
-    assert [(site.half_steps, site.last) for site in findings.sites] == [(built.half_steps, built.last)]
+    assert [(site.loop.half_steps, site.loop.last) for site in findings.sites] == [(built.half_steps, built.last)]
     assert difference < WRONG
     results = []
     for composition in (built, unbuilt):

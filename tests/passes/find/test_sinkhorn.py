@@ -113,9 +113,14 @@ def test_every_coding_style_is_recognised(style, half_steps, last):
     findings = find(Attention(sinkhorn(style, half_steps, last)))
     assert findings.misses == ()
     [site] = findings.sites
-    assert (site.half_steps, site.last) == (half_steps, last)
+    assert (site.loop.half_steps, site.loop.last) == (half_steps, last)
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
-    assert (site.heads, site.queries, site.keys, site.head_dim) == (HEADS, QUERIES, QUERIES, WIDTH // HEADS)
+    assert (site.loop.heads, site.loop.queries, site.loop.keys, site.head_dim) == (
+        HEADS,
+        QUERIES,
+        QUERIES,
+        WIDTH // HEADS,
+    )
 
 
 class ScalesInPlace(Attention):
@@ -125,7 +130,7 @@ class ScalesInPlace(Attention):
 
 def test_a_loop_that_overwrites_the_scores_is_recognised():
     [site] = find(ScalesInPlace(sinkhorn(division_in_place, 5, "rows"))).sites
-    assert (site.half_steps, site.last) == (5, "rows")
+    assert (site.loop.half_steps, site.loop.last) == (5, "rows")
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
 
 
@@ -133,13 +138,13 @@ def test_a_loop_that_overwrites_the_scores_is_recognised():
 @pytest.mark.parametrize("last", ["rows", "columns"])
 def test_even_and_odd_numbers_of_half_steps_are_counted_from_either_axis(half_steps, last):
     [site] = find(Attention(sinkhorn(log_domain, half_steps, last))).sites
-    assert (site.half_steps, site.last) == (half_steps, last)
+    assert (site.loop.half_steps, site.loop.last) == (half_steps, last)
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.25, 1.0, 4.0])
 def test_the_temperature_is_read_off_the_plan(epsilon):
     [site] = find(Attention(sinkhorn(log_domain, 6, "rows"), epsilon)).sites
-    assert site.half_steps == 6
+    assert site.loop.half_steps == 6
     assert site.epsilon == pytest.approx([epsilon, epsilon], rel=FLOAT64)
 
 
@@ -159,13 +164,13 @@ def test_cross_attention_with_fewer_queries_than_keys_is_recognised(style):
         context=torch.randn(3, KEYS, WIDTH),
     )
     [site] = findings.sites
-    assert (site.half_steps, site.last, site.queries, site.keys) == (6, "rows", QUERIES, KEYS)
+    assert (site.loop.half_steps, site.loop.last, site.loop.queries, site.loop.keys) == (6, "rows", QUERIES, KEYS)
 
 
 def test_cross_attention_that_ends_on_columns_is_recognised():
     inputs = {"x": torch.randn(3, KEYS, WIDTH), "context": torch.randn(3, QUERIES, WIDTH)}
     [site] = find(Attention(sinkhorn(potentials, 7, "columns")), **inputs).sites
-    assert (site.half_steps, site.last, site.queries, site.keys) == (7, "columns", KEYS, QUERIES)
+    assert (site.loop.half_steps, site.loop.last, site.loop.queries, site.loop.keys) == (7, "columns", KEYS, QUERIES)
 
 
 def test_a_site_names_the_nodes_that_hold_queries_keys_values_and_output():
@@ -174,13 +179,15 @@ def test_a_site_names_the_nodes_that_hold_queries_keys_values_and_output():
     graph = CapturedGraph(export(module, samples[:2].inputs), samples[:2])
     [site] = find_sinkhorn(graph, samples).sites
     nodes = {node.name: node for node in graph.program.module().graph.nodes}
-    assert site.product
-    assert nodes[site.scores.node].args == (nodes[site.query.node], nodes[site.key.node])
-    assert nodes[site.output.node].args == (nodes[site.plan.node], nodes[site.value.node])
-    assert nodes[site.key.node].meta["val"].shape[-2:] == (WIDTH // HEADS, QUERIES)
-    operands = (site.scores, site.plan, site.query, site.key, site.value, site.output)
+    wiring, product, attention = site.wiring, site.wiring.product, site.wiring.attention
+    assert product.is_scores
+    assert nodes[wiring.scores.node].args == (nodes[product.query.node], nodes[product.key.node])
+    assert nodes[attention.output.node].args == (nodes[wiring.plan.node], nodes[attention.value.node])
+    assert nodes[product.key.node].meta["val"].shape[-2:] == (WIDTH // HEADS, QUERIES)
+    operands = (wiring.scores, wiring.plan, product.query, product.key, attention.value, attention.output)
     assert [operand.axes for operand in operands] == ["bhnm", "bhnm", "bhnd", "bhdm", "bhme", "bhne"]
-    assert (site.groups, site.heads, site.applied, site.logarithm, site.exponential) == (1, HEADS, True, False, False)
+    assert (wiring.groups, site.loop.heads, wiring.applied) == (1, HEADS, True)
+    assert (wiring.logarithm, wiring.exponential) == (False, False)
 
 
 def test_the_share_of_a_site_is_a_share():
@@ -227,7 +234,7 @@ def test_a_loop_that_ends_in_a_module_of_torch_stands_where_that_is_called():
         module = EndsInModuleOfTorch()
         module.returns_plan = returns_plan
         [site] = find(module).sites
-        assert (site.name, site.half_steps) == ("attention", 2)
+        assert (site.name, site.loop.half_steps) == ("attention", 2)
         assert ("self.normalise" if returns_plan else "plan @ v") in source_text(site)
 
 
@@ -248,7 +255,7 @@ class OneLine(Attention):
 
 def test_a_line_with_a_site_has_no_miss():
     findings = find(OneLine(sinkhorn(log_domain, 5, "rows")))
-    assert [site.half_steps for site in findings.sites] == [5]
+    assert [site.loop.half_steps for site in findings.sites] == [5]
     assert findings.misses == ()
 
 
@@ -273,7 +280,7 @@ class Twice(nn.Module):
 
 def test_sites_are_named_after_their_modules_in_the_order_of_the_graph_and_never_alike():
     sites = find(Twice()).sites
-    assert [site.half_steps for site in sites] == [3, 5, 5]
+    assert [site.loop.half_steps for site in sites] == [3, 5, 5]
     names = [site.name for site in sites]
     assert names[:2] == ["blocks.0", "blocks.1"]
     assert len(set(names)) == 3
@@ -295,17 +302,22 @@ def test_a_loop_over_scores_with_a_bias_starts_after_it_and_still_knows_its_prod
     findings = find(Attention(biased))
     assert findings.misses == ()
     [site] = findings.sites
-    assert (site.half_steps, site.last, site.product, site.masked) == (6, "rows", False, False)
-    assert site.scores.node != site.query.node
+    assert (site.loop.half_steps, site.loop.last, site.wiring.scores_are_product, site.loop.masked) == (
+        6,
+        "rows",
+        False,
+        False,
+    )
+    assert site.wiring.scores.node != site.wiring.product.query.node
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
 
 
 def test_a_loop_over_something_else_than_a_product_has_no_queries_keys_or_temperature():
     [site] = find(Attention(sigmoid_in_a_sinkhorn_loop)).sites
-    assert (site.half_steps, site.last) == (6, "rows")
-    assert site.query is site.key is site.temperature is site.epsilon is site.head_dim is None
-    assert not site.product
-    assert site.value is not None
+    assert (site.loop.half_steps, site.loop.last) == (6, "rows")
+    assert site.wiring.product is site.epsilon is site.head_dim is None
+    assert not site.wiring.scores_are_product
+    assert site.wiring.attention is not None
 
 
 class PaddedKeys(Attention):
@@ -338,7 +350,7 @@ def log_domain_of_live_columns(scores, axes):
 def test_padded_keys_make_a_masked_site(mask, half_steps, last):
     module = PaddedKeys(sinkhorn(log_domain_of_live_columns, half_steps, last), mask)
     [site] = find(module, x=torch.randn(3, QUERIES, WIDTH), live=lengths(3, 6, 4)).sites
-    assert (site.half_steps, site.last, site.masked) == (half_steps, last, True)
+    assert (site.loop.half_steps, site.loop.last, site.loop.masked) == (half_steps, last, True)
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
 
 
@@ -355,10 +367,10 @@ def test_masses_that_differ_from_one_another_are_read_off(last):
         return log_plan.exp()
 
     [site] = find(Attention(weighted)).sites
-    assert (site.half_steps, site.last, site.uniform) == (6, last, False)
-    assert difference(site.row_mass / site.row_mass.sum(), rows / rows.sum()) < FLOAT32
-    assert difference(site.column_mass / site.column_mass.sum(), columns / columns.sum()) < FLOAT32
-    final, mass = (site.row_mass, rows) if last == "rows" else (site.column_mass, columns)
+    assert (site.loop.half_steps, site.loop.last, site.loop.uniform) == (6, last, False)
+    assert difference(site.loop.row_mass / site.loop.row_mass.sum(), rows / rows.sum()) < FLOAT32
+    assert difference(site.loop.column_mass / site.loop.column_mass.sum(), columns / columns.sum()) < FLOAT32
+    final, mass = (site.loop.row_mass, rows) if last == "rows" else (site.loop.column_mass, columns)
     assert difference(final, mass) < FLOAT32
 
 
@@ -386,22 +398,27 @@ class LearnedQueries(Attention):
 @pytest.mark.parametrize("einsum", [True, False])
 def test_queries_that_all_samples_share_have_no_sample_axis(einsum):
     [site] = find(LearnedQueries(sinkhorn(log_domain, 6, "rows"), einsum)).sites
-    assert (site.half_steps, site.last, site.queries, site.keys) == (6, "rows", 4, QUERIES)
-    assert "b" not in site.query.axes
-    assert "b" in site.key.axes
+    assert (site.loop.half_steps, site.loop.last, site.loop.queries, site.loop.keys) == (6, "rows", 4, QUERIES)
+    assert "b" not in site.wiring.product.query.axes
+    assert "b" in site.wiring.product.key.axes
 
 
 def test_scores_without_a_head_axis_make_one_head():
     [site] = find(OneHead(sinkhorn(log_domain, 5, "rows"))).sites
-    assert (site.heads, site.head_dim, site.scores.axes, site.output.axes) == (1, WIDTH, "bnm", "bne")
+    assert (site.loop.heads, site.head_dim, site.wiring.scores.axes, site.wiring.attention.output.axes) == (
+        1,
+        WIDTH,
+        "bnm",
+        "bne",
+    )
 
 
 def test_the_plan_of_a_site_that_is_also_returned_is_what_is_replaced():
     findings = find(Attention(sinkhorn(log_domain, 5, "rows"), returns_plan=True))
     assert findings.misses == ()
     [site] = findings.sites
-    assert (site.half_steps, site.last, site.applied) == (5, "rows", True)
-    assert site.value is site.output is None
+    assert (site.loop.half_steps, site.loop.last, site.wiring.applied) == (5, "rows", True)
+    assert site.wiring.attention is None
     assert "self.normalise" in source_text(site)
 
 
@@ -422,9 +439,9 @@ def log_plan(scores, axes):
 @pytest.mark.parametrize("style", [log_domain, log_plan])
 def test_a_plan_that_is_the_answer_is_a_site_without_values(style):
     [site] = find(Matching(sinkhorn(style, 6, "columns"))).sites
-    assert (site.half_steps, site.last, site.applied) == (6, "columns", False)
-    assert site.logarithm is (style is log_plan)
-    assert site.value is site.output is None
+    assert (site.loop.half_steps, site.loop.last, site.wiring.applied) == (6, "columns", False)
+    assert site.wiring.logarithm is (style is log_plan)
+    assert site.wiring.attention is None
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
 
 

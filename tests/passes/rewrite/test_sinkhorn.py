@@ -1,7 +1,6 @@
-from dataclasses import replace
-
 import pytest
 import torch
+from helpers.fitted import changed
 from helpers.tolerances import FLOAT64, difference
 from torch import nn
 
@@ -10,11 +9,11 @@ from asapc.errors import CaptureError, InternalError
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.passes.base import PreconditionError
 from asapc.passes.find.sinkhorn import find_sinkhorn
-from asapc.passes.layout import operands
 from asapc.passes.rewrite.sinkhorn import InLayout, RewriteSinkhorn
 from asapc.planning.operators import exact_operator
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
+from asapc.types.site import Operand
 from asapc.writing.rewrite import rewrite
 
 WIDTH, HEADS, TOKENS = 16, 2, 6
@@ -53,7 +52,7 @@ class Case:
         self.samples = Samples({"input": torch.randn(5, TOKENS, WIDTH, dtype=torch.float64)})
         self.graph = CapturedGraph(export(model, self.samples[:2].inputs), self.samples[:2])
         self.sites = find_sinkhorn(self.graph, self.samples).sites
-        assert [(site.half_steps, site.last) for site in self.sites] == [(5, "rows"), (4, "columns")]
+        assert [(site.loop.half_steps, site.loop.last) for site in self.sites] == [(5, "rows"), (4, "columns")]
         self.operators = {site.name: exact_operator(site) for site in self.sites}
         self.module = self.graph.program.module()
         with torch.no_grad():
@@ -130,7 +129,7 @@ def test_the_rewritten_graph_is_sound_and_the_replaced_loop_is_gone(case):
     result.program.graph.lint()
     left = set(names(result.program))
     for site in case.sites:
-        assert not {site.scores.node, site.plan.node, site.output.node} & left
+        assert not {site.wiring.scores.node, site.wiring.plan.node, site.wiring.attention.output.node} & left
     assert not any("logsumexp" in name for name in left)
 
 
@@ -140,29 +139,32 @@ def test_a_replaced_loop_that_worked_in_place_is_gone_too():
     assert difference(case.run(result.program), case.expected) < FLOAT64
     left = set(names(result.program))
     for site in case.sites:
-        assert not {site.scores.node, site.plan.node, site.output.node} & left
+        assert not {site.wiring.scores.node, site.wiring.plan.node, site.wiring.attention.output.node} & left
 
 
 def test_the_replacement_keeps_the_metadata_of_the_node_it_replaces(case):
     before = {node.name: dict(node.meta) for node in case.module.graph.nodes}
     result = RewriteSinkhorn(case.sites, case.operators)(case.module)
     for site, node in zip(case.sites, calls(result.program, case), strict=True):
-        assert {"val", "stack_trace", "nn_module_stack"} <= set(before[site.output.node])
-        assert node.meta == before[site.output.node]
+        assert {"val", "stack_trace", "nn_module_stack"} <= set(before[site.wiring.attention.output.node])
+        assert node.meta == before[site.wiring.attention.output.node]
 
 
 def test_the_operator_is_called_with_the_queries_keys_and_values_of_its_site(case):
     result = RewriteSinkhorn(case.sites, case.operators)(case.module)
     for site, node in zip(case.sites, calls(result.program, case), strict=True):
-        assert [arg.name for arg in node.args] == [site.query.node, site.key.node, site.value.node]
-        assert [operand.node for operand in operands(site)] == [arg.name for arg in node.args]
+        assert [arg.name for arg in node.args] == [
+            site.wiring.product.query.node,
+            site.wiring.product.key.node,
+            site.wiring.attention.value.node,
+        ]
+        assert [operand.node for operand in site.wiring.operands] == [arg.name for arg in node.args]
         assert result.program.get_submodule(node.target).operator is case.operators[site.name]
 
 
 @pytest.mark.parametrize("missing", ["query", "key", "value", "output"])
 def test_a_site_of_another_graph_is_refused_and_the_graph_left_alone(case, missing):
-    operand = getattr(case.sites[1], missing)
-    foreign = replace(case.sites[1], **{missing: replace(operand, node="elsewhere")})
+    foreign = changed(case.sites[1], **{missing: Operand("elsewhere", "bhnd")})
     before = names(case.module)
     with pytest.raises(PreconditionError, match=foreign.name):
         RewriteSinkhorn([case.sites[0], foreign], case.operators)(case.module)
@@ -291,6 +293,6 @@ def test_a_graph_that_cannot_be_exported_again_is_no_fault_of_the_model(case, mo
     def refuse(*args, **options):
         raise CaptureError("torch.export cannot capture the model", "a hint for users")
 
-    monkeypatch.setattr("asapc.export.export", refuse)
+    monkeypatch.setattr("asapc.writing.rewrite.export", refuse)
     with pytest.raises(InternalError, match="with its operators"):
         rewrite(case.graph, case.sites, case.operators)
