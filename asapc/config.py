@@ -42,6 +42,7 @@ class CompileConfig:
 
     Attributes:
         out: output folder; None for "<name>.asap" in the working directory.
+        dump: folder for the program after each stage; None for none.
         force: replace the output folder if it exists.
         calib: .npz or .pt file with calibration samples; None for those inside the checkpoint.
         model: "package.module:factory", a class or function that builds the model of which the file holds the weights.
@@ -67,6 +68,7 @@ class CompileConfig:
     """
 
     out: str | Path | None = None
+    dump: str | Path | None = None
     force: bool = False
     calib: str | Path | None = None
     model: str | None = None
@@ -89,7 +91,7 @@ class CompileConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("out", "calib", "inputs"):
+        for name in ("out", "dump", "calib", "inputs"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(value))
         self.bounds()

@@ -26,16 +26,14 @@ from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.capturing.capture import capture
 from asapc.capturing.export import export
+from asapc.commands.study import study_module
 from asapc.fidelity.latency import measure
 from asapc.models.vit import Block, VisionTransformer, sinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
-from asapc.passes.find.sinkhorn import find_sinkhorn
 from asapc.planning.operators import lower
 from asapc.types.graph import CapturedGraph, DynamicAxis
-from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
@@ -225,9 +223,8 @@ def models() -> Iterator[Row]:
     }
     for name, (module, given, batch) in sizes.items():
         samples = Samples(given)
-        loaded = LoadedModel(module.eval(), Path("model.pt"), "", 0, None, None)
-        graph = capture(loaded, samples[:2])
-        sites = find_sinkhorn(graph, samples[:2]).sites
+        teacher = study_module(module, samples[:2])
+        graph, sites = teacher.graph, teacher.sites
         forms = {
             "exact 40": lambda s: Sinkhorn(s.loop.half_steps),
             "truncated 5": lambda s: Sinkhorn(5),

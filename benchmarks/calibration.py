@@ -20,13 +20,11 @@ from typing import Any
 
 import torch
 
-from asapc.capturing.capture import capture
+from asapc.commands.study import study_module
 from asapc.models.pointset import PointTransformer
-from asapc.passes.find.sinkhorn import find_sinkhorn
 from asapc.planning.calibrate import calibrate
 from asapc.planning.distributed import processes
 from asapc.types.choices import FeatureSet
-from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
@@ -65,12 +63,11 @@ def measure(tokens: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = PointTransformer(iterations=10).eval()
     samples = Samples({"points": point_sets(-(-tokens // POINTS), seed=0)[0]})
-    loaded = LoadedModel(model, Path("model.pt"), sha256="", parameters=0, calibration=None, held_out=None)
-    graph = capture(loaded, samples[:2])
-    sites = find_sinkhorn(graph, samples[:2]).sites
+    teacher = study_module(model, samples[:2])
+    sites = teacher.sites
     before = peak()
     start = time.perf_counter()
-    calibrate(graph, {s.name: [FEATURES] for s in sites}, sites, samples, samples[:SELECTION], CLOSURE_STEPS)
+    calibrate(teacher.graph, {s.name: [FEATURES] for s in sites}, sites, samples, samples[:SELECTION], CLOSURE_STEPS)
     return {
         "tokens": len(samples) * POINTS,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),

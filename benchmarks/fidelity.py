@@ -15,6 +15,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,10 +33,11 @@ from asapc.planning.costs import estimate
 from asapc.planning.operators import build, exact_operator, operators
 from asapc.planning.propose import propose, split
 from asapc.planning.ranges import score_ranges, wide_sites
-from asapc.types.choices import SIDES, Candidate, Plan, SlicedDualParams
+from asapc.types.choices import SIDES, Candidate, Selection, SlicedDualParams
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Site
+from asapc.types.teacher import Teacher
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
@@ -63,24 +65,25 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
     data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"teachers": {}}
-    for teacher in () if options.render else studied(options.only):
-        data["teachers"][teacher.name] = study(*teacher)
+    for name, teacher in () if options.render else studied(options.only):
+        data["teachers"][name] = compare(name, teacher)
         data["environment"] = environment(seed=0)
         write_json(RESULTS, data)
     draw(data["teachers"])
     replace_generated(DOCUMENT, document(data["teachers"]))
 
 
-def study(name: str, graph: CapturedGraph, sites: Sequence[Site], calibration: Samples, held_out: Samples) -> Row:
+def compare(name: str, teacher: Teacher) -> Row:
     """All operators on one teacher."""
-    held_out = held_out[:HELD_OUT]
+    teacher = replace(teacher, held_out=teacher.held_out[:HELD_OUT])
+    graph, sites, calibration, held_out = teacher.graph, teacher.sites, teacher.calibration, teacher.held_out
     if not sites:
         print(f"{name}: no site was found", flush=True)
         return {"sites": 0, "operators": {}}
     wide = wide_sites(score_ranges(graph, sites, calibration))
-    candidates = propose(graph, sites, calibration, CompileConfig())
+    candidates = propose(teacher, CompileConfig())
     costed = judge(graph, sites, candidates, wide, split(calibration)[0], BATCH)
-    for site_name, more in propose(graph, sites, calibration, CompileConfig(slices=(8,), pieces=(0,))).items():
+    for site_name, more in propose(teacher, CompileConfig(slices=(8,), pieces=(0,))).items():
         candidates[site_name] += [candidate for candidate in more if candidate.params is not None]
     modules = {s.name: {kind(c): build(s, c, wide) for c in candidates[s.name]} for s in sites}
     found = candidate_fidelity(graph, sites, modules, held_out)
@@ -99,7 +102,7 @@ def study(name: str, graph: CapturedGraph, sites: Sequence[Site], calibration: S
         )
     planned: Row = {}
     for budget in BUDGETS:
-        chosen = decide(graph, sites, costed, Plan({}, wide), held_out, CompileConfig(fidelity=budget))
+        chosen = decide(teacher, costed, Selection({}, wide), CompileConfig(fidelity=budget))
         choices = [chosen.choices[s.name].candidate for s in sites]
         built = operators(sites, chosen)
         planned[" ".join(budget) or "default"] = {
@@ -109,7 +112,7 @@ def study(name: str, graph: CapturedGraph, sites: Sequence[Site], calibration: S
             "cost": sum(candidate.cost for candidate in choices) / exact,
         }
     print(f"{name:<32} {planned}", flush=True)
-    return {"sites": len(sites), "half_steps": sites[0].half_steps, "operators": rows, "planned": planned}
+    return {"sites": len(sites), "half_steps": sites[0].loop.half_steps, "operators": rows, "planned": planned}
 
 
 def kind(candidate: Candidate) -> str:

@@ -69,7 +69,8 @@ def main() -> None:
     only = parser.parse_args().only
     torch.set_flush_denormal(True)
     rows = []
-    for name, graph, sites, calibration, held_out in studied(only):
+    for name, teacher in studied(only):
+        graph, sites, calibration, held_out = teacher.graph, teacher.sites, teacher.calibration, teacher.held_out
         errors, seconds = defaultdict(list), defaultdict(float)
         for site in sites:
             selection, fitting = split(calibration)

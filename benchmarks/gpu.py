@@ -22,14 +22,13 @@ from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.cuda import CudaRunner
-from asapc.capturing.capture import capture
 from asapc.capturing.export import export
-from asapc.commands.teacher import find
+from asapc.commands.study import study
 from asapc.config import CompileConfig
 from asapc.fidelity.outputs import agreement
 from asapc.loading.model import load_model
 from asapc.loading.split import gather_samples
-from asapc.planning.choose import plan
+from asapc.planning.choose import choose
 from asapc.planning.operators import operators, rivals
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -80,9 +79,9 @@ def main() -> None:
         return
     torch.backends.cuda.matmul.allow_tf32 = False
     data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for part, study in {"layers": layers, "compiled": compiled_layers, "models": whole_models}.items():
+    for part, rows in {"layers": layers, "compiled": compiled_layers, "models": whole_models}.items():
         if options.only in (None, part):
-            data[part] = list(study())
+            data[part] = list(rows())
             data["environment"] = environment(seed=0)
             write_json(RESULTS, data)
     replace_generated(DOCUMENT, document(data))
@@ -112,12 +111,10 @@ def layer_path(form: str, length: int, dtype: str) -> Path:
 
 def export_models() -> None:
     """Write the digits model as compiled with the defaults, and what it is compared with, in both precisions."""
-    loaded = load_model(MODEL)
-    calibration, held_out = gather_samples(loaded, CompileConfig())
-    graph = capture(loaded, calibration)
-    sites = find(graph, calibration).sites
-    chosen = plan(graph, sites, calibration, held_out, CompileConfig())
-    variants = {**rivals(sites, chosen, max(CompileConfig().batches)), "compiled": operators(sites, chosen)}
+    teacher = study(MODEL)
+    graph, sites = teacher.graph, teacher.sites
+    selection = choose(teacher, CompileConfig())
+    variants = {**rivals(sites, selection, max(CompileConfig().batches)), "compiled": operators(sites, selection)}
     for name, of_sites in variants.items():
         for precision, dtype in DTYPES.items():
             export_onnx(rewrite(graph, sites, of_sites, dtype), model_path(name, precision), {}, standard=True)

@@ -8,7 +8,7 @@ sites. Writes benchmarks/results/lengths.json.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean
@@ -16,17 +16,14 @@ from typing import Any
 
 import torch
 
-from asapc.capturing.capture import capture
-from asapc.commands.teacher import find
+from asapc.commands.study import study
 from asapc.config import CompileConfig
 from asapc.fidelity.sites import candidate_fidelity
-from asapc.loading.model import load_model
 from asapc.planning.operators import build
 from asapc.planning.propose import propose
 from asapc.types.choices import Candidate
-from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
-from asapc.types.site import Site
+from asapc.types.teacher import Teacher
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from benchmarks.fidelity import estimated_from
@@ -50,10 +47,10 @@ def main() -> None:
         if not fnmatch(name, only):
             continue
         proposed = {length: fit(path, length) for length in LENGTHS}
-        for length, (graph, sites, candidates, held_out) in proposed.items():
-            fitted_elsewhere = proposed[POINTS][2]
+        for length, (teacher, candidates) in proposed.items():
+            fitted_elsewhere = proposed[POINTS][1]
             for where, found in ((POINTS, fitted_elsewhere), (length, candidates)):
-                errors = relc(graph, sites, found, held_out)
+                errors = relc(teacher, found)
                 rows.append({"teacher": name, "length": length, "fitted_at": where, "relc": errors})
                 print(
                     f"{name:<32} {length:>4} fitted at {where:>4}",
@@ -63,24 +60,21 @@ def main() -> None:
     write_json(RESULTS, {"rows": rows, "steps": STEPS, "environment": environment(SEED)})
 
 
-def fit(path: Path, length: int) -> tuple[CapturedGraph, Sequence[Site], dict[str, list[Candidate]], Samples]:
-    """A teacher captured at a length, its sites, candidates that are fitted there, and held-out sets."""
+def fit(path: Path, length: int) -> tuple[Teacher, dict[str, list[Candidate]]]:
+    """A teacher studied at a length, and candidates that are fitted there."""
     points, _ = point_sets(FITTED + HELD_OUT, SEED, length)
     samples, held_out = Samples({"points": points[:FITTED]}), Samples({"points": points[FITTED:]})
-    graph = capture(load_model(path), samples)
-    sites = find(graph, samples).sites
-    return graph, sites, propose(graph, sites, samples, OPTIONS), held_out
+    teacher = study(path, OPTIONS, lambda loaded, config: (samples, held_out))
+    return teacher, propose(teacher, OPTIONS)
 
 
-def relc(
-    graph: CapturedGraph, sites: Sequence[Site], candidates: Mapping[str, list[Candidate]], samples: Samples
-) -> dict[str, float]:
+def relc(teacher: Teacher, candidates: Mapping[str, list[Candidate]]) -> dict[str, float]:
     """Error of the sliced duals with STEPS closure steps, by side and features."""
-    modules = {}
+    sites, modules = teacher.sites, {}
     for site in sites:
         sliced = [c for c in candidates[site.name] if c.params is not None and len(c.params.weights) == 1 + STEPS]
         modules[site.name] = {i: build(site, candidate) for i, candidate in enumerate(sliced)}
-    found = candidate_fidelity(graph, sites, modules, samples)
+    found = candidate_fidelity(teacher.graph, sites, modules, teacher.held_out)
     kinds = [estimated_from(c.params) for c in sliced if c.params]
     return {kind: fmean(found[site.name][i].relc for site in sites) for i, kind in enumerate(kinds)}
 

@@ -14,34 +14,34 @@ import logging
 import random
 import resource
 import sys
-import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from asapc.commands.study import study_module
 from asapc.config import CompileConfig
 from asapc.errors import AsapcError
-from asapc.passes.find.sinkhorn import find_sinkhorn
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
-from asapc.planning.choose import plan
+from asapc.planning.choose import choose
 from asapc.planning.operators import operators
-from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Findings, Site
+from asapc.types.teacher import Teacher
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
+from benchmarks.stopwatch import Stopwatch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the zoo and the random models are the tests' own
 
 from helpers.compositions import Composed, Composition, inputs_of, pick  # noqa: E402
-from helpers.relowering import PROBED, captured, examined, outputs, relowered, worst  # noqa: E402
+from helpers.relowering import PROBED, examined, outputs, relowered, worst  # noqa: E402
 from helpers.zoo import NEGATIVES, POSITIVES, Case  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "recognition.json"
@@ -89,10 +89,10 @@ def examine(case: Case) -> Row:
     module = case.build().eval()
     fitted, held_out = (case.inputs(size, torch.Generator().manual_seed(size)) for size in (FITTED, HELD_OUT))
     row: Row = {"name": case.name, "style": style(case, module), "reason": case.reason}
-    graph = captured(module, fitted)
-    start = time.process_time()
-    findings = find_sinkhorn(graph, Samples(fitted)[:PROBED])
-    row["find_seconds"] = time.process_time() - start
+    stopwatch = Stopwatch()
+    teacher = study_module(module, Samples(fitted), Samples(held_out), on_event=stopwatch)
+    graph, findings = teacher.graph, teacher.findings
+    row["find_seconds"] = stopwatch.seconds["find"]
     row["sites"] = [described(site) for site in findings.sites]
     row["misses"] = [{"reason": miss.reason, "hint": miss.hint} for miss in findings.misses]
     stops = graph.early_stops
@@ -101,7 +101,7 @@ def examine(case: Case) -> Row:
         expected = outputs(graph.program.module(), held_out)
         try:
             row["exact_difference"] = worst(outputs(relowered(graph, findings.sites, fitted), held_out), expected)
-            row |= amortised(graph, findings, fitted, held_out, expected)
+            row |= amortised(teacher, expected)
         except Exception as error:  # a defect of one model must not lose what is known of the others
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     print(f"{case.name:<32} {len(findings.sites)} sites, {row['find_seconds']:.2f} s", flush=True)
@@ -129,17 +129,11 @@ def described(site: Site) -> Row:
     }
 
 
-def amortised(
-    graph: CapturedGraph,
-    findings: Findings,
-    fitted: Mapping[str, Tensor],
-    held_out: Mapping[str, Tensor],
-    expected: list[Tensor],
-) -> Row:
+def amortised(teacher: Teacher, expected: list[Tensor]) -> Row:
     """The operators that the default budget gets, and what they do to the outputs."""
-    chosen = plan(graph, findings.sites, Samples(fitted), Samples(held_out), CompileConfig(fidelity=("relc<=0.08",)))
-    modules = operators(findings.sites, chosen)
-    rewritten = RewriteSinkhorn(findings.sites, modules)(graph.program.module()).program
+    selection = choose(teacher, CompileConfig(fidelity=("relc<=0.08",)))
+    modules = operators(teacher.sites, selection)
+    rewritten = RewriteSinkhorn(teacher.sites, modules)(teacher.graph.program.module()).program
     return {
         "choices": [
             {
@@ -147,9 +141,9 @@ def amortised(
                 "half_steps": choice.candidate.half_steps,
                 "reason": choice.reason,
             }
-            for choice in chosen.choices.values()
+            for choice in selection.choices.values()
         ],
-        "amortised_difference": worst(outputs(rewritten, held_out), expected),
+        "amortised_difference": worst(outputs(rewritten, teacher.held_out.inputs), expected),
     }
 
 
@@ -245,11 +239,8 @@ def large(layers: int = 12, width: int = 768, heads: int = 12, tokens: int = 197
     torch.manual_seed(0)
     module = nn.Sequential(*(Block(width, heads, iterations) for _ in range(layers))).eval()
     inputs = {"input": torch.randn(PROBED, tokens, width)}
-    start = time.perf_counter()
-    graph = captured(module, inputs)
-    middle = time.perf_counter()
-    findings = find_sinkhorn(graph, Samples(inputs))
-    end = time.perf_counter()
+    stopwatch = Stopwatch()
+    findings = study_module(module, Samples(inputs), on_event=stopwatch).findings
     row: Row = {
         "layers": layers,
         "width": width,
@@ -259,8 +250,8 @@ def large(layers: int = 12, width: int = 768, heads: int = 12, tokens: int = 197
         "threads": torch.get_num_threads(),
         "sites": len(findings.sites),
         "half_steps_found": sorted({site.loop.half_steps for site in findings.sites}),
-        "capture_seconds": middle - start,
-        "find_seconds": end - middle,
+        "capture_seconds": stopwatch.seconds["capture"],
+        "find_seconds": stopwatch.seconds["find"],
         "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     print(row)

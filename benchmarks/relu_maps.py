@@ -61,7 +61,8 @@ def main() -> None:
     only = parser.parse_args().only
     torch.set_flush_denormal(True)
     rows = []
-    for name, graph, sites, calibration, held_out in studied(only):
+    for name, teacher in studied(only):
+        graph, sites, calibration, held_out = teacher.graph, teacher.sites, teacher.calibration, teacher.held_out
         errors = defaultdict(list)
         for site in sites:
             for way, error in compare(graph, site, calibration, held_out[:HELD_OUT]).items():

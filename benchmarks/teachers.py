@@ -12,27 +12,21 @@ import importlib
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asapc.capturing.capture import capture
-from asapc.commands.teacher import find
-from asapc.config import CompileConfig
-from asapc.loading.model import load_model
-from asapc.loading.split import gather_samples
+from asapc.commands.study import study
 from asapc.models import digits
-from asapc.types.graph import CapturedGraph
-from asapc.types.samples import Samples
-from asapc.types.site import Site
+from asapc.types.teacher import Teacher
 from benchmarks.scaling_form import trained_sinkhorn
 from benchmarks.teacher_data import VOCABULARY, WORDS, mails, point_sets
 
@@ -49,7 +43,7 @@ ROUNDING = 1e-3  # by which logits of the scaling form may differ, relative
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Recipe:
     """A model to train: what on, T in full iterations, epsilon, heads and their size."""
 
     data: str
@@ -67,14 +61,14 @@ class Teacher:
 
 
 TEACHERS = (
-    Teacher("pointset", 20, 0.25, epochs=2),
-    Teacher("pointset", 20, 0.1, epochs=2),
-    Teacher("text", 5, 1.0, epochs=3),
-    Teacher("pointset", 5, 0.25, epochs=2),
-    Teacher("pointset", 3, 0.25, epochs=2),
-    Teacher("pointset", 10, 0.25, epochs=3, heads=2, head_size=64, learning_rate=1e-3),
-    Teacher("text", 25, 0.25, epochs=3),
-    Teacher("digits", 20, 0.25, epochs=20),
+    Recipe("pointset", 20, 0.25, epochs=2),
+    Recipe("pointset", 20, 0.1, epochs=2),
+    Recipe("text", 5, 1.0, epochs=3),
+    Recipe("pointset", 5, 0.25, epochs=2),
+    Recipe("pointset", 3, 0.25, epochs=2),
+    Recipe("pointset", 10, 0.25, epochs=3, heads=2, head_size=64, learning_rate=1e-3),
+    Recipe("text", 25, 0.25, epochs=3),
+    Recipe("digits", 20, 0.25, epochs=20),
 )
 MODELS = {
     "pointset": ("asapc.models.pointset:PointTransformer", "points"),
@@ -129,24 +123,11 @@ def cached() -> Iterator[tuple[str, Path]]:
                 yield path.stem, path
 
 
-class Studied(NamedTuple):
-    """A teacher that was looked into, with its samples."""
-
-    name: str
-    graph: CapturedGraph
-    sites: Sequence[Site]
-    calibration: Samples
-    held_out: Samples
-
-
-def studied(pattern: str) -> Iterator[Studied]:
+def studied(pattern: str) -> Iterator[tuple[str, Teacher]]:
     """The checkpoints that are there, of names that match as in a shell."""
     for name, path in cached():
         if fnmatch(name, pattern):
-            loaded = load_model(path)
-            calibration, held_out = gather_samples(loaded, CompileConfig())
-            graph = capture(loaded, calibration)
-            yield Studied(name, graph, find(graph, calibration).sites, calibration, held_out)
+            yield name, study(path)
 
 
 @cache
@@ -160,7 +141,7 @@ def load(data: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (tokens[training], labels[training]), (tokens[held_out], labels[held_out])
 
 
-def train(teacher: Teacher, seed: int, device: str) -> dict[str, Any]:
+def train(teacher: Recipe, seed: int, device: str) -> dict[str, Any]:
     """Train one teacher on a device; return its checkpoint."""
     (samples, labels), (held_out, answers) = load(teacher.data)
     name, argument = MODELS[teacher.data]
@@ -198,13 +179,13 @@ def train(teacher: Teacher, seed: int, device: str) -> dict[str, Any]:
     }
 
 
-def train_digits(teacher: Teacher, seed: int) -> dict[str, Any]:
+def train_digits(teacher: Recipe, seed: int) -> dict[str, Any]:
     """Train the digits teacher by its own recipe."""
     with patch("asapc.models.vit.sinkhorn", trained_sinkhorn):
         return digits.train(seed, teacher.epochs, lambda name, epoch, loss: None)
 
 
-def fit(model: nn.Module, samples: Tensor, labels: Tensor, teacher: Teacher) -> None:
+def fit(model: nn.Module, samples: Tensor, labels: Tensor, teacher: Recipe) -> None:
     """Train with AdamW and a one-cycle learning rate."""
     rate = teacher.learning_rate
     steps = teacher.epochs * math.ceil(len(samples) / BATCH)

@@ -1,12 +1,13 @@
-"""Captures a model as one graph: the only place that calls torch.export."""
+"""Captures models as one graph, by the format that they came in."""
 
 from collections.abc import Mapping
+from typing import cast
 
 from asapc.capturing.compare import check_single, compare_stops, run
 from asapc.capturing.early_stop import Unconverged
 from asapc.capturing.export import export
 from asapc.capturing.onnx import check_memory, unmark
-from asapc.errors import CaptureError
+from asapc.errors import CaptureError, InternalError
 from asapc.loading.inputs import order_inputs
 from asapc.loading.onnx.module import OnnxModule
 from asapc.types.graph import CapturedGraph, DynamicAxis
@@ -19,20 +20,20 @@ from asapc.types.samples import Samples
 EXAMPLE_BATCH = 2
 
 
-def capture(
+def capture_code(
     loaded: LoadedModel,
     samples: Samples,
     early_stop: EarlyStopRule = "bound",
     axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
 ) -> CapturedGraph:
-    """Export a model with a dynamic batch axis.
+    """Export a module of Python with a dynamic batch axis.
 
     Args:
         loaded: the model.
         samples: two samples or more, named as the parameters of its forward. A model that stops early is compared
             with its graph on all of them.
         early_stop: what to do where loops that stop early for these samples are captured at their bound, and the
-            outputs are other ones: "bound" goes on, "refuse" does not.
+            outputs differ: "bound" goes on, "refuse" does not.
         axes: open axes by the input's name and their number; None for the batch alone.
 
     Raises:
@@ -40,17 +41,8 @@ def capture(
         CaptureError: the model has control flow that cannot be captured, returns more than tensors, does something
             else for a batch of one, or stops early though that is to be refused.
     """
-    samples = order_inputs(loaded, samples)
-    example = samples[:EXAMPLE_BATCH]
-    if isinstance(loaded.module, OnnxModule):
-        check_memory(loaded.module, example)
+    samples, example = prepare(loaded, samples)
     run(loaded.module, example, samples)
-    if loaded.program is not None:
-        return CapturedGraph(loaded.program, example)
-    if isinstance(loaded.module, OnnxModule):
-        graph = unmark(export(loaded.module, example.inputs), example, loaded.module)
-        check_single(loaded.module, graph.program, example)
-        return graph
     with Unconverged(loaded.module) as unconverged:
         program = export(loaded.module, example.inputs, axes)
     check_single(loaded.module, program, example, stops=bool(unconverged.questions))
@@ -67,3 +59,40 @@ def capture(
             "compile it with --early-stop bound, or train and evaluate it with a fixed number of iterations",
         )
     return CapturedGraph(program, example, stops, axes)
+
+
+def capture_exported(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
+    """The graph of a torch.export archive, once the model has run on samples.
+
+    Raises:
+        SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
+        CaptureError: the model returns more than tensors.
+    """
+    samples, example = prepare(loaded, samples)
+    run(loaded.module, example, samples)
+    if loaded.program is None:
+        raise InternalError(f"{loaded.path} was loaded as a torch.export archive without its program")
+    return CapturedGraph(loaded.program, example)
+
+
+def capture_onnx(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
+    """Export the module of an ONNX file, and note which node is which value of the file.
+
+    Raises:
+        SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
+        CheckpointError: the model asks for more memory than there can be.
+        CaptureError: the model cannot be captured, or does something else for a batch of one.
+    """
+    samples, example = prepare(loaded, samples)
+    module = cast(OnnxModule, loaded.module)  # what `loading.onnx.module.load_onnx` gave
+    check_memory(module, example)
+    run(module, example, samples)
+    graph = unmark(export(module, example.inputs), example, module)
+    check_single(module, graph.program, example)
+    return graph
+
+
+def prepare(loaded: LoadedModel, samples: Samples) -> tuple[Samples, Samples]:
+    """Samples in the order of the model's inputs, and those of them that it is captured with."""
+    samples = order_inputs(loaded, samples)
+    return samples, samples[:EXAMPLE_BATCH]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from asapc.capturing.capture import capture
+from asapc.capturing.capture import capture_code
 from asapc.errors import CaptureError, OptionError
 from asapc.types.graph import BATCH_AXIS, CapturedGraph, DynamicAxis
 from asapc.types.model import LoadedModel
@@ -97,12 +97,12 @@ def reopen(
         axes: the open axes.
         graph: the model with the lengths of the samples.
         sites: what was found in that.
-        early_stop: as of `capture`.
+        early_stop: as of `capture_code`.
 
     Raises:
         CaptureError: the model cannot be captured that way, or does something else then.
     """
-    if loaded.program is not None:
+    if loaded.format == "exported":
         raise CaptureError(
             f"{loaded.path} is an exported model, whose axes are as they were exported",
             "export it with dynamic axes, or compile the checkpoint with --model",
@@ -110,9 +110,9 @@ def reopen(
     uneven = next((site for site in sites if not site.loop.uniform), None)
     if uneven is not None:
         raise CaptureError(
-            f"the marginals of {uneven.name} differ from token to token, for one length alone", "leave --dynamic away"
+            f"the marginals of {uneven.name} differ from token to token, for one length alone", "omit --dynamic"
         )
-    opened = capture(loaded, samples, early_stop, axes)
+    opened = capture_code(loaded, samples, early_stop, axes)
     before, after = made_tensors(graph.program.graph), made_tensors(opened.program.graph)
     if [kind(node) for node in before] != [kind(node) for node in after]:
         raise CaptureError(

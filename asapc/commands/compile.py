@@ -1,50 +1,76 @@
-"""The line from a checkpoint to its compiled form: each step one stage, in the order in which they run."""
+"""`asapc compile`: the line from a file to its compiled form, each step one stage, in the order in which they run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.fx import GraphModule
 
 from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.tensorrt.builder import build_engine
-from asapc.capturing.capture import capture
-from asapc.capturing.dynamic import at_longest, opens, parse_axes, reopen
-from asapc.capturing.onnx import OnnxGraph
 from asapc.commands.inspect import require_sites
-from asapc.commands.teacher import find
+from asapc.commands.study import study
 from asapc.config import CompileConfig
-from asapc.errors import OptionError
-from asapc.events import OnEvent, stage
+from asapc.events import OnEvent, Stage, stage
 from asapc.fidelity.budget import check_budget
 from asapc.fidelity.latency import measure
-from asapc.fidelity.outputs import check_labels, verify
+from asapc.fidelity.outputs import verify
 from asapc.fidelity.sites import site_fidelity
-from asapc.loading.model import load_model
-from asapc.loading.split import gather_samples
-from asapc.passes.find.build import build_plans
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
-from asapc.planning.choose import plan
+from asapc.planning.choose import choose
 from asapc.planning.costs import share_of_exact
 from asapc.planning.operators import operators, rivals
 from asapc.relu.stand_ins import fit_activations
-from asapc.types.results import Latency
+from asapc.types.artifacts import OnnxArtifact
+from asapc.types.choices import Selection
+from asapc.types.graph import CapturedGraph
+from asapc.types.results import Fidelity, FittedActivation, Latency
+from asapc.types.teacher import Teacher
 from asapc.version import __version__
+from asapc.writing.dump import Dump
 from asapc.writing.environment import cpu_name, environment
 from asapc.writing.folder import list_artifacts, output_folder, write_json, write_manifest, write_operators
-from asapc.writing.report import (
-    CompileReport,
-    activations_note,
-    early_stop_data,
-    early_stop_note,
-    plan_note,
-    report_data,
-)
-from asapc.writing.rewrite import export_rivals, rewrite, write_onnx
+from asapc.writing.origins import origin_of
+from asapc.writing.report import CompileReport, activations_note, report_data, selection_note
+from asapc.writing.rewrite import export_rivals, rewrite
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A teacher with operators in it.
+
+    Attributes:
+        operators: by the site's name.
+        amortised: the teacher's graph with them, as a module.
+        activations: what replaces smooth activations; empty where they are left alone.
+        program: the open graph with operators and activations, as it is exported.
+        lowered: the same in the engine's precision; `program` where that is float32.
+    """
+
+    operators: Mapping[str, nn.Module]
+    amortised: GraphModule
+    activations: Sequence[FittedActivation]
+    program: CapturedGraph
+    lowered: CapturedGraph
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """What is written of a compiled model: for ONNX Runtime, and what the engine is built from, often the same."""
+
+    onnx: OnnxArtifact
+    deployed: OnnxArtifact
+
+    @property
+    def by_path(self) -> dict[Path, OnnxArtifact]:
+        """Each file once."""
+        return {file.path: file for file in (self.onnx, self.deployed)}
 
 
 def compile_model(
@@ -65,126 +91,135 @@ def compile_model(
     """
     path, config = Path(path), config or CompileConfig()
     out = Path(config.out or f"{path.stem}.asap")
+    dump = Dump(config.dump)
+    # The folder is opened first: that it cannot be written must not show after minutes of work.
     with torch_threads(config.threads) as threads, output_folder(out, config.force) as folder:
-        with stage("load", on_event) as step:
-            loaded = load_model(path, config)
-            calibration, held_out = gather_samples(loaded, config)
-            counts = f"{loaded.parameters:,} parameters, {len(calibration)} + {len(held_out)} samples"
-            step.summary = "; ".join((counts, *loaded.notes))
+        teacher = study(path, config, on_event=on_event, dump=dump)
+        require_sites(teacher.findings, path)
+        config = origin_of(teacher.loaded).adapt(config)
 
-        with stage("capture", on_event) as step:
-            graph = capture(loaded, calibration, config.early_stop)
-            check_labels(EagerRunner(graph.program.module()), calibration, held_out)
-            axes = parse_axes(config.dynamic, calibration)
-            if isinstance(graph, OnnxGraph):
-                config = for_onnx_file(config)
-            note = early_stop_note(early_stop_data(graph.early_stops))
-            step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}"
-
-        with stage("find", on_event) as step:
-            graph = build_plans(graph, calibration)
-            findings = find(graph, calibration)
-            step.summary = f"{len(findings.sites)} Sinkhorn sites"
-            require_sites(findings, path)
-            opened, sites = graph, list(findings.sites)
-            if opens(axes):
-                opened, sites = reopen(loaded, calibration, axes, graph, findings.sites, config.early_stop)
-
-        with stage("plan", on_event) as step:
-            longest = [at_longest(site, axes, calibration) for site in findings.sites]
-            chosen = plan(graph, longest, calibration, held_out, config, step.advance)
-            step.summary = plan_note(chosen)
+        with stage("select", on_event) as step:
+            selection = choose(teacher, config, step.advance)
+            dump.selection("select", selection)
+            step.summary = selection_note(selection)
 
         with stage("rewrite", on_event) as step:
-            replaced = operators(findings.sites, chosen)
-            amortised = RewriteSinkhorn(findings.sites, replaced)(graph.program.module()).program
-            activations = fit_activations(amortised, calibration, config.relu_activations)
-            stand_ins = {found.name: found.module for found in activations}
-            compiled = rewrite(opened, sites, replaced, activations=stand_ins)
-            step.summary = f"{len(compiled.program.graph.nodes)} nodes{activations_note(activations)}"
+            compiled = replace_sites(teacher, selection, config)
+            dump.graph("rewrite", compiled.program)
+            if compiled.lowered is not compiled.program:
+                dump.graph(f"rewrite-{config.precision}", compiled.lowered)
+            step.summary = f"{len(compiled.program.program.graph.nodes)} nodes{activations_note(compiled.activations)}"
 
         with stage("export", on_event) as step:
-            metadata = {"asapc.version": __version__, "asapc.source_sha256": loaded.sha256}
-            onnx = write_onnx(graph, compiled, findings.sites, replaced, folder / "model.onnx", metadata)
-            write_operators(folder / "operator.safetensors", findings.sites, chosen)
-            step.summary = f"model.onnx, opset {onnx.opset}"
-            deployed, lowered = onnx, compiled
-            if config.precision != "float32":
-                lowered = rewrite(opened, sites, replaced, getattr(torch, config.precision), stand_ins)
-                deployed = export_onnx(lowered, folder / f"model.{config.precision}.onnx", metadata, standard=True)
-                step.summary += f"; {deployed.path.name}"
+            files = write(teacher, selection, compiled, folder, config)
+            for file in files.by_path.values():
+                dump.onnx(file.path.stem, file)
+            step.summary = f"{', '.join(path.name for path in files.by_path)}, opset {files.onnx.opset}"
 
+        # Before the rivals are exported: an engine that cannot be built is known soonest here.
         with stage("engine", on_event) as step:
-            engine = build_engine(deployed, folder / "model.engine", max(config.batches), opened.axes)
+            engine = build_engine(files.deployed, folder / "model.engine", max(config.batches), teacher.open_graph.axes)
             step.summary = f"{engine.builder} for {', '.join(engine.targets)}"
 
         with stage("verify", on_event) as step:
-            others = rivals(findings.sites, chosen, max(config.batches), config.wanted_lowering)
-            runners = export_rivals(graph, findings.sites, others, threads, step.advance)
-            runners["compiled"] = OnnxRuntimeRunner(onnx.path, threads, "compiled")
-            step.advance(f"{len(held_out)} held-out samples")
-            hops: dict[str, Runner] = {
-                "teacher": OnnxRuntimeRunner(path) if isinstance(graph, OnnxGraph) else EagerRunner(loaded.module),
-                "capture": EagerRunner(graph.program.module()),
-                "amortisation": EagerRunner(amortised),
-                **({"activations": EagerRunner(compiled.program.module())} if activations else {}),
-                "export": runners["compiled"],
-            }
-            if config.precision == "float16":
-                hops["precision"] = OnnxRuntimeRunner(deployed.path)
-            elif config.precision == "bfloat16":  # of which ONNX Runtime has no products on the CPU
-                hops["precision"] = EagerRunner(lowered.program.module())
-            of_sites = site_fidelity(graph, findings.sites, replaced, held_out)
-            fidelity = verify(hops, runners, of_sites, held_out)
+            runners = variants(teacher, selection, files, config, threads, step)
+            step.advance(f"{len(teacher.held_out)} held-out samples")
+            fidelity = compare(teacher, compiled, files, runners, config)
             step.summary = f"logits differ by {fidelity.logits_rel:.2%}"
-            check_budget(fidelity, config.bounds(), share_of_exact(chosen))
+            check_budget(fidelity, config.bounds(), share_of_exact(selection))
 
+        # Last of what takes time: a model that misses its budget is not worth measuring.
         with stage("measure", on_event) as step:
-            runs = []
-            for batch in config.batches:
-                step.advance(f"batch {batch}")
-                runs += measure(runners, held_out, batch, config.seconds, config.seed)
-            latency = Latency(cpu_name(), threads, tuple(runs))
+            latency = measure_all(teacher, runners, config, threads, step)
             step.summary = f"{len(runners)} variants at batch {', '.join(map(str, config.batches))}"
 
-        artifacts = list_artifacts(folder, [onnx, deployed], engine)
         data = report_data(
-            loaded,
-            findings,
-            chosen,
-            activations,
+            teacher,
+            selection,
+            compiled.activations,
             fidelity,
             config.bounds(),
             latency,
-            artifacts,
+            list_artifacts(folder, [files.onnx, files.deployed], engine),
             environment(config.seed),
         )
         write_json(folder / "report.json", data)
-        write_manifest(folder, loaded.sha256, __version__)
+        write_manifest(folder, teacher.loaded.sha256, __version__)  # of all files, so that it comes last
     return CompileReport(out, data)
 
 
+def replace_sites(teacher: Teacher, selection: Selection, config: CompileConfig) -> Compiled:
+    """Put the selected operators, and networks for activations where asked for, into the teacher's graphs."""
+    modules = operators(teacher.sites, selection)
+    amortised = RewriteSinkhorn(teacher.sites, modules)(teacher.graph.program.module()).program
+    activations = fit_activations(amortised, teacher.calibration, config.relu_activations)
+    stand_ins = {activation.name: activation.module for activation in activations}
+    program = rewrite(teacher.open_graph, teacher.open_sites, modules, activations=stand_ins)
+    lowered = program
+    if config.precision != "float32":
+        precision = getattr(torch, config.precision)
+        lowered = rewrite(teacher.open_graph, teacher.open_sites, modules, precision, stand_ins)
+    return Compiled(modules, amortised, activations, program, lowered)
+
+
+def write(teacher: Teacher, selection: Selection, compiled: Compiled, folder: Path, config: CompileConfig) -> Files:
+    """Write the compiled model and its parameters into the output folder."""
+    metadata = {"asapc.version": __version__, "asapc.source_sha256": teacher.loaded.sha256}
+    origin, sites = origin_of(teacher.loaded), teacher.sites
+    onnx = origin.write(teacher.graph, compiled.program, sites, compiled.operators, folder / "model.onnx", metadata)
+    write_operators(folder / "operator.safetensors", sites, selection)
+    if config.precision == "float32":
+        return Files(onnx, onnx)
+    path = folder / f"model.{config.precision}.onnx"
+    return Files(onnx, export_onnx(compiled.lowered, path, metadata, standard=True))
+
+
+def variants(
+    teacher: Teacher, selection: Selection, files: Files, config: CompileConfig, threads: int, step: Stage
+) -> dict[str, Runner]:
+    """What is compared and timed, in ONNX Runtime: the rivals by name, and the compiled model last."""
+    modules = rivals(teacher.sites, selection, max(config.batches), config.wanted_lowering)
+    runners = export_rivals(teacher, modules, threads, step.advance)
+    return {**runners, "compiled": OnnxRuntimeRunner(files.onnx.path, threads, "compiled")}
+
+
+def compare(
+    teacher: Teacher, compiled: Compiled, files: Files, runners: Mapping[str, Runner], config: CompileConfig
+) -> Fidelity:
+    """Fidelity on held-out samples: hop by hop, so that the hop that costs too much has a name, and site by site."""
+    hops: dict[str, Runner] = {
+        "teacher": origin_of(teacher.loaded).reference(teacher.loaded),
+        "capture": EagerRunner(teacher.graph.program.module()),
+        "amortisation": EagerRunner(compiled.amortised),
+    }
+    if compiled.activations:
+        hops["activations"] = EagerRunner(compiled.program.program.module())
+    hops["export"] = runners["compiled"]
+    if config.precision == "float16":
+        hops["precision"] = OnnxRuntimeRunner(files.deployed.path)
+    elif config.precision == "bfloat16":  # of which ONNX Runtime has no products on the CPU
+        hops["precision"] = EagerRunner(compiled.lowered.program.module())
+    of_sites = site_fidelity(teacher.graph, teacher.sites, compiled.operators, teacher.held_out)
+    return verify(hops, runners, of_sites, teacher.held_out)
+
+
+def measure_all(
+    teacher: Teacher, runners: Mapping[str, Runner], config: CompileConfig, threads: int, step: Stage
+) -> Latency:
+    """Latency of all variants at every batch size."""
+    runs = []
+    for batch in config.batches:
+        step.advance(f"batch {batch}")
+        runs += measure(runners, teacher.held_out, batch, config.seconds, config.seed)
+    return Latency(cpu_name(), threads, tuple(runs))
+
+
 @contextmanager
-def torch_threads(wanted: int) -> Iterator[int]:
-    """Give torch so many threads, 0 for what it has, and say how many these are."""
+def torch_threads(count: int) -> Iterator[int]:
+    """Set torch's thread count (0 keeps the current one) and yield it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
+    torch.set_num_threads(count or before)
     try:
-        yield wanted or before
+        yield count or before
     finally:
         torch.set_num_threads(before)
-
-
-def for_onnx_file(config: CompileConfig) -> CompileConfig:
-    """Options for a model that is an ONNX file: its operators keep to standard ONNX, as the file does.
-
-    Raises:
-        OptionError: anything else of the file is to be changed than its loops.
-    """
-    if config.precision != "float32" or config.dynamic or config.relu_activations:
-        raise OptionError(
-            "an ONNX file keeps its own precision, axes and activations",
-            "compile the checkpoint that it was exported from, or leave --precision, --dynamic and "
-            "--relu-activations away",
-        )
-    return replace(config, lowering="materialised")

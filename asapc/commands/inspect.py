@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from asapc.capturing.capture import capture
-from asapc.commands.teacher import find
+from asapc.commands.study import study
 from asapc.config import CompileConfig
 from asapc.errors import NoSinkhornError
-from asapc.events import OnEvent, stage
-from asapc.loading.model import load_model
+from asapc.events import OnEvent
 from asapc.loading.split import probe_samples
-from asapc.passes.find.build import build_plans
+from asapc.types.model import LoadedModel
+from asapc.types.samples import Samples
 from asapc.types.site import Findings
 from asapc.writing.report import shorten
 
@@ -24,15 +23,13 @@ def inspect_model(
     Raises:
         AsapcError: the checkpoint or the samples are at fault. Finding nothing is no error.
     """
-    config = config or CompileConfig()
-    with stage("load", on_event) as step:
-        loaded = load_model(path, config)
-        samples = probe_samples(loaded, config)
-        step.summary = "; ".join((f"{loaded.parameters:,} parameters", *loaded.notes))
-        if config.input_shape and config.calib is None:
-            step.summary += f"; probed with random inputs, seed {config.seed}"
-    graph = build_plans(capture(loaded, samples, config.early_stop), samples)
-    return find(graph, samples)
+    return study(path, config, example_samples, on_event).findings
+
+
+def example_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples, Samples]:
+    """Inputs to look into a model with; nothing is fitted, so that none have to be held out."""
+    samples = probe_samples(loaded, config)
+    return samples, samples
 
 
 def require_sites(findings: Findings, path: Path, listed: bool = False) -> None:

@@ -1,7 +1,7 @@
-"""Repeats the fidelity check of a compiled model, later and on other data, against its teacher."""
+"""`asapc verify`: the fidelity of a compiled model on other samples, against its teacher or its stored outputs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -9,14 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.capturing.capture import capture
-from asapc.capturing.onnx import OnnxGraph
-from asapc.commands.teacher import find
+from asapc.commands.study import study
 from asapc.config import CompileConfig
-from asapc.errors import CheckpointError, SamplesError
-from asapc.fidelity.budget import seen_of
+from asapc.errors import CheckpointError, OptionError, SamplesError
+from asapc.fidelity.budget import check_budget, seen_of
 from asapc.fidelity.outputs import verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.hashes import sha256
@@ -24,16 +21,17 @@ from asapc.loading.inputs import order_inputs
 from asapc.loading.model import load_model
 from asapc.loading.samples import load_samples
 from asapc.loading.untrusted.tensors import read_safetensors
-from asapc.passes.find.build import build_plans
 from asapc.planning.operators import operators
 from asapc.planning.ranges import score_ranges, wide_sites
 from asapc.types.budget import SITE_METRICS, Bound, parse_bound
-from asapc.types.choices import Candidate, Choice, Plan, SlicedDualParams
+from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 from asapc.types.results import Fidelity
 from asapc.types.samples import Samples
 from asapc.types.site import Site
+from asapc.writing.origins import origin_of
 from asapc.writing.report import fidelity_data
 
+Show = Callable[["Verification"], None]
 COMPILE = "compile the model again"
 # A site has left the range of its calibration where more than this share of the samples lies outside of it, widened
 # by so much of its width at either end.
@@ -41,8 +39,8 @@ MAX_OUTSIDE, WIDENED = 0.05, 0.1
 
 
 @dataclass(frozen=True)
-class Recheck:
-    """What checking a compiled model again found.
+class Verification:
+    """How a compiled model compares with its teacher on other samples.
 
     Attributes:
         fidelity: of the compiled file against the teacher.
@@ -93,48 +91,75 @@ class StoredOutputs:
         return list(self.outputs[start : self.seen].inputs.values())
 
 
-def recheck_stored(folder: Path, data: Path, outputs: Path) -> Recheck:
-    """Compare the compiled model in a folder with outputs of its teacher that were stored; see `recheck`.
+def verify_outputs(
+    folder: Path, data: Path, outputs: Path, config: CompileConfig | None = None, show: Show = lambda verification: None
+) -> Verification:
+    """Compare the compiled model in a folder with outputs of its teacher that were stored; see `verify_model`.
 
     Args:
         folder: what `compile_model` wrote.
         data: samples, named as the model's inputs, with labels where there are any.
         outputs: .npz or .pt file, one array for each output of the teacher in its order, for the same samples.
+        config: options; the budget matters here.
+        show: called with the result before it is held to the budget.
 
     Raises:
         CheckpointError: the folder is not whole.
         SamplesError: samples or outputs do not fit the model, or each other.
+        OptionError: the budget has a term that outputs alone cannot tell.
+        FidelityError: the budget is missed.
     """
+    config = config or CompileConfig()
+    of_sites = [str(bound) for bound in config.bounds() if bound.metric in SITE_METRICS]
+    if of_sites:
+        raise OptionError(
+            f"stored outputs tell nothing about {', '.join(of_sites)}", "omit --outputs, or the terms about sites"
+        )
     report = read_folder(folder)
     samples, stored = load_samples(data), load_samples(outputs)
     runner = OnnxRuntimeRunner(folder / "model.onnx")
+    check_stored(data, samples, outputs, stored, runner)
+    fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
+    verification = Verification(fidelity, config.bounds() or budget_of(report, fidelity), {})
+    return judge(verification, show)
+
+
+def check_stored(data: Path, samples: Samples, outputs: Path, stored: Samples, runner: OnnxRuntimeRunner) -> None:
+    """Raise SamplesError where samples are not of the model's inputs, or stored outputs not of its outputs for them."""
     if set(runner.names) != samples.inputs.keys():
         held, names = ", ".join(samples.inputs), ", ".join(runner.names)
         raise SamplesError(f"{data} holds {held}; the model's inputs are {names}", "name the arrays as the inputs")
     expected = [tuple(output.shape[1:]) for output in runner(samples[:1])]
-    given = [tuple(output.shape[1:]) for output in stored.inputs.values()]
-    if given != expected or len(stored) != len(samples):
+    shapes = [tuple(output.shape[1:]) for output in stored.inputs.values()]
+    if shapes != expected or len(stored) != len(samples):
         raise SamplesError(
-            f"{outputs} holds outputs of {len(stored)} samples and shapes {given}; {len(samples)} samples of the model "
-            f"give shapes {expected}",
+            f"{outputs} holds outputs of {len(stored)} samples and shapes {shapes}; {len(samples)} samples of the "
+            f"model give shapes {expected}",
             "store what the teacher returns for the samples of --data, one array for each output, in its order",
         )
-    fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
-    return Recheck(fidelity, budget_of(report, fidelity), {})
 
 
-def recheck(folder: Path, data: Path, teacher: Path | None = None, config: CompileConfig | None = None) -> Recheck:
+def verify_model(
+    folder: Path,
+    data: Path,
+    teacher: Path | None = None,
+    config: CompileConfig | None = None,
+    show: Show = lambda verification: None,
+) -> Verification:
     """Compare the compiled model in a folder with its teacher on the samples of a file.
 
     Args:
         folder: what `compile_model` wrote.
         data: samples, named as the model's inputs, with labels where there are any.
         teacher: the model that was compiled; None for the path that the report names.
-        config: options; those that say how to read the teacher matter, as they did when it was compiled.
+        config: options; the budget matters, and those that say how to read the teacher, as they did when it was
+            compiled.
+        show: called with the result before it is held to the budget.
 
     Raises:
         CheckpointError: the folder is not whole, or the teacher is another one.
         SamplesError: the samples do not fit the model.
+        FidelityError: the budget is missed: that of `config`, else what the model was compiled to keep.
     """
     config = config or CompileConfig()
     report = read_folder(folder)
@@ -142,21 +167,27 @@ def recheck(folder: Path, data: Path, teacher: Path | None = None, config: Compi
     if loaded.sha256 != report["model"]["sha256"]:
         raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
     samples = order_inputs(loaded, load_samples(data))
-    graph = build_plans(capture(loaded, samples, config.early_stop), samples)
-    sites = find(graph, samples).sites
+    # Nothing is fitted here, so that no samples have to be held out.
+    studied = study(loaded, config, lambda loaded, config: (samples, samples))
+    sites = studied.sites
     if [site.name for site in sites] != [site["name"] for site in report["sites"]]:
         raise CheckpointError(f"{folder} lists other sites than those found in {loaded.path}", COMPILE)
     tensors = read_safetensors(folder / "operator.safetensors", CheckpointError)
-    ranges = score_ranges(graph, sites, samples)
+    ranges = score_ranges(studied.graph, sites, samples)
     choices = {s.name: Choice(read_choice(s, of, tensors), "") for s, of in zip(sites, report["sites"], strict=True)}
-    wide = wide_sites(ranges)
-    replaced = operators(sites, Plan(choices, wide))
-    original = OnnxRuntimeRunner(loaded.path) if isinstance(graph, OnnxGraph) else EagerRunner(loaded.module)
-    hops = {"teacher": original, "compiled": OnnxRuntimeRunner(folder / "model.onnx")}
-    fidelity = verify(hops, {}, site_fidelity(graph, sites, replaced, samples), samples)
-    known = {site["name"]: site["calibration_range"] for site in report["sites"]}
-    outside = {name: share_outside(found.deviations, *known[name]) for name, found in ranges.items()}
-    return Recheck(fidelity, budget_of(report, fidelity), outside)
+    modules = operators(sites, Selection(choices, wide_sites(ranges)))
+    hops = {"teacher": origin_of(loaded).reference(loaded), "compiled": OnnxRuntimeRunner(folder / "model.onnx")}
+    fidelity = verify(hops, {}, site_fidelity(studied.graph, sites, modules, samples), samples)
+    calibrated = {site["name"]: site["calibration_range"] for site in report["sites"]}
+    outside = {name: share_outside(scores.deviations, *calibrated[name]) for name, scores in ranges.items()}
+    return judge(Verification(fidelity, config.bounds() or budget_of(report, fidelity), outside), show)
+
+
+def judge(verification: Verification, show: Show) -> Verification:
+    """Show a result, then hold it to its budget."""
+    show(verification)
+    check_budget(verification.fidelity, verification.budget)
+    return verification
 
 
 def budget_of(report: Mapping[str, Any], fidelity: Fidelity) -> tuple[Bound, ...]:

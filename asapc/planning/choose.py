@@ -15,12 +15,13 @@ from asapc.planning.operators import build, lower, operators
 from asapc.planning.propose import propose, split, why_not_sliced
 from asapc.planning.ranges import limits, score_ranges, wide_sites
 from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS
-from asapc.types.choices import Candidate, Choice, Plan
+from asapc.types.choices import Candidate, Choice, Selection
 from asapc.types.graph import CapturedGraph
 from asapc.types.options import Lowering
 from asapc.types.results import Fidelity, SiteFidelity
 from asapc.types.samples import Samples
 from asapc.types.site import Site
+from asapc.types.teacher import Teacher
 
 # A limit of the budget is aimed at with this margin, since other samples differ from those that choose.
 MARGIN = 0.9
@@ -34,49 +35,38 @@ MIN_SAVING = 0.05
 MAX_RELC, LEVELS = 0.5, 5
 
 
-def plan(
-    graph: CapturedGraph,
-    sites: Sequence[Site],
-    samples: Samples,
-    held_out: Samples,
-    config: CompileConfig,
-    advance: Callable[[str], None] = lambda detail: None,
-) -> Plan:
-    """Choose an operator for every site.
+def choose(teacher: Teacher, config: CompileConfig, advance: Callable[[str], None] = lambda detail: None) -> Selection:
+    """Select an operator for every site.
 
     Candidates are the exact scaling form, its truncations, and sliced duals of several feature sets and numbers of
     closure steps; `decide` says how it is chosen among them.
 
     Args:
-        graph: the captured teacher.
-        sites: what was found in it.
-        samples: calibration samples.
-        held_out: samples to check the whole model on.
+        teacher: the model, its sites and its samples.
         config: options; the level, the feature sets, the budget and the batches matter here.
         advance: called with a line about the progress.
     """
     advance("range of the scores")
-    ranges = score_ranges(graph, sites, samples)
+    sites = teacher.longest_sites
+    ranges = score_ranges(teacher.graph, sites, teacher.calibration)
     wide = wide_sites(ranges)
     if config.level == 0:
         kept = {s.name: Choice(Candidate("keep", s.loop.half_steps, inf), "-O0 leaves all as it is") for s in sites}
-        return Plan(kept, wide, limits(ranges))
-    candidates = propose(graph, sites, samples, config, advance)
+        return Selection(kept, wide, limits(ranges))
+    candidates = propose(teacher, config, advance)
     advance(f"comparing {sum(map(len, candidates.values()))} candidates")
-    selection, _ = split(samples)
-    costed = judge(graph, sites, candidates, wide, selection, max(config.batches), config.wanted_lowering)
-    return decide(graph, sites, costed, Plan({}, wide, limits(ranges)), held_out, config, advance)
+    choosing, _ = split(teacher.calibration)
+    costed = judge(teacher.graph, sites, candidates, wide, choosing, max(config.batches), config.wanted_lowering)
+    return decide(teacher, costed, Selection({}, wide, limits(ranges)), config, advance)
 
 
 def decide(
-    graph: CapturedGraph,
-    sites: Sequence[Site],
+    teacher: Teacher,
     candidates: Mapping[str, Sequence[Candidate]],
-    empty: Plan,
-    held_out: Samples,
+    empty: Selection,
     config: CompileConfig,
     advance: Callable[[str], None] = lambda detail: None,
-) -> Plan:
+) -> Selection:
     """Choose among candidates with cost and fidelity.
 
     At each site the cheapest is taken that keeps the budget on calibration samples that were not fitted. A budget that
@@ -86,26 +76,25 @@ def decide(
     on.
 
     Args:
-        graph: the captured teacher.
-        sites: its sites.
+        teacher: the model.
         candidates: by the site's name, the exact form first.
-        empty: a plan without choices.
-        held_out: samples to check the whole model on.
+        empty: a selection without choices.
         config: the level and the budget matter here.
         advance: called with a line about the progress.
     """
+    sites = teacher.longest_sites
     open_sites = bool(config.bounds()) and not any(bound.metric in SITE_METRICS for bound in config.bounds())
     levels = [MAX_RELC / 2**i for i in range(LEVELS)] if open_sites and config.level == 2 else [None]
-    chosen = empty
+    selection = empty
     for tightened, level in enumerate(levels):
-        choices = {site.name: choose(site, candidates[site.name], config, level) for site in sites}
-        chosen = replace(empty, choices=choices, repairs=tightened)
+        choices = {site.name: choose_operator(site, candidates[site.name], config, level) for site in sites}
+        selection = replace(empty, choices=choices, repairs=tightened)
         if level is None or level == levels[-1]:
             break  # which repair checks itself
         advance(f"checking the whole model, relc {level:.3g}")
-        if not missed(check(graph, sites, chosen, held_out), config.bounds()):
-            return chosen
-    return repair(graph, sites, chosen, held_out, config, advance)
+        if not missed(check(teacher, selection), config.bounds()):
+            return selection
+    return repair(teacher, selection, config, advance)
 
 
 def judge(
@@ -133,7 +122,9 @@ def judge(
     return {site.name: [judged(site, i, c) for i, c in enumerate(candidates[site.name])] for site in sites}
 
 
-def choose(site: Site, candidates: Sequence[Candidate], config: CompileConfig, level: float | None = None) -> Choice:
+def choose_operator(
+    site: Site, candidates: Sequence[Candidate], config: CompileConfig, level: float | None = None
+) -> Choice:
     """The cheapest candidate that keeps the budget of a site, the exact form where none saves anything.
 
     Args:
@@ -186,43 +177,38 @@ def front(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
             yield candidate
 
 
-def repair(
-    graph: CapturedGraph,
-    sites: Sequence[Site],
-    chosen: Plan,
-    held_out: Samples,
-    config: CompileConfig,
-    advance: Callable[[str], None],
-) -> Plan:
+def repair(teacher: Teacher, selection: Selection, config: CompileConfig, advance: Callable[[str], None]) -> Selection:
     """Spend on closer operators until the whole model keeps the budget on held-out samples, or nothing is left."""
     while True:
-        advance(f"checking the whole model, {chosen.repairs} repairs")
-        fidelity = check(graph, sites, chosen, held_out)
+        advance(f"checking the whole model, {selection.repairs} repairs")
+        fidelity = check(teacher, selection)
         if not missed(fidelity, config.bounds()):
-            return chosen
-        # A site that misses its own limit comes first; else all may be to blame.
-        named = {bound.metric for bound in config.bounds() or DEFAULT_BUDGET}
-        most = {name: limit for name, limit in site_limits(config).items() if name in named}
-        blamed = [s.name for s in sites if s.name in fidelity.sites and not keeps(fidelity.sites[s.name], most)]
-        steps = {
-            site.name: step
-            for site in sites
-            if (not blamed or site.name in blamed) and (step := next_step(chosen.choices[site.name])) is not None
-        }
+            return selection
+        blamed = sites_that_miss(teacher.sites, fidelity, config)
+        steps = {name: step for name in blamed if (step := next_step(selection.choices[name])) is not None}
         if not steps:
-            return chosen
-        name = max(steps, key=lambda name: gain(chosen.choices[name].candidate, steps[name]))
+            return selection
+        name = max(steps, key=lambda name: gain(selection.choices[name].candidate, steps[name]))
         why = "the whole model missed the budget on held-out samples with a cheaper one"
-        choices = {**chosen.choices, name: replace(chosen.choices[name], candidate=steps[name], reason=why)}
-        chosen = replace(chosen, choices=choices, repairs=chosen.repairs + 1)
+        choices = {**selection.choices, name: replace(selection.choices[name], candidate=steps[name], reason=why)}
+        selection = replace(selection, choices=choices, repairs=selection.repairs + 1)
 
 
-def check(graph: CapturedGraph, sites: Sequence[Site], chosen: Plan, samples: Samples) -> Fidelity:
-    """Fidelity of the graph with a plan's operators, site by site and whole."""
-    replaced = operators(sites, chosen)
-    module = RewriteSinkhorn(sites, replaced)(graph.program.module()).program
-    hops = {"teacher": EagerRunner(graph.program.module()), "amortisation": EagerRunner(module)}
-    return verify(hops, {}, site_fidelity(graph, sites, replaced, samples), samples)
+def sites_that_miss(sites: Sequence[Site], fidelity: Fidelity, config: CompileConfig) -> list[str]:
+    """Names of the sites that miss their own limit; of all where none does, since all may be to blame then."""
+    named = {bound.metric for bound in config.bounds() or DEFAULT_BUDGET}
+    limits_of_site = {name: limit for name, limit in site_limits(config).items() if name in named}
+    missing = [name for name, cost in fidelity.sites.items() if not keeps(cost, limits_of_site)]
+    return missing or [site.name for site in sites]
+
+
+def check(teacher: Teacher, selection: Selection) -> Fidelity:
+    """Fidelity of the graph with selected operators on held-out samples, site by site and whole."""
+    graph, sites, held_out = teacher.graph, teacher.sites, teacher.held_out
+    modules = operators(sites, selection)
+    rewritten = RewriteSinkhorn(sites, modules)(graph.program.module()).program
+    hops = {"teacher": EagerRunner(graph.program.module()), "amortisation": EagerRunner(rewritten)}
+    return verify(hops, {}, site_fidelity(graph, sites, modules, held_out), held_out)
 
 
 def next_step(choice: Choice) -> Candidate | None:

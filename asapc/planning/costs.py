@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
-from asapc.types.choices import Plan
+from asapc.types.choices import Selection
 from asapc.types.site import Site
 
 MODEL = Path(__file__).parent / "costs.json"
@@ -90,10 +90,10 @@ def unit_costs() -> dict[str, float]:
     return costs
 
 
-def share_of_exact(plan: Plan) -> float | None:
-    """What the operators of a plan take of the time of exact forms, as estimated; None where it keeps a loop."""
-    exact = [c.cost for choice in plan.choices.values() for c in choice.front if c.operator == "exact"]
-    chosen = [choice.candidate.cost for choice in plan.choices.values()]
+def share_of_exact(selection: Selection) -> float | None:
+    """What the operators of a selection take of the time of exact forms, as estimated; None where it keeps a loop."""
+    exact = [c.cost for choice in selection.choices.values() for c in choice.front if c.operator == "exact"]
+    chosen = [choice.candidate.cost for choice in selection.choices.values()]
     return sum(chosen) / sum(exact) if len(exact) == len(chosen) and all(map(isfinite, chosen)) else None
 
 

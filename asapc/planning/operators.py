@@ -1,4 +1,4 @@
-"""The modules that candidates and plans stand for, and the rivals that a compiled model is compared with."""
+"""The modules that candidates and selections stand for, and the rivals that a compiled model is compared with."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ from torch import nn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.planning.costs import estimate
-from asapc.types.choices import Candidate, Plan
+from asapc.types.choices import Candidate, Selection
 from asapc.types.options import Lowering
 from asapc.types.site import Site
 
@@ -83,24 +83,25 @@ def lower(site: Site, module: Operator, batch: int, wanted: Lowering | None = No
     return module
 
 
-def operators(sites: Sequence[Site], chosen: Plan) -> dict[str, Operator]:
-    """The modules that a plan stands for; sites that it keeps have none."""
-    candidates = {site.name: chosen.choices[site.name].candidate for site in sites}
-    return {s.name: build(s, candidates[s.name], chosen.wide) for s in sites if candidates[s.name].operator != "keep"}
+def operators(sites: Sequence[Site], selection: Selection) -> dict[str, Operator]:
+    """The modules that a selection stands for; sites that it keeps have none."""
+    candidates = {site.name: selection.choices[site.name].candidate for site in sites}
+    replaced = [site for site in sites if candidates[site.name].operator != "keep"]
+    return {site.name: build(site, candidates[site.name], selection.wide) for site in replaced}
 
 
 def rivals(
-    sites: Sequence[Site], chosen: Plan, batch: int, wanted: Lowering | None = None
+    sites: Sequence[Site], selection: Selection, batch: int, wanted: Lowering | None = None
 ) -> Mapping[str, Mapping[str, nn.Module]]:
     """What a compiled model is compared with, each a module for every site, by name, lowered as `lower` does.
 
     The teacher as written; exact Sinkhorn in scaling form; truncated Sinkhorn with as many half-steps as the
     compiled operator; softmax attention, the floor of what a replacement can cost.
     """
-    steps = {site.name: chosen.choices[site.name].candidate.half_steps for site in sites}
+    steps = {site.name: selection.choices[site.name].candidate.half_steps for site in sites}
     found: dict[str, dict[str, Operator]] = {
-        "exact": {s.name: exact_operator(s, wide=s.name in chosen.wide) for s in sites},
-        "truncated": {s.name: exact_operator(s, steps[s.name], s.name in chosen.wide) for s in sites},
+        "exact": {s.name: exact_operator(s, wide=s.name in selection.wide) for s in sites},
+        "truncated": {s.name: exact_operator(s, steps[s.name], s.name in selection.wide) for s in sites},
         "softmax": {s.name: Sinkhorn(1, masked=s.loop.masked, logarithm=s.wiring.logarithm) for s in sites},
     }
     lowered = {

@@ -1,6 +1,6 @@
 """Proposes what could stand in the place of each site: exact and truncated forms, and fitted sliced duals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from math import inf
@@ -9,9 +9,9 @@ from asapc.config import CompileConfig
 from asapc.ops.sliced_dual import first_half_steps
 from asapc.planning.calibrate import Fitted, calibrate
 from asapc.types.choices import SIDES, Candidate, FeatureSet, SlicedDualParams
-from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Site
+from asapc.types.teacher import Teacher
 
 MAX_CLOSURE_STEPS = 5
 MAX_EXACT_HALF_STEPS = 3  # a loop of no more is as cheap as what an estimate is followed by
@@ -22,36 +22,38 @@ SELECTION_SHARE = 4  # one in so many calibration samples chooses between candid
 
 
 def propose(
-    graph: CapturedGraph,
-    sites: Sequence[Site],
-    samples: Samples,
-    config: CompileConfig,
-    advance: Callable[[str], None] = lambda detail: None,
+    teacher: Teacher, config: CompileConfig, advance: Callable[[str], None] = lambda detail: None
 ) -> dict[str, list[Candidate]]:
     """Candidates by the site's name, without cost and fidelity; the exact form comes first.
 
     All processes that share in the calibration have to call it.
     """
-    found = {site.name: [Candidate("exact", site.loop.half_steps, inf)] for site in sites}
+    sites = teacher.longest_sites
+    candidates = {site.name: [Candidate("exact", site.loop.half_steps, inf)] for site in sites}
     if config.level < 2:
-        return found
+        return candidates
     for site in sites:
-        found[site.name] += [Candidate("truncated", t, inf) for t in TRUNCATED if t < site.loop.half_steps]
+        candidates[site.name] += [Candidate("truncated", t, inf) for t in TRUNCATED if t < site.loop.half_steps]
     sliceable = [site for site in sites if why_not_sliced(site) is None]
     sets = {site.name: feature_sets(site, config) for site in sliceable}
     if not sliceable:
-        return found
+        return candidates
     advance(f"fitting {len(sliceable)} sites")
-    selection, fitting = split(samples)
-    fitted = calibrate(graph, sets, sliceable, fitting, selection, MAX_CLOSURE_STEPS, advance)
+    choosing, fitting = split(teacher.calibration)
+    fits = calibrate(teacher.graph, sets, sliceable, fitting, choosing, MAX_CLOSURE_STEPS, advance)
     for site in sliceable:
         for features in sets[site.name]:
-            params = fitted[Fitted(site.name, features)]
-            first = first_half_steps(features.side, site.loop.last)
-            for steps in range(1 + MAX_CLOSURE_STEPS):
-                if (half_steps := first + 2 * steps) < site.loop.half_steps:
-                    found[site.name].append(Candidate("sliced_dual", half_steps, inf, None, truncate(params, steps)))
-    return found
+            candidates[site.name] += sliced_duals(site, features, fits[Fitted(site.name, features)])
+    return candidates
+
+
+def sliced_duals(site: Site, features: FeatureSet, params: SlicedDualParams) -> Iterator[Candidate]:
+    """The sliced duals of one fit: each number of closure steps with which it is shorter than the loop."""
+    first = first_half_steps(features.side, site.loop.last)
+    for steps in range(1 + MAX_CLOSURE_STEPS):
+        half_steps = first + 2 * steps
+        if half_steps < site.loop.half_steps:
+            yield Candidate("sliced_dual", half_steps, inf, None, truncate(params, steps))
 
 
 def split(samples: Samples) -> tuple[Samples, Samples]:

@@ -1,4 +1,4 @@
-"""What can stand in the place of a site, and what was chosen: frozen, and without logic of its own.
+"""What can replace a site, and what was selected: frozen, and without logic of its own.
 
 Shapes as in `types.site`, and F features.
 """
@@ -105,7 +105,7 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The operator that a plan puts in the place of one site, and what else there was.
+    """The operator that was selected for one site, and what else there was.
 
     Attributes:
         candidate: what was chosen.
@@ -119,8 +119,8 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """One choice for each site, by the site's name.
+class Selection:
+    """The compiler's choice of operators: one for each site, by the site's name.
 
     Attributes:
         choices: by the site's name.

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from asapc.types.samples import Samples
+
+Format = Literal["code", "exported", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class LoadedModel:
         inputs: what an exported model takes, by name and in its order; None for code, whose forward has parameters.
         example: inputs that are good enough to capture the model with, not to fit on; None for none.
         notes: what the user should know about how the file was read.
+        format: what the file holds: weights of a module of Python, a torch.export archive, or ONNX.
     """
 
     module: nn.Module
@@ -51,3 +55,4 @@ class LoadedModel:
     inputs: Mapping[str, InputType] | None = None
     example: Samples | None = None
     notes: tuple[str, ...] = ()
+    format: Format = "code"

@@ -14,7 +14,7 @@ from torch import Tensor
 from asapc.errors import OutputError
 from asapc.hashes import sha256
 from asapc.types.artifacts import EngineArtifact, OnnxArtifact
-from asapc.types.choices import Plan
+from asapc.types.choices import Selection
 from asapc.types.site import Site
 
 
@@ -105,13 +105,13 @@ def temporary_folder(path: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def write_operators(path: Path, sites: Sequence[Site], plan: Plan) -> None:
+def write_operators(path: Path, sites: Sequence[Site], selection: Selection) -> None:
     """Write the parameters of all operators as safetensors, named "<site>.<parameter>"."""
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
     for site in sites:
-        params = plan.choices[site.name].candidate.params
+        params = selection.choices[site.name].candidate.params
         product, dtype = site.wiring.product, site.wiring.dtype
         if product is None:
             tensors[f"{site.name}.loop_scale"] = site.loop.scale.to(dtype)

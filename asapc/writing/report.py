@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from asapc.types.budget import Bound
-from asapc.types.choices import Candidate, Choice, Plan
+from asapc.types.choices import Candidate, Choice, Selection
 from asapc.types.graph import EarlyStops
-from asapc.types.model import LoadedModel
 from asapc.types.results import Fidelity, FittedActivation, Latency
-from asapc.types.site import Findings, Miss, Site
+from asapc.types.site import Miss, Site
+from asapc.types.teacher import Teacher
 
-SCHEMA = "asapc.report/1"
+SCHEMA = "asapc.report/2"
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,8 @@ class CompileReport:
 
 
 def report_data(
-    loaded: LoadedModel,
-    findings: Findings,
-    plan: Plan,
+    teacher: Teacher,
+    selection: Selection,
     activations: Sequence[FittedActivation],
     fidelity: Fidelity,
     budget: Sequence[Bound],
@@ -42,14 +41,15 @@ def report_data(
     environment: dict[str, object],
 ) -> dict[str, Any]:
     """The content of report.json, plain types only."""
+    loaded, findings = teacher.loaded, teacher.findings
     return {
         "schema": SCHEMA,
         "model": {"path": str(loaded.path), "sha256": loaded.sha256, "parameters": loaded.parameters},
         "sites": [
             {
                 **site_data(site),
-                "choice": choice_data(plan.choices[site.name]),
-                "calibration_range": list(plan.ranges[site.name]),
+                "choice": choice_data(selection.choices[site.name]),
+                "calibration_range": list(selection.ranges[site.name]),
                 "fidelity": None if (found := fidelity.sites.get(site.name)) is None else asdict(found),
             }
             for site in findings.sites
@@ -128,11 +128,11 @@ def early_stop_note(data: Mapping[str, Any] | None) -> str:
     return f"without the early stop at {lines}, which changes {change} on the samples given"
 
 
-def plan_note(plan: Plan) -> str:
-    """Say in one line what a plan chose."""
-    chosen = Counter(choice.candidate.operator for choice in plan.choices.values())
+def selection_note(selection: Selection) -> str:
+    """Say in one line what was selected."""
+    chosen = Counter(choice.candidate.operator for choice in selection.choices.values())
     note = ", ".join(f"{count} {operator}" for operator, count in chosen.items())
-    return f"{note}; {plan.repairs} repairs" if plan.repairs else note
+    return f"{note}; {selection.repairs} repairs" if selection.repairs else note
 
 
 def choice_data(choice: Choice) -> dict[str, Any]:
@@ -154,7 +154,6 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
         "slices": 0 if params is None else params.slices,
         "features": [] if params is None else params.features,
         "side": None if params is None else params.side,
-        "closure_half_steps": 0 if params is None else candidate.half_steps,
         "estimated_ms": candidate.cost if isfinite(candidate.cost) else None,
         "calibration_relc": fidelity.relc if fidelity is not None and isfinite(fidelity.relc) else None,
     }

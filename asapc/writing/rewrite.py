@@ -8,17 +8,15 @@ import torch
 from torch import nn
 
 from asapc.backends.base import Runner
-from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.backends.onnxruntime.splicer import splice_onnx
 from asapc.capturing.export import export
-from asapc.capturing.onnx import OnnxGraph
 from asapc.errors import CaptureError, InternalError
 from asapc.passes.rewrite.activations import LowerActivations
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn, keep_float32, keep_output_types
-from asapc.types.artifacts import OnnxArtifact
 from asapc.types.graph import CapturedGraph
 from asapc.types.site import Site
+from asapc.types.teacher import Teacher
+from asapc.writing.origins import origin_of
 
 
 def rewrite(
@@ -57,37 +55,19 @@ def rewrite(
         raise InternalError(f"the model cannot be exported with its operators: {error}") from error
 
 
-def write_onnx(
-    graph: CapturedGraph,
-    compiled: CapturedGraph,
-    sites: Sequence[Site],
-    modules: Mapping[str, nn.Module],
-    path: Path,
-    metadata: Mapping[str, str],
-) -> OnnxArtifact:
-    """Write a graph that was rewritten, or the file that it was read from with the same operators.
-
-    Raises:
-        BuildError: as of `export_onnx` and `splice_onnx`.
-    """
-    if isinstance(graph, OnnxGraph):
-        return splice_onnx(graph, sites, modules, path, metadata)
-    return export_onnx(compiled, path, metadata)
-
-
 def export_rivals(
-    graph: CapturedGraph,
-    sites: Sequence[Site],
+    teacher: Teacher,
     variants: Mapping[str, Mapping[str, nn.Module]],
     threads: int,
     advance: Callable[[str], None],
 ) -> dict[str, Runner]:
     """Sessions of what a compiled model is compared with, in the same runtime."""
+    origin, graph, sites = origin_of(teacher.loaded), teacher.graph, teacher.sites
     runners: dict[str, Runner] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, modules in variants.items():
             advance(f"exporting {name} for comparison")
-            target = Path(scratch) / f"{name}.onnx"
-            artifact = write_onnx(graph, rewrite(graph, sites, modules), sites, modules, target, {})
+            path = Path(scratch) / f"{name}.onnx"
+            artifact = origin.write(graph, rewrite(graph, sites, modules), sites, modules, path, {})
             runners[name] = OnnxRuntimeRunner(artifact.path, threads, name)
     return runners

@@ -11,7 +11,7 @@ from asapc.config import CompileConfig
 from asapc.planning.choose import check, choose, decide, front, next_step, plan, repair
 from asapc.planning.operators import build, rivals
 from asapc.planning.propose import TRUNCATED, feature_sets, propose
-from asapc.types.choices import Candidate, Choice, Plan
+from asapc.types.choices import Candidate, Choice, Selection
 from asapc.types.results import SiteFidelity
 
 
@@ -119,7 +119,7 @@ def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
     middle = replace(next(c for c in candidates if c.half_steps == 9), cost=2.0, fidelity=CLOSE.fidelity)
     curve = (truncated, middle, exact)
     name = teacher.site.name
-    start = Plan({name: Choice(truncated, "", curve)})
+    start = Selection({name: Choice(truncated, "", curve)})
     lines = []
     for budget, expected in (("relc<=0.3", middle), ("relc<=1e-5", exact)):
         config = CompileConfig(fidelity=(budget, "agreement>=0"))
@@ -136,22 +136,24 @@ def test_a_budget_on_the_whole_model_alone_lets_sites_go_as_far_as_it_does(teach
     candidates = {name: [exact, *(candidate("truncated", t, 0.8 / t, half_steps=t) for t in (2, 3, 4, 6))]}
     for budget, expected in (("agreement>=0", 2), ("relc<=9", 2), ("agreement>=1.1", exact.half_steps)):
         config = CompileConfig(fidelity=(budget,))
-        made = decide(teacher.graph, [teacher.site], candidates, Plan({}), teacher.samples, config)
+        made = decide(teacher.graph, [teacher.site], candidates, Selection({}), teacher.samples, config)
         assert made.choices[name].candidate.half_steps == expected
     assert made.repairs > 0
 
 
 def test_a_budget_that_nothing_keeps_leaves_the_closest(teacher):
-    start = Plan({teacher.site.name: Choice(EXACT, "", (EXACT,))})
+    start = Selection({teacher.site.name: Choice(EXACT, "", (EXACT,))})
     config = CompileConfig(fidelity=("relc<=1e-30",))
-    start = Plan({teacher.site.name: replace(start.choices[teacher.site.name])})
+    start = Selection({teacher.site.name: replace(start.choices[teacher.site.name])})
     made = repair(teacher.graph, [teacher.site], start, teacher.samples, config, lambda detail: None)
     assert made.choices[teacher.site.name].candidate is EXACT
 
 
 def test_rivals_take_as_many_half_steps_as_they_are_said_to(teacher):
     name = teacher.site.name
-    found = rivals([teacher.site], Plan({name: Choice(candidate("sliced_dual", 1.0, 0.1), "")}, frozenset([name])), 1)
+    found = rivals(
+        [teacher.site], Selection({name: Choice(candidate("sliced_dual", 1.0, 0.1), "")}, frozenset([name])), 1
+    )
     assert found["teacher"] == {}
     assert (found["exact"][name].half_steps, found["exact"][name].wide) == (teacher.site.loop.half_steps, True)
     assert found["truncated"][name].half_steps == 5

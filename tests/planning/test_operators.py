@@ -6,7 +6,7 @@ from helpers.fitted import site
 
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.planning.operators import MAX_MATRIX, fusable, lower, rivals
-from asapc.types.choices import Candidate, Choice, Plan
+from asapc.types.choices import Candidate, Choice, Selection
 
 LENGTH = 512
 
@@ -60,7 +60,7 @@ def test_only_plain_products_that_end_on_rows_have_a_fused_form(changes, options
 
 def test_rivals_are_lowered_as_the_compiled_model_is():
     long = plain(queries=4096, keys=4096)
-    chosen = Plan({long.name: Choice(Candidate("truncated", 4, 1.0), "")})
+    chosen = Selection({long.name: Choice(Candidate("truncated", 4, 1.0), "")})
     for wanted, expected in ((None, "fused"), ("materialised", "materialised"), ("fused", "fused")):
         found = rivals([long], chosen, 1, wanted)
         assert {found[name][long.name].lowering for name in ("truncated", "softmax")} == {expected}

@@ -10,7 +10,7 @@ from helpers.fitted import changed
 from helpers.paths import ROOT
 
 from asapc.types.budget import Bound
-from asapc.types.choices import Candidate, Choice, Plan, SlicedDualParams
+from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 from asapc.types.graph import EarlyStops
 from asapc.types.model import LoadedModel
 from asapc.types.results import (
@@ -51,7 +51,7 @@ def report() -> dict:
     params = SlicedDualParams(basis, basis, 8, knots, (torch.zeros(2, 25), torch.zeros(2, 26)))
     quality = SiteFidelity(0.1, 0.1, 0.0, 0.1)
     sliced, exact = Candidate("sliced_dual", 5, 1.0, quality, params), Candidate("exact", 40, 2.0, quality)
-    plan = Plan(
+    plan = Selection(
         {
             "a": Choice(sliced, "why", (sliced, exact)),
             "b": Choice(Candidate("keep", 40, inf), "why", (exact,)),

@@ -277,4 +277,5 @@ def load_onnx(path: Path) -> LoadedModel:
         held_out=None,
         inputs=dict(zip(module.input_names, kinds, strict=True)),
         notes=tuple(notes),
+        format="onnx",
     )

@@ -57,6 +57,7 @@ def load_program(path: Path) -> LoadedModel:
         inputs=inputs,
         example=example,
         notes=("torch.export archive with sample inputs" if example else "torch.export archive",),
+        format="exported",
     )
 
 

@@ -1,0 +1,97 @@
+"""From a file to a `Teacher`: the same steps for every command, every process of torchrun and every benchmark."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from asapc.backends.eager.runner import EagerRunner
+from asapc.capturing.dynamic import at_longest, opens, parse_axes, reopen
+from asapc.config import CompileConfig
+from asapc.events import OnEvent, stage
+from asapc.fidelity.outputs import check_labels
+from asapc.loading.model import load_model
+from asapc.loading.split import gather_samples
+from asapc.passes.find.build import build_plans
+from asapc.passes.find.evidence import find_with_evidence
+from asapc.types.model import LoadedModel
+from asapc.types.samples import Samples
+from asapc.types.teacher import Teacher
+from asapc.writing.dump import Dump
+from asapc.writing.origins import origin_of
+from asapc.writing.report import early_stop_data, early_stop_note
+
+Gather = Callable[[LoadedModel, CompileConfig], tuple[Samples, Samples]]
+
+
+def study(
+    model: str | Path | LoadedModel,
+    config: CompileConfig | None = None,
+    gather: Gather = gather_samples,
+    on_event: OnEvent = lambda event: None,
+    dump: Dump | None = None,
+) -> Teacher:
+    """Load a model, gather its samples, capture it as a graph, build its plans and find its Sinkhorn loops.
+
+    Args:
+        model: its file, or the model where it is loaded.
+        config: options; those of loading, samples, capture and open axes matter here.
+        gather: gives calibration and held-out samples.
+        on_event: called with progress.
+        dump: writes the graph after capture and after its plans are built, and what was found.
+
+    Raises:
+        AsapcError: the model, its samples or an option are at fault. To find no loop is no error.
+    """
+    config, dump = config or CompileConfig(), dump or Dump()
+    with stage("load", on_event) as step:
+        loaded = model if isinstance(model, LoadedModel) else load_model(model, config)
+        calibration, held_out = gather(loaded, config)
+        counts = f"{loaded.parameters:,} parameters, {len(calibration)} + {len(held_out)} samples"
+        step.summary = "; ".join((counts, *loaded.notes))
+
+    with stage("capture", on_event) as step:
+        origin = origin_of(loaded)
+        config = origin.adapt(config)  # before any work is done for options that the format refuses
+        graph = origin.capture(loaded, calibration, config.early_stop)
+        dump.graph("capture", graph)
+        check_labels(EagerRunner(graph.program.module()), calibration, held_out)
+        axes = parse_axes(config.dynamic, calibration)
+        note = early_stop_note(early_stop_data(graph.early_stops))
+        step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}"
+
+    with stage("find", on_event) as step:
+        # Plans that the code applies without building them have to be there before the finder looks for plans.
+        graph = build_plans(graph, calibration)
+        findings = replace(find_with_evidence(graph, calibration), early_stops=graph.early_stops)
+        dump.graph("build-plans", graph)
+        dump.findings("find", findings)
+        step.summary = f"{len(findings.sites)} Sinkhorn sites"
+        # Sites are found with lengths fixed, since shapes that are numbers tell axes apart, and then by their place.
+        open_graph, open_sites = graph, list(findings.sites)
+        if findings.sites and opens(axes):
+            open_graph, open_sites = reopen(loaded, calibration, axes, graph, findings.sites, config.early_stop)
+    longest_sites = [at_longest(site, axes, calibration) for site in findings.sites]
+    return Teacher(loaded, calibration, held_out, graph, findings, open_graph, open_sites, longest_sites)
+
+
+def study_module(
+    module: nn.Module,
+    calibration: Samples,
+    held_out: Samples | None = None,
+    config: CompileConfig | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> Teacher:
+    """Study a module that is in memory; see `study`.
+
+    Args:
+        module: the model; it is put into evaluation mode.
+        calibration: samples for fitting.
+        held_out: samples to check on; None for those of calibration, where nothing is fitted.
+        config: options.
+        on_event: called with progress.
+    """
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    loaded = LoadedModel(module.eval(), Path("module"), "", parameters, None, None)
+    return study(loaded, config, lambda loaded, config: (calibration, held_out or calibration), on_event)

@@ -1,0 +1,118 @@
+"""What differs by the format that a model came in: how it is captured, what it is compared with, how it is written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from asapc.backends.base import Runner
+from asapc.backends.eager.runner import EagerRunner
+from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.backends.onnxruntime.splicer import splice_onnx
+from asapc.capturing.capture import capture_code, capture_exported, capture_onnx
+from asapc.capturing.onnx import OnnxGraph
+from asapc.config import CompileConfig
+from asapc.errors import OptionError
+from asapc.types.artifacts import OnnxArtifact
+from asapc.types.graph import CapturedGraph
+from asapc.types.model import Format, LoadedModel
+from asapc.types.options import EarlyStopRule
+from asapc.types.samples import Samples
+from asapc.types.site import Site
+
+
+class Origin:
+    """A format that models come in; what is here holds for modules of Python."""
+
+    def adapt(self, config: CompileConfig) -> CompileConfig:
+        """Options as they are for a model of this format.
+
+        Raises:
+            OptionError: the format does not bear one of them.
+        """
+        return config
+
+    def capture(self, loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
+        """Capture the model as one graph with a dynamic batch; see `capturing.capture`."""
+        return capture_code(loaded, samples, early_stop)
+
+    def reference(self, loaded: LoadedModel) -> Runner:
+        """The model as it came, to compare with."""
+        return EagerRunner(loaded.module)
+
+    def write(
+        self,
+        graph: CapturedGraph,
+        compiled: CapturedGraph,
+        sites: Sequence[Site],
+        modules: Mapping[str, nn.Module],
+        path: Path,
+        metadata: Mapping[str, str],
+    ) -> OnnxArtifact:
+        """Write a model with operators as ONNX.
+
+        Args:
+            graph: the model as it was captured.
+            compiled: the same with the operators in it.
+            sites: what was found in `graph`.
+            modules: operators by the site's name.
+            path: file to write; it appears whole or not at all.
+            metadata: what the file says about its origin.
+
+        Raises:
+            BuildError: it cannot be written.
+        """
+        return export_onnx(compiled, path, metadata)
+
+
+class Exported(Origin):
+    """An archive of torch.export, which holds its graph."""
+
+    def capture(self, loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
+        """The graph of the archive."""
+        return capture_exported(loaded, samples)
+
+
+class OnnxFile(Origin):
+    """An ONNX file, of which the loops alone are replaced."""
+
+    def adapt(self, config: CompileConfig) -> CompileConfig:
+        """Keep operators to standard ONNX, as the file does; refuse what would change anything else of the file."""
+        if config.precision != "float32" or config.dynamic or config.relu_activations:
+            raise OptionError(
+                "an ONNX file keeps its own precision, axes and activations",
+                "compile the checkpoint that it was exported from, or omit --precision, --dynamic and "
+                "--relu-activations",
+            )
+        return replace(config, lowering="materialised")
+
+    def capture(self, loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
+        """The file as a graph of torch."""
+        return capture_onnx(loaded, samples)
+
+    def reference(self, loaded: LoadedModel) -> Runner:
+        """The file in ONNX Runtime."""
+        return OnnxRuntimeRunner(loaded.path)
+
+    def write(
+        self,
+        graph: CapturedGraph,
+        compiled: CapturedGraph,
+        sites: Sequence[Site],
+        modules: Mapping[str, nn.Module],
+        path: Path,
+        metadata: Mapping[str, str],
+    ) -> OnnxArtifact:
+        """Put the operators into the file; all else of it stays as it is, byte for byte."""
+        return splice_onnx(cast(OnnxGraph, graph), sites, modules, path, metadata)  # what `capture` gave
+
+
+ORIGINS: Mapping[Format, Origin] = {"code": Origin(), "exported": Exported(), "onnx": OnnxFile()}
+
+
+def origin_of(loaded: LoadedModel) -> Origin:
+    """What differs by the format of a model."""
+    return ORIGINS[loaded.format]
