@@ -172,7 +172,8 @@ def dynamic(shape: torch.Size, value: Tensor, batch: int, dim: Dim) -> dict[int,
 
 def opset_of(model: Any) -> int:
     """Version of the standard's operators in a model."""
-    return max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    version: int = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    return version
 
 
 def lower(model: Any, opset: int) -> None:
