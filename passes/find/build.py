@@ -33,18 +33,17 @@ def build_plans(graph: CapturedGraph, samples: Samples) -> CapturedGraph:
         graph: the captured model; it is not changed.
         samples: what the finder may look at, see `find_with_evidence`.
     """
-    wanted: Collection[str] | None = None
+    products: Collection[str] | None = None
     while True:
-        build = BuildPlan(wanted)
+        build = BuildPlan(products)
         result = build(copy.deepcopy(graph.program.graph_module))
         if not result.modified:
             return graph
         built = replace(graph, program=with_graph(graph.program, result.program))
         plans = {site.wiring.plan.node for site in find_with_evidence(built, samples).sites}
-        found = {product for product, plan in build.plans.items() if plan in plans}
-        if found == set(build.plans):
+        products = {product for product, plan in build.plans.items() if plan in plans}
+        if products == set(build.plans):
             return built
-        wanted = found
 
 
 def with_graph(program: ExportedProgram, module: GraphModule) -> ExportedProgram:
@@ -69,14 +68,14 @@ class BuildPlan(GraphPass[GraphModule]):
     stays, and keeps its name and metadata: it computes the same from the plan.
 
     Args:
-        wanted: names of the products whose plan is to be built; None for all.
+        products: names of the products whose plan is to be built; None for all.
 
     Attributes:
         plans: after a call, the names of the plans by those of the products.
     """
 
-    def __init__(self, wanted: Collection[str] | None = None) -> None:
-        self.wanted = wanted
+    def __init__(self, products: Collection[str] | None = None) -> None:
+        self.products = products
         self.plans: dict[str, str] = {}
 
     def requires(self, program: GraphModule) -> None:
@@ -88,7 +87,7 @@ class BuildPlan(GraphPass[GraphModule]):
         """Build what plans there are to build."""
         self.plans = {}
         for node in list(program.graph.nodes):
-            if self.wanted is not None and node.name not in self.wanted:
+            if self.products is not None and node.name not in self.products:
                 continue
             for find in (find_unbuilt_equation, find_unbuilt):  # what the first leaves may be scaled from outside
                 if (unbuilt := find(node)) is not None:
@@ -122,9 +121,9 @@ def build(graph: Graph, unbuilt: Unbuilt) -> Node:
     """Build a plan and apply it, in the place of the product or of its scaled result; return the plan."""
     end = (unbuilt.product, *unbuilt.result)[-1]
 
-    def again(steps: Sequence[Node], given: Mapping[Node, Node]) -> Node:
-        """The last of some steps, computed from what is given in the place of some nodes, and without what moves."""
-        copies = dict(given)
+    def again(steps: Sequence[Node], substitutes: Mapping[Node, Node]) -> Node:
+        """The last of some steps, computed from substitutes for some nodes, and without the scalings that move."""
+        copies = dict(substitutes)
         for node in steps:
             if node in unbuilt.left_out:
                 copies[node] = copies.get(unbuilt.left_out[node], unbuilt.left_out[node])

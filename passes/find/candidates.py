@@ -30,7 +30,7 @@ from asapc.passes.find.kinds import (
     makes_scores,
     size_of,
 )
-from asapc.passes.find.products import as_product, shape_of
+from asapc.passes.find.products import Product, as_product, shape_of
 from asapc.passes.find.regions import descend
 from asapc.passes.layout import follow_axes, positions
 
@@ -55,20 +55,20 @@ class Candidate:
         plan: the node.
         starts: nodes of its shape that it may have been made from, in the order of the graph.
         region: what the plan depends on, back to layers and to products that make scores.
-        given: what the region reads and no start takes part in: masks, biases, temperatures.
+        side_inputs: what the region reads and no start takes part in: masks, biases, temperatures.
         uses: what uses it up.
     """
 
     plan: Node
     starts: tuple[Node, ...]
     region: frozenset[Node]
-    given: frozenset[Node]
+    side_inputs: frozenset[Node]
     uses: tuple[Use, ...]
 
     @property
     def needed(self) -> set[Node]:
         """Nodes whose values it takes to judge the candidate."""
-        return {self.plan, *self.starts, *self.given}
+        return {self.plan, *self.starts, *self.side_inputs}
 
 
 def propose(graph: Graph) -> Iterator[Candidate]:
@@ -90,37 +90,62 @@ def used_up(node: Node) -> list[tuple[Node, Node]]:
         return [(node, operand) for operand in operands]
     if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor | tuple | list):
         return []
-    if not is_reduction(node):
-        return [] if is_elementwise(node) or is_view(node) else [(node, operand) for operand in operands]
-    factor = operands[0]
-    factors = factor.all_input_nodes
-    if factor.target is not aten.mul.Tensor or len(factors) != 2:
+    if is_reduction(node):
+        return factors_of_sum(operands[0])
+    if is_elementwise(node) or is_view(node):
         return []
+    return [(node, operand) for operand in operands]
+
+
+def factors_of_sum(factor: Node) -> list[tuple[Node, Node]]:
+    """A product entry by entry that a reduction reads, with each of its factors that may be a plan."""
+    if factor.target is not aten.mul.Tensor or len(factor.all_input_nodes) != 2:
+        return []
+    left, right = factor.all_input_nodes
     # Within a loop one factor is made of the other, the scaling vector of the kernel.
-    return [(factor, a) for a, b in (factors, factors[::-1]) if size_of(a) != size_of(factor) and not depends_on(a, b)]
+    return [
+        (factor, one)
+        for one, other in ((left, right), (right, left))
+        if size_of(one) != size_of(factor) and not depends_on(one, other)
+    ]
 
 
 def paths_to(operand: Node) -> Iterator[tuple[Node, ...]]:
     """Ways to an operand from nodes before it, through views and elementwise steps that keep the size."""
     paths: list[tuple[Node, ...]] = [(operand,)] if is_matrix(operand) else []
-    seen: set[Node] = set()
+    passed: set[Node] = set()
     while paths:
         path = paths.pop(0)
-        node = path[0]
-        if node in seen:
-            continue
-        seen.add(node)
-        yield path
-        if len(path) <= MAX_STEPS and (is_view(node) or is_elementwise(node)):
-            paths += [
-                (n, *path)
-                for n in node.all_input_nodes
-                if is_matrix(n) and (size_of(n) == size_of(node) or is_cut(node))
-            ]
+        if path[0] not in passed:
+            passed.add(path[0])
+            yield path
+            if len(path) <= MAX_STEPS:
+                paths += [(source, *path) for source in carried_inputs(path[0])]
+
+
+def carried_inputs(node: Node) -> list[Node]:
+    """Matrices that a node hands on as a whole, or after a cut in part: all of a view's or an elementwise step's."""
+    if not (is_view(node) or is_elementwise(node)):
+        return []
+    return [n for n in node.all_input_nodes if is_matrix(n) and (size_of(n) == size_of(node) or is_cut(node))]
 
 
 def trace_back(plan: Node, uses: Sequence[Use]) -> Candidate | None:
     """The candidate that ends in a node; None if nothing in it could normalise a plan."""
+    region, reached = walk_back(plan)
+    starts = find_starts(plan, region, reached)
+    products = [product for node in sorted(region) if (product := score_product(node)) is not None]
+    after = descend({*starts, *(product.node for product in products)}, sorted(region))
+    if not starts or not any(is_mixing(node) for node in after):
+        return None
+    side_inputs = reached - after - set(starts)
+    for product in products:
+        side_inputs |= scaling_inputs(product.left) | scaling_inputs(product.right)
+    return Candidate(plan, tuple(starts), frozenset(region), frozenset(side_inputs), tuple(uses))
+
+
+def walk_back(plan: Node) -> tuple[set[Node], set[Node]]:
+    """What a plan depends on, back to layers and products that make scores of its size; and that with all it reads."""
     region: set[Node] = set()
     reached = {plan}
     stack = [plan]
@@ -129,34 +154,41 @@ def trace_back(plan: Node, uses: Sequence[Use]) -> Candidate | None:
         if node in region or node.op != "call_function" or not node.all_input_nodes:
             continue
         region.add(node)
-        if node.target not in LAYERS and not (makes_scores(node) and size_of(node) == size_of(plan)):
+        product = makes_scores(node) and size_of(node) == size_of(plan)
+        if node.target not in LAYERS and not product:
             reached |= set(node.all_input_nodes)
             stack += node.all_input_nodes
-    starts = [n for n in sorted(reached) if n is not plan and is_matrix(n) and shape_of(n) == shape_of(plan)]
-    late = under_way(plan, region)
-    starts = [n for n in starts if n not in late][:MAX_STARTS]
-    ordered = sorted(region)
-    after = descend({*starts, *(n for n in region if makes_scores(n))}, ordered)
-    if not starts or not any(is_mixing(node) for node in after):
-        return None
-    given = reached - after - set(starts)
-    for product in (as_product(node) for node in region if makes_scores(node)):
-        if product is not None:
-            for path in (scaling_chain(product.left), scaling_chain(product.right)):
-                given |= {n for node in path[1:] for n in node.all_input_nodes} - set(path)
-    return Candidate(plan, tuple(starts), frozenset(region), frozenset(given), tuple(uses))
+    return region, reached
+
+
+def find_starts(plan: Node, region: set[Node], reached: set[Node]) -> list[Node]:
+    """Nodes of a plan's shape that its loop may start from, the first ones, in the order of the graph."""
+    late = under_way(plan, region) | {plan}
+    starts = [n for n in sorted(reached - late) if is_matrix(n) and shape_of(n) == shape_of(plan)]
+    return starts[:MAX_STARTS]
+
+
+def score_product(node: Node) -> Product | None:
+    """The product that makes scores in a node; None for any other node."""
+    return as_product(node) if makes_scores(node) else None
 
 
 def under_way(plan: Node, region: set[Node]) -> set[Node]:
     """Nodes of a region that sums over a matrix of the plan's size went into: a loop does not start there."""
-    found: set[Node] = set()
-    for node in sorted(region):
-        inputs = node.all_input_nodes
-        sums = is_mixing(node) and getattr(node.target, "overloadpacket", None) not in EXTREMES
-        over_matrix = sums and not makes_scores(node) and any(size_of(n) == size_of(plan) for n in inputs)
-        if over_matrix or any(n in found for n in inputs):
-            found.add(node)
-    return found
+    sums = {node for node in region if is_sum(node) and any(size_of(n) == size_of(plan) for n in node.all_input_nodes)}
+    return sums | descend(sums, sorted(region))
+
+
+def is_sum(node: Node) -> bool:
+    """Whether a node may be a step of a loop: it sums over axes, and is neither an extreme nor makes scores."""
+    extreme = getattr(node.target, "overloadpacket", None) in EXTREMES
+    return is_mixing(node) and not extreme and not makes_scores(node)
+
+
+def scaling_inputs(operand: Node) -> set[Node]:
+    """What the steps of `scaling_chain` read besides the chain itself: the constants that they multiply by."""
+    chain = scaling_chain(operand)
+    return {n for node in chain[1:] for n in node.all_input_nodes} - set(chain)
 
 
 def scaling_chain(operand: Node) -> list[Node]:
@@ -186,30 +218,39 @@ def carry(path: Sequence[Node]) -> Tensor | None:
 
     Elementwise steps count as carrying what they read.
     """
-    seen = positions(example_shape(path[0]))
+    places = positions(example_shape(path[0]))
     for before, node in pairwise(path):
         if is_view(node) and node.target not in SAME_VALUES:
-
-            def argument(n: Node) -> Any:
-                if n is before:  # noqa: B023
-                    return seen  # noqa: B023
-                value = n.meta.get("val")
-                if isinstance(value, Tensor):
-                    raise LookupError
-                return concrete(value)
-
-            try:
-                args, kwargs = map_arg((node.args, node.kwargs), argument)
-                operator: Any = node.target
-                seen = operator(*args, **kwargs)
-            except (LookupError, RuntimeError, TypeError):
+            result = apply_view(node, before, places)
+            if result is None:
                 return None
-        if not isinstance(seen, Tensor) or tuple(seen.shape) != example_shape(node):
+            places = result
+        if tuple(places.shape) != example_shape(node):
             return None
-    return seen
+    return places
+
+
+def apply_view(view: Node, source: Node, tensor: Tensor) -> Tensor | None:
+    """What a view makes of a tensor in the place of its source; None if it reads other tensors or cannot run."""
+
+    def argument(node: Node) -> Any:
+        if node is source:
+            return tensor
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            raise LookupError
+        return concrete(value)
+
+    try:
+        args, kwargs = map_arg((view.args, view.kwargs), argument)
+        operator: Any = view.target
+        result = operator(*args, **kwargs)
+    except (LookupError, RuntimeError, TypeError):
+        return None
+    return result if isinstance(result, Tensor) else None
 
 
 def carried_axes(path: Sequence[Node], axes: str) -> str | None:
     """Letters of the axes of a path's last node, by those of its first."""
-    seen = carry(path)
-    return None if seen is None else follow_axes(seen, axes, example_shape(path[0]))
+    places = carry(path)
+    return None if places is None else follow_axes(places, axes, example_shape(path[0]))

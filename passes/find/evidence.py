@@ -55,13 +55,13 @@ def marks(value: Tensor) -> Tensor:
 def telling(graph: CapturedGraph, names: Sequence[str], samples: Samples) -> list[int]:
     """For each named node two samples on which it is not the same everywhere; none where there are no such."""
     module = graph.program.module()
-    found: list[int] = []
+    numbers: list[int] = []
 
     def differs(name: str, part: list[int]) -> bool:
         return len(part) > 1 and not is_same_everywhere(record(module, samples[part], [name])[name])
 
     for name in names:
-        if differs(name, found):
+        if differs(name, numbers):
             continue
         indices = list(range(len(samples)))[:MAX_SAMPLES]
         parts = (indices[start : start + BATCH] for start in range(0, len(indices), BATCH))
@@ -70,5 +70,5 @@ def telling(graph: CapturedGraph, names: Sequence[str], samples: Samples) -> lis
             one, other = part[: len(part) // 2], part[len(part) // 2 :]
             # Where it differs within neither half it does so between them.
             part = next((half for half in (one, other) if differs(name, half)), [one[0], other[0]])
-        found += part
-    return found
+        numbers += part
+    return numbers

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-import torch
 from torch import Tensor
+from torch.fx import Node
 
-from asapc.passes.find.candidates import Candidate, Use, carried_axes, carry, example_shape
-from asapc.passes.find.kinds import is_view, makes_scores
+from asapc.passes.find.candidates import Candidate, Use, carried_axes, carry, example_shape, score_product
+from asapc.passes.find.kinds import is_view
 from asapc.passes.find.products import Product, as_product
 from asapc.passes.layout import arrange, positions, restore
 
@@ -37,24 +37,32 @@ def frames(candidate: Candidate, shape: Sequence[int], batch: int) -> Iterator[F
     dynamic = [axis for axis, size in enumerate(sizes) if not isinstance(size, int)]
     if len(dynamic) != 1:
         return
-    per_sample = shape[dynamic[0]] // batch
     for rows, columns in sorted(combinations(static, 2), reverse=True):
         heads = [axis for axis in static if axis not in (rows, columns)]
-        if len(heads) > 2:
-            continue
-        letters = ["1"] * len(sizes)
-        for axis, letter in zip((rows, columns, *heads), "nm" + ("gh" if len(heads) == 2 else "h"), strict=False):
-            letters[axis] = letter
-        number = [shape[axis] for axis in heads]
-        letters[dynamic[0]] = "b"
-        if per_sample > 1 and not heads:
-            letters[dynamic[0]] = merged_order(candidate)
-            number = [per_sample]
-        axes = "".join(letters)
-        placed = [found for use in candidate.uses if (found := place(use, axes)) is not None]
-        if placed and "n" in placed[0].contracted:  # multiplied with values from the other side
-            axes = axes.translate(str.maketrans("nm", "mn"))
-        yield Frame(axes, number[0] if len(number) == 2 else 1, int(torch.Size(number).numel()))
+        if len(heads) <= 2:
+            letters = dict(zip((*heads, rows, columns), "gh"[2 - len(heads) :] + "nm", strict=True))
+            yield frame(candidate, letters | {dynamic[0]: "b"}, shape, batch)
+
+
+def frame(candidate: Candidate, letters: Mapping[int, str], shape: Sequence[int], batch: int) -> Frame:
+    """The layout of a plan, told as far as its own shape tells it.
+
+    Args:
+        candidate: the plan and its uses.
+        letters: of its axes; those without one have length 1.
+        shape: of the plan on the samples.
+        batch: number of samples.
+    """
+    axes = "".join(letters.get(axis, "1") for axis in range(len(shape)))
+    sizes = {letter: shape[axis] for axis, letter in letters.items()}
+    groups, heads = sizes.get("g", 1), sizes.get("h", 1)
+    per_sample = sizes["b"] // batch
+    if per_sample > 1 and "h" not in sizes:  # samples and heads have one axis
+        axes, heads = axes.replace("b", merged_order(candidate)), per_sample
+    applied = next((placed for use in candidate.uses if (placed := place(use, axes)) is not None), None)
+    if applied is not None and "n" in applied.contracted:  # multiplied with values from the other side
+        axes = axes.translate(str.maketrans("nm", "mn"))
+    return Frame(axes, groups, groups * heads)
 
 
 @dataclass(frozen=True)
@@ -90,17 +98,26 @@ def merged_order(candidate: Candidate) -> str:
 
     Told by following the product's first operand back to where the samples had an axis of their own.
     """
-    products = [product for n in sorted(candidate.region) if makes_scores(n) and (product := as_product(n))]
-    path = [products[0].left] if products else []
-    while path and is_view(path[0]) and path[0].all_input_nodes:
+    products = (product for n in sorted(candidate.region) if (product := score_product(n)) is not None)
+    product = next(products, None)
+    path = [] if product is None else views_up(product.left)
+    for begin in range(len(path) - 1):
+        places = carry(path[begin:])
+        if places is not None and places.shape[0] > 1:
+            shape = example_shape(path[begin])
+            # Samples come first in the source: a step along the merged axis leads to the next sample, or to a head.
+            step = int(places[(1, *[0] * (places.dim() - 1))])
+            sample = positions(shape).stride()[0] * int(places.shape[0] > shape[0])
+            return "y" if step == sample else "z"
+    return "z"
+
+
+def views_up(operand: Node) -> list[Node]:
+    """The views that lead to an operand, the operand last, and before all the tensor that they begin with."""
+    path = [operand]
+    while is_view(path[0]) and path[0].all_input_nodes:
         source = path[0].all_input_nodes[0]
         if not isinstance(source.meta.get("val"), Tensor):
             break
         path.insert(0, source)
-    for begin in range(len(path) - 1):
-        seen = carry(path[begin:])
-        if seen is not None and seen.shape[0] > 1:
-            shape = example_shape(path[begin])
-            stride = positions(shape).stride()[0]
-            return "y" if int(seen[(1, *[0] * (seen.dim() - 1))]) == stride * int(seen.shape[0] > shape[0]) else "z"
-    return "z"
+    return path

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from asapc.passes.find.products import as_product, shape_of
+from asapc.passes.find.products import as_product, named_sizes
 
 aten = torch.ops.aten
 SIZE = "asapc_size"
@@ -81,7 +81,7 @@ def makes_scores(node: Node) -> bool:
 
 def brings_axis(operand: Node, axes: str, own: str) -> bool:
     """Whether an operand of a product has an axis of its own, longer than 1, and is not diagonal."""
-    sizes = dict(zip(axes, shape_of(operand) or (), strict=False))
+    sizes = named_sizes(operand, axes)
     while (viewed := viewed_by(operand)) is not None:
         operand = viewed
     return operand.target not in DIAGONALS and any(sizes.get(a) != "1" for a in own)
@@ -135,25 +135,25 @@ def is_cut(node: Node) -> bool:
 
 def is_constant(node: Node) -> bool:
     """Whether a node depends on no values of the model's inputs; on their sizes it may."""
-    stack, seen = [node], set[Node]()
+    stack, passed = [node], set[Node]()
     while stack:
         node = stack.pop()
         if node.op == "placeholder":
             return False
-        if node not in seen and getattr(node.target, "overloadpacket", None) not in SIZES_ONLY:
-            seen.add(node)
+        if node not in passed and getattr(node.target, "overloadpacket", None) not in SIZES_ONLY:
+            passed.add(node)
             stack += node.all_input_nodes
     return True
 
 
 def depends_on(node: Node, source: Node) -> bool:
     """Whether a node depends on another."""
-    stack, seen = [node], set[Node]()
+    stack, passed = [node], set[Node]()
     while stack:
         node = stack.pop()
         if node is source:
             return True
-        if node not in seen and node > source:
-            seen.add(node)
+        if node not in passed and node > source:
+            passed.add(node)
             stack += node.all_input_nodes
     return False

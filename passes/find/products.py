@@ -1,5 +1,6 @@
 """Products of two tensors in a graph, whichever operator they are written with, as one equation over axes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from string import ascii_lowercase
 
@@ -48,8 +49,13 @@ def as_product(node: Node) -> Product | None:
         return None
     if not isinstance(left, Node) or not isinstance(right, Node):
         return None
-    left_shape, right_shape = shape_of(left), shape_of(right)
-    if left_shape is None or right_shape is None or min(len(left_shape), len(right_shape)) < 2:
+    return from_matrices(node, left, right)
+
+
+def from_matrices(node: Node, left: Node, right: Node) -> Product | None:
+    """A matrix product over the last axes, whose leading axes broadcast; None if an operand is no matrix."""
+    left_shape, right_shape = shape_of(left) or (), shape_of(right) or ()
+    if min(len(left_shape), len(right_shape)) < 2:
         return None
     rank = max(len(left_shape), len(right_shape))
     lead, (row, inner, column) = ascii_lowercase[: rank - 2], "XYZ"
@@ -67,24 +73,44 @@ def as_product(node: Node) -> Product | None:
 def from_equation(node: Node) -> Product | None:
     """An einsum of two operands without ellipsis and without repeated axes."""
     equation, nodes = node.args[:2]
-    if not isinstance(equation, str) or "." in equation or not isinstance(nodes, list | tuple) or len(nodes) != 2:
+    letters = split_equation(equation)
+    if letters is None or not isinstance(nodes, list | tuple) or len(nodes) != 2:
         return None
-    inputs, arrow, out = equation.replace(" ", "").partition("->")
-    left_axes, right_axes = inputs.split(",")
-    both = left_axes + right_axes
-    if not arrow:
-        out = "".join(sorted(a for a in set(both) if both.count(a) == 1))
     left, right = nodes
-    if any(len(set(axes)) < len(axes) for axes in (left_axes, right_axes, out)):
-        return None
     if not isinstance(left, Node) or not isinstance(right, Node):
         return None
-    sizes = [dict(zip(axes, shape_of(n) or (), strict=False)) for n, axes in ((left, left_axes), (right, right_axes))]
+    (left_axes, right_axes), out = letters
+    left_sizes, right_sizes = named_sizes(left, left_axes), named_sizes(right, right_axes)
 
-    def broadcast(axes: str, own: dict[str, str], other: dict[str, str]) -> str:
+    def broadcast(axes: str, own: Mapping[str, str], other: Mapping[str, str]) -> str:
         return "".join("1" if own.get(a) == "1" and other.get(a, "1") != "1" else a for a in axes)
 
-    return Product(node, left, right, broadcast(left_axes, *sizes), broadcast(right_axes, *sizes[::-1]), out)
+    return Product(
+        node,
+        left,
+        right,
+        broadcast(left_axes, left_sizes, right_sizes),
+        broadcast(right_axes, right_sizes, left_sizes),
+        out,
+    )
+
+
+def split_equation(equation: object) -> tuple[list[str], str] | None:
+    """Letters of the operands and of the result of an einsum; None where it has an ellipsis or repeats an axis."""
+    if not isinstance(equation, str) or "." in equation:
+        return None
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    operands = inputs.split(",")
+    if not arrow:  # then the result has the axes that only one operand has, by the alphabet
+        letters = "".join(operands)
+        out = "".join(sorted(a for a in letters if letters.count(a) == 1))
+    repeats = any(len(set(axes)) < len(axes) for axes in (*operands, out))
+    return None if repeats else (operands, out)
+
+
+def named_sizes(node: Node, axes: str) -> dict[str, str]:
+    """Symbolic sizes of a tensor's axes by their letters, as text."""
+    return dict(zip(axes, shape_of(node) or (), strict=False))
 
 
 def shape_of(node: Node) -> tuple[str, ...] | None:

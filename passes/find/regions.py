@@ -27,18 +27,12 @@ class Region:
 
     def __init__(self, start: Node, end: Node, within: Collection[Node], values: Mapping[Node, Any]) -> None:
         self.start, self.end = start, end
-        inside = descend({start}, [n for n in sorted(within) if start < n])
-        wanted: set[Node] = set()
-        stack = [end]
-        while stack:
-            node = stack.pop()
-            if node in inside and node not in wanted:
-                wanted.add(node)
-                stack += node.all_input_nodes
-        self.nodes = sorted(wanted)
-        outside = {n for node in self.nodes for n in node.all_input_nodes} - wanted - {start}
-        self.closed = end in wanted and all(n in values for n in outside)
-        self.given = {n: double(values[n]) for n in outside if n in values}
+        below = descend({start}, [node for node in sorted(within) if start < node])
+        nodes = ancestors(end, below)
+        inputs = {n for node in nodes for n in node.all_input_nodes} - nodes - {start}
+        self.nodes = sorted(nodes)
+        self.closed = end in nodes and inputs <= values.keys()
+        self.inputs = {n: double(values[n]) for n in inputs if n in values}
 
     def __call__(self, value: Tensor) -> Tensor:
         """What the end is for another value of the start.
@@ -48,7 +42,7 @@ class Region:
         """
         if not self.closed:
             raise OpenRegionError
-        env: dict[Node, Any] = {**self.given, self.start: value}
+        env: dict[Node, Any] = {**self.inputs, self.start: value}
         for node in self.nodes:
             args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
             # A cast to another floating type would round what has to stay exact. Views were traced for
@@ -61,11 +55,23 @@ class Region:
 
 def descend(sources: Collection[Node], ordered: Collection[Node]) -> set[Node]:
     """Those of some nodes, in the order of the graph, that depend on a source."""
-    found: set[Node] = set()
+    below: set[Node] = set()
     for node in ordered:
-        if any(n in found or n in sources for n in node.all_input_nodes):
-            found.add(node)
-    return found
+        if any(n in below or n in sources for n in node.all_input_nodes):
+            below.add(node)
+    return below
+
+
+def ancestors(end: Node, within: Collection[Node]) -> set[Node]:
+    """A node and what it depends on, as far as all on the way is among some nodes."""
+    nodes: set[Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node in within and node not in nodes:
+            nodes.add(node)
+            stack += node.all_input_nodes
+    return nodes
 
 
 def is_cast(node: Node) -> bool:

@@ -8,8 +8,8 @@ only label the result.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from asapc.passes.find.candidates import Candidate, propose
 from asapc.passes.find.describe import describe, module_path, source_line
-from asapc.passes.find.frames import frames
+from asapc.passes.find.frames import Frame, frames
 from asapc.passes.find.kinds import is_constant
 from asapc.passes.find.probe import MASKED_LATER, NotSinkhorn, amount, difference, find_scale, probe
 from asapc.passes.find.products import as_product
@@ -62,14 +62,13 @@ class Finder(Interpreter):
             for use in sorted(candidate.uses, key=lambda use: len(use.path)):
                 self.ending.setdefault(use.path[-1], []).append(candidate)
         self.judged: dict[Node, bool] = {}
-        self.releases: dict[Node, list[Node]] = {}  # whose values are no longer needed after a node
-        last: dict[Node, Node] = {}
+        self.last: dict[Node, Node] = {}  # where the value of a node is needed for the last time
         for node in module.graph.nodes:
             for candidate in self.ending.get(node, ()):
-                last |= dict.fromkeys(candidate.needed, node)
-        for node, end in last.items():
+                self.last |= dict.fromkeys(candidate.needed, node)
+        self.releases: dict[Node, list[Node]] = {}  # the same by that place
+        for node, end in self.last.items():
             self.releases.setdefault(end, []).append(node)
-        self.kept = set(last)
         self.values: dict[Node, Any] = {}
         self.seconds: dict[Node, float] = {}
         self.sites: list[tuple[Candidate, Site]] = []
@@ -81,7 +80,7 @@ class Finder(Interpreter):
         start = time.perf_counter()
         value = super().run_node(n)
         self.seconds[n] = time.perf_counter() - start
-        if n in self.kept:
+        if n in self.last:
             self.values[n] = value
         for candidate in sorted(self.ending.get(n, ()), key=lambda c: c.plan, reverse=True):
             if candidate.plan not in self.judged:
@@ -109,39 +108,114 @@ class Finder(Interpreter):
         """Sites and misses, less those that are only a stage on the way to another site's plan."""
         inside: set[Node] = set().union(*(c.region - {c.plan} for c, _ in self.sites))
         plans = {candidate.plan for candidate, _ in self.sites}
-        total = sum(self.seconds.values())
-        sites: list[Site] = []
-        used: set[Node] = set()  # what carries a site's plan to its use
-        places = set[tuple[str | None, str]]()
-        for candidate, site in self.sites:
-            if all(plans & set(use.path[1:]) or use.user in inside for use in candidate.uses):
-                continue
-            places.add((site.source, site.name))
-            share = sum(self.seconds.get(node, 0.0) for node in candidate.region) / total
-            sites.append(replace(site, name=unique(site.name, {other.name for other in sites}), share=share))
-            used |= {node for use in candidate.uses for node in use.path}
-        misses = [
-            miss
-            for candidate, miss in self.misses
-            if candidate.plan not in inside | used
-            and (miss.source, module_path(candidate.uses[0].user)) not in places  # a line may hold more than a loop
+        sites = [
+            (candidate, site)
+            for candidate, site in self.sites
+            if not all(plans & set(use.path[1:]) or use.user in inside for use in candidate.uses)
         ]
-        first: dict[str, Miss] = {}  # at each line of code: the one nearest to the use was judged first
-        for miss in misses:
-            first.setdefault(miss.source or miss.node, miss)
-        return Findings(tuple(sites), tuple(first.values()), untold=tuple(dict.fromkeys(self.untold)))
+        carriers = {node for candidate, _ in sites for use in candidate.uses for node in use.path}
+        places = {(site.source, site.name) for _, site in sites}
+        misses = self.distinct_misses(inside | carriers, places)
+        return Findings(tuple(self.name_sites(sites)), tuple(misses), untold=tuple(dict.fromkeys(self.untold)))
+
+    def name_sites(self, sites: Sequence[tuple[Candidate, Site]]) -> Iterator[Site]:
+        """Yield sites with unique names, and with their share of the time."""
+        total = sum(self.seconds.values())
+        names: set[str] = set()
+        for candidate, site in sites:
+            name = unique(site.name, names)
+            names.add(name)
+            share = sum(self.seconds.get(node, 0.0) for node in candidate.region) / total
+            yield replace(site, name=name, share=share)
+
+    def distinct_misses(self, nodes: Collection[Node], places: Collection[tuple[str | None, str]]) -> list[Miss]:
+        """One miss for each line of code.
+
+        Args:
+            nodes: nodes of sites; a candidate that ends in one is a part of the site.
+            places: source lines and modules of sites; a line may hold more than a loop.
+        """
+        nearest: dict[str, Miss] = {}  # that nearest to the use was judged first
+        for candidate, miss in self.misses:
+            place = miss.source, module_path(candidate.uses[0].user)
+            if candidate.plan not in nodes and place not in places:
+                nearest.setdefault(miss.source or miss.node, miss)
+        return list(nearest.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A candidate read in one way: from one start, in one layout.
+
+    Attributes:
+        candidate: the candidate.
+        start: the node that the loop starts from.
+        frame: the layout of scores and plan.
+        region: the loop as a function of the start's value.
+        value: the start's value, float64.
+        plan: what the region makes of it, float64.
+        exponential: whether the start holds exp(scores).
+        logarithm: whether the plan node holds log(plan).
+    """
+
+    candidate: Candidate
+    start: Node
+    frame: Frame
+    region: Region
+    value: Tensor
+    plan: Tensor
+    exponential: bool
+    logarithm: bool
+
+    def judge(self, values: Mapping[Node, Any]) -> Site:
+        """The site, its name not yet made unique.
+
+        Raises:
+            NotSinkhorn: read in this way it is none.
+        """
+        candidate, start, frame = self.candidate, self.start, self.frame
+        scores = frame.arrange(self.value.log() if self.exponential else self.value)
+        plan = self.arrange_plan(self.plan)
+        scale, live = find_scale(scores, plan)
+        loop = probe(scores, plan, scale, live, self.respond)
+        require_evidence(candidate, values)
+        require_precision(values[candidate.plan].double(), self.plan)
+        return describe(candidate, start, frame, loop, values, self.exponential, self.logarithm)
+
+    def respond(self, scores: Tensor) -> Tensor:
+        """The plan that the loop makes of other scores, both (B, H, N, M) in float64."""
+        value = self.frame.restore(scores)
+        return self.arrange_plan(self.region(value.exp() if self.exponential else value))
+
+    def arrange_plan(self, value: Tensor) -> Tensor:
+        """The plan (B, H, N, M) from a value of its node."""
+        return self.frame.arrange(value.exp() if self.logarithm else value)
+
+
+def trials(candidate: Candidate, values: Mapping[Node, Any], batch: int, exponential: bool) -> Iterator[Trial]:
+    """The ways to read a candidate: its starts in the order of the graph, as scores or as exp(scores)."""
+    logarithm = bool((values[candidate.plan] < 0).any())
+    for start in candidate.starts:
+        value = values[start].double()
+        if exponential and bool((value < 0).any()):
+            continue
+        region = Region(start, candidate.plan, candidate.region, values)
+        try:
+            plan = region(value)
+        except OpenRegionError:
+            continue
+        for frame in frames(candidate, values[candidate.plan].shape, batch):
+            yield Trial(candidate, start, frame, region, value, plan, exponential, logarithm)
 
 
 def identify(candidate: Candidate, values: Mapping[Node, Any], batch: int) -> Site:
     """Judge one candidate; return its site, its name not yet made unique, or raise NotSinkhorn."""
-    seen = values[candidate.plan].double()
-    if is_same_everywhere(seen):
+    if is_same_everywhere(values[candidate.plan]):
         raise NotSinkhorn(
             "the plan is constant on the samples, so nothing can be told from it",
             "give other samples, not wholly masked",
             untold=(candidate.plan.name,),
         )
-    logarithm = bool((seen < 0).any())
     failure = NotSinkhorn(
         "nothing before it has its shape",
         "if it is a loop, build the plan, a matrix of the scores' shape for each sample, and multiply that",
@@ -150,42 +224,22 @@ def identify(candidate: Candidate, values: Mapping[Node, Any], batch: int) -> Si
     for exponential in (False, True):
         if exponential and failure.nearness != MASKED_LATER:
             break  # the kernel may start the loop where it is exp(scores) and a mask, not where it is anything else
-        for start in candidate.starts:
-            scores = values[start].double()
-            if exponential:
-                if bool((scores < 0).any()):
-                    continue
-                scores = scores.log()
+        for trial in trials(candidate, values, batch, exponential):
             try:
-                answer = Region(start, candidate.plan, candidate.region, values)
-                plan = answer(values[start].double())
-            except OpenRegionError:
-                continue
-            for frame in frames(candidate, seen.shape, batch):
-
-                def respond(changed: Tensor) -> Tensor:
-                    changed = frame.restore(changed)  # noqa: B023
-                    made = answer(changed.exp() if exponential else changed)  # noqa: B023
-                    return frame.arrange(made.exp() if logarithm else made)  # noqa: B023
-
-                try:
-                    arranged = frame.arrange(scores), frame.arrange(plan.exp() if logarithm else plan)
-                    scale, live = find_scale(*arranged)
-                    found = probe(*arranged, scale, live, respond)
-                    require_evidence(candidate, values)
-                    if (error := difference(seen, plan)) > PRECISION_TOLERANCE:
-                        raise NotSinkhorn(
-                            f"in its own precision the loop differs by {amount(error)} from what it computes in "
-                            "float64",
-                            "mask with -inf, and keep what is masked out of every step",
-                            nearness=3,
-                        )
-                except NotSinkhorn as reason:
-                    if reason.nearness > failure.nearness:
-                        failure = reason
-                    continue
-                return describe(candidate, start, frame, found, values, exponential, logarithm)
+                return trial.judge(values)
+            except NotSinkhorn as reason:
+                failure = max(failure, reason, key=lambda error: error.nearness)  # of equals the first
     raise failure
+
+
+def require_precision(plan: Tensor, exact: Tensor) -> None:
+    """Raise NotSinkhorn if the plan that the model computes is not that of its loop in float64."""
+    if (error := difference(plan, exact)) > PRECISION_TOLERANCE:
+        raise NotSinkhorn(
+            f"in its own precision the loop differs by {amount(error)} from what it computes in float64",
+            "mask with -inf, and keep what is masked out of every step",
+            nearness=3,
+        )
 
 
 def require_evidence(candidate: Candidate, values: Mapping[Node, Any]) -> None:
@@ -193,7 +247,7 @@ def require_evidence(candidate: Candidate, values: Mapping[Node, Any]) -> None:
 
     What it does cannot be told then, and a rewrite could leave it out.
     """
-    same = [n for n in sorted(candidate.given) if is_same_everywhere(values.get(n)) and not is_constant(n)]
+    same = [n for n in sorted(candidate.side_inputs) if is_same_everywhere(values.get(n)) and not is_constant(n)]
     if same:
         raise NotSinkhorn(
             f"the loop reads {same[0].name}, which depends on the model's inputs and is the same everywhere on the "
@@ -209,6 +263,6 @@ def is_same_everywhere(value: Any) -> bool:
     return isinstance(value, Tensor) and value.numel() > 1 and bool((value == value.flatten()[0]).all())
 
 
-def unique(name: str, taken: set[str]) -> str:
-    """Return the name, with a number after it where it is taken."""
-    return next(n for n in chain([name], (f"{name}.{i}" for i in count(2))) if n not in taken)
+def unique(name: str, others: Collection[str]) -> str:
+    """Return the name, with a number after it where others have it."""
+    return next(n for n in chain([name], (f"{name}.{i}" for i in count(2))) if n not in others)

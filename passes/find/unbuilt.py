@@ -5,7 +5,7 @@ the matrix meets, so it may as well scale the matrix. Only what is made of the m
 of, counts: the scaling vectors of a loop are, a gate on the values is not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, permutations
 from string import ascii_letters
@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from asapc.passes.find.candidates import carried_axes, carry, example_shape, paths_to
 from asapc.passes.find.kinds import depends_on, makes_scores, size_of, viewed_by
-from asapc.passes.find.products import Product, as_product, shape_of
+from asapc.passes.find.products import Product, as_product, shape_of, split_equation
 from asapc.passes.layout import MERGED, follow_axes, invert
 
 aten = torch.ops.aten
@@ -63,70 +63,125 @@ class Unbuilt:
     equation: str | None = None
 
 
+@dataclass(frozen=True)
+class Term:
+    """An operand of a product, and the letters of its axes."""
+
+    node: Node
+    axes: str
+
+
 def find_unbuilt(node: Node) -> Unbuilt | None:
     """What is to be built for a node; None where it is no product, or has no scaling that can be moved."""
-    product = as_product(node)
-    if (
-        product is None
-        or node.target is aten.baddbmm.default
-        or not makes_scores(node)
-        or product.left is product.right
-    ):
+    product = None if node.target is aten.baddbmm.default or not makes_scores(node) else as_product(node)
+    if product is None or product.left is product.right:
         return None
-    left, right = (product.left, product.left_axes), (product.right, product.right_axes)
-    found = [unbuilt for sides in ((left, right), (right, left)) if (unbuilt := scaled_matrix(product, *sides))]
-    return max(found, key=lambda unbuilt: len(unbuilt.scalings), default=None)
+    left, right = Term(product.left, product.left_axes), Term(product.right, product.right_axes)
+    both = [scaled_matrix(product, left, right), scaled_matrix(product, right, left)]
+    return max(filter(None, both), key=lambda unbuilt: len(unbuilt.scalings), default=None)
 
 
-def scaled_matrix(product: Product, operand: tuple[Node, str], others: tuple[Node, str]) -> Unbuilt | None:
-    """The same, with one operand of the product, given with its letters, for the matrix and the other for values."""
-    views, axes = unturned(*operand)
-    values, result = way_up(others[0]), way_down(product.node)
+def scaled_matrix(product: Product, matrix: Term, values: Term) -> Unbuilt | None:
+    """The same, with one operand of the product for the matrix and the other for values."""
+    views, axes = unturned(matrix.node, matrix.axes)
+    way, result = way_up(values.node), way_down(product.node)
     scalings: dict[Node, Scaling] = {}
-
-    def move(node: Node, seen: Tensor | None, letters: str) -> None:
-        scaling = None if seen is None else as_scaling(node, seen, letters, axes)
-        if scaling is not None and is_made_of(scaling.factor, views[0]) and type_of(node) == type_of(operand[0]):
-            scalings[node] = scaling
-
-    for i, node in enumerate(values):
-        if reading(node) is not None:
-            move(node, carry(values[i:]), others[1])
-    for i, node in enumerate(result):
-        if reading(node) is not None and (seen := carry(result[: i + 1])) is not None:
-            move(node, invert(seen, example_shape(product.node)), product.out_axes)
+    for step in [*steps_up(way, values.axes), *steps_down(result, product.out_axes)]:
+        scaling = as_scaling(step, axes)
+        if scaling is not None and is_made_of(step.factor, views[0]) and type_of(step.node) == type_of(matrix.node):
+            scalings[step.node] = scaling
     if not scalings:
         return None
-    while len(values) > 1 and values[1] not in scalings:
-        del values[0]
-    while len(result) > 1 and result[-1] not in scalings:
-        del result[-1]
-    left_out = {node: read[0] for node in scalings if (read := reading(node)) is not None}
-    return Unbuilt(product.node, tuple(scalings.values()), tuple(views), tuple(values), left_out, tuple(result[1:]))
+    # What comes before the first scaling of the values and after the last of the result stays as it is.
+    begin = next((i for i in range(len(way) - 1) if way[i + 1] in scalings), len(way) - 1)
+    end = max((i for i, node in enumerate(result) if node in scalings), default=0)
+    return Unbuilt(
+        product=product.node,
+        scalings=tuple(scalings.values()),
+        matrix=tuple(views),
+        values=tuple(way[begin:]),
+        left_out={node: through for node in scalings if (through := carrier(node)) is not None},
+        result=tuple(result[1 : end + 1]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A multiplication or division on the way to a product or from it.
+
+    Attributes:
+        node: the node.
+        factor: the tensor that it multiplies with or divides by.
+        places: positions in it, as the operand or the result of the product has them.
+        letters: of that operand or result, in the product.
+    """
+
+    node: Node
+    factor: Node
+    places: Tensor
+    letters: str
+
+
+def steps_up(way: Sequence[Node], letters: str) -> Iterator[Step]:
+    """Yield what scales an operand of a product on the way to it."""
+    for i, node in enumerate(way):
+        factor = factor_of(node)
+        if factor is not None and (places := carry(way[i:])) is not None:
+            yield Step(node, factor, places, letters)
+
+
+def steps_down(result: Sequence[Node], letters: str) -> Iterator[Step]:
+    """Yield what scales a product, the first node, on the way from it."""
+    for i, node in enumerate(result):
+        factor = factor_of(node)
+        if factor is not None and (places := carry(result[: i + 1])) is not None:
+            back = invert(places, example_shape(result[0]))
+            if back is not None:
+                yield Step(node, factor, back, letters)
 
 
 def find_unbuilt_equation(node: Node) -> Unbuilt | None:
     """What is to be built for an einsum of kernel, vectors and values at once; None for any other node."""
-    equation, terms = node.args[:2] if node.target is aten.einsum.default else (None, ())
-    if not isinstance(equation, str) or not isinstance(terms, list | tuple) or len(terms) < 3:
+    equation = read_equation(node)
+    if equation is None:
         return None
-    letters = "".join(sorted(set(equation) - set(",->. ")))
-    # Letters of one's own, since "y" and "z" stand for merged axes elsewhere.
-    renamed = equation.replace(" ", "").translate(str.maketrans(letters, ascii_letters[: len(letters)]))
-    inputs, _, out = renamed.partition("->")
-    axes = inputs.split(",")
-    if "." in renamed or set(renamed) & set(MERGED) or any(len(set(each)) < len(each) for each in axes):
-        return None
-    operands = [term for term in terms if isinstance(term, Node)]
-    for (m, matrix), (v, values) in permutations(zip(axes, operands, strict=True), 2):
-        kept, summed = set(out), (set(m) & set(v)) - set(out)
-        others = [(a, factor) for a, factor in zip(axes, operands, strict=True) if factor not in (matrix, values)]
-        if not (summed and (set(m) - set(v)) & kept and (set(v) - set(m)) & kept) or len(others) != len(axes) - 2:
+    terms, out = equation
+    for matrix, values in permutations(terms, 2):
+        factors = [term for term in terms if term.node not in (matrix.node, values.node)]
+        if len(factors) < len(terms) - 2 or not applies(matrix, values, out):
             continue
-        if all(set(a) <= set(m) and is_made_of(factor, matrix) for a, factor in others):
-            scalings = (Scaling(f, False, a, "".join(each if each in a else "1" for each in m)) for a, f in others)
-            return Unbuilt(node, tuple(scalings), (matrix,), (values,), equation=f"{m},{v}->{out}")
+        if all(set(term.axes) <= set(matrix.axes) and is_made_of(term.node, matrix.node) for term in factors):
+            scalings = tuple(equation_scaling(term, matrix) for term in factors)
+            rest = f"{matrix.axes},{values.axes}->{out}"
+            return Unbuilt(node, scalings, (matrix.node,), (values.node,), equation=rest)
     return None
+
+
+def read_equation(node: Node) -> tuple[list[Term], str] | None:
+    """Terms and the result's letters of an einsum of three tensors or more; None for any other node."""
+    equation, nodes = node.args[:2] if node.target is aten.einsum.default else (None, ())
+    if not isinstance(equation, str) or not isinstance(nodes, list | tuple) or len(nodes) < 3:
+        return None
+    # Letters of one's own, since "y" and "z" stand for merged axes elsewhere.
+    letters = "".join(sorted(set(equation) - set(",->. ")))
+    renamed = equation.translate(str.maketrans(letters, ascii_letters[: len(letters)]))
+    axes = split_equation(renamed)
+    if axes is None or "->" not in renamed or set(renamed) & set(MERGED):
+        return None
+    operands = [operand for operand in nodes if isinstance(operand, Node)]
+    return [Term(*pair) for pair in zip(operands, axes[0], strict=True)], axes[1]
+
+
+def applies(matrix: Term, values: Term, out: str) -> bool:
+    """Whether an einsum sums over an axis that two terms share, and keeps an axis that only one has of each."""
+    rows, columns, result = set(matrix.axes), set(values.axes), set(out)
+    return bool((rows & columns) - result and (rows - columns) & result and (columns - rows) & result)
+
+
+def equation_scaling(factor: Term, matrix: Term) -> Scaling:
+    """A term of an einsum as a scaling of another, whose axes hold all of its own."""
+    target = "".join(axis if axis in factor.axes else "1" for axis in matrix.axes)
+    return Scaling(factor.node, False, factor.axes, target)
 
 
 def is_made_of(factor: Node, matrix: Node) -> bool:
@@ -134,33 +189,42 @@ def is_made_of(factor: Node, matrix: Node) -> bool:
     return type_of(factor) == type_of(matrix) and any(depends_on(factor, path[0]) for path in paths_to(matrix))
 
 
-def as_scaling(node: Node, seen: Tensor, letters: str, matrix_axes: str) -> Scaling | None:
-    """A node as a scaling of the matrix; None where it is none, or varies along an axis that the matrix lacks.
+def as_scaling(step: Step, matrix_axes: str) -> Scaling | None:
+    """A step as a scaling of the matrix; None where it varies along an axis that the matrix lacks.
 
     Args:
-        node: the node.
-        seen: positions in it, as the operand or the result of the product has them.
-        letters: of that operand or result, in the product.
+        step: the step.
         matrix_axes: letters of the matrix, in the product.
     """
-    _, factor = reading(node) or (None, None)
-    if not isinstance(factor, Node) or (sizes := shape_of(factor)) is None:
+    sizes = shape_of(step.factor)
+    names, letters = name_axes(step)
+    if sizes is None or not names:
         return None
-    shape = example_shape(node)
-    for first, second in combinations(range(len(shape)), 2):  # views may have merged two of the node's axes
-        rest = iter("ijklpqrs")
-        names = "".join({first: "b", second: "h"}.get(axis) or next(rest) for axis in range(len(shape)))
-        if (found := follow_axes(seen, names, shape)) is None:
-            continue
-        place = dict(zip(letters, found, strict=True))
-        axes = "".join("1" if s == "1" else n for s, n in zip(sizes, names[len(names) - len(sizes) :], strict=True))
-        target = [place.get(letter, "1") for letter in matrix_axes]
-        target = [letter if set(MERGED.get(letter, letter)) <= set(axes) else "1" for letter in target]
-        reached = {part for letter in target for part in MERGED.get(letter, letter)}
-        if not set(axes) <= reached | {"1"}:
-            return None
-        return Scaling(factor, node.target is aten.div.Tensor, axes, "".join(target))
-    return None
+    axes = "".join("1" if s == "1" else n for s, n in zip(sizes, names[len(names) - len(sizes) :], strict=True))
+    place = dict(zip(step.letters, letters, strict=True))
+    target = [place.get(letter, "1") for letter in matrix_axes]
+    target = [letter if parts(letter) <= set(axes) else "1" for letter in target]
+    if not set(axes) <= {"1"}.union(*map(parts, target)):
+        return None
+    return Scaling(step.factor, step.node.target is aten.div.Tensor, axes, "".join(target))
+
+
+def name_axes(step: Step) -> tuple[str, str]:
+    """Letters for the axes of a step, and where these are in the operand or the result; empty where they are lost."""
+    shape = example_shape(step.node)
+    for merged in combinations(range(len(shape)), 2):  # views may have merged two of the node's axes
+        names = list("ijklpqrs"[: len(shape) - 2])
+        for axis, letter in zip(merged, "bh", strict=True):
+            names.insert(axis, letter)
+        letters = follow_axes(step.places, "".join(names), shape)
+        if letters is not None:
+            return "".join(names), letters
+    return "", ""
+
+
+def parts(letter: str) -> set[str]:
+    """The letters of the axes that are merged in one, or the letter itself."""
+    return set(MERGED.get(letter, letter))
 
 
 def reading(node: Node) -> tuple[Node, Any] | None:
@@ -175,6 +239,12 @@ def reading(node: Node) -> tuple[Node, Any] | None:
         if isinstance(through, Node) and shape_of(through) == shape_of(node) and smaller:
             return through, factor
     return None
+
+
+def factor_of(node: Node) -> Node | None:
+    """The tensor that a node scales by; None where it does not scale, or by a number."""
+    _, factor = reading(node) or (None, None)
+    return factor if isinstance(factor, Node) else None
 
 
 def carrier(node: Node) -> Node | None:

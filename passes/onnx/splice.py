@@ -1,6 +1,6 @@
 """Puts operators into an ONNX file in the place of its loops, and leaves everything else of the file as it is."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +60,12 @@ class SpliceOnnx(GraphPass[Any]):
 
         model = onnx.ModelProto()
         model.CopyFrom(program)
-        names = {node.name for node in model.graph.node}
+        names = [node.name for node in model.graph.node]
         pieces = [piece for piece in self.pieces if not any(name.startswith(piece.prefix) for name in names)]
         if pieces:
             splice(model.graph, pieces)
-        for value in model.graph.input:
-            for axis, size in self.sizes.get(value.name, {}).items():
-                value.type.tensor_type.shape.dim[axis].dim_value = size
-        kept = [entry for entry in model.metadata_props if entry.key not in self.metadata]
-        added = [onnx.StringStringEntryProto(key=key, value=value) for key, value in self.metadata.items()]
-        replace_all(model.metadata_props, [*kept, *added])
+        fix_sizes(model.graph, self.sizes)
+        add_metadata(model, self.metadata)
         modified = model.SerializeToString(deterministic=True) != program.SerializeToString(deterministic=True)
         return PassResult(model, modified)
 
@@ -86,42 +82,90 @@ class SpliceOnnx(GraphPass[Any]):
 def splice(graph: Any, pieces: Sequence[Piece]) -> None:
     """Put pieces into a graph, where the values that they give were made, and drop what has become useless."""
     before = list(graph.node)
-    needed = live(before, [value.name for value in graph.output])
-    given = {output: piece for piece in pieces for output in piece.outputs}
-    after: list[Any] = []
-    put: set[str] = set()
-    for node in before:
-        mine = [output for output in node.output if output in given]
-        for piece in (given[output] for output in mine):
-            if piece.name not in put:  # all that it reads was made before the first value that it gives
-                put.add(piece.name)
-                after += renamed(piece)
-        if mine and set(mine) != {output for output in node.output if output}:
-            node = retired(node, mine)
-        elif mine:
-            continue
-        after.append(node)
+    outputs = {value.name for value in graph.output}
+    after = drop_orphans(insert(before, pieces), before, outputs)
     for piece in pieces:
-        for tensor in piece.model.graph.initializer:
-            graph.initializer.add().CopyFrom(tensor)
-            graph.initializer[-1].name = piece.prefix + tensor.name
-    still = live(after, [value.name for value in graph.output])
-    made = set(outputs_of(after))
-    gone = {id(node) for node in after if id(node) in needed and id(node) not in still}
-    # What was useless before and reads what goes now has to go with it.
-    lost = {output for node in before for output in node.output if output} - made
-    for node in after:
-        if id(node) in gone or (id(node) not in still and lost & set(node.input)):
-            gone.add(id(node))
+        add_constants(graph, piece)
+    unread = set(reads(before)) - set(reads(after)) - outputs
+    replace_all(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
+    unmade = set(outputs_of(before)) - set(outputs_of(after))
+    replace_all(graph.value_info, [value for value in graph.value_info if value.name not in unmade])
+    replace_all(graph.node, after)
+
+
+def insert(nodes: Iterable[Any], pieces: Sequence[Piece]) -> list[Any]:
+    """Nodes with the pieces among them, and without what makes the same values."""
+    makers = {output: piece for piece in pieces for output in piece.outputs}
+    after: list[Any] = []
+    inside: set[str] = set()  # names of the pieces that are in already
+    for node in nodes:
+        # All that a piece reads was made before the first value that it gives.
+        for piece in (makers[output] for output in node.output if output in makers):
+            if piece.name not in inside:
+                inside.add(piece.name)
+                after += renamed(piece)
+        after += retire(node, makers)
+    return after
+
+
+def retire(node: Any, makers: Container[str]) -> list[Any]:
+    """What stays of a node when others make some of its outputs: nothing where they make all, else a node."""
+    outputs = list(outputs_of([node]))
+    others = [output for output in outputs if output not in makers]
+    if others == outputs:
+        return [node]
+    if not others:
+        return []
+    copy = type(node)()
+    copy.CopyFrom(node)
+    for i, name in enumerate(copy.output):
+        if name in makers:
+            copy.output[i] = f"{name}/replaced"  # an output that nobody reads any more
+    return [copy]
+
+
+def drop_orphans(nodes: Sequence[Any], before: Sequence[Any], outputs: Collection[str]) -> list[Any]:
+    """Nodes less those that nothing needs any more.
+
+    Args:
+        nodes: with the pieces among them, in topological order.
+        before: the same without the pieces.
+        outputs: names of the graph's outputs.
+    """
+    live_before, live_after = live(before, outputs), live(nodes, outputs)
+    lost = set(outputs_of(before)) - set(outputs_of(nodes))  # values that nothing makes any more
+    after: list[Any] = []
+    for node in nodes:
+        # What was useless before stays, unless it reads what goes.
+        orphan = id(node) in live_before or lost & set(node.input)
+        if orphan and id(node) not in live_after:
             lost |= set(node.output)
-    kept = [node for node in after if id(node) not in gone]
-    read = set(reads(kept)) | {value.name for value in graph.output}
-    unused = set(reads(before)) - read
-    replace_all(graph.initializer, [t for t in graph.initializer if t.name not in unused])
-    there = set(outputs_of(kept))
-    lost = set(outputs_of(before)) - there
-    replace_all(graph.value_info, [v for v in graph.value_info if v.name not in lost])
-    replace_all(graph.node, kept)
+        else:
+            after.append(node)
+    return after
+
+
+def add_constants(graph: Any, piece: Piece) -> None:
+    """Add a piece's constants to a graph, under names that nothing else in the file has."""
+    for tensor in piece.model.graph.initializer:
+        graph.initializer.add().CopyFrom(tensor)
+        graph.initializer[-1].name = piece.prefix + tensor.name
+
+
+def fix_sizes(graph: Any, sizes: Mapping[str, Mapping[int, int]]) -> None:
+    """Set sizes of axes of a graph's inputs, by the input and the axis."""
+    for value in graph.input:
+        for axis, size in sizes.get(value.name, {}).items():
+            value.type.tensor_type.shape.dim[axis].dim_value = size
+
+
+def add_metadata(model: Any, metadata: Mapping[str, str]) -> None:
+    """Set entries of a model's metadata; its others stay."""
+    import onnx
+
+    others = [entry for entry in model.metadata_props if entry.key not in metadata]
+    entries = [onnx.StringStringEntryProto(key=key, value=value) for key, value in metadata.items()]
+    replace_all(model.metadata_props, [*others, *entries])
 
 
 def renamed(piece: Piece) -> Iterator[Any]:
@@ -139,34 +183,31 @@ def renamed(piece: Piece) -> Iterator[Any]:
         yield copy
 
 
-def retired(node: Any, mine: Iterable[str]) -> Any:
-    """A node with several outputs that gives some of them to nobody any more."""
-    copy = type(node)()
-    copy.CopyFrom(node)
-    for i, name in enumerate(copy.output):
-        if name in mine:
-            copy.output[i] = f"{name}/replaced"
-    return copy
-
-
 def live(nodes: Sequence[Any], outputs: Iterable[str]) -> set[int]:
     """Ids of the nodes that some values depend on."""
-    wanted, found = set(outputs), set()
+    needed, ids = set(outputs), set()
     for node in reversed(nodes):
-        if wanted & {output for output in node.output if output}:
-            found.add(id(node))
-            wanted |= set(reads([node]))
-    return found
+        if needed & set(outputs_of([node])):
+            ids.add(id(node))
+            needed |= set(reads([node]))
+    return ids
 
 
 def reads(nodes: Iterable[Any]) -> Iterator[str]:
     """Names that nodes read, those in their inner graphs too."""
     for node in nodes:
         yield from (name for name in node.input if name)
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from reads(inner.node)
-                yield from (value.name for value in inner.output)
+        for inner in inner_graphs(node):
+            yield from reads(inner.node)
+            yield from (value.name for value in inner.output)
+
+
+def inner_graphs(node: Any) -> Iterator[Any]:
+    """The graphs that a node holds: branches, or the body of a loop."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def outputs_of(nodes: Iterable[Any]) -> Iterator[str]:

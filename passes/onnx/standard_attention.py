@@ -36,9 +36,10 @@ class StandardAttention(GraphPass[Any]):
         if modified:
             del program.graph.node[:]
             program.graph.node.extend(nodes)
-            kept = [o for o in program.opset_import if o.domain != DOMAIN or any(n.domain == DOMAIN for n in nodes)]
+            domains = {node.domain for node in nodes}
+            imports = [o for o in program.opset_import if o.domain != DOMAIN or DOMAIN in domains]
             del program.opset_import[:]
-            program.opset_import.extend(kept)
+            program.opset_import.extend(imports)
         return PassResult(program, modified)
 
 

@@ -20,38 +20,51 @@ class UnfuseAttention(GraphPass[Any]):
 
     def call(self, program: Any) -> PassResult[Any]:
         """Put the bias between each product and what exponentiates it."""
-        import onnx
-
         graph = program.graph
-        uses = Counter(name for node in graph.node for name in node.input)
         constants = {tensor.name for tensor in graph.initializer}
-        exponentiated = {
-            node.input[0]
-            for node in graph.node
-            if node.op_type in EXPONENTIALS or (node.op_type == "Softmax" and uses[node.output[0]] > 1)
-        }
+        exponentiated = exponentiated_values(graph)
         nodes: list[Any] = []
-        biased: dict[str, str] = {}
+        biased: dict[str, str] = {}  # names of scores with the bias, by those without
         for node in graph.node:
             for i, name in enumerate(node.input):
                 node.input[i] = biased.get(name, name)
             nodes.append(node)
             product = node.op_type == "MatMul" and not constants & set(node.input)
-            if not product or node.output[0] not in exponentiated:
-                continue
-            scores, key = node.output[0], node.input[1]
-            total, nothing, biased[scores] = (f"{scores}_{part}" for part in ("sum", "nothing", "biased"))
-            nodes += [
-                onnx.helper.make_node("ReduceSum", [key, AXIS], [total], keepdims=1),
-                onnx.helper.make_node("CastLike", [ZERO, total], [f"{nothing}_factor"]),
-                onnx.helper.make_node("Mul", [total, f"{nothing}_factor"], [nothing]),
-                onnx.helper.make_node("Add", [scores, nothing], [biased[scores]]),
-            ]
+            if product and node.output[0] in exponentiated:
+                bias = zero_bias(node)
+                nodes += bias
+                biased[node.output[0]] = bias[-1].output[0]
         if biased:
-            import numpy as np
-
             del graph.node[:]
             graph.node.extend(nodes)
-            graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((), np.float32), ZERO))
-            graph.initializer.append(onnx.numpy_helper.from_array(np.array([-2], np.int64), AXIS))
+            graph.initializer.extend(constants_of_bias())
         return PassResult(program, bool(biased))
+
+
+def exponentiated_values(graph: Any) -> set[str]:
+    """Names of the values that a softmax reads whose result is used more than once, or that is not one node."""
+    uses = Counter(name for node in graph.node for name in node.input)
+    kernels = [node for node in graph.node if node.op_type == "Softmax" and uses[node.output[0]] > 1]
+    return {node.input[0] for node in [*kernels, *(n for n in graph.node if n.op_type in EXPONENTIALS)]}
+
+
+def zero_bias(product: Any) -> list[Any]:
+    """Nodes that add the sum of a product's right operand, times 0, to the product; the last gives the result."""
+    from onnx.helper import make_node
+
+    scores, key = product.output[0], product.input[1]
+    total, nothing, biased = (f"{scores}_{part}" for part in ("sum", "nothing", "biased"))
+    return [
+        make_node("ReduceSum", [key, AXIS], [total], keepdims=1),
+        make_node("CastLike", [ZERO, total], [f"{nothing}_factor"]),
+        make_node("Mul", [total, f"{nothing}_factor"], [nothing]),
+        make_node("Add", [scores, nothing], [biased]),
+    ]
+
+
+def constants_of_bias() -> list[Any]:
+    """The zero and the axis that all biases read, as TensorProtos."""
+    import numpy as np
+    from onnx.numpy_helper import from_array
+
+    return [from_array(np.zeros((), np.float32), ZERO), from_array(np.array([-2], np.int64), AXIS)]

@@ -62,7 +62,7 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
         if any(node.target is torch.ops.asapc.attention.default for node in program.graph.nodes):
             program = program.run_decompositions({torch.ops.asapc.attention.default: multi_head_attention})
         try:
-            made = torch.onnx.export(
+            exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
@@ -79,8 +79,8 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
                 f"torch.onnx cannot export the model: {first_line(cause)}",
                 "replace the operation that it names in the model",
             ) from error
-    assert made is not None  # with dynamo=True the exporter always returns one
-    return made.model_proto
+    assert exported is not None  # with dynamo=True the exporter always returns one
+    return exported.model_proto
 
 
 def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -91,10 +91,10 @@ def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tenso
     inputs = [tensor.flatten(0, 1) for tensor in (queries, keys, values)]
     shape = (*inputs[0].shape[:-1], values.shape[-1])
     attributes: dict[str, Any] = {"num_heads": 1, "scale": 1.0}
-    made: Tensor = torch.onnx.ops.symbolic(
+    output: Tensor = torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention", inputs, attributes, dtype=queries.dtype, shape=shape, version=1
     )
-    return torch.unflatten(made, 0, queries.shape[:2])
+    return torch.unflatten(output, 0, queries.shape[:2])
 
 
 def gelu(x: Any, approximate: str = "none") -> Any:

@@ -39,17 +39,17 @@ class CudaRunner:
                 "install onnxruntime-gpu with the CUDA libraries that it names, on a machine with an NVIDIA GPU",
             )
         self.binding = self.session.io_binding()
-        self.given = {name: tensor.contiguous() for name, tensor in samples.inputs.items()}  # outlives the binding
-        for name, tensor in self.given.items():
+        self.inputs = {name: tensor.contiguous() for name, tensor in samples.inputs.items()}  # outlives the binding
+        for name, tensor in self.inputs.items():
             self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.from_dlpack(tensor))
-        self.kept = None if outputs is None else [torch.empty_like(output) for output in outputs]
+        self.outputs = None if outputs is None else [torch.empty_like(output) for output in outputs]
         for number, output in enumerate(self.session.get_outputs()):
-            if self.kept is None:
+            if self.outputs is None:
                 self.binding.bind_output(output.name, "cuda")
             else:
-                self.binding.bind_ortvalue_output(output.name, onnxruntime.OrtValue.from_dlpack(self.kept[number]))
+                self.binding.bind_ortvalue_output(output.name, onnxruntime.OrtValue.from_dlpack(self.outputs[number]))
 
     def __call__(self, samples: Samples) -> list[Tensor]:
         """All outputs for the batch that it was made for."""
         self.session.run_with_iobinding(self.binding)
-        return self.kept or [torch.utils.dlpack.from_dlpack(value) for value in self.binding.get_outputs()]
+        return self.outputs or [torch.utils.dlpack.from_dlpack(value) for value in self.binding.get_outputs()]

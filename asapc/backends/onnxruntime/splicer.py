@@ -1,6 +1,6 @@
 """Writes a compiled ONNX file: the file itself, with operators in the place of its loops."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from asapc.types.samples import Samples
 from asapc.types.site import Site
 
 UPGRADE = "convert it with onnx.version_converter.convert_version(model, 18), or export it anew with opset_version=18"
+# Attributes that older opsets lack, and without which nodes of the exporter do the same.
+DROPPABLE = {"allowzero", "noop_with_empty_axes", "num_outputs"}
 MAX_BYTES = 2**31 - 2**20  # bytes of a file of protobuf
 
 
@@ -41,11 +43,12 @@ def splice_onnx(
     Raises:
         BuildError: an operator cannot be written in the file's opset, or the file grows beyond what ONNX can hold.
     """
-    opset = max(o.version for o in graph.model.opset_import if o.domain in ("", "ai.onnx"))
-    found = pieces(graph, sites, modules, opset)
+    opset = opset_of(graph.model)
+    pieces = Cutter(graph, sites, modules, opset).pieces() if modules else []
     # A loop's operator is fitted to its tokens: an axis that the file leaves open is open no longer.
     sizes = {name: dict(enumerate(value.shape[1:], 1)) for name, value in graph.example.inputs.items()}
-    model = SpliceOnnx(found, metadata, open_axes(graph.model, sizes) if found else {})(graph.model).program
+    fixed = open_axes(graph.model, sizes) if pieces else {}
+    model = SpliceOnnx(pieces, metadata, fixed)(graph.model).program
     if model.ByteSize() > MAX_BYTES:
         raise BuildError(f"the compiled model has {model.ByteSize():,} bytes, more than an ONNX file can", "use less")
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
@@ -55,85 +58,107 @@ def splice_onnx(
 
 def open_axes(model: Any, sizes: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
     """Sizes of those axes of the inputs that a file names but does not fix."""
-    found: dict[str, dict[int, int]] = {}
+    axes: dict[str, dict[int, int]] = {}
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim
-        mine = sizes.get(value.name, {})
-        found[value.name] = {a: s for a, s in mine.items() if a < len(dims) and not dims[a].HasField("dim_value")}
-    return found
+        open_ones = {axis for axis, dim in enumerate(dims) if not dim.HasField("dim_value")}
+        axes[value.name] = {axis: size for axis, size in sizes.get(value.name, {}).items() if axis in open_ones}
+    return axes
 
 
-def pieces(graph: OnnxGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module], opset: int) -> list[Piece]:
-    """The operators as ONNX models, with the values of the file that they read and give."""
-    if not modules:
-        return []
-    original = graph.program.module()
-    values = {node.name: name for node in original.graph.nodes if (name := graph.value_of(node)) is not None}
-    rewritten = RewriteSinkhorn(sites, modules)(graph.program.module()).program
-    # An operator stands for the node that it replaced, under another name.
-    stands = {f"asapc_{site.wiring.result.node}": site.wiring.result.node for site in sites if site.name in modules}
-    names = {site.name: f"asapc_{site.wiring.result.node}" for site in sites if site.name in modules}
+class Cutter:
+    """Cuts operators out of a rewritten graph, each as an ONNX model that reads and gives values of the file.
 
-    def source(node: Node) -> str:
-        return stands.get(str(node.target), node.name) if node.op == "call_module" else node.name
+    Args:
+        graph: the file.
+        sites: what was found in it.
+        modules: operators by the site's name.
+        opset: of the file.
+    """
 
-    made = []
-    for site_name, target in names.items():
-        call = next((node for node in rewritten.graph.nodes if node.target == target), None)
-        if call is None:
-            continue  # a site whose result nothing needs
-        outputs = first_values(call, lambda node: source(node) in values)
-        inputs, body = between(outputs, call, lambda node: source(node) in values)
-        shapes = [node.meta["val"].shape for node in inputs]
-        kept = record(original, graph.example, [source(node) for node in inputs])
-        example = {f"value_{i}": kept[source(node)] for i, node in enumerate(inputs)}
-        part = region_module(rewritten, inputs, body, outputs)
+    def __init__(self, graph: OnnxGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module], opset: int) -> None:
+        self.graph, self.opset = graph, opset
+        self.original = graph.program.module()
+        values = {node.name: graph.value_of(node) for node in self.original.graph.nodes}
+        self.values = {name: value for name, value in values.items() if value is not None}
+        self.rewritten = RewriteSinkhorn(sites, modules)(graph.program.module()).program
+        ends = {site.name: site.wiring.result.node for site in sites if site.name in modules}
+        # An operator stands for the node that it replaced, under another name.
+        self.targets = {name: f"asapc_{end}" for name, end in ends.items()}
+        self.originals = {f"asapc_{end}": end for end in ends.values()}
+
+    def pieces(self) -> list[Piece]:
+        """The operators, but for those of sites whose result nothing needs."""
+        calls = {str(node.target): node for node in self.rewritten.graph.find_nodes(op="call_module")}
+        return [self.piece(name, calls[target]) for name, target in self.targets.items() if target in calls]
+
+    def piece(self, name: str, call: Node) -> Piece:
+        """The operator of one site, with the steps up to the values of the file on both sides of it."""
+        outputs = self.first_values(call)
+        inputs, body = self.between(outputs, call)
+        part = region_module(self.rewritten, inputs, body, outputs)
+        proto = self.export(part, inputs)
+        lower(proto, self.opset)
+        return Piece(name, proto, self.values_of(inputs), self.values_of(outputs))
+
+    def export(self, part: nn.Module, inputs: Sequence[Node]) -> Any:
+        """A part of the graph as a ModelProto, exported on what its inputs are when the file's example runs."""
+        names = [self.source(node) for node in inputs]
+        tensors = record(self.original, self.graph.example, names)
+        example = {f"value_{i}": tensors[name] for i, name in enumerate(names)}
         batch = Dim("batch", min=1)
         dims = tuple(
-            dynamic(shape, value, len(graph.example), batch)
-            for shape, value in zip(shapes, example.values(), strict=True)
+            dynamic(node.meta["val"].shape, tensors[name], len(self.graph.example), batch)
+            for node, name in zip(inputs, names, strict=True)
         )
         program = export(part, example, dims=dims)
-        proto = to_proto(CapturedGraph(program, Samples(example)), max(opset, OPSET))
-        lower(proto, opset)
-        made.append(
-            Piece(site_name, proto, tuple(values[source(n)] for n in inputs), tuple(values[source(n)] for n in outputs))
-        )
-    return made
+        return to_proto(CapturedGraph(program, Samples(example)), max(self.opset, OPSET))
 
+    def source(self, node: Node) -> str:
+        """Name of the node of the original graph that a node of the rewritten one computes."""
+        return self.originals.get(str(node.target), node.name) if node.op == "call_module" else node.name
 
-def first_values(call: Node, is_value: Any) -> list[Node]:
-    """The first nodes on all ways from an operator that make values of the file; the operator itself, mostly."""
-    if is_value(call):
-        return [call]
-    found: dict[Node, None] = {}
-    stack, seen = [call], {call}
-    while stack:
-        for user in stack.pop().users:
-            if user not in seen:
-                seen.add(user)
-                if is_value(user) and isinstance(user.meta.get("val"), Tensor):
-                    found[user] = None
-                else:
-                    stack.append(user)
-    return sorted(found)
+    def is_value(self, node: Node) -> bool:
+        """Whether a node makes a value of the file."""
+        return self.source(node) in self.values
 
+    def values_of(self, nodes: Iterable[Node]) -> tuple[str, ...]:
+        """Names of the file's values that nodes make."""
+        return tuple(self.values[self.source(node)] for node in nodes)
 
-def between(outputs: Sequence[Node], call: Node, is_value: Any) -> tuple[list[Node], list[Node]]:
-    """The values of the file that some nodes are made from, and the nodes in between, both in the graph's order."""
-    inputs: set[Node] = set()
-    body: set[Node] = set()
-    stack = list(outputs)
-    while stack:
-        node = stack.pop()
-        if node in body or node in inputs:
-            continue
-        if is_value(node) and node is not call and node not in outputs:
-            inputs.add(node)
-        else:
-            body.add(node)
-            stack += node.all_input_nodes
-    return sorted(inputs), sorted(body)
+    def first_values(self, call: Node) -> list[Node]:
+        """The first nodes on all ways from an operator that make values of the file; the operator itself, mostly."""
+        if self.is_value(call):
+            return [call]
+        values: set[Node] = set()
+        passed: set[Node] = set()
+        stack = list(call.users)
+        while stack:
+            node = stack.pop()
+            if node in passed:
+                continue
+            passed.add(node)
+            if self.is_value(node) and isinstance(node.meta.get("val"), Tensor):
+                values.add(node)
+            else:
+                stack += node.users
+        return sorted(values)
+
+    def between(self, outputs: Sequence[Node], call: Node) -> tuple[list[Node], list[Node]]:
+        """The file's values that outputs are made from, and the nodes in between, both in the graph's order."""
+        inputs: set[Node] = set()
+        body: set[Node] = set()
+        stack = list(outputs)
+        while stack:
+            node = stack.pop()
+            if node in body or node in inputs:
+                continue
+            if self.is_value(node) and node not in (call, *outputs):
+                inputs.add(node)
+            else:
+                body.add(node)
+                stack += node.all_input_nodes
+        return sorted(inputs), sorted(body)
 
 
 def dynamic(shape: torch.Size, value: Tensor, batch: int, dim: Dim) -> dict[int, Any]:
@@ -145,33 +170,56 @@ def dynamic(shape: torch.Size, value: Tensor, batch: int, dim: Dim) -> dict[int,
     }
 
 
+def opset_of(model: Any) -> int:
+    """Version of the standard's operators in a model."""
+    version: int = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    return version
+
+
 def lower(model: Any, opset: int) -> None:
     """Write an operator's model in an older opset, in place.
 
     Raises:
         BuildError: one of its nodes has no form there.
     """
+    foreign = any(o.domain not in ("", "ai.onnx") for o in model.opset_import if o.version)
+    if foreign and model.functions:
+        raise BuildError("the operator was exported with functions of its own", "report the model")
+    if opset < opset_of(model):
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            lower_node(node, opset, constants)
+    drop_unread(model.graph)
+
+
+def lower_node(node: Any, opset: int, constants: Mapping[str, Any]) -> None:
+    """Write one node in an older opset, in place.
+
+    Args:
+        node: the node.
+        opset: the opset.
+        constants: the model's constants, TensorProtos, by name.
+
+    Raises:
+        BuildError: it has no form there.
+    """
     import onnx
 
-    now = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    if any(o.domain not in ("", "ai.onnx") for o in model.opset_import if o.version) and model.functions:
-        raise BuildError("the operator was exported with functions of its own", "report the model")
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node if opset < now else ():
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
-        if node.op_type.startswith("Reduce") and "axes" in schema.attributes and len(node.input) == 2:
-            axes = onnx.numpy_helper.to_array(constants[node.input.pop()]).tolist()
-            node.attribute.append(onnx.helper.make_attribute("axes", axes))
-        for attribute in list(node.attribute):
-            if (
-                attribute.name in ("allowzero", "noop_with_empty_axes", "num_outputs")
-                and attribute.name not in schema.attributes
-            ):
-                node.attribute.remove(attribute)
-        known = all(attribute.name in schema.attributes for attribute in node.attribute)
-        if not known or len(node.input) > schema.max_input or schema.deprecated:
-            raise BuildError(f"{node.op_type} of the compiled operator has no form in opset {opset}", UPGRADE)
-    read = {name for node in model.graph.node for name in node.input}
-    for tensor in list(model.graph.initializer):
-        if tensor.name not in read:
-            model.graph.initializer.remove(tensor)
+    schema = onnx.defs.get_schema(node.op_type, opset, "")
+    if node.op_type.startswith("Reduce") and "axes" in schema.attributes and len(node.input) == 2:
+        axes = onnx.numpy_helper.to_array(constants[node.input.pop()]).tolist()
+        node.attribute.append(onnx.helper.make_attribute("axes", axes))
+    newer = [attribute for attribute in node.attribute if attribute.name not in schema.attributes]
+    missing = {attribute.name for attribute in newer} - DROPPABLE
+    for attribute in newer:
+        node.attribute.remove(attribute)
+    if missing or len(node.input) > schema.max_input or schema.deprecated:
+        raise BuildError(f"{node.op_type} of the compiled operator has no form in opset {opset}", UPGRADE)
+
+
+def drop_unread(graph: Any) -> None:
+    """Drop the constants that no node reads, in place: axes that have become attributes."""
+    inputs = {name for node in graph.node for name in node.input}
+    for tensor in list(graph.initializer):
+        if tensor.name not in inputs:
+            graph.initializer.remove(tensor)

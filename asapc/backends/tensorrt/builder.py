@@ -86,11 +86,11 @@ def compile_apart(request: Mapping[str, Any]) -> dict[str, Any]:
         BuildError: the compiler refuses the model, or the process dies.
     """
     command = [sys.executable, "-c", CHILD, json.dumps(sys.path), json.dumps(dict(request))]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     answer_file = Path(request["answer"])
     if not answer_file.is_file():
-        said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        why = signal.Signals(-done.returncode).name if done.returncode < 0 else said[0]
+        lines = process.stderr.strip().splitlines() or ["it said nothing"]
+        why = signal.Signals(-process.returncode).name if process.returncode < 0 else lines[-1]
         raise BuildError(f"TensorRT's compiler crashed on the model ({why})", "report the model, and this line")
     answer: dict[str, Any] = json.loads(answer_file.read_text())
     if "error" in answer:

@@ -38,8 +38,8 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     """Build an engine for every target that can have one; see `main`."""
     trt = importlib.import_module(request["package"])
     if request["target"] is None:
-        known = trt.ComputeCapability.__members__
-        candidates = {name: value for name, value in known.items() if name.startswith("SM")}
+        capabilities = trt.ComputeCapability.__members__
+        candidates = {name: value for name, value in capabilities.items() if name.startswith("SM")}
     else:
         candidates = {request["target"]: None}
     compiler = Compiler(trt, Path(request["onnx"]), request["largest_batch"], request["ranges"])
