@@ -14,7 +14,7 @@ MEANS = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
 
 
 def layer_norm(call: Call) -> Tensor:
-    """LayerNormalization; of its outputs the first."""
+    """LayerNormalization, its first output only."""
     only_first(call)
     tensor, scale, bias = call.tensor(0), call.tensor(1), call.optional(2)
     shape = tensor.shape[call.get("axis", -1) :]
@@ -33,7 +33,7 @@ def rms_norm(call: Call) -> Tensor:
 
 
 def batch_norm(call: Call) -> Tensor:
-    """BatchNormalization with the statistics that the model was trained to."""
+    """BatchNormalization with the statistics from training."""
     if call.get("training_mode"):
         raise call.refuse("normalises by the batch: the model was exported in training mode")
     only_first(call)
@@ -47,13 +47,13 @@ def instance_norm(call: Call) -> Tensor:
 
 
 def only_first(call: Call) -> None:
-    """Refuse a layer whose statistics are asked for too."""
+    """Refuse a layer whose statistics are outputs too."""
     if call.outputs > 1:
         raise call.refuse("gives more than its first output")
 
 
 def padding(call: Call, rank: int) -> tuple[list[int], list[int]]:
-    """Padding of the spatial axes, at their beginnings and at their ends."""
+    """Return the padding of the spatial axes, at their starts and at their ends."""
     mode = call.get("auto_pad", b"NOTSET")
     if mode not in (b"NOTSET", b"VALID", b""):
         raise call.refuse(f"pads by auto_pad {mode.decode(errors='replace')[:20]}")
@@ -84,7 +84,7 @@ def convolution(call: Call) -> Tensor:
 
 
 def max_pool(call: Call) -> Tensor:
-    """MaxPool; of its outputs the first."""
+    """MaxPool, its first output only."""
     only_first(call)
     tensor, kernel = call.tensor(0), list(call.get("kernel_shape"))
     rank = len(kernel)
@@ -110,13 +110,13 @@ def average_pool(call: Call) -> Tensor:
     if begin != end:
         raise call.refuse("pads its ends differently")
     function = MEANS[tensor.dim()]
-    strides, counted = list(call.get("strides", [1] * rank)), bool(call.get("count_include_pad"))
-    result: Tensor = function(tensor, kernel, strides, begin, False, counted)
+    strides, include_pad = list(call.get("strides", [1] * rank)), bool(call.get("count_include_pad"))
+    result: Tensor = function(tensor, kernel, strides, begin, False, include_pad)
     return result
 
 
 def spatial(tensor: Tensor) -> list[int]:
-    """The axes after samples and channels."""
+    """Return the axes after samples and channels."""
     return list(range(2, tensor.dim()))
 
 
