@@ -20,7 +20,7 @@ LEARNING_RATE = 3e-3
 
 VARIANTS = {"softmax": 0, "sinkhorn": 20}  # full Sinkhorn iterations
 
-# Called after each epoch with the model's name, the epochs done and the training loss of the last batch.
+# Called after each epoch with the model's name, the number of epochs so far and the training loss of the last batch.
 OnEpoch = Callable[[str, int, float], None]
 
 
@@ -51,9 +51,9 @@ def fit(
     images: torch.Tensor,
     labels: torch.Tensor,
     epochs: int,
-    done: Callable[[int, float], None],
+    on_epoch: Callable[[int, float], None],
 ) -> None:
-    """Train with AdamW and a one-cycle learning rate; `done` is called after each epoch."""
+    """Train with AdamW and a one-cycle learning rate; `on_epoch` is called after each epoch."""
     steps = epochs * math.ceil(len(images) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
@@ -66,7 +66,7 @@ def fit(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        done(epoch, loss.item())
+        on_epoch(epoch, loss.item())
     model.eval()
 
 

@@ -81,7 +81,7 @@ class Unconverged(TorchFunctionMode):
         """Answer one question: truthfully if it is about constants, else as if nothing had converged."""
         if self.trace is None or self.trace.tracer is not tracer:
             self.trace = Trace(tracer, self.module, self.constants)
-        trace, subject = self.trace, args[0]
+        trace = self.trace
         trace.advance()
         inputs, options = tree_map_only(Tensor, trace.node, args), tree_map_only(Tensor, trace.node, kwargs)
         about = node_set((inputs, options))
@@ -89,6 +89,11 @@ class Unconverged(TorchFunctionMode):
             if about & trace.sized:
                 raise Undecided  # the next batch might get another answer
             return trace.call(func, inputs, options, trace.stale)
+        return self.assume(trace, func, args, inputs, options)
+
+    def assume(self, trace: "Trace", func: Any, args: Any, inputs: Any, options: Any) -> Any:
+        """Answer a question about data as if nothing had converged; `inputs` are `args` as nodes."""
+        subject = args[0]
         if func is Tensor.__format__ and subject.is_floating_point():
             return format(torch.inf, *args[1:])
         if func is Tensor.item and subject.dtype != torch.bool:

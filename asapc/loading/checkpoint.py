@@ -74,7 +74,7 @@ def at_most(count: int) -> Iterator[None]:
 def find_class(source: Source, name: str) -> type[nn.Module]:
     """Return the model class that a checkpoint names as "module:class", if it is one of asapc's own."""
     refusal = CheckpointError(
-        f"{source} names the model {name[:200]!r}; a name in a file is followed to the models of {TRUSTED}* only",
+        f"{source} names the model {name[:200]!r}; a file may only name the models in {TRUSTED}*",
         RETRAIN,
     )
     if not name.startswith(TRUSTED) or name.count(":") != 1:

@@ -107,12 +107,12 @@ def read_arguments(args: str | Mapping[str, Any] | None) -> dict[str, Any]:
         try:
             text = Path(args).read_text()
         except UnicodeDecodeError:
-            raise OptionError(f"{args} is no JSON", hint) from None
+            raise OptionError(f"{args} is not JSON", hint) from None
     try:
         arguments = json.loads(text)
     except (ValueError, RecursionError) as error:
         why = "it nests too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise OptionError(f"cannot read the model's arguments {args[:80]!r}: {why}", hint) from None
     if not isinstance(arguments, dict):
-        raise OptionError(f"the model's arguments {args[:80]!r} are no JSON object", hint)
+        raise OptionError(f"the model's arguments {args[:80]!r} are not a JSON object", hint)
     return arguments

@@ -32,7 +32,7 @@ def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedM
             `unsafe_load`.
 
     Raises:
-        CheckpointError: the file is missing, of no known format, truncated, would run code, or its weights are not
+        CheckpointError: the file is missing, truncated, of an unknown format, would run code, or its weights are not
             those of the model.
         OptionError: the model cannot be built, or the options contradict each other.
         SamplesError: the example inputs cannot be read.
@@ -62,7 +62,7 @@ def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedM
 def example_inputs(config: CompileConfig) -> Samples | None:
     """Read or draw the inputs that the options name for capturing a model, None where they name none."""
     if config.inputs is not None and config.input_shape:
-        raise OptionError("there are both example inputs and input shapes", "give --inputs or --input-shape")
+        raise OptionError("there are both example inputs and input shapes", "give either --inputs or --input-shape")
     if config.inputs is not None:
         return load_samples(Path(config.inputs))
     return draw_inputs(config.input_shape, config.seed) if config.input_shape else None
@@ -101,7 +101,7 @@ def load_content(source: Source, content: Any, unsafe: bool, config: CompileConf
         notes.append(f"a pickled {type(module).__name__}" + (f" found at {place!r}" if place else ""))
     else:
         raise CheckpointError(
-            f"{source} is not an asapc checkpoint and does not say which model it is of",
+            f"{source} is not an asapc checkpoint and does not say which model it belongs to",
             "name the class or function that builds the model: --model package.module:factory",
         )
     return LoadedModel(

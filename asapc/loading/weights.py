@@ -11,7 +11,7 @@ from asapc.loading.samples import has_nan, is_finite
 from asapc.loading.untrusted.source import Source
 
 NamedTensors = Iterable[tuple[str, Tensor]]
-ONE_RUN = "the weights and the model's arguments must be of one training run"
+ONE_RUN = "the weights and the model's arguments must be from the same training run"
 COMPILED = "_orig_mod."  # of torch.compile
 MAX_DEPTH = 4  # {"model": {...}}, and what trainers put around that
 
@@ -132,7 +132,7 @@ def compare_weight(source: Source, name: str, key: str, value: Any, expected: Te
         )
     # A mask of the model's own may hold infinities.
     if not is_finite(value) and not torch.equal(value, expected.to(value.dtype)):
-        raise CheckpointError(f"{source}: {key} holds NaN or infinity", "give a checkpoint of a run that went well")
+        raise CheckpointError(f"{source}: {key} holds NaN or infinity", "give a checkpoint from a successful run")
 
 
 def number_kind(value: Tensor) -> tuple[bool, bool]:
@@ -153,7 +153,7 @@ def check_finite(source: Source, parameters: NamedTensors, buffers: NamedTensors
     broken = [name for name, value in parameters if not is_finite(value)]
     broken += [name for name, value in buffers if has_nan(value)]
     for name in broken[:1]:
-        raise CheckpointError(f"{source}: {name[:200]} holds NaN or infinity", "give one of a run that went well")
+        raise CheckpointError(f"{source}: {name[:200]} holds NaN or infinity", "give one from a successful run")
 
 
 def ties(weights: Mapping[str, Tensor]) -> list[set[str]]:
@@ -185,7 +185,7 @@ def place_notes(best: Candidate, rivals: list[str]) -> Iterator[str]:
     if best.place:
         yield f"weights found at {best.place!r}"
     if best.removed:
-        yield f"{' and '.join(map(repr, best.removed))} taken out of their names"
+        yield f"{' and '.join(map(repr, best.removed))} removed from their names"
     if rivals:
         yield f"those at {', '.join(map(repr, rivals))} would fit too"
 

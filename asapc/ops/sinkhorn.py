@@ -193,6 +193,12 @@ class Sinkhorn(nn.Module):
         uniform = self.row_mass is None and self.column_mass is None
         if self.half_steps <= 2 or (uniform and not self.masked):
             return rows, columns
+        return self.balance(kernel, rows, columns)
+
+    def balance(
+        self, kernel: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale the masses of the axis that is not last, so that both axes have the same total over what is live."""
         live_rows, live_columns = (kernel.new_ones(1, size) for size in kernel.shape[-2:])
         rows, columns = live_rows if rows is None else rows, live_columns if columns is None else columns
         if self.masked:

@@ -148,7 +148,7 @@ def approximate(
         if not low <= value <= high:
             raise OptionError(f"{name} is {value}", f"give {name} a value from {low} to {high}")
     if not (math.isfinite(domain[0]) and math.isfinite(domain[1]) and domain[0] < domain[1]):
-        raise OptionError(f"the domain {domain[0]:g},{domain[1]:g} is no interval", "give it as LOW,HIGH")
+        raise OptionError(f"the domain {domain[0]:g},{domain[1]:g} is not an interval", "give it as LOW,HIGH")
     x = torch.linspace(*domain, points, dtype=torch.float64)
     y = (parse_function(function) if isinstance(function, str) else function)(x)
     if not bool(y.isfinite().all()):

@@ -64,7 +64,7 @@ class Call:
         value = self.inputs[index] if self.has(index) else None
         if not isinstance(value, Known):
             problem = "lacks its" if value is None else "depends on data in its"
-            raise self.refuse(f"{problem} input {index}, which has to be known")
+            raise self.refuse(f"{problem} input {index}, which must be known")
         return list(value.array.flatten().tolist())
 
     def operands(self) -> list[Any]:
@@ -78,7 +78,7 @@ class Call:
         return [operand(index, value) for index, value in enumerate(self.inputs)]
 
     def limit(self, shape: Sequence[Any]) -> list[Any]:
-        """Return the shape of a tensor to be made, if it fits into memory."""
+        """Return a shape if a tensor of it fits into memory."""
         total = 1
         for size in shape:
             total *= size if isinstance(size, int) else 1

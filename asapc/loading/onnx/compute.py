@@ -141,7 +141,7 @@ def extreme_index(function: Callable[..., Tensor]) -> Operator:
 
     def apply(call: Call) -> Tensor:
         if call.get("select_last_index"):
-            raise call.refuse("selects the last of equals")
+            raise call.refuse("selects the last of equal entries")
         return function(call.tensor(0), dim=call.get("axis", 0), keepdim=bool(call.get("keepdims", 1)))
 
     return apply

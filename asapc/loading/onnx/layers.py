@@ -49,14 +49,14 @@ def instance_norm(call: Call) -> Tensor:
 def only_first(call: Call) -> None:
     """Refuse a layer whose statistics are outputs too."""
     if call.outputs > 1:
-        raise call.refuse("gives more than its first output")
+        raise call.refuse("returns more than its first output")
 
 
 def padding(call: Call, rank: int) -> tuple[list[int], list[int]]:
     """Return the padding of the spatial axes, at their starts and at their ends."""
     mode = call.get("auto_pad", b"NOTSET")
     if mode not in (b"NOTSET", b"VALID", b""):
-        raise call.refuse(f"pads by auto_pad {mode.decode(errors='replace')[:20]}")
+        raise call.refuse(f"pads with auto_pad {mode.decode(errors='replace')[:20]}")
     pads = list(call.get("pads", [0] * 2 * rank)) if mode != b"VALID" else [0] * 2 * rank
     if len(pads) != 2 * rank:
         raise call.refuse("has pads that do not fit its input")
@@ -105,7 +105,7 @@ def average_pool(call: Call) -> Tensor:
     tensor, kernel = call.tensor(0), list(call.get("kernel_shape"))
     rank = len(kernel)
     if tensor.dim() not in MEANS or call.get("ceil_mode") or any(d != 1 for d in call.get("dilations", [])):
-        raise call.refuse("pools in a way that asapc does not read")
+        raise call.refuse("pools in a way that asapc does not support")
     begin, end = padding(call, rank)
     if begin != end:
         raise call.refuse("pads its ends differently")

@@ -75,18 +75,22 @@ class OnnxModule(nn.Module):
         self.input_types = [check_input(source, value) for value in inputs]
         self.input_sizes = [open_sizes(value) for value in inputs]
         self.initializers: dict[str, str] = {}
-        self.known: dict[str, Any] = {}
+        self.numbers: dict[str, Any] = {}
         constants = [(node.output[0], t) for node in model.graph.node if (t := constant_tensor(node)) is not None]
         for name, proto in [*stored.items(), *constants]:
-            tensor = to_tensor(proto)
-            self.register_buffer(buffer := f"w{len(self.initializers)}", tensor)
-            self.initializers[buffer] = name
-            small = tensor.numel() == 1 or (tensor.numel() <= MAX_NUMBERS and not tensor.is_floating_point())
-            if small and tensor.dim() <= 1:
-                self.known[name] = to_array(proto)
+            self.store(name, proto)
         self.fixed = constant_values(model.graph, {*stored, *(name for name, _ in constants)})
         # torch.export and everything after it ask the forward for its parameters.
         self.__dict__["forward"] = with_signature(self.compute, self.input_names)
+
+    def store(self, name: str, proto: Any) -> None:
+        """Register a tensor of the file as a buffer, and keep few numbers as an array too."""
+        tensor = to_tensor(proto)
+        self.register_buffer(buffer := f"w{len(self.initializers)}", tensor)
+        self.initializers[buffer] = name
+        small = tensor.numel() == 1 or (tensor.numel() <= MAX_NUMBERS and not tensor.is_floating_point())
+        if small and tensor.dim() <= 1:
+            self.numbers[name] = to_array(proto)
 
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Compute all outputs of the file, in its order."""
@@ -97,7 +101,7 @@ class OnnxModule(nn.Module):
             values[name] = value
         for buffer, name in self.initializers.items():
             tensor = getattr(self, buffer)
-            values[name] = Known(self.known[name], tensor) if name in self.known else tensor
+            values[name] = Known(self.numbers[name], tensor) if name in self.numbers else tensor
         self.run_graph(self.model.graph, values, marked=torch.compiler.is_exporting())
         outputs = (values[value.name] for value in self.model.graph.output)
         return tuple(output.as_tensor() if isinstance(output, Known) else output for output in outputs)
@@ -108,7 +112,7 @@ class OnnxModule(nn.Module):
             if node.output and node.output[0] in values and node.op_type == "Constant":
                 continue
             for name, result in zip(node.output, self.run_node(node, values), strict=False):
-                if isinstance(result, Tensor) and prod(s for s in result.shape if isinstance(s, int)) > MAX_ELEMENTS:
+                if elements(result) > MAX_ELEMENTS:
                     raise CheckpointError(f"the ONNX node {label_of(node)} makes more than fits into memory", REWRITE)
                 if name and marked and isinstance(result, Tensor):
                     result = torch.ops.asapc.value(result, name)
@@ -149,7 +153,7 @@ class OnnxModule(nn.Module):
         count = 0
         while going and count < limit:
             if count == MAX_ITERATIONS:
-                raise call.refuse(f"takes more than {MAX_ITERATIONS} iterations")
+                raise call.refuse(f"runs for more than {MAX_ITERATIONS} iterations")
             inner = dict(values)
             arguments = [Known(np.array(count)), Known(np.array(True)), *carried]
             inner |= {value.name: item for value, item in zip(body.input, arguments, strict=True)}
@@ -160,14 +164,19 @@ class OnnxModule(nn.Module):
                 stack.append(item.as_tensor() if isinstance(item, Known) else item)
             count += 1
         if scanned and not count:
-            raise call.refuse("takes no iteration")
+            raise call.refuse("runs for no iteration")
         return (*carried, *(torch.stack(stack) for stack in scanned))
+
+
+def elements(value: Value) -> int:
+    """Count the elements of a tensor, for a batch of one; 0 for numbers."""
+    return prod(size for size in value.shape if isinstance(size, int)) if isinstance(value, Tensor) else 0
 
 
 def decided(call: Call, value: Value | None) -> bool:
     """Evaluate a condition that is known while the graph is captured."""
     if not isinstance(value, Known):
-        raise CheckpointError(f"the ONNX node {call.label} ({call.op}) decides on data; a compiled graph cannot", DATA)
+        raise CheckpointError(f"the ONNX node {call.label} ({call.op}) branches on data; a compiled graph cannot", DATA)
     return bool(value.array.item())
 
 
@@ -215,7 +224,7 @@ def check_operators(graph: Any) -> None:
 def check_input(source: Source, value: Any) -> torch.dtype:
     """Return the dtype of an input; raise CheckpointError if its batch is fixed."""
     if not value.type.HasField("tensor_type"):
-        raise CheckpointError(f"{source}: its input {value.name} is no tensor", EXPORT)
+        raise CheckpointError(f"{source}: its input {value.name} is not a tensor", EXPORT)
     kind = value.type.tensor_type
     if kind.HasField("shape") and (not kind.shape.dim or kind.shape.dim[0].HasField("dim_value")):
         shape = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param for dim in kind.shape.dim)
@@ -265,7 +274,7 @@ def load_onnx(source: Source) -> LoadedModel:
     for buffer, name in module.initializers.items():
         tensor = getattr(module, buffer)
         if tensor.numel() > MAX_NUMBERS and bool(torch.isnan(tensor).any()):
-            raise CheckpointError(f"{source}: {name[:80]} holds NaN", "give one of a run that went well")
+            raise CheckpointError(f"{source}: {name[:80]} holds NaN", "give one from a successful run")
     kinds = map(InputType, module.input_sizes, module.input_types)
     notes = [f"ONNX, opset {opset_of(model)}, {len(model.graph.node)} nodes"]
     return LoadedModel(

@@ -33,7 +33,7 @@ def read_onnx(source: Source) -> Any:
             asapc does not read.
     """
     if source.size > MAX_FILE:
-        raise source.refuse(f"it has {source.size:,} bytes, more than an ONNX file can")
+        raise source.refuse(f"it has {source.size:,} bytes, more than an ONNX file can have")
     with source.reading():
         model = onnx.load_model_from_string(source.path.read_bytes())
     check_versions(source, model)
@@ -114,24 +114,21 @@ def load_external(source: Source, tensor: Any) -> int:
     """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
-    folder = source.path.resolve().parent
-    shown = f"{source}: the external data {location[:80]!r} of {tensor.name[:80]}"
+    label = f"{source}: the external data {location[:80]!r} of {tensor.name[:80]}"
     hint = "keep external data beside the model, or store it inside: onnx.save(onnx.load(path), path)"
-    if not location or Path(location).is_absolute() or ".." in Path(location).parts or "\0" in location:
-        raise CheckpointError(f"{shown} leads out of the model's folder", hint)
-    beside = folder / location
-    if not beside.resolve().is_relative_to(folder):
-        raise CheckpointError(f"{shown} leads out of the model's folder", hint)
+    beside = path_beside(source.path, location)
+    if beside is None:
+        raise CheckpointError(f"{label} leads out of the model's folder", hint)
     size = Source.at(beside, CheckpointError).size
     needed = data_bytes(source, tensor)
     try:
         offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(needed)))
     except ValueError:
-        raise CheckpointError(f"{shown} has no readable place", hint) from None
+        raise CheckpointError(f"{label} has no valid offset or length", hint) from None
     if offset < 0 or length != needed or offset + length > size:
-        raise CheckpointError(f"{shown} should be {needed:,} bytes at {offset:,}; the file has {size:,}", hint)
+        raise CheckpointError(f"{label} should be {needed:,} bytes at {offset:,}; the file has {size:,}", hint)
     if length > MAX_FILE:
-        raise CheckpointError(f"{shown} has {length:,} bytes, more than one file can hold", hint)
+        raise CheckpointError(f"{label} has {length:,} bytes, more than one file can hold", hint)
     with beside.open("rb") as file:
         file.seek(offset)
         data = file.read(length)
@@ -139,6 +136,15 @@ def load_external(source: Source, tensor: Any) -> int:
     tensor.data_location = onnx.TensorProto.DEFAULT
     tensor.raw_data = data
     return length
+
+
+def path_beside(path: Path, location: str) -> Path | None:
+    """Return the path of a location in the folder of a file, None where it leads out of that folder."""
+    if not location or Path(location).is_absolute() or ".." in Path(location).parts or "\0" in location:
+        return None
+    folder = path.resolve().parent
+    beside = folder / location
+    return beside if beside.resolve().is_relative_to(folder) else None
 
 
 def data_bytes(source: Source, tensor: Any) -> int:
@@ -174,4 +180,4 @@ def check_tensor(source: Source, tensor: Any) -> None:
         same = sum(map(len, fields)) == prod(tensor.dims)
     if not same:
         shape = " x ".join(map(str, tensor.dims)) or "a scalar"
-        raise source.refuse(f"{tensor.name[:80]} is {shape}, and its data is not")
+        raise source.refuse(f"{tensor.name[:80]} is {shape}, but its data is not")

@@ -57,7 +57,7 @@ def read_archive(source: Source) -> tuple[ExportedProgram, Any]:
         with source.reading(), zipfile.ZipFile(file) as archive:
             members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     if not {MODEL, *PAYLOADS} <= members.keys():
-        raise source.refuse("it is of an older torch, or holds no model named 'model'", ANEW)
+        raise source.refuse("it is from an older torch, or holds no model named 'model'", ANEW)
     inputs = None
     if sample := members.get(INPUTS):
         inputs = read_torch_stream(io.BytesIO(sample), source.member(INPUTS, len(sample)))

@@ -119,6 +119,6 @@ def check_batch(source: Source, node: Node, hint: str) -> None:
     """Raise CheckpointError unless an input is a tensor with a dynamic batch in front."""
     value = node.meta["val"]
     if not isinstance(value, Tensor) or not value.dim():
-        raise CheckpointError(f"{source}: its input {node.name} is no tensor with a batch in front", hint)
+        raise CheckpointError(f"{source}: its input {node.name} is not a tensor with the batch in front", hint)
     if not isinstance(value.shape[0], torch.SymInt):
         raise CheckpointError(f"{source} was exported with a fixed batch: {node.name} is {tuple(value.shape)}", hint)

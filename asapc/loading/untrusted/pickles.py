@@ -46,29 +46,34 @@ def check_pickle(stream: Any, source: Source) -> None:
         AsapcError: of the source's class. The pickle names something other than the parts of tensors and containers,
             or has tuples that Python could not hash.
     """
-    stack: list[int] = []  # for each value the elements of a tuple, 1 for all else; 0 for a mark
-    memo: dict[int, int] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            name, before = opcode.name, [item.name for item in opcode.stack_before]
-            if name == "GLOBAL" and argument in GLOBALS:
-                stack.append(1)
-            elif name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-                raise source.would_run(argument)
-            elif name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument or 0] = stack[-1]
-            elif name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[argument or 0])
-            else:
-                parts = pop(stack, before)
-                elements = 1 + sum(parts) if name.startswith("TUPLE") else 1
-                if elements > MAX_TUPLE_ELEMENTS:
-                    raise source.refuse("it nests tuples too deeply")
-                stack += [0 if item.name == "mark" else elements for item in opcode.stack_after]
+        scan(stream, source)
     except AsapcError:
         raise
     except Exception:  # genops, or a stack that runs empty: this is no pickle
         raise source.refuse() from None
+
+
+def scan(stream: Any, source: Source) -> None:
+    """Do as `check_pickle`; where the file is no pickle, raise whatever comes up."""
+    stack: list[int] = []  # for each value the elements of a tuple, 1 for all else; 0 for a mark
+    memo: dict[int, int] = {}
+    for opcode, argument, _ in pickletools.genops(stream):
+        match opcode.name:
+            case "GLOBAL" if argument in GLOBALS:
+                stack.append(1)
+            case "GLOBAL" | "STACK_GLOBAL" | "INST" | "OBJ" | "EXT1" | "EXT2" | "EXT4":
+                raise source.would_run(argument)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument or 0] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument or 0])
+            case name:
+                parts = pop(stack, [item.name for item in opcode.stack_before])
+                elements = 1 + sum(parts) if name.startswith("TUPLE") else 1
+                if elements > MAX_TUPLE_ELEMENTS:
+                    raise source.refuse("it nests tuples too deeply")
+                stack += [0 if item.name == "mark" else elements for item in opcode.stack_after]
 
 
 def pop(stack: list[int], before: list[str]) -> list[int]:

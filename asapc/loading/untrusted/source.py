@@ -41,8 +41,8 @@ class Source:
         """Check that a path leads to a regular file that is not empty; follow links.
 
         Raises:
-            AsapcError: of class `error`. There is no such file, it is no regular file (reading a pipe or a device may
-                never end), it is empty, or it may not be read.
+            AsapcError: of class `error`. There is no such file, it is not a regular file (reading a pipe may never
+                end), it is empty, or it may not be read.
         """
         source = cls(path, error, str(path), 0)
         try:
@@ -50,7 +50,7 @@ class Source:
             if S_ISDIR(status.st_mode):
                 raise source.refuse("it is a folder")
             if not S_ISREG(status.st_mode):
-                raise source.refuse("it is no regular file", "give a file, not a pipe or a device")
+                raise source.refuse("it is not a regular file", "give a file, not a pipe or a device")
             with path.open("rb"):
                 pass
         except FileNotFoundError:

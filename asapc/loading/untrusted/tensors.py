@@ -56,7 +56,7 @@ def pickle_member(file: IO[bytes], source: Source) -> IO[bytes]:
     """Read the one pickle of a zip archive of torch.save."""
     members = [m for m in check_zip(file, source) if m.filename.lower().endswith(".pkl")]
     if [m.filename.partition("/")[2] for m in members] != ["data.pkl"]:
-        raise source.refuse("it is no file of torch.save")
+        raise source.refuse("it was not written by torch.save")
     if members[0].file_size > MAX_PICKLE_BYTES:
         raise source.refuse("its pickle is too long")
     with source.reading(), zipfile.ZipFile(file) as archive:
@@ -128,20 +128,25 @@ def read_npz(source: Source) -> dict[str, Tensor]:
     Raises:
         AsapcError: of the source's class.
     """
-    import numpy as np
-
     arrays = {}
     with source.path.open("rb") as file:
         members = check_zip(file, source, compressed=True)
         with source.reading(), zipfile.ZipFile(file) as archive:
             for member in members:
                 name = member.filename.removesuffix(".npy")
-                with archive.open(member) as stream:
-                    check_array(stream, source.member(name, member.file_size))
-                with archive.open(member) as stream:
-                    array = np.lib.format.read_array(stream, allow_pickle=False)
-                arrays[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+                arrays[name] = read_array(archive, member, source.member(name, member.file_size))
     return arrays
+
+
+def read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, source: Source) -> Tensor:
+    """Read one array of a .npz file as a tensor, in the byte order of this machine."""
+    import numpy as np
+
+    with archive.open(member) as stream:
+        check_array(stream, source)
+    with archive.open(member) as stream:
+        array = np.lib.format.read_array(stream, allow_pickle=False)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
 
 
 def check_array(stream: IO[bytes], member: Source) -> None:

@@ -29,7 +29,7 @@ def check_zip(file: IO[bytes], source: Source, compressed: bool = False) -> list
         raise source.refuse() from None
     # torch looks names up without regard to case.
     if len({member.filename.lower() for member in members}) < len(members):
-        raise source.refuse("two members of the archive have one name")
+        raise source.refuse("two members of the archive have the same name")
     for member in members:
         check_member(member, source, compressed)
     claimed = sum(member.file_size for member in members)
@@ -46,4 +46,4 @@ def check_member(member: zipfile.ZipInfo, source: Source, compressed: bool) -> N
     if member.flag_bits & 1:
         raise source.refuse("it is encrypted", "give it without a password")
     if member.compress_type != zipfile.ZIP_STORED and not compressed:
-        raise source.refuse("it is compressed, which torch never does", "unpack it, or save it anew")
+        raise source.refuse("it is compressed, and torch never compresses", "unpack it, or save it again")
