@@ -104,7 +104,7 @@ def sinkhorn_plan_ref(
     row_mass: torch.Tensor | None = None,
     column_mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Float64 reference of `Sinkhorn`'s plan (B, H, N, M): the log-domain loop as it stands in the definition."""
+    """Float64 reference of `Sinkhorn`'s plan (B, H, N, M): the log-domain loop of its definition."""
     scores = scores.double()
     return plan(scores, *sinkhorn_duals(scores, half_steps, last, row_mass, column_mass))
 

@@ -49,7 +49,7 @@ def instance_norm(call: Call) -> Tensor:
 def only_first(call: Call) -> None:
     """Refuse a layer whose statistics are outputs too."""
     if call.outputs > 1:
-        raise call.refuse("returns more than its first output")
+        raise call.refuse("has more outputs than the first")
 
 
 def padding(call: Call, rank: int) -> tuple[list[int], list[int]]:
@@ -73,7 +73,7 @@ def convolution(call: Call) -> Tensor:
     tensor = call.tensor(0)
     rank = tensor.dim() - 2
     if tensor.dim() not in CONVOLUTIONS:
-        raise call.refuse(f"runs over {rank} axes")
+        raise call.refuse(f"works on {rank} spatial axes")
     begin, end = padding(call, rank)
     if begin != end:
         tensor, begin = pad_ends(tensor, begin, end, 0.0), [0] * rank
@@ -89,7 +89,7 @@ def max_pool(call: Call) -> Tensor:
     tensor, kernel = call.tensor(0), list(call.get("kernel_shape"))
     rank = len(kernel)
     if tensor.dim() not in MAXIMA:
-        raise call.refuse(f"runs over {rank} axes")
+        raise call.refuse(f"works on {rank} spatial axes")
     begin, end = padding(call, rank)
     if any(begin + end):
         tensor = pad_ends(tensor, begin, end, -inf)

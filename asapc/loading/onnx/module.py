@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -84,7 +84,7 @@ class OnnxModule(nn.Module):
         self.__dict__["forward"] = with_signature(self.compute, self.input_names)
 
     def store(self, name: str, proto: Any) -> None:
-        """Register a tensor of the file as a buffer, and keep few numbers as an array too."""
+        """Register a tensor of the file as a buffer; keep small constants as arrays too."""
         tensor = to_tensor(proto)
         self.register_buffer(buffer := f"w{len(self.initializers)}", tensor)
         self.initializers[buffer] = name
@@ -107,7 +107,7 @@ class OnnxModule(nn.Module):
         return tuple(output.as_tensor() if isinstance(output, Known) else output for output in outputs)
 
     def run_graph(self, graph: Any, values: dict[str, Value], marked: bool = False) -> None:
-        """Run the nodes of a graph on the values in its scope, and add their outputs to these."""
+        """Run the nodes of a graph on the values in its scope, and add their outputs to the scope."""
         for node in graph.node:
             if node.output and node.output[0] in values and node.op_type == "Constant":
                 continue
@@ -137,7 +137,7 @@ class OnnxModule(nn.Module):
 
     def branch(self, call: Call, values: Mapping[str, Value]) -> tuple[Value, ...]:
         """Run an If whose condition does not depend on data."""
-        condition = decided(call, call.inputs[0])
+        condition = decide(call, call.inputs[0])
         graph = call.get("then_branch") if condition else call.get("else_branch")
         inner = dict(values)
         self.run_graph(graph, inner)
@@ -148,18 +148,14 @@ class OnnxModule(nn.Module):
         body = call.get("body")
         carried: list[Any] = list(call.inputs[2:])
         limit = int(call.numbers(0)[0]) if call.has(0) else MAX_ITERATIONS + 1
-        going = decided(call, call.inputs[1]) if call.has(1) else True
+        going = decide(call, call.inputs[1]) if call.has(1) else True
         scanned: list[list[Tensor]] = [[] for _ in body.output[1 + len(carried) :]]
         count = 0
         while going and count < limit:
             if count == MAX_ITERATIONS:
                 raise call.refuse(f"runs for more than {MAX_ITERATIONS} iterations")
-            inner = dict(values)
-            arguments = [Known(np.array(count)), Known(np.array(True)), *carried]
-            inner |= {value.name: item for value, item in zip(body.input, arguments, strict=True)}
-            self.run_graph(body, inner)
-            results = [inner[value.name] for value in body.output]
-            going, carried = decided(call, results[0]), results[1 : 1 + len(carried)]
+            results = self.iterate(body, values, [Known(np.array(count)), Known(np.array(True)), *carried])
+            going, carried = decide(call, results[0]), results[1 : 1 + len(carried)]
             for stack, item in zip(scanned, results[1 + len(carried) :], strict=True):
                 stack.append(item.as_tensor() if isinstance(item, Known) else item)
             count += 1
@@ -167,13 +163,19 @@ class OnnxModule(nn.Module):
             raise call.refuse("runs for no iteration")
         return (*carried, *(torch.stack(stack) for stack in scanned))
 
+    def iterate(self, body: Any, values: Mapping[str, Value], arguments: Sequence[Any]) -> list[Any]:
+        """Run the body of a Loop once."""
+        inner = {**values, **{value.name: item for value, item in zip(body.input, arguments, strict=True)}}
+        self.run_graph(body, inner)
+        return [inner[value.name] for value in body.output]
+
 
 def elements(value: Value) -> int:
     """Count the elements of a tensor, for a batch of one; 0 for numbers."""
     return prod(size for size in value.shape if isinstance(size, int)) if isinstance(value, Tensor) else 0
 
 
-def decided(call: Call, value: Value | None) -> bool:
+def decide(call: Call, value: Value | None) -> bool:
     """Evaluate a condition that is known while the graph is captured."""
     if not isinstance(value, Known):
         raise CheckpointError(f"the ONNX node {call.label} ({call.op}) branches on data; a compiled graph cannot", DATA)

@@ -50,12 +50,12 @@ def check_pickle(stream: Any, source: Source) -> None:
         scan(stream, source)
     except AsapcError:
         raise
-    except Exception:  # genops, or a stack that runs empty: this is no pickle
+    except Exception:  # genops, or a stack that runs empty: this is not a pickle
         raise source.refuse() from None
 
 
 def scan(stream: Any, source: Source) -> None:
-    """Do as `check_pickle`; where the file is no pickle, raise whatever comes up."""
+    """Do as `check_pickle`, but raise whatever the damage happens to trigger."""
     stack: list[int] = []  # for each value the elements of a tuple, 1 for all else; 0 for a mark
     memo: dict[int, int] = {}
     for opcode, argument, _ in pickletools.genops(stream):

@@ -1,4 +1,4 @@
-"""The file that a reader reads, and how messages speak of it and refuse it."""
+"""A file to read: what messages call it, and how a reader refuses it."""
 
 import errno
 import pickle
