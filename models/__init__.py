@@ -1,1 +1,1 @@
-"""Models with Sinkhorn attention as their users write them, with the commands that train them."""
+"""Models with Sinkhorn attention as users write them, and the training of the example checkpoint."""

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from asapc.models.vit import VisionTransformer
 
 HELD_OUT = 500  # images that training never sees, the same for every seed
-CALIBRATION = 64  # training images that travel in the checkpoint
+CALIBRATION = 64  # training images in the checkpoint
 SPLIT_SEED = 0
 BATCH = 64
 LEARNING_RATE = 3e-3
 
 VARIANTS = {"softmax": 0, "sinkhorn": 20}  # full Sinkhorn iterations
 
-# Called after each epoch with the model's name, the epochs done and the training loss of the last batch.
+# Called after each epoch with the model's name, the number of epochs so far and the training loss of the last batch.
 OnEpoch = Callable[[str, int, float], None]
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (1797, 8, 8) in [0, 1] and their labels (1797,)."""
+    """Load the images (1797, 8, 8) in [0, 1] and their labels (1797,)."""
     with np.load(Path(__file__).parent / "data" / "digits.npz") as file:
         return torch.from_numpy(file["images"]).float() / 16, torch.from_numpy(file["labels"]).long()
 
@@ -51,9 +51,9 @@ def fit(
     images: torch.Tensor,
     labels: torch.Tensor,
     epochs: int,
-    done: Callable[[int, float], None],
+    on_epoch: Callable[[int, float], None],
 ) -> None:
-    """Train with AdamW and a one-cycle learning rate; `done` is called after each epoch."""
+    """Train with AdamW and a one-cycle learning rate; `on_epoch` is called after each epoch."""
     steps = epochs * math.ceil(len(images) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
@@ -66,12 +66,12 @@ def fit(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        done(epoch, loss.item())
+        on_epoch(epoch, loss.item())
     model.eval()
 
 
 def accuracy(model: VisionTransformer, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of images that the model labels correctly."""
+    """Return the share of images that the model labels correctly."""
     with torch.no_grad():
         return (model(images).argmax(dim=-1) == labels).double().mean().item()
 
@@ -79,9 +79,9 @@ def accuracy(model: VisionTransformer, images: torch.Tensor, labels: torch.Tenso
 def train(seed: int, epochs: int, on_epoch: OnEpoch) -> dict[str, Any]:
     """Train the Sinkhorn model and its softmax twin with equal budgets; return the checkpoint of the first.
 
-    The checkpoint is made of tensors, numbers and strings only, so that it loads with weights_only=True. It
-    carries what a compiler needs to know about the model: which class and arguments build it, some
-    training images for calibration, and the held-out images with their labels.
+    The checkpoint holds only tensors, numbers and strings, so it loads with weights_only=True. It carries what a
+    compiler needs to know about the model: the class and arguments that build it, some training images for calibration,
+    and the held-out images with their labels.
     """
     images, labels = load_digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))

@@ -7,7 +7,7 @@ import torch.nn as nn
 
 
 def sinkhorn(scores: torch.Tensor, iterations: int) -> torch.Tensor:
-    """Doubly-stochastic plan of scores (..., N, N) by Sinkhorn's algorithm in the log domain."""
+    """Compute the doubly-stochastic plan of scores (..., N, N) by Sinkhorn's algorithm in the log domain."""
     log_plan = scores
     for _ in range(iterations):
         log_plan = log_plan - torch.logsumexp(log_plan, dim=-2, keepdim=True)  # columns sum to 1
@@ -55,8 +55,8 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Classifies images (B, size, size) with one token a pixel.
 
-    Max pooling, not mean pooling: the mean over tokens of a doubly-stochastic attention is the mean of its
-    values whatever the plan, which would leave the last layer without a say.
+    It pools by the maximum, not the mean: the mean over tokens of a doubly-stochastic attention is the mean of its
+    values, whatever the plan, so the last layer would have no effect.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Compares a model with its graph: what each returns, for a batch of one, and with early stops."""
+"""Compares the outputs of a model and its graph: their types, for a batch of one, and with early stops."""
 
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite
@@ -14,21 +14,20 @@ from asapc.loading.inputs import arguments
 from asapc.types.graph import EarlyStops
 from asapc.types.samples import Samples
 
-# Batch in which a model and its graph are compared.
-COMPARED_BATCH = 32
-# Relative, above what another order of the same operations costs in float32.
+COMPARED_BATCH = 32  # samples at a time
+# Relative; larger than what reordering the same operations changes in float32.
 ROUNDING = 1e-6
-# Relative to what a model and its graph differ by for several samples, and beyond rounding: with short floats, or
-# random numbers in the forward, they always differ.
+# Relative to the difference of a model and its graph for several samples, and beyond rounding: with half-precision
+# floats, or random numbers in the forward, they always differ.
 SINGLE_RATIO, SINGLE_ROUNDING = 10, 1e-3
 
 
 def run(module: nn.Module, batch: Samples, samples: Samples) -> list[Tensor]:
-    """All floating outputs of a model for one batch of the samples, in float64.
+    """Return all floating outputs of a model for one batch of the samples, in float64.
 
     Raises:
         SamplesError: the model refuses them.
-        CaptureError: it returns more than tensors.
+        CaptureError: it returns something other than tensors.
     """
     try:
         args, kwargs = arguments(module, batch.inputs)
@@ -48,43 +47,42 @@ def run(module: nn.Module, batch: Samples, samples: Samples) -> list[Tensor]:
 
 
 def check_outputs(outputs: Any) -> None:
-    """Raise CaptureError where a model returns anything but tensors; None in their place is left out."""
+    """Raise CaptureError where a model returns anything but tensors; None is ignored."""
     leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(outputs)[0] if leaf is not None]
     for path, leaf in leaves:
         if not isinstance(leaf, Tensor):
-            where = f"{keystr(path)} of its outputs is" if path else "what it returns is"
+            where = f"{keystr(path)} of the model's outputs is" if path else "the model's output is"
             raise CaptureError(
-                f"a graph gives tensors alone, and the model more: {where} of type {type(leaf).__name__}",
-                "leave it out of what the forward returns, or return None in its place",
+                f"a graph can only return tensors: {where} of type {type(leaf).__name__}",
+                "omit it from what the forward returns, or return None instead",
             )
     if not leaves:
-        raise CaptureError("the model returns nothing", "return the tensors that are wanted from the forward")
+        raise CaptureError("the model returns nothing", "return the output tensors from the forward")
 
 
 def check_single(module: nn.Module, program: ExportedProgram, example: Samples, stops: bool = False) -> None:
-    """Raise CaptureError where a graph does not do for a batch of one what the model does.
+    """Raise CaptureError where a graph and its model differ for a batch of one.
 
-    Code may treat it apart, as `squeeze()` does; a graph was captured with several samples and has but one way.
+    Code may treat it specially, as `squeeze()` does; a graph was captured with several samples and has one path only.
 
     Args:
         module: the model.
         program: its graph.
         example: what it was captured with.
-        stops: whether the model stops early: the graph then gives other numbers anyway, and only shapes can be held
-            against each other.
+        stops: whether the model stops early: the numbers then differ anyway, and only shapes can be compared.
     """
-    hint = "let the forward treat a batch of one as any other; squeeze() without a dimension, for one, does not"
-    captured, differences, axes = program.module(), [], []
+    hint = "let the forward treat a batch of one like any other; squeeze() without a dimension, for one, does not"
+    graph, differences, axes = program.module(), [], []
     for batch in (example, example[:1]):
         try:
-            expected, seen = run(module, batch, batch), run(captured, batch, batch)
+            expected, actual = run(module, batch, batch), run(graph, batch, batch)
         except SamplesError as error:
             raise CaptureError(f"at batch {len(batch)} {error}", hint) from error
-        shapes = [", ".join(str(tuple(value.shape)) for value in values) for values in (expected, seen)]
+        shapes = [", ".join(str(tuple(value.shape)) for value in values) for values in (expected, actual)]
         if shapes[0] != shapes[1]:
-            raise CaptureError(f"at batch {len(batch)} the model gives {shapes[0]}, and its graph {shapes[1]}", hint)
+            raise CaptureError(f"at batch {len(batch)} the model returns {shapes[0]}, its graph {shapes[1]}", hint)
         axes.append([value.dim() for value in expected])
-        error_square, norm = squares(expected, seen)
+        error_square, norm = squares(expected, actual)
         differences.append((error_square / (norm or 1.0)) ** 0.5)
     if axes[0] != axes[1]:
         raise CaptureError(f"at batch 1 the model's outputs have {axes[1]} axes, at batch 2 {axes[0]}", hint)
@@ -97,13 +95,13 @@ def check_single(module: nn.Module, program: ExportedProgram, example: Samples, 
         )
 
 
-def squares(expected: Sequence[Tensor], seen: Sequence[Tensor]) -> tuple[float, float]:
-    """Sums of squares over some outputs: of what they differ by, infinite where only one is finite, and of their own.
+def squares(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float, float]:
+    """Sum the squares of the differences of some outputs, infinite where only one is finite, and of the expected ones.
 
-    Equal infinities, as in masked scores, and NaN in the same places are no difference.
+    Equal infinities, as in masked scores, and NaN in the same places do not count as differences.
     """
     error = norm = 0.0
-    for reference, candidate in zip(expected, seen, strict=True):
+    for reference, candidate in zip(expected, actual, strict=True):
         same = (candidate == reference) | (candidate.isnan() & reference.isnan())
         error += torch.where(same, 0.0, candidate - reference).square().nan_to_num(nan=inf, posinf=inf).sum().item()
         norm += torch.where(reference.isfinite(), reference, 0.0).square().sum().item()
@@ -113,21 +111,21 @@ def squares(expected: Sequence[Tensor], seen: Sequence[Tensor]) -> tuple[float, 
 def compare_stops(
     module: nn.Module, program: ExportedProgram, samples: Samples, questions: Mapping[str, str]
 ) -> EarlyStops:
-    """Say what doing without early stops changes: the outputs of a model against those of its graph.
+    """Measure what omitting early stops changes: the outputs of a model against those of its graph.
 
     Raises:
-        CaptureError: the graph gives NaN or infinity where the model does not, or the other way round.
+        CaptureError: one of the two returns NaN or infinity where the other does not.
     """
-    captured = program.module()
+    graph = program.module()
     error = norm = 0.0
     for batch in samples.batches(COMPARED_BATCH):
-        more = squares(run(module, batch, samples), run(captured, batch, samples))
+        more = squares(run(module, batch, samples), run(graph, batch, samples))
         error, norm = error + more[0], norm + more[1]
     if not isfinite(error):
         raise CaptureError(
-            f"with and without the early stop at {', '.join(questions)} the model gives NaN or infinity for different "
-            "samples",
-            "bound the loop such that it is stable to the end, and do not use numbers read from tensors but to stop",
+            f"with and without the early stop at {', '.join(questions)} "
+            "the model returns NaN or infinity for different samples",
+            "bound the loop so that it is stable to the end, and use numbers read from tensors only to stop",
         )
     difference = (error / (norm or 1.0)) ** 0.5
     return EarlyStops(questions, difference, difference > ROUNDING)

@@ -1,12 +1,12 @@
-"""Answers what a model asks of its data while it is captured, as if nothing had converged.
+"""Answers the questions that a model asks of its data during capture, as if nothing had converged.
 
-A loop that stops early, `if err < tol: break`, takes another path for each input; a graph has one. While
-torch.export traces, such a question is answered as if the error were larger than any tolerance, so that the loop
-runs to its bound. What follows from parameters and buffers alone is answered truthfully; what neither can decide
-(token ids, indices, the size of the batch) is left to torch.export.
+A loop that stops early, `if err < tol: break`, takes its own path for each input; a graph has one path. While
+torch.export traces, such a question is answered as if the error were larger than any tolerance, so the loop runs to its
+bound. A question about parameters and buffers alone is answered truthfully. What neither can decide (token ids,
+indices, the size of the batch) is left to torch.export.
 
-Only functions that ask are looked at, and only then the graph that was traced so far: a model that asks nothing
-is traced as it would be without this module.
+Only functions that ask are intercepted, and only then is the graph so far examined: a model that asks nothing is traced
+as it would be without this module.
 """
 
 import linecache
@@ -35,15 +35,15 @@ QUESTIONS = {
     *(Tensor.allclose, torch.allclose, Tensor.equal, torch.equal, Tensor.is_nonzero, torch.is_nonzero),
     Tensor.__format__,
 }
-# `tensor.data` leaves the graph too, and torch.export stumbles over it; `tensor.detach()` is the same and stays.
+# `tensor.data` leaves the graph too, and torch.export fails on it; `tensor.detach()` is equivalent and stays inside.
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-# Answers to one line within one call of a forward: three times the iterations of any loop that is to be recognised,
-# since a forward may hold several. All are traced before a loop without a bound is refused, which takes time.
+# Answers to one line within one call of a forward: three times the iterations of any loop that can be recognised,
+# since a forward may hold several. A loop without a bound is refused only after this many, all of which are traced.
 MAX_ANSWERS = 300
-# What a Python number stands in with: beyond any tolerance, finite, and in turns, since a loop may compare an
-# error with the one before.
+# Stand-ins for a Python number: beyond any tolerance, finite, and alternating, since a loop may compare an error with
+# the one before.
 LARGE = (2.0**1000, 2.0**1001)
-TORCH = str(Path(torch.__file__).parent) + os.sep  # and no other package whose name begins like that
+TORCH = str(Path(torch.__file__).parent) + os.sep  # not other packages whose names begin with torch
 
 
 class Undecided(Exception):
@@ -51,7 +51,7 @@ class Undecided(Exception):
 
 
 class Unconverged(TorchFunctionMode):
-    """While active, what a traced module asks of its data is answered as if nothing had converged.
+    """Answers, while active, what a traced module asks of its data, as if nothing had converged.
 
     Attributes:
         questions: the lines of code that got such an answer, by their "file:line".
@@ -66,7 +66,7 @@ class Unconverged(TorchFunctionMode):
         self.trace: Trace | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer a question; do anything else as it would be done without this mode."""
+        """Answer a question; do anything else as without this mode."""
         kwargs = kwargs or {}
         if func == DATA and get_proxy_mode() is not None:
             return args[0].detach()
@@ -78,23 +78,28 @@ class Unconverged(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def answer(self, tracer: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        """Answer one question, truthfully where it is of constants, else as if nothing had converged."""
+        """Answer one question: truthfully if it is about constants, else as if nothing had converged."""
         if self.trace is None or self.trace.tracer is not tracer:
             self.trace = Trace(tracer, self.module, self.constants)
-        trace, subject = self.trace, args[0]
+        trace = self.trace
         trace.advance()
-        asked, options = tree_map_only(Tensor, trace.node, args), tree_map_only(Tensor, trace.node, kwargs)
-        about = node_set((asked, options))
+        inputs, options = tree_map_only(Tensor, trace.node, args), tree_map_only(Tensor, trace.node, kwargs)
+        about = node_set((inputs, options))
         if not about & (trace.dependent | trace.stale):
             if about & trace.sized:
-                raise Undecided  # the answer might be another for the next batch
-            return trace.call(func, asked, options, trace.stale)
+                raise Undecided  # the next batch might get another answer
+            return trace.call(func, inputs, options, trace.stale)
+        return self.assume(trace, func, args, inputs, options)
+
+    def assume(self, trace: "Trace", func: Any, args: Any, inputs: Any, options: Any) -> Any:
+        """Answer a question about data as if nothing had converged; `inputs` are `args` as nodes."""
+        subject = args[0]
         if func is Tensor.__format__ and subject.is_floating_point():
             return format(torch.inf, *args[1:])
         if func is Tensor.item and subject.dtype != torch.bool:
             if not subject.is_floating_point():
-                trace.call(torch.clone, asked, {}, trace.stale)  # undecided, but for counts of answers
-            # No question yet: the number stays in the graph, and what is asked of it is asked of a tensor. A
+                trace.call(torch.clone, inputs, {}, trace.stale)  # undecided, except for counts of answers
+            # No question yet: the number stays in the graph as a tensor, of which the question comes later. It is a
             # copy, since a number does not change when the tensor that it came from is written to.
             return subject.clone().reshape(())
         if func is Tensor.__float__ and subject.is_floating_point():
@@ -104,30 +109,30 @@ class Unconverged(TorchFunctionMode):
             raise Undecided
         if func in (Tensor.__int__, Tensor.__index__) and subject.dtype != torch.bool:
             raise Undecided
-        answer = trace.call(func, asked, options, trace.stale)
+        answer = trace.call(func, inputs, options, trace.stale)
         self.note()
         return answer
 
     def note(self) -> None:
-        """Remember the line of the user's code that is being answered; refuse a loop without a bound."""
+        """Record the line of the user's code that asks; refuse a loop without a bound."""
         frame = user_frame()
         name, line = frame.f_code.co_filename, frame.f_lineno
         source = f"{name}:{line}"
         self.questions[source] = linecache.getline(name, line).strip() or frame.f_code.co_name
         self.answers += 1
-        # Counted anew for each call of a forward: all layers of a model may share one loop.
+        # The count restarts with each call of a forward: all layers of a model may share one loop.
         call = forward_frame(frame)
         before, count = self.loops.get(source, (None, 0))
         self.loops[source] = (call, count + 1 if before is call else 1)
         if count >= MAX_ANSWERS and before is call:
             raise CaptureError(
                 f"the loop at {source} has no bound, or one above {MAX_ANSWERS} iterations: {self.questions[source]}",
-                "bound it, e.g. by `for _ in range(20)`, and test for convergence inside",
+                "bound it, e.g. with `for _ in range(20)`, and test for convergence inside",
             )
 
 
 class Trace:
-    """A graph while it is traced, and what can be known of the values of its nodes.
+    """A graph during tracing, and what can be known about the values of its nodes.
 
     Attributes:
         dependent: nodes whose values depend on the inputs.
@@ -140,33 +145,33 @@ class Trace:
         self.dependent: set[Node] = set()
         self.sized: set[Node] = set()
         self.stale: set[Node] = set()
-        self.seen: set[Node] = set()
-        self.opaque: set[Node] = set()  # inputs and random numbers: dependent on more than other nodes
+        self.examined: set[Node] = set()
+        self.opaque: set[Node] = set()  # inputs and random numbers: they depend on more than other nodes
         self.stale_reads: dict[Node, set[Node]] = {}
         self.sharing: dict[Node, list[Node]] = {}  # nodes that share memory, one list for all of them
-        # Computed when asked for; None is a number that depends on the inputs.
+        # Computed on demand; None is a number that depends on the inputs.
         self.values: dict[Node, Any] = {}
-        for name, tensor in named_tensors(module).items():  # while it is traced: what stands in for the constants
+        for name, tensor in named_tensors(module).items():  # during tracing, these stand in for the constants
             slot = get_proxy_slot(tensor, tracer, None)
             if slot is not None and slot.proxy.node.op == "placeholder" and name in constants:
                 self.values[slot.proxy.node] = constants[name]
 
     def node(self, tensor: Tensor) -> Node | Tensor:
-        """The node that computes a tensor; a real tensor is its own value."""
+        """Return the node that computes a tensor; a real tensor is its own value."""
         slot = get_proxy_slot(tensor, self.tracer, None)
         if slot is None and isinstance(tensor, FakeTensor):
             raise Undecided
         return tensor if slot is None else slot.proxy.node
 
     def advance(self) -> None:
-        """Look at what was traced since the last time."""
+        """Examine the nodes traced since the last time."""
         for node in self.tracer.graph.nodes:
-            if node not in self.seen:
-                self.seen.add(node)
-                self.look_at(node)
+            if node not in self.examined:
+                self.examined.add(node)
+                self.examine(node)
 
-    def look_at(self, node: Node) -> None:
-        """Find out on what a new node depends, and which nodes share its memory."""
+    def examine(self, node: Node) -> None:
+        """Determine what a new node depends on, and which nodes share its memory."""
         reads = set(node.all_input_nodes)
         if isinstance(node.meta.get("val"), SymInt | SymBool | SymFloat):
             self.sized.add(node)
@@ -180,6 +185,10 @@ class Trace:
             self.dependent.add(node)
         if reads & self.sized:
             self.sized.add(node)
+        self.follow_aliases(node)
+
+    def follow_aliases(self, node: Node) -> None:
+        """Record the nodes that a new node shares memory with, and those that it writes to."""
         for i, argument in enumerate(schema_arguments(node.target)):
             value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             if argument.alias_info is not None and isinstance(value, Node):
@@ -190,7 +199,7 @@ class Trace:
                 self.sharing[node] = sharing
 
     def value(self, node: Node) -> Any:
-        """The value of a node: real, assumed, or None for a number that depends on the inputs.
+        """Return the value of a node: real, assumed, or None for a number that depends on the inputs.
 
         Raises:
             Undecided: it can be neither computed nor assumed.
@@ -201,10 +210,10 @@ class Trace:
 
     def compute(self, node: Node) -> Any:
         """Compute the value of a node from those that it reads."""
-        seen = node.meta.get("val")
-        if isinstance(seen, SymInt | SymBool | SymFloat):
-            return hint(seen)
-        if node in self.dependent and isinstance(seen, Tensor) and seen.is_floating_point():
+        fake = node.meta.get("val")
+        if isinstance(fake, SymInt | SymBool | SymFloat):
+            return hint(fake)
+        if node in self.dependent and isinstance(fake, Tensor) and fake.is_floating_point():
             return None
         if node.op == "get_attr":
             return attrgetter(str(node.target))(self.tracer.root)
@@ -214,14 +223,14 @@ class Trace:
         value = self.call(node.target, node.args, node.kwargs, stale)
         numbers = stale or any(self.value(read) is None for read in node.all_input_nodes)
         if numbers and any(leaf.dtype != torch.bool for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
-            raise Undecided  # an index, say: that nothing has converged does not tell it
+            raise Undecided  # an index, say: the assumption that nothing has converged does not determine it
         return value
 
     def call(self, func: Any, args: Any, kwargs: Any, stale: set[Node]) -> Any:
         """Call a function on the values of nodes.
 
-        Numbers that depend on the inputs are far from convergence: the first, which is taken for the error, is
-        larger than anything, and those after it, with which it is compared, are zero.
+        Numbers that depend on the inputs are assumed far from convergence: the first, presumably the error, is larger
+        than anything, and those after it, with which it is compared, are zero.
 
         Raises:
             Undecided: a value is not known, or the function refuses it.
@@ -236,7 +245,7 @@ class Trace:
             for node in [node for node in values if values[node] is None]:
                 values[node], size = stand_in(node.meta["val"], size), 0.0
             if any(a.alias_info is not None and a.alias_info.is_write for a in schema_arguments(func)):
-                # Real parameters are not to be written to.
+                # Never write to real parameters.
                 values = {node: v.clone() if isinstance(v, Tensor) else v for node, v in values.items()}
             try:
                 return func(*map_arg(args, values.__getitem__), **map_arg(kwargs, values.__getitem__))
@@ -245,23 +254,23 @@ class Trace:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of a module, shared ones under each of their names."""
+    """Return all parameters and buffers of a module, shared ones under each of their names."""
     return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 def node_set(values: Any) -> set[Node]:
-    """All nodes among nested values."""
+    """Return all nodes among nested values."""
     return {value for value in tree_leaves(values) if isinstance(value, Node)}
 
 
 def schema_arguments(target: Any) -> list[Any]:
-    """The arguments of an operation as its schema describes them; empty for a plain function."""
+    """Return the arguments of an operation as its schema describes them; none for a plain function."""
     schema = getattr(target, "_schema", None)
     return [] if schema is None else list(schema.arguments)
 
 
 def hint(size: int | SymInt | SymBool | SymFloat) -> Any:
-    """A size in the batch of the example, without tying the graph to it."""
+    """Return a size in the batch of the example, without specialising the graph to it."""
     value = size if isinstance(size, int) else size.node.hint
     if value is None:
         raise Undecided
@@ -269,9 +278,9 @@ def hint(size: int | SymInt | SymBool | SymFloat) -> Any:
 
 
 def stand_in(tensor: Any, size: float) -> Tensor:
-    """A tensor of the same shape and type, full of one number; of the largest there is for infinity.
+    """Return a tensor of the same shape and type filled with one number, the largest finite one for infinity.
 
-    Largest rather than infinite, so that tests for NaN and infinity find nothing.
+    It is finite so that tests for NaN and infinity find nothing.
     """
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise Undecided
@@ -280,7 +289,7 @@ def stand_in(tensor: Any, size: float) -> Tensor:
 
 
 def user_frame() -> FrameType:
-    """The innermost frame outside torch and this file: the line that asks."""
+    """Return the innermost frame outside torch and this file: the line that asks."""
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith((TORCH, __file__)):
         frame = frame.f_back
@@ -288,7 +297,7 @@ def user_frame() -> FrameType:
 
 
 def forward_frame(frame: FrameType | None) -> FrameType | None:
-    """The call of a module's forward that a frame stands in."""
+    """Return the frame of the module's forward that a frame was called from."""
     while frame is not None and frame.f_code.co_name != "forward":
         frame = frame.f_back
     return frame

@@ -1,4 +1,4 @@
-"""Builds the model that the user names with `--model package.module:factory`: the user's own code, and trusted."""
+"""Builds the model that the user names with `--model package.module:factory`: the user's own, trusted code."""
 
 import importlib
 import json
@@ -13,17 +13,17 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from asapc.errors import OptionError, first_line
-from asapc.loading.untrusted.files import check_file
+from asapc.loading.untrusted.source import Source
 
-ARGS_BYTES = 2**20  # of a JSON file of arguments; a configuration takes a few thousand
+MAX_ARGS_BYTES = 2**20  # of a JSON file of arguments; a configuration takes a few thousand
 
 
 @contextmanager
 def working_directory_importable() -> Iterator[None]:
-    """Look for modules in the working directory first, as `python -m` does; afterwards last.
+    """Look for modules in the working directory first, as `python -m` does, and last from then on.
 
-    Last, since code of the model may import more of its own when it runs, while nothing that asapc itself imports
-    later may be shadowed by a file that happens to lie there.
+    The directory stays on the path because the model's code may import more when it runs. It comes last because a file
+    that happens to lie there must not shadow what asapc itself imports later.
     """
     folder = os.getcwd()
     sys.path.insert(0, folder)
@@ -43,8 +43,8 @@ def build_model(name: str, args: str | Mapping[str, Any] | None) -> nn.Module:
         args: its keyword arguments, as JSON, the path of a JSON file, or a mapping.
 
     Raises:
-        OptionError: there is no such module or attribute, it cannot be called with these arguments, raises, or does
-            not return a module.
+        OptionError: there is no such module or attribute, or calling it with these arguments fails or does not return
+            a module.
     """
     arguments = read_arguments(args)
     module_name, _, attribute = name.partition(":")
@@ -71,48 +71,48 @@ def build_model(name: str, args: str | Mapping[str, Any] | None) -> nn.Module:
 
 
 def find_factory(module_name: str, attribute: str) -> Any:
-    """What a module holds under a dotted name, if it can be called."""
+    """Return what a module holds under a dotted name, if it can be called."""
     try:
-        found: Any = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
         raise OptionError(
             f"there is no module {module_name}" if missing else f"importing {module_name} raises {first_line(error)}",
-            "modules are looked for in the working directory and where Python looks",
+            "Python looks for modules in the working directory and on its own path",
         ) from error
-    where = getattr(found, "__file__", None) or module_name
+    where = getattr(value, "__file__", None) or module_name
     for part in attribute.split("."):
         try:
-            found = getattr(found, part)
+            value = getattr(value, part)
         except AttributeError:
             raise OptionError(f"{where} has no {attribute}", "name the class, or a function that returns it") from None
-    if not callable(found):
+    if not callable(value):
         raise OptionError(f"{attribute} of {where} cannot be called", "name the class, or a function that returns it")
-    return found
+    return value
 
 
 def read_arguments(args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keyword arguments that an option gives.
+    """Read the keyword arguments that an option holds.
 
     Raises:
-        OptionError: the file cannot be read, it is no JSON, or no JSON object.
+        OptionError: the file cannot be read, is not JSON, or is not a JSON object.
     """
     if args is None or isinstance(args, Mapping):
         return dict(args or {})
     hint = """give a JSON object, e.g. '{"depth": 4}', or the path of a file with one"""
     text = args
     if not args.lstrip().startswith(("{", "[", '"')):
-        if check_file(Path(args), OptionError) > ARGS_BYTES:
+        if Source.at(Path(args), OptionError).size > MAX_ARGS_BYTES:
             raise OptionError(f"{args} is too long for a model's arguments", hint)
         try:
             text = Path(args).read_text()
         except UnicodeDecodeError:
-            raise OptionError(f"{args} is no JSON", hint) from None
+            raise OptionError(f"{args} is not JSON", hint) from None
     try:
-        found = json.loads(text)
+        arguments = json.loads(text)
     except (ValueError, RecursionError) as error:
         why = "it nests too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise OptionError(f"cannot read the model's arguments {args[:80]!r}: {why}", hint) from None
-    if not isinstance(found, dict):
-        raise OptionError(f"the model's arguments {args[:80]!r} are no JSON object", hint)
-    return found
+    if not isinstance(arguments, dict):
+        raise OptionError(f"the model's arguments {args[:80]!r} are not a JSON object", hint)
+    return arguments

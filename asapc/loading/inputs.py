@@ -1,4 +1,4 @@
-"""How inputs reach a model: under which names, in which order, and in which shapes where its file tells."""
+"""Tells how inputs reach a model: by which names, in which order, and in which shapes if its file says so."""
 
 import inspect
 import shlex
@@ -18,14 +18,9 @@ def order_inputs(loaded: LoadedModel, samples: Samples) -> Samples:
     """Put samples in the order of the model's inputs: graphs take them by position from here on.
 
     Raises:
-        SamplesError: they are not named as the model's inputs, or not of the shape that it was exported with.
+        SamplesError: their names are not those of the model's inputs, or their shapes not those of its export.
     """
-    if loaded.inputs is not None:
-        names = required = list(loaded.inputs)
-    else:
-        parameters = inspect.signature(loaded.module.forward).parameters.values()
-        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        names, required = [p.name for p in named], [p.name for p in named if p.default is p.empty]
+    names, required = input_names(loaded)
     if not samples.inputs.keys() <= set(names) or not set(required) <= samples.inputs.keys():
         raise SamplesError(
             f"the samples hold {', '.join(samples.inputs)}; the model's inputs are {', '.join(names) or 'not named'}",
@@ -37,21 +32,30 @@ def order_inputs(loaded: LoadedModel, samples: Samples) -> Samples:
     return ordered
 
 
+def input_names(loaded: LoadedModel) -> tuple[list[str], list[str]]:
+    """Return the names of all inputs of a model, and of those that it cannot do without."""
+    if loaded.inputs is not None:
+        return list(loaded.inputs), list(loaded.inputs)
+    parameters = inspect.signature(loaded.module.forward).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in named], [p.name for p in named if p.default is p.empty]
+
+
 def compare_type(loaded: LoadedModel, name: str, value: Tensor, kind: InputType) -> None:
     """Raise SamplesError where an input is not what an exported model takes."""
     sizes = tuple(value.shape) if kind.sizes is None else kind.sizes
     same = len(sizes) == value.dim() and all(s in (None, n) for s, n in zip(sizes, value.shape, strict=True))
     if not same or value.dtype != kind.dtype:
-        shown = ", ".join("any" if size is None else str(size) for size in sizes[1:])
+        expected = ", ".join("any" if size is None else str(size) for size in sizes[1:])
         raise SamplesError(
-            f"{name} is {tuple(value.shape)} {value.dtype}; {loaded.path} was exported with (batch, {shown}) "
+            f"{name} is {tuple(value.shape)} {value.dtype}; {loaded.path} was exported with (batch, {expected}) "
             f"{kind.dtype}",
             "give samples of that shape and dtype",
         )
 
 
 def arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that bring inputs, in the model's order, to the parameters of their names."""
+    """Return the positional and keyword arguments that pass inputs, in the model's order, to the forward."""
     signature = inspect.signature(module.forward)
     if not inputs.keys() <= signature.parameters.keys():  # an ONNX file's, whose names need not be Python's
         return tuple(inputs.values()), {}
@@ -60,7 +64,7 @@ def arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[An
 
 
 def shape_options(loaded: LoadedModel) -> str:
-    """The options that describe the inputs of an exported model, to be copied; for other models an example."""
+    """Return the options that describe the inputs of an exported model, ready to copy; for other models an example."""
     kinds = {name: (kind.sizes, str(kind.dtype).removeprefix("torch.")) for name, kind in (loaded.inputs or {}).items()}
     if not kinds or any(sizes is None or dtype not in DTYPES for sizes, dtype in kinds.values()):
         return "--input-shape x=2,197,64:float32"

@@ -10,15 +10,14 @@ from torch import nn
 
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, OptionError
-from asapc.hashes import sha256
 from asapc.loading.checkpoint import FORMAT, build_checkpoint, checkpoint_samples
 from asapc.loading.factories import build_model, working_directory_importable
 from asapc.loading.onnx.module import load_onnx
 from asapc.loading.pt2.program import load_program
 from asapc.loading.samples import draw_inputs, load_samples
 from asapc.loading.untrusted.files import detect
-from asapc.loading.untrusted.refusals import RUNS_CODE
-from asapc.loading.untrusted.tensors import damage, read_safetensors, read_torch
+from asapc.loading.untrusted.source import RUNS_CODE, Source
+from asapc.loading.untrusted.tensors import read_safetensors, read_torch
 from asapc.loading.weights import check_finite, load_weights
 from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
@@ -33,47 +32,46 @@ def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedM
             `unsafe_load`.
 
     Raises:
-        CheckpointError: the file is missing, of no known format, truncated, would run code, or its weights are not
+        CheckpointError: the file is missing, truncated, of an unknown format, would run code, or its weights are not
             those of the model.
         OptionError: the model cannot be built, or the options contradict each other.
         SamplesError: the example inputs cannot be read.
     """
-    path, config = Path(path), config or CompileConfig()
+    config = config or CompileConfig()
     example = example_inputs(config)
-    match detect(path):
+    source = Source.at(Path(path), CheckpointError)
+    match detect(source):
+        case "exported" | "onnx" if config.model:
+            raise OptionError(f"{source} holds a graph and needs no model", "omit --model")
         case "exported":
-            if config.model:
-                raise OptionError(f"{path} holds a graph and needs no model", "leave out --model")
-            loaded = load_program(path)
+            loaded = load_program(source)
         case "onnx":
-            if config.model:
-                raise OptionError(f"{path} holds a graph and needs no model", "leave out --model")
-            loaded = load_onnx(path)
+            loaded = load_onnx(source)
         case "torchscript":
             raise CheckpointError(
-                f"{path} is a TorchScript archive, whose graph asapc does not read",
+                f"{source} is a TorchScript archive, whose graph asapc does not read",
                 "give its weights (module.state_dict()) with --model, or a torch.export archive",
             )
         case "safetensors":
-            loaded = load_content(path, read_safetensors(path, CheckpointError), False, config)
+            loaded = load_content(source, read_safetensors(source.path, CheckpointError), False, config)
         case _:
-            loaded = load_content(path, *read_content(path, config), config)
+            loaded = load_content(source, *read_content(source, config), config)
     return loaded if example is None else replace(loaded, example=example)
 
 
 def example_inputs(config: CompileConfig) -> Samples | None:
-    """The inputs that the options give for capturing a model, None where they give none."""
+    """Read or draw the inputs that the options name for capturing a model, None where they name none."""
     if config.inputs is not None and config.input_shape:
-        raise OptionError("there are both example inputs and input shapes", "give --inputs or --input-shape")
+        raise OptionError("there are both example inputs and input shapes", "give either --inputs or --input-shape")
     if config.inputs is not None:
         return load_samples(Path(config.inputs))
     return draw_inputs(config.input_shape, config.seed) if config.input_shape else None
 
 
-def read_content(path: Path, config: CompileConfig) -> tuple[Any, bool]:
-    """What a file of torch.save holds, and whether code in it was run to get at it."""
+def read_content(source: Source, config: CompileConfig) -> tuple[Any, bool]:
+    """Read a file of torch.save, and say whether code in it was run to do so."""
     try:
-        return read_torch(path, CheckpointError), False
+        return read_torch(source), False
     except CheckpointError as error:
         if RUNS_CODE not in str(error):
             raise
@@ -82,34 +80,34 @@ def read_content(path: Path, config: CompileConfig) -> tuple[Any, bool]:
                 str(error),
                 "save model.state_dict() instead, or add --unsafe-load if you would run this file as a program",
             ) from None
-    with damage(path, CheckpointError), working_directory_importable():
-        return torch.load(path, map_location="cpu", weights_only=False), True
+    with source.reading(), working_directory_importable():
+        return torch.load(source.path, map_location="cpu", weights_only=False), True
 
 
-def load_content(path: Path, content: Any, unsafe: bool, config: CompileConfig) -> LoadedModel:
-    """Make a model of what a file holds: a checkpoint of `asapc train`, weights, or with `unsafe` a whole module."""
+def load_content(source: Source, content: Any, unsafe: bool, config: CompileConfig) -> LoadedModel:
+    """Load a model from a file's content: a checkpoint of `asapc train`, weights, or with `unsafe` a whole module."""
     notes = ["code in the file was run"] if unsafe else []
     calibration = held_out = None
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
-        calibration, held_out = (checkpoint_samples(path, content, key) for key in ("calibration", "held_out"))
+        calibration, held_out = (checkpoint_samples(source, content, key) for key in ("calibration", "held_out"))
     if config.model is not None:
         module = build_model(config.model, config.model_args)
-        notes += load_weights(path, config.model, module, content)
+        notes += load_weights(source, config.model, module, content)
     elif isinstance(content, Mapping) and content.get("format") == FORMAT:
-        module = build_checkpoint(path, content)
-    elif found := next(find_modules(content), None):
-        place, module = found
-        check_finite(path, module.named_parameters(), module.named_buffers())
+        module = build_checkpoint(source, content)
+    elif match := next(find_modules(content), None):
+        place, module = match
+        check_finite(source, module.named_parameters(), module.named_buffers())
         notes.append(f"a pickled {type(module).__name__}" + (f" found at {place!r}" if place else ""))
     else:
         raise CheckpointError(
-            f"{path} is not an asapc checkpoint and does not say which model it is of",
+            f"{source} is not an asapc checkpoint and does not say which model it belongs to",
             "name the class or function that builds the model: --model package.module:factory",
         )
     return LoadedModel(
         module=module.eval(),
-        path=path,
-        sha256=sha256(path),
+        path=source.path,
+        sha256=source.sha256,
         parameters=sum(p.numel() for p in module.parameters()),
         calibration=calibration,
         held_out=held_out,
@@ -118,7 +116,7 @@ def load_content(path: Path, content: Any, unsafe: bool, config: CompileConfig) 
 
 
 def find_modules(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in nested mappings, each with the keys that lead to it."""
+    """Yield the modules in nested mappings, each with the keys that lead to it."""
     if isinstance(content, nn.Module):
         yield place, content
     elif isinstance(content, Mapping) and depth < 4:

@@ -1,4 +1,4 @@
-"""Samples from files, and random example inputs of given shapes."""
+"""Reads samples from files, and draws random example inputs of given shapes."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from asapc.errors import OptionError, SamplesError
+from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_npz, read_torch
 from asapc.types.samples import Samples
 
 # Larger inputs are a slip of the keyboard, and would not fit into memory.
-INPUT_BYTES = 2**30
+MAX_INPUT_BYTES = 2**30
 FLOATS = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 INTEGERS = {name: getattr(torch, name) for name in ("int64", "int32", "int16", "int8", "uint8")}
+ONE_ARRAY_EACH = "give one array for each input of the model, all with the same number of samples"
 DTYPES = FLOATS | INTEGERS | {"bool": torch.bool}
 
 
 class InputShape(NamedTuple):
-    """An input as `--input-shape` describes it; integers are drawn from low to high, both included."""
+    """An input as `--input-shape` describes it; integers are drawn from low to high, inclusive."""
 
     name: str
     sizes: tuple[int, ...]
@@ -34,12 +36,12 @@ def load_samples(path: Path) -> Samples:
     """Read samples from a .npz or .pt file: arrays named as the model's inputs, and optional `labels`.
 
     Raises:
-        SamplesError: the file is missing or unreadable, or what it holds cannot be samples.
+        SamplesError: the file is missing or unreadable, or its content cannot be samples.
     """
     if path.suffix == ".npz":
-        content = read_npz(path, SamplesError)
+        content: Any = read_npz(Source.at(path, SamplesError))
     elif path.suffix in (".pt", ".pth"):
-        content = read_torch(path, SamplesError)
+        content = read_torch(Source.at(path, SamplesError))
     else:
         raise SamplesError(f"{path} is neither .npz nor .pt", "save the samples with numpy.savez or torch.save")
     if not isinstance(content, Mapping):
@@ -48,49 +50,58 @@ def load_samples(path: Path) -> Samples:
     return as_samples({"inputs": inputs, "labels": content.get("labels")}, str(path))
 
 
-def as_samples(content: Any, where: str) -> Samples:
-    """Check and wrap {"inputs": {name: tensor}, "labels": tensor or None}; `where` begins the messages."""
-    hint = "give one array for each input of the model, all with the same number of samples"
+def as_samples(content: Any, label: str) -> Samples:
+    """Check and wrap {"inputs": {name: tensor}, "labels": tensor or None}; `label` begins the messages."""
     inputs = content.get("inputs") if isinstance(content, Mapping) else None
     if not isinstance(inputs, Mapping) or not inputs or not all(isinstance(name, str) for name in inputs):
-        raise SamplesError(f"{where}: no inputs", hint)
+        raise SamplesError(f"{label}: no inputs", ONE_ARRAY_EACH)
     labels = content.get("labels")
-    for name, value in {**inputs, **({} if labels is None else {"labels": labels})}.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            raise SamplesError(f"{where}: {name[:80]} is not an array with a sample axis", hint)
-        if not is_finite(value):
-            raise SamplesError(f"{where}: {name[:80]} holds NaN or infinity", "remove those samples")
-    sizes = {name: len(value) for name, value in inputs.items()}
-    if labels is not None:
-        if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise SamplesError(f"{where}: labels must be one class index a sample", "give integers, not one-hot rows")
-        sizes["labels"] = len(labels)
+    arrays = dict(inputs) if labels is None else {**inputs, "labels": labels}
+    for name, value in arrays.items():
+        check_values(f"{label}: {name[:80]}", value)
+    if labels is not None and not is_class_index(labels):
+        raise SamplesError(f"{label}: labels must be one class index a sample", "give integers, not one-hot rows")
+    sizes = {name: len(value) for name, value in arrays.items()}
     if len(set(sizes.values())) > 1:
-        shown = ", ".join(f"{count} of {name[:80]}" for name, count in list(sizes.items())[:8])
-        raise SamplesError(f"{where}: different numbers of samples, {shown}", hint)
+        counts = ", ".join(f"{count} of {name[:80]}" for name, count in list(sizes.items())[:8])
+        raise SamplesError(f"{label}: different numbers of samples, {counts}", ONE_ARRAY_EACH)
     return Samples(dict(inputs), labels)
 
 
+def check_values(label: str, value: Any) -> None:
+    """Raise SamplesError unless a value is a tensor with a sample axis, and finite."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        raise SamplesError(f"{label} is not an array with a sample axis", ONE_ARRAY_EACH)
+    if not is_finite(value):
+        raise SamplesError(f"{label} holds NaN or infinity", "remove those samples")
+
+
+def is_class_index(labels: Tensor) -> bool:
+    """Tell whether labels are one integer a sample."""
+    other = labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+    return labels.dim() == 1 and not other
+
+
 def is_finite(value: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity."""
+    """Tell whether a tensor holds no NaN and no infinity."""
     return bool(torch.isfinite(widened(value)).all())
 
 
 def has_nan(value: Tensor) -> bool:
-    """Whether a tensor holds NaN; infinities may be meant."""
+    """Tell whether a tensor holds NaN; infinities may be meant."""
     return bool(torch.isnan(widened(value)).any())
 
 
 def widened(value: Tensor) -> Tensor:
-    """A tensor that torch can look into, which it cannot at floats of 8 bits."""
+    """Convert floats of 8 bits, whose values torch cannot test, to float32."""
     return value.float() if value.is_floating_point() and value.itemsize == 1 else value
 
 
 def parse_shape(text: str) -> InputShape:
-    """Read the description of an input, e.g. "x=2,197,64", "mask=2,128:bool" or "ids=2,128:int64:0..30000".
+    """Parse the description of an input, e.g. "x=2,197,64", "mask=2,128:bool" or "ids=2,128:int64:0..30000".
 
     Raises:
-        OptionError: not of that form, an unknown dtype, or too large.
+        OptionError: it has another form, an unknown dtype, or too many elements.
     """
     hint = "use NAME=SIZE,SIZE,...:DTYPE, the batch first, e.g. x=2,197,64:float32 or ids=2,128:int64:0..30000"
     match = re.fullmatch(r"([^\s=]{1,80})=(\d{1,9}(?:,\d{1,9})*)(?::(\w+)(?::(-?\d{1,18})\.\.(-?\d{1,18}))?)?", text)
@@ -99,29 +110,32 @@ def parse_shape(text: str) -> InputShape:
     name, sizes, dtype = match[1], tuple(int(size) for size in match[2].split(",")), match[3] or "float32"
     if dtype not in DTYPES:
         raise OptionError(f"the input {name} has the unknown dtype {dtype!r}", f"use one of {', '.join(DTYPES)}")
-    if 0 in sizes or prod(sizes) * DTYPES[dtype].itemsize > INPUT_BYTES:
-        raise OptionError(f"the input {name} is empty or larger than {INPUT_BYTES:,} bytes: {match[2]}", hint)
-    low, high = (int(match[4]), int(match[5])) if match[4] else (0, 1)
-    if match[4] and dtype not in INTEGERS:
+    if 0 in sizes or prod(sizes) * DTYPES[dtype].itemsize > MAX_INPUT_BYTES:
+        raise OptionError(f"the input {name} is empty or larger than {MAX_INPUT_BYTES:,} bytes: {match[2]}", hint)
+    if match[4] is None:
+        return InputShape(name, sizes, DTYPES[dtype], 0, 1)
+    if dtype not in INTEGERS:
         raise OptionError(f"the input {name} has a range, but is {dtype}", "ranges are for integers")
-    if low > high or (dtype in INTEGERS and not fits(low, high, DTYPES[dtype])):
+    low, high = int(match[4]), int(match[5])
+    if low > high or not fits(low, high, DTYPES[dtype]):
         raise OptionError(f"the input {name} has the range {low}..{high}", f"give low..high, within {dtype}")
     return InputShape(name, sizes, DTYPES[dtype], low, high)
 
 
 def fits(low: int, high: int, dtype: torch.dtype) -> bool:
-    """Whether an integer dtype has both numbers."""
+    """Tell whether an integer dtype can hold both numbers."""
     info = torch.iinfo(dtype)
     return info.min <= low and high <= info.max
 
 
 def draw_inputs(shapes: Iterable[str], seed: int) -> Samples:
-    """Random inputs of given shapes: normal floats, integers of their range, masks that are mostly true.
+    """Draw random inputs of given shapes: normal floats, integers of their range, masks that are mostly true.
 
-    Good enough to capture a model and to look into its structure, never to calibrate it. Two samples at least.
+    They are good enough to capture a model and to examine its structure, never to calibrate it. There are at least two
+    samples.
 
     Raises:
-        OptionError: a shape cannot be read, or the inputs differ in their batch.
+        OptionError: a shape cannot be parsed, or the inputs differ in their batch.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Tensor] = {}
@@ -134,8 +148,8 @@ def draw_inputs(shapes: Iterable[str], seed: int) -> Samples:
         elif shape.dtype == torch.bool:
             inputs[shape.name] = torch.rand(sizes, generator=generator) < 0.9
         else:
-            drawn = torch.randint(shape.low, shape.high + 1, sizes, generator=generator)
-            inputs[shape.name] = drawn.to(shape.dtype)
+            integers = torch.randint(shape.low, shape.high + 1, sizes, generator=generator)
+            inputs[shape.name] = integers.to(shape.dtype)
     if len({len(value) for value in inputs.values()}) > 1:
         raise OptionError("the input shapes differ in their first size", "the first size of each input is the batch")
     return Samples(inputs)

@@ -1,4 +1,4 @@
-"""Gathers the samples that a model is looked into, calibrated and checked with."""
+"""Gathers the samples that probe, calibrate and check a model."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
 
 MIN_CALIBRATION, MIN_HELD_OUT = 8, 4
-HELD_OUT_SHARE = 4  # one in so many samples of a --calib file is held out
+HELD_OUT_SHARE = 4  # of the samples of a --calib file, one in four is held out
 
 
 def probe_samples(loaded: LoadedModel, config: CompileConfig) -> Samples:
-    """Inputs to look into a model with: those of --calib, else example inputs, else samples of the checkpoint.
+    """Return the inputs to probe a model with: those of --calib, else example inputs, else samples of the checkpoint.
 
     Raises:
         SamplesError: there are none, or they do not fit the model.
@@ -32,9 +32,9 @@ def probe_samples(loaded: LoadedModel, config: CompileConfig) -> Samples:
 
 
 def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples, Samples]:
-    """Calibration and held-out samples: of the --calib file where one is given, else of the checkpoint.
+    """Return calibration and held-out samples: those of the --calib file if there is one, else of the checkpoint.
 
-    A --calib file is shuffled by the seed and a quarter of it held out.
+    A --calib file is shuffled with the seed, and a quarter of it is held out.
 
     Raises:
         SamplesError: there are none, too few, or they do not fit the model.
@@ -56,7 +56,7 @@ def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples,
     if len(calibration) < MIN_CALIBRATION or len(held_out) < MIN_HELD_OUT:
         raise SamplesError(
             f"{len(calibration)} calibration and {len(held_out)} held-out samples are too few",
-            f"give at least {HELD_OUT_SHARE * MIN_HELD_OUT} samples with --calib; 64 and more are better",
+            f"give at least {HELD_OUT_SHARE * MIN_HELD_OUT} samples with --calib; 64 or more are better",
         )
     calibration, held_out = order_inputs(loaded, calibration), order_inputs(loaded, held_out)
     if calibration.inputs.keys() != held_out.inputs.keys():
@@ -67,10 +67,10 @@ def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples,
     return calibration, held_out
 
 
-def compare_kinds(path: Path, samples: Samples, known: Samples | None) -> None:
-    """Raise SamplesError where samples differ in shape or dtype from those that the checkpoint carries."""
+def compare_kinds(path: Path, samples: Samples, reference: Samples | None) -> None:
+    """Raise SamplesError where samples differ in shape or dtype from those that the checkpoint carries, if any."""
     for name, value in samples.inputs.items():
-        expected = known.inputs.get(name) if known else None
+        expected = reference.inputs.get(name) if reference else None
         if expected is not None and (value.shape[1:], value.dtype) != (expected.shape[1:], expected.dtype):
             raise SamplesError(
                 f"{path}: {name} is {tuple(value.shape)} {value.dtype}, the model was trained on "

@@ -1,4 +1,4 @@
-"""Half-steps of Sinkhorn scaling in the log domain, and the two-sided entropic c-transform made of them.
+"""Half-steps of Sinkhorn scaling in the log domain, and the two-sided entropic c-transform that they make up.
 
 Conventions, here and everywhere in asapc: `scores` (B, H, N, M) are in units of the temperature, so that
 the plan is exp(scores + f[..., :, None] + g[..., None, :]), with rows that sum to 1 and columns that sum
@@ -13,8 +13,8 @@ import torch
 def column_step(scores: torch.Tensor, f: torch.Tensor, mass: torch.Tensor | None = None) -> torch.Tensor:
     """Return the key-side dual g (B, H, M) for which the columns of the plan sum to `mass`.
 
-    g_j = log(mass_j) - logsumexp_i(scores_ij + f_i): the entropic c-transform of f. Columns of -inf, which
-    no dual can give any mass, get 0.
+    g_j = log(mass_j) - logsumexp_i(scores_ij + f_i): the entropic c-transform of f. Columns of -inf, to which no dual
+    can give mass, get 0.
 
     Args:
         scores: (B, H, N, M).
@@ -36,12 +36,11 @@ def row_step(scores: torch.Tensor, g: torch.Tensor, mass: torch.Tensor | None = 
 
 
 def closure(scores: torch.Tensor, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two-sided entropic c-transform: g = column_step(f), then f = row_step(g).
+    """Apply the two-sided entropic c-transform: g = column_step(f), then f = row_step(g).
 
-    The step with which ASAP (arXiv 2605.12879) rebuilds the plan from an estimated dual. It *is* two
-    Sinkhorn half-steps from a warm start: with the dual of half-step T - 2 of a teacher that ends on rows it
-    returns the duals of half-step T exactly, and a constant added to f changes nothing but the constant
-    in g.
+    ASAP (arXiv 2605.12879) rebuilds the plan from an estimated dual with it. It *is* two Sinkhorn half-steps from a
+    warm start: from the dual of half-step T - 2 of a teacher that ends on rows it returns the duals of half-step T
+    exactly, and a constant added to f only changes the constant in g.
 
     Args:
         scores: (B, H, N, M).

@@ -10,11 +10,11 @@ import torch
 
 
 def paired_keys(queries: int, keys: int) -> tuple[list[int], list[int]]:
-    """Ranks of the two keys whose mean is the slope of the potential between sorted queries i and i + 1.
+    """Return the ranks of the two keys whose mean is the slope of the potential between sorted queries i and i + 1.
 
     Between queries i and i + 1 (of N, counted from 1) the key quantile i / N is paired. Where it falls
     between two keys any value between them is optimal, since square uniform problems have no unique
-    potential: the midpoint is the rule here, in the fit and at inference.
+    potential. asapc takes the midpoint, in the fit and at inference.
 
     Returns:
         Two lists of N - 1 zero-based ranks; equal entries where the quantile falls inside one key.
@@ -25,15 +25,15 @@ def paired_keys(queries: int, keys: int) -> tuple[list[int], list[int]]:
 
 
 def potentials(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Query-side Kantorovich potentials for the score x * y and uniform marginals.
+    """Return the query-side Kantorovich potentials for the score x * y and uniform marginals.
 
     Args:
         x: projected queries, (..., N), any order, ties allowed.
         y: projected keys, (..., M).
 
     Returns:
-        (..., N), in units of x * y, each centred to mean zero over N. Cost O(N log N + M log M), no
-        tensor larger than its inputs. Made of TopK, CumSum and Scatter alone, which every target runtime has.
+        (..., N), in units of x * y, each centred to mean zero over N. The cost is O(N log N + M log M), and no
+        tensor is larger than the inputs. TopK, CumSum and Scatter suffice, which every target runtime has.
     """
     n, m = x.shape[-1], y.shape[-1]
     # topk, not sort: it is the sort that exports to ONNX. N and M are therefore fixed in the graph.

@@ -1,15 +1,14 @@
 """Sinkhorn scaling on the exponentiated scores: one exp, then matrix-vector products.
 
 The kernel is exp(scores) up to a factor per row and a factor per column. A factor is a dual, so it changes no plan; it
-keeps the kernel in the range of float32. A loop that starts with rows has softmax(scores) for its kernel, which is its
-first half-step and what every runtime has fused; one that starts with columns is turned over, so that it starts with
-rows. Scaling vectors are kept as row vectors, (B, H, 1, N) and (B, H, 1, M): a row vector times a matrix is the product
-that runtimes do fast.
+keeps the kernel in the range of float32. A loop that starts with rows has softmax(scores) as its kernel, which is its
+first half-step and fused in every runtime. A loop that starts with columns is transposed, so that it starts with rows.
+Scaling vectors are row vectors, (B, H, 1, N) and (B, H, 1, M): runtimes multiply a row vector with a matrix fast.
 """
 
 import torch
 
-# Sums below this are held there. Float32 reaches it only when the scaling vectors span more than 30 orders of
+# Sums are clamped to at least this. Float32 reaches it only when the scaling vectors span more than 30 orders of
 # magnitude; the result is then wrong but finite, and the fidelity check on real samples sees it.
 MIN_SUM = 1e-30
 # How far, as a natural logarithm, the largest entries of the softmax's columns may lie below 1 before the kernel has to
@@ -20,23 +19,22 @@ MIN_LIVE = -1e3
 
 
 def subtract_largest(scores: torch.Tensor, dim: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores less the largest along an axis, and those largest; what is masked stays below MIN_LIVE or near it."""
+    """Subtract the largest scores along an axis, and return these too; masked scores stay below MIN_LIVE or near it."""
     largest = scores.amax(dim=dim, keepdim=True)
     largest = largest.clamp_min(MIN_LIVE) if masked else largest
     return scores - largest, largest
 
 
 def scaling_exponent(scores: torch.Tensor, masked: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exponent of a kernel that holds a 1 in every row and column that is not masked, for a column step to come first.
+    """Return the exponent of a kernel with a 1 in every row and column that is not masked, for a first step on columns.
 
     Args:
         scores: (B, H, N, M), with any query-side dual already added.
-        masked: whether to leave out what lies below MIN_LIVE: its kernel is 0, also where that is a whole
-            row or column.
+        masked: whether to exclude scores below MIN_LIVE: their kernel is 0, even for a whole row or column.
 
     Returns:
         exponent (B, H, N, M), not positive, and shift (B, H, 1, N), so that, up to a factor per column,
-        exp(scores) = exp(shift) * exp(exponent). A query-side dual f that comes on top of the scores is
+        exp(scores) = exp(shift) * exp(exponent). A further query-side dual f is
         therefore exp(f + shift) as a scaling vector of the kernel exp(exponent).
     """
     exponent, shift = subtract_largest(subtract_largest(scores, -2, masked)[0], -1, masked)
@@ -44,7 +42,7 @@ def scaling_exponent(scores: torch.Tensor, masked: bool = False) -> tuple[torch.
 
 
 def log_row_softmax(scores: torch.Tensor, masked: bool = False) -> torch.Tensor:
-    """Log-softmax over the last axis; with `masked` what lies below MIN_LIVE is kept out, whole rows of it too."""
+    """Return the log-softmax over the last axis; with `masked` it excludes scores below MIN_LIVE, even whole rows."""
     if not masked:
         return torch.log_softmax(scores, dim=-1)
     scores, _ = subtract_largest(scores, -1, masked)
@@ -52,13 +50,13 @@ def log_row_softmax(scores: torch.Tensor, masked: bool = False) -> torch.Tensor:
 
 
 def start(scores: torch.Tensor, masked: bool, fused: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A kernel and the scaling vector of its rows with which they sum to 1, None for 1.
+    """Return a kernel and the scaling vector with which its rows sum to 1, None for 1.
 
     Args:
         scores: (B, H, N, M).
-        masked: whether what lies below MIN_LIVE gets 0, whole rows of it too.
-        fused: whether softmax is the fastest way there. It is not where the scores had to be transposed first:
-            runtimes then take a slow softmax over the other axis.
+        masked: whether scores below MIN_LIVE get 0, even whole rows.
+        fused: whether softmax is the fastest way. It is not where the scores had to be transposed first: runtimes then
+            compute a slow softmax over the other axis.
 
     Returns:
         kernel (B, H, N, M), between 0 and 1, and the vector (B, H, 1, N).
@@ -70,13 +68,13 @@ def start(scores: torch.Tensor, masked: bool, fused: bool) -> tuple[torch.Tensor
 
 
 def column_scaling(kernel: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
-    """Key-side vector (B, H, 1, M), up to a constant, that makes the columns of u * kernel * v equal in sum."""
+    """Return the vector v (B, H, 1, M), up to a constant, with which the columns of u * kernel * v have equal sums."""
     u = kernel.new_ones(1, kernel.shape[-2]) if u is None else u
     return 1 / (u @ kernel).clamp_min(MIN_SUM)
 
 
 def row_scaling(kernel: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:
-    """Query-side vector (B, H, 1, N) that makes the rows of u * kernel * v sum to 1."""
+    """Return the vector u (B, H, 1, N) with which the rows of u * kernel * v sum to 1."""
     return column_scaling(kernel.transpose(-1, -2), v)
 
 
@@ -87,14 +85,14 @@ def scaled_plan(
     values: torch.Tensor | None,
     turned: bool,
 ) -> torch.Tensor:
-    """The plan u * kernel * v, or its product with values.
+    """Return the plan u * kernel * v, or its product with values.
 
     Args:
         kernel: (B, H, N, M), or (B, H, M, N) with `turned`.
         u: scaling vector of the kernel's rows, broadcast to (B, H, 1, rows); None for 1.
         v: scaling vector of its columns, broadcast to (B, H, 1, columns); None for 1.
         values: (B, H, M, E), or None.
-        turned: whether the kernel lies the other way than the plan.
+        turned: whether the kernel is the transpose of the plan's.
 
     Returns:
         (B, H, N, E) in the dtype of the values, or without values (B, H, N, M) in that of the kernel.
@@ -103,8 +101,8 @@ def scaled_plan(
         if u is None and v is None:
             plan = kernel.transpose(-1, -2) if turned else kernel
             return plan.to(values.dtype) @ values
-        # Half-precision floats have no room for scaling vectors, and to scale the matrix instead takes more passes over
-        # it than their faster product saves.
+        # Scaling vectors exceed the range of half precision, and scaling the matrix instead takes more passes over it
+        # than the faster product saves.
         return scaled_plan(kernel, u, v, values.to(kernel.dtype), turned).to(values.dtype)
     if turned:
         kernel, u, v = kernel.transpose(-1, -2), v, u

@@ -1,10 +1,10 @@
-"""One line that both documents and checks the shape of a tensor."""
+"""Documents and checks the shape of a tensor, in one line."""
 
 import torch
 
 
 def check_shape(dims: dict[str, int], tensor: torch.Tensor, spec: str) -> None:
-    """Bind the named axes of `spec` to the tensor's sizes and compare with what is bound already.
+    """Bind the named axes of `spec` to the tensor's sizes and compare them with earlier bindings.
 
     Args:
         dims: sizes by axis name, extended in place; share one dict among the tensors of a call.
@@ -12,7 +12,7 @@ def check_shape(dims: dict[str, int], tensor: torch.Tensor, spec: str) -> None:
         spec: axis names separated by spaces, e.g. "B H N D".
 
     Raises:
-        ValueError: the rank differs from `spec`, or a named axis has another size than before.
+        ValueError: the rank differs from `spec`, or a named axis differs in size from before.
     """
     names = spec.split()
     if tensor.dim() != len(names):

@@ -21,8 +21,8 @@ from asapc.ops.scaling import (
 from asapc.types.options import Lowering
 from asapc.types.site import Axis
 
-# As `scaling.MAX_SPREAD`, for float64, and of scaling vectors too: their products stay within its range of 745.
-MOST_SPREAD_FLOAT64 = 200.0
+# Like `scaling.MAX_SPREAD`, but for float64 and scaling vectors too: their products stay within its range of 745.
+MAX_SPREAD_FLOAT64 = 200.0
 
 
 def other(axis: Axis) -> Axis:
@@ -41,7 +41,7 @@ def sinkhorn_iterates(
     row_mass: torch.Tensor | None = None,
     column_mass: torch.Tensor | None = None,
 ) -> Iterator[tuple[Axis, torch.Tensor, torch.Tensor]]:
-    """Half-steps in the log domain without end: yields (axis just normalised, f, g) after each.
+    """Take half-steps in the log domain without end, and yield (axis just normalised, f, g) after each.
 
     Args:
         scores: (B, H, N, M), -inf where masked; the computation keeps its dtype.
@@ -67,16 +67,16 @@ def sinkhorn_duals(
     row_mass: torch.Tensor | None = None,
     column_mass: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Duals f (B, H, N) and g (B, H, M) after `half_steps` >= 1 half-steps from zero; see `sinkhorn_iterates`."""
+    """Return f (B, H, N) and g (B, H, M) after `half_steps` >= 1 half-steps from zero; see `sinkhorn_iterates`."""
     iterates = sinkhorn_iterates(scores, first_axis(half_steps, last), row_mass, column_mass)
     _, f, g = next(islice(iterates, half_steps - 1, None))
     return f, g
 
 
 def scaled_duals(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> tuple[torch.Tensor, torch.Tensor]:
-    """As `sinkhorn_duals`, ten times as fast in float64: a matrix-vector product a half-step.
+    """Do as `sinkhorn_duals`, ten times as fast in float64: one matrix-vector product a half-step.
 
-    Where entries that the kernel is too small for could count after all, or where there are masks, `sinkhorn_duals`.
+    Where entries that underflow in the kernel could count, or where there are masks, it falls back to `sinkhorn_duals`.
     """
     turned = first_axis(half_steps, last) == "columns"
     oriented = scores.transpose(-1, -2) if turned else scores
@@ -91,7 +91,7 @@ def scaled_duals(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> 
             u = row_mass / (v @ kernel.transpose(-1, -2))
     f, g = torch.log(u) - largest.transpose(-1, -2), torch.log(v)
     spread = torch.stack([x.amax() - x.amin() for x in (torch.log(u), g, torch.log(kernel.amax(dim=-2)))]).amax()
-    if scores.dtype != torch.float64 or not bool(spread < MOST_SPREAD_FLOAT64):  # nor where it is NaN, as with masks
+    if scores.dtype != torch.float64 or not bool(spread < MAX_SPREAD_FLOAT64):  # nor where it is NaN, as with masks
         return sinkhorn_duals(scores, half_steps, last)
     f, g = f.squeeze(-2), g.squeeze(-2)
     return (g.expand(scores.shape[:-1]), f) if turned else (f, g.expand_as(scores[..., 0, :]))
@@ -104,20 +104,20 @@ def sinkhorn_plan_ref(
     row_mass: torch.Tensor | None = None,
     column_mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Float64 reference of `Sinkhorn`'s plan (B, H, N, M): the log-domain loop as it stands in the definition."""
+    """Float64 reference of `Sinkhorn`'s plan (B, H, N, M): the log-domain loop of its definition."""
     scores = scores.double()
     return plan(scores, *sinkhorn_duals(scores, half_steps, last, row_mass, column_mass))
 
 
 def times(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
-    """Product of two scaling vectors, None for 1."""
+    """Multiply two scaling vectors, None for 1."""
     if one is None or other is None:
         return one if other is None else other
     return one * other
 
 
 def kernel_spread(scores: torch.Tensor) -> float:
-    """How far the largest entries of a kernel's columns lie below 1, whichever axis is first; see `MAX_SPREAD`.
+    """Measure how far the largest entries of a kernel's columns lie below 1, whichever axis is first; see `MAX_SPREAD`.
 
     Args:
         scores: (B, H, N, M), -inf where masked.
@@ -134,10 +134,10 @@ def kernel_spread(scores: torch.Tensor) -> float:
 class Sinkhorn(nn.Module):
     """Exact Sinkhorn scaling of a fixed number of half-steps, in scaling form.
 
-    One exp of the scores, then one matrix-vector product a half-step, where the log-domain loop takes an
-    exp and a log of all N x M entries each time. With fewer half-steps than the teacher it is
-    truncated Sinkhorn, with one half-step on rows softmax. Within about 1e-5 relative of the float64
-    reference in float32 while the range of the duals permits (`scaling.py`).
+    It takes one exp of the scores, then one matrix-vector product a half-step, where the log-domain loop takes an exp
+    and a log of all N x M entries each time. With fewer half-steps than the teacher it is truncated Sinkhorn, with one
+    half-step on rows softmax. In float32 it is within about 1e-5 relative of the float64 reference, as long as the
+    range of the duals permits (`scaling.py`).
     """
 
     def __init__(
@@ -158,11 +158,11 @@ class Sinkhorn(nn.Module):
             last: the axis that the last half-step normalises.
             row_mass: (1,) or (N,), what rows are normalised to; None for 1.
             column_mass: (1,) or (M,), what columns are normalised to; None for N / M.
-            masked: whether scores below `scaling.MIN_LIVE` are left out.
+            masked: whether scores below `scaling.MIN_LIVE` are excluded.
             logarithm: whether the plan is returned as its logarithm.
             wide: whether the scores spread so far, see `scaling.MAX_SPREAD`, that the kernel has to be levelled on
                 both axes. That takes more passes over the scores.
-            lowering: what takes its place in a graph, `forward` or `from_points`.
+            lowering: the form that it takes in a graph, `forward` or `from_points`.
         """
         super().__init__()
         if half_steps < 1:
@@ -177,22 +177,28 @@ class Sinkhorn(nn.Module):
     column_mass: torch.Tensor | None
 
     def masses(self, kernel: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What the steps scale the kernel's rows and columns to, (B, H, 1, rows) and (B, H, 1, columns); None for 1.
+        """Return the masses of the kernel's rows (B, H, 1, rows) and columns (B, H, 1, columns); None for 1.
 
-        On the axis that is not last a factor changes nothing, and is chosen so that both axes carry the same mass in
-        all: if they did not, the scaling vectors would run apart with every repetition, out of the range of float32.
+        On the axis that is not last a factor changes nothing. It is chosen so that both axes have the same total mass:
+        otherwise the scaling vectors would diverge with every repetition, out of the range of float32.
         """
         n, m = kernel.shape[-2:][:: -1 if self.turned else 1]
-        # Lengths that are left open are compared only as far as they are known to be the same.
+        # Dynamic lengths are compared only as far as they are known to be equal.
         default = None if statically_known_true(n == m) else kernel.new_full((1,), 1.0) * n / m
-        given = (self.row_mass, default if self.column_mass is None else self.column_mass)
+        masses = (self.row_mass, default if self.column_mass is None else self.column_mass)
         rows, columns = (
             None if mass is None else mass.expand(size).unsqueeze(0)
-            for mass, size in zip(given[:: -1 if self.turned else 1], kernel.shape[-2:], strict=True)
+            for mass, size in zip(masses[:: -1 if self.turned else 1], kernel.shape[-2:], strict=True)
         )
         uniform = self.row_mass is None and self.column_mass is None
         if self.half_steps <= 2 or (uniform and not self.masked):
             return rows, columns
+        return self.balance(kernel, rows, columns)
+
+    def balance(
+        self, kernel: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale the masses of the axis that is not last, so that both axes have the same total over what is live."""
         live_rows, live_columns = (kernel.new_ones(1, size) for size in kernel.shape[-2:])
         rows, columns = live_rows if rows is None else rows, live_columns if columns is None else columns
         if self.masked:
@@ -213,7 +219,7 @@ class Sinkhorn(nn.Module):
         keys: torch.Tensor | None = None,
         values: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Plan @ values (B, H, N, E), or without values the plan (B, H, N, M).
+        """Return plan @ values (B, H, N, E), or without values the plan (B, H, N, M).
 
         Args:
             scores: (B, H, N, M), in units of the temperature.
@@ -233,7 +239,7 @@ class Sinkhorn(nn.Module):
         values: torch.Tensor | None,
         fused: bool = True,
     ) -> torch.Tensor:
-        """Do as `forward`, of scores that lie (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
+        """Do as `forward`, with scores (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
         exponent = log_row_softmax(scores, self.masked) if self.logarithm or self.wide else None
         kernel, u = start(scores, self.masked, fused) if exponent is None else (torch.exp(exponent), None)
         rows, columns = self.masses(kernel)
@@ -262,7 +268,7 @@ class Sinkhorn(nn.Module):
         values: torch.Tensor,
         live: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Plan @ values (B, H, N, E) in fused passes (`fused.py`), of a loop on uniform marginals that ends on rows.
+        """Return plan @ values (B, H, N, E) in fused passes (`fused.py`), for uniform marginals and an end on rows.
 
         Args:
             scaled: (B, H, N, D), queries whose products with the keys are scores in units of the temperature.

@@ -1,11 +1,11 @@
 """The sliced-dual operator: a plan whose dual is estimated, not iterated.
 
-Queries and keys are projected on a few directions; what one-dimensional transport says about each, exactly by sorting
-(`potentials.py`) or in closed form, goes through a linear map per head to an estimate of a dual; a few half-steps
-(`c_transform.py`) rebuild the plan. After ASAP, arXiv 2605.12879. asapc's own are the balanced basis, the features
-without a sort, the fitted closure steps, and the choice of the side: ASAP estimates the dual of the queries and takes
-two half-steps from there. The dual of the keys is a bias of an ordinary softmax, which every runtime has fused, and
-that softmax is one half-step more. Which tells more for what it costs is a question of the site (docs/method.md).
+Queries and keys are projected on a few directions. Features from one-dimensional transport along each, exact by sorting
+(`potentials.py`) or in closed form, go through a linear map per head to an estimate of a dual. A few half-steps
+(`c_transform.py`) rebuild the plan. After ASAP, arXiv 2605.12879. asapc adds the balanced basis, the features without a
+sort, the fitted closure steps, and the choice of the side: ASAP estimates the dual of the queries and takes two
+half-steps from there. The dual of the keys is a bias of an ordinary softmax, which every runtime has fused, and that
+softmax is one half-step more. Which side is more accurate for its cost depends on the site (docs/method.md).
 """
 
 import math
@@ -23,13 +23,13 @@ from asapc.types.choices import Side, SlicedDualParams
 from asapc.types.options import Lowering
 from asapc.types.site import Axis
 
-# How far, as a natural logarithm, scaling vectors made of estimates go below their largest entry, which they do only
-# far outside of what was calibrated.
+# How far, as a natural logarithm, scaling vectors from estimates may fall below their largest entry. They reach it only
+# far outside the calibrated range.
 MAX_LOG = 60.0
 
 
 def first_half_steps(side: Side, last: Axis) -> int:
-    """Half-steps from an estimate of a side's dual to a plan whose `last` axis is normalised.
+    """Count the half-steps from an estimate of a side's dual to a plan whose `last` axis is normalised.
 
     The first normalises the other side's axis, the second the side's own. Each closure step adds two.
     """
@@ -37,9 +37,9 @@ def first_half_steps(side: Side, last: Axis) -> int:
 
 
 def target_dual(scores: torch.Tensor, half_steps: int, side: Side, last: Axis) -> torch.Tensor:
-    """Dual that an estimate has to hit: a loop's own, as many half-steps before its end as follow on the estimate.
+    """Return the target of an estimate: a loop's own dual, as many half-steps before its end as follow the estimate.
 
-    From it the operator takes the same half-steps as the loop does, so that the loop's plan is met exactly.
+    From there the operator takes the same half-steps as the loop, and so reaches the loop's plan exactly.
 
     Args:
         scores: (B, H, N, M), -inf where masked.
@@ -58,18 +58,18 @@ def target_dual(scores: torch.Tensor, half_steps: int, side: Side, last: Axis) -
 
 
 class SlicedDual(nn.Module):
-    """A fitted sliced dual: a fixed-depth stand-in for a Sinkhorn loop.
+    """A fitted sliced dual: a fixed-depth replacement of a Sinkhorn loop.
 
-    Told for the dual of the keys; that of the queries is the same with queries and keys exchanged. The first set of
-    weights maps features of the keys to an estimate of their dual. From an estimate g follow two half-steps,
-    f = rows(g) and columns(f), its *closure*. Each further set combines the features with all closures so far to the
-    next estimate, a fitted closure step: an extrapolation with coefficients learned once that aims at the finite
-    teacher, where plain extra iterations would drift to the converged plan (docs/method.md). The closure of the
-    last estimate gives a plan whose columns were normalised last, and where rows have to be, one half-step more does.
+    This describes the dual of the keys; that of the queries is the same with queries and keys exchanged. The first set
+    of weights maps features of the keys to an estimate of their dual. Two half-steps from an estimate g, f = rows(g)
+    and columns(f), are its *closure*. Each further set combines the features with all closures so far into the next
+    estimate, a fitted closure step: an extrapolation with coefficients learned once that aims at the finite teacher,
+    where plain extra iterations would drift to the converged plan (docs/method.md). The closure of the last estimate
+    gives a plan whose columns were normalised last; where rows come last, one half-step more follows.
 
-    All of it works on one kernel, softmax(scores). Where these spread too far for float32, it is
-    softmax(scores + first estimate): its columns sum nearly to what they should, so that scaling vectors stay near 1
-    whatever the scores, for one more pass over them.
+    All of it works on one kernel, softmax(scores). Where the scores spread too far for float32, the kernel is
+    softmax(scores + first estimate): its columns sum nearly to their marginals, so scaling vectors stay near 1 whatever
+    the scores, for one more pass over them.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class SlicedDual(nn.Module):
         """Set up the operator.
 
         Args:
-            params: what the fit found for this site; the operator takes its dtype.
+            params: the fit for this site; the operator takes its dtype.
             last: the axis that the last half-step normalises.
-            masked: whether scores below `scaling.MIN_LIVE` are left out; only without slices.
-            mass: what the last half-step normalises to.
+            masked: whether scores below `scaling.MIN_LIVE` are excluded; only without slices.
+            mass: the marginal that the last half-step normalises to.
             wide: whether the scores spread further than `scaling.MAX_SPREAD`.
-            lowering: what takes its place in a graph, `forward` or `from_points`.
+            lowering: the form that it takes in a graph, `forward` or `from_points`.
         """
         super().__init__()
         self.last, self.wide, self.lowering = last, wide, lowering
@@ -100,8 +100,8 @@ class SlicedDual(nn.Module):
         self.register_buffer("key_basis", params.key_basis)
         self.register_buffer("knots", params.knots)
         if params.weights:
-            # What all sets make of the features is one product. Where the first estimate is in the kernel, the others
-            # are needed as they differ from it, and closures are at hand as they differ from it.
+            # All sets share one product with the features. Where the kernel holds the first estimate, the others are
+            # needed, and closures come, as differences from it.
             features = params.weights[0].shape[-1]
             first = params.weights[0]
             shares = [first]
@@ -124,41 +124,42 @@ class SlicedDual(nn.Module):
 
     @property
     def half_steps(self) -> int:
-        """Half-steps over the scores that the operator takes."""
+        """Number of half-steps over the scores."""
         return self.first_half_steps + 2 * self.steps
 
     def coordinates(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Coordinates of the points that the dual belongs to, and of those on the other side."""
-        x, y = project(keys, self.key_basis), project(queries, self.query_basis)
-        return (y, x) if self.turned else (x, y)
+        """Return the coordinates of own and other points, as `features.py` calls them."""
+        of_keys, of_queries = project(keys, self.key_basis), project(queries, self.query_basis)
+        return (of_queries, of_keys) if self.turned else (of_keys, of_queries)
 
     def estimates(
         self,
         queries: torch.Tensor,
         keys: torch.Tensor,
-        live: torch.Tensor | None = None,
-        live_others: torch.Tensor | None = None,
+        live_own: torch.Tensor | None = None,
+        live_other: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What each set of weights makes of the features, (B, H, sets, M)."""
-        x, y = self.coordinates(queries, keys)
-        return estimate(x, y, self.slices, self.knots, self.feature_weights, self.pair_weights, live, live_others)
+        """Multiply each set of weights with the features: (B, H, sets, M)."""
+        points = self.coordinates(queries, keys)
+        weights = self.feature_weights, self.pair_weights
+        return estimate(*points, self.slices, self.knots, *weights, live_own, live_other)
 
     def scale_columns(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, fused: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-        """Go through all steps up to the columns' last, of scores as in `oriented`; N and M are the kernel's axes.
+        """Take all steps up to the last on columns, from scores as in `oriented`; N and M are the kernel's axes.
 
         Returns:
             The kernel (B, H, N, M); the scaling vectors (B, H, 1, N) of its rows, None for 1, and (B, H, 1, M) of its
-            columns; the dual (B, H, 1, M) that the kernel holds, None for 0, and by how much the closures of all
-            estimates differ from it, 0 where masked.
+            columns; the dual (B, H, 1, M) that the kernel holds, None for 0; and the differences of the closures of all
+            estimates from it, 0 where masked.
         """
         live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
         estimates = self.estimates(queries, keys, live_columns, live_rows)
         first = estimates[..., :1, :]
-        held = first if self.wide else None
-        kernel, u = start(scores if held is None else scores + held, self.masked, fused)
-        if held is None:
+        in_kernel = first if self.wide else None
+        kernel, u = start(scores if in_kernel is None else scores + in_kernel, self.masked, fused)
+        if in_kernel is None:
             u = row_scaling(kernel, scaling_vector(first, live_columns))
         v = column_scaling(kernel, u)
         closures = [log_where_live(v, live_columns)]
@@ -168,12 +169,12 @@ class SlicedDual(nn.Module):
             u = row_scaling(kernel, scaling_vector(dual, live_columns))
             v = column_scaling(kernel, u)
             closures.append(log_where_live(v, live_columns))
-        return kernel, u, v, held, closures
+        return kernel, u, v, in_kernel, closures
 
     def vectors(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """What a next set of weights may combine: features and closures so far, (B, H, F + sets, M).
+        """Return what a next set of weights may combine: features and closures so far, (B, H, F + sets, M).
 
-        N takes the place of M where it is the queries' dual.
+        For the queries' dual, N replaces M.
         """
         scores = scores.transpose(-1, -2) if self.turned else scores
         live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
@@ -181,13 +182,13 @@ class SlicedDual(nn.Module):
         features = dual_features(*points, self.slices, self.knots, self.paired, live_columns, live_rows)
         if self.steps < 0:
             return features
-        *_, held, closures = self.scale_columns(scores, queries, keys, fused=True)
-        return torch.cat([features, *(c if held is None else held + c for c in closures)], dim=-2)
+        *_, in_kernel, closures = self.scale_columns(scores, queries, keys, fused=True)
+        return torch.cat([features, *(c if in_kernel is None else in_kernel + c for c in closures)], dim=-2)
 
     def forward(
         self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Plan @ values (B, H, N, E), or without values the plan (B, H, N, M).
+        """Return plan @ values (B, H, N, E), or without values the plan (B, H, N, M).
 
         Args:
             scores: (B, H, N, M), in units of the temperature.
@@ -207,11 +208,11 @@ class SlicedDual(nn.Module):
         values: torch.Tensor | None,
         fused: bool = True,
     ) -> torch.Tensor:
-        """Do as `forward`, of scores that lie (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
+        """Do as `forward`, with scores (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
         kernel, u, v, _, _ = self.scale_columns(scores, queries, keys, fused)
         if self.first_half_steps == 3:
             u = row_scaling(kernel, v)
-        # The vector of the axis that was not normalised last is of no consequence to a factor.
+        # A factor on the axis that was not normalised last does not matter.
         return scaled_plan(kernel, u, v if self.mass == 1.0 else v * self.mass, values, self.turned)
 
     def from_points(
@@ -222,7 +223,7 @@ class SlicedDual(nn.Module):
         values: torch.Tensor,
         live: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Plan @ values (B, H, N, E) in fused passes (`fused.py`), of an operator that ends on rows.
+        """Return plan @ values (B, H, N, E) in fused passes (`fused.py`), for an operator that ends on rows.
 
         Args:
             scaled: (B, H, N, D), queries whose products with the keys are scores in units of the temperature.
@@ -231,29 +232,29 @@ class SlicedDual(nn.Module):
             values: (B, H, M, E).
             live: (B, H, 1, M), 1 for a key that takes part and 0 for one that is masked; None for 1.
         """
-        points, others = (scaled, keys) if self.turned else (keys, scaled)
-        live_points, live_others = (None, live) if self.turned else (live, None)
-        estimates = self.estimates(queries, keys, live_points, live_others)
-        dual = half_step(others, points, estimates[..., :1, :], live_points)
+        own, other = (scaled, keys) if self.turned else (keys, scaled)
+        live_own, live_other = (None, live) if self.turned else (live, None)
+        estimates = self.estimates(queries, keys, live_own, live_other)
+        dual = half_step(other, own, estimates[..., :1, :], live_own)
         closures: list[torch.Tensor] = []
         for step in range(1, self.steps + 1):
-            closures.append(half_step(points, others, dual, live_others))
+            closures.append(half_step(own, other, dual, live_other))
             weights: torch.Tensor = getattr(self, f"closure_weights_{step}")
-            again = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
-            dual = half_step(others, points, again, live_points)
+            combined = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
+            dual = half_step(other, own, combined, live_own)
         if self.first_half_steps == 3:
-            dual = half_step(points, others, dual, live_others)
+            dual = half_step(own, other, dual, live_other)
         return attend(scaled, keys, dual, values, live)
 
 
 def scaling_vector(dual: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """Scaling vector of a dual (B, H, 1, M), up to a factor: exp of it, with 1 for the sum of what is live."""
+    """Return the scaling vector of a dual (B, H, 1, M), up to a factor: its exp, whose live entries sum to 1."""
     dual = dual if live is None else dual + (1 - live) * MIN_LIVE
     return torch.softmax(dual, dim=-1).clamp_min(math.exp(-MAX_LOG))
 
 
 def log_where_live(v: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """Logarithm of a scaling vector of the columns, 0 where they are masked."""
+    """Return the logarithm of a scaling vector of the columns, 0 where they are masked."""
     return torch.log(v) if live is None else torch.log(v) * live
 
 
@@ -265,17 +266,17 @@ def sliced_dual_plan_ref(
     last: Axis = "rows",
     mass: float = 1.0,
 ) -> torch.Tensor:
-    """Float64 reference of `SlicedDual`'s plan: its definition in the log domain, nothing rescaled."""
+    """Float64 reference of `SlicedDual`'s plan: its definition in the log domain, without rescaling."""
     dims: dict[str, int] = {}
     check_shape(dims, scores, "B H N M")
     check_shape(dims, queries, "B H N D")
     check_shape(dims, keys, "B H M D")
     scores = scores.double()
-    x = torch.einsum("bhnd,hdl->bhln", queries.double(), params.query_basis.double())
-    y = torch.einsum("bhmd,hdl->bhlm", keys.double(), params.key_basis.double())
+    own = torch.einsum("bhmd,hdl->bhlm", keys.double(), params.key_basis.double())
+    other = torch.einsum("bhnd,hdl->bhln", queries.double(), params.query_basis.double())
     if params.side == "queries":
-        scores, x, y = scores.transpose(-1, -2), y, x
-    vectors = list(dual_features_ref(y, x, params.slices, params.knots, params.paired).unbind(dim=-2))
+        scores, own, other = scores.transpose(-1, -2), other, own
+    vectors = list(dual_features_ref(own, other, params.slices, params.knots, params.paired).unbind(dim=-2))
     f, g = torch.zeros(()), torch.zeros(())
     for weights in params.weights:
         g = torch.einsum("hf,bhfm->bhm", weights.double(), torch.stack(vectors, dim=-2))
@@ -284,5 +285,5 @@ def sliced_dual_plan_ref(
         vectors.append(g)
     if first_half_steps(params.side, last) == 3:
         f = row_step(scores, g)
-    made = mass * plan(scores, f, g)
-    return made if params.side == "keys" else made.transpose(-1, -2)
+    oriented = mass * plan(scores, f, g)
+    return oriented if params.side == "keys" else oriented.transpose(-1, -2)

@@ -1,1 +1,1 @@
-"""ReLU networks with exponentially many pieces, and what they stand in for."""
+"""ReLU networks with exponentially many pieces, and what they replace."""

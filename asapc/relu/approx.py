@@ -1,6 +1,6 @@
-"""Approximates a function of one variable by a ReLU network, beside what others make of as many weights or pieces.
+"""Approximates a function of one variable by a ReLU network, beside rivals of as many weights or pieces.
 
-`relu.fit` fits, `relu.networks` says what is fitted.
+`relu.fit` fits, `relu.networks` defines the networks.
 """
 
 import ast
@@ -38,21 +38,21 @@ OPERATIONS: dict[type, Callable[..., Tensor]] = {
     ast.USub: torch.neg,
     ast.UAdd: torch.positive,
 }
-DEEPEST, MIN_POINTS, MAX_POINTS, MAX_RUNS = 10, 8, 100_000, 1000
+MAX_DEPTH, MIN_POINTS, MAX_POINTS, MAX_RUNS = 10, 8, 100_000, 1000
 # A function is convex or concave where its second differences have one sign, up to this share of the largest.
 STRAIGHT = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """What one way to approximate a function came to.
+    """The result of one method to approximate a function.
 
     Attributes:
-        name: the way.
-        pieces: linear pieces; None for what has none.
+        name: the method.
+        pieces: linear pieces; None where it has none.
         mse: mean squared error on the points, of the best run.
         largest: largest error on the points, of the best run.
-        mean_mse: mean over the runs; None where there is but one.
+        mean_mse: mean over the runs; None where there is only one.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Approximation:
     Attributes:
         network: plain layers of width 4, or 8 for two networks side by side, (P, 1) to (P, 1), float64.
         rows: by depth on and off the manifold, then the rivals at full depth.
-        x, y: (P,) the points, and the function there.
+        x, y: (P,) the points, and the function's values there.
     """
 
     network: nn.Sequential
@@ -78,15 +78,15 @@ class Approximation:
     y: Tensor
 
     def data(self) -> dict[str, Any]:
-        """Plain types only."""
+        """Return the rows in plain types."""
         return {"schema": "asapc.approx/1", "rows": [vars(row) for row in self.rows]}
 
 
 def parse_function(text: str) -> Callable[[Tensor], Tensor]:
-    """A function of x in Python's notation, such as "x**3" or "tanh(3*x)", of numbers, + - * / ** and FUNCTIONS.
+    """Parse a function of x in Python's notation, such as "x**3" or "tanh(3*x)": numbers, + - * / ** and FUNCTIONS.
 
     Raises:
-        OptionError: it is not one, or holds anything else.
+        OptionError: it is something else, or holds anything else.
     """
     hint = f"use x, numbers, pi, e, + - * / ** and {', '.join(FUNCTIONS)}"
     try:
@@ -100,7 +100,7 @@ def parse_function(text: str) -> Callable[[Tensor], Tensor]:
 
 
 def compute(node: ast.expr, x: Tensor) -> Tensor:
-    """Value of an expression at points x; numbers are floats from the start, so that no power of integers explodes."""
+    """Evaluate an expression at points x; numbers are floats from the start, so that no power of integers explodes."""
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return torch.tensor(float(value), dtype=x.dtype)
@@ -113,9 +113,9 @@ def compute(node: ast.expr, x: Tensor) -> Tensor:
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATIONS:
             return OPERATIONS[type(op)](compute(operand, x))
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
-            made: Tensor = FUNCTIONS[name](compute(argument, x))
-            return made
-    raise ValueError(f"{ast.unparse(node)[:80]!r} is none of what it may hold")
+            values: Tensor = FUNCTIONS[name](compute(argument, x))
+            return values
+    raise ValueError(f"{ast.unparse(node)[:80]!r} is not allowed in it")
 
 
 def approximate(
@@ -126,29 +126,29 @@ def approximate(
     runs: int = 30,
     seed: int = 0,
 ) -> Approximation:
-    """Approximate a function on an interval, at every depth up to the one asked for.
+    """Approximate a function on an interval, at every depth up to `depth`.
 
     Args:
-        function: of float64 points (P,), or an expression, see `parse_function`; samples are interpolated by any of
-            numpy's or scipy's functions.
+        function: of float64 points (P,), or an expression, see `parse_function`. For samples, pass an interpolation of
+            numpy's or scipy's.
         depth: hidden layers; the network has 2^depth pieces on the manifold.
         domain: the interval.
-        points: equally spaced points, on which errors are taken too.
-        runs: independent starts, of the rivals too.
+        points: number of equally spaced points, on which errors are measured too.
+        runs: independent starts, for the rivals too.
         seed: of the starts.
 
     Raises:
-        OptionError: the function cannot be read or is not finite on the interval, or an option makes no sense.
+        OptionError: the function cannot be read or is not finite on the interval, or an option is out of range.
     """
     for name, value, low, high in (
-        ("depth", depth, 1, DEEPEST),
+        ("depth", depth, 1, MAX_DEPTH),
         ("points", points, MIN_POINTS, MAX_POINTS),
         ("runs", runs, 1, MAX_RUNS),
     ):
         if not low <= value <= high:
             raise OptionError(f"{name} is {value}", f"give {name} a value from {low} to {high}")
     if not (math.isfinite(domain[0]) and math.isfinite(domain[1]) and domain[0] < domain[1]):
-        raise OptionError(f"the domain {domain[0]:g},{domain[1]:g} is no interval", "give it as LOW,HIGH")
+        raise OptionError(f"the domain {domain[0]:g},{domain[1]:g} is not an interval", "give it as LOW,HIGH")
     x = torch.linspace(*domain, points, dtype=torch.float64)
     y = (parse_function(function) if isinstance(function, str) else function)(x)
     if not bool(y.isfinite().all()):
@@ -158,9 +158,9 @@ def approximate(
     rows = []
     for layers in range(1, depth + 1):
         for name, free in (("compelled", False), ("compelled, then free", True)):
-            found = fit(x, y.unsqueeze(0), layers, runs, members, seed, free)
-            rows.append(of_networks(f"{name}, depth {layers}", found, x, y))
-    network = found.best()
+            networks = fit(x, y.unsqueeze(0), layers, runs, members, seed, free)
+            rows.append(of_networks(f"{name}, depth {layers}", networks, x, y))
+    network = networks.best()
     for start in ("kaiming", "xavier"):
         rival = train(random_networks(x, 1, runs * members, depth, seed, start), x, y.unsqueeze(0), members)
         rows.append(of_networks(f"{start}, free, depth {depth}", rival, x, y))
@@ -172,10 +172,10 @@ def approximate(
 
 
 def parse_interval(text: str) -> tuple[float, float]:
-    """Ends of an interval, such as "0,1" or "-1.5,2".
+    """Parse an interval, such as "0,1" or "-1.5,2".
 
     Raises:
-        OptionError: it is none.
+        OptionError: it has another form.
     """
     try:
         low, high = map(float, text.split(","))
@@ -185,32 +185,32 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 
 def bends_one_way(y: Tensor) -> bool:
-    """Whether equally spaced values are those of a convex function, or of a concave one."""
+    """Tell whether equally spaced values are those of a convex function, or of a concave one."""
     bends = y[2:] - 2 * y[1:-1] + y[:-2]
     least = STRAIGHT * y.abs().amax()
     return bool((bends > -least).all() or (bends < least).all())
 
 
-def of_networks(name: str, found: Fitted, x: Tensor, y: Tensor) -> Row:
-    """The row of networks that were fitted to one function."""
-    best = found.best()
+def of_networks(name: str, networks: Fitted, x: Tensor, y: Tensor) -> Row:
+    """Return the row of networks fitted to one function."""
+    best = networks.best()
     with torch.no_grad():
         largest = (best(x.unsqueeze(-1)).squeeze(-1) - y).abs().amax().item()
     pieces = count_pieces(best, (x[0].item(), x[-1].item()))
-    return Row(name, pieces, found.errors.amin().item(), largest, found.errors.mean().item())
+    return Row(name, pieces, networks.errors.amin().item(), largest, networks.errors.mean().item())
 
 
 def of_values(name: str, pieces: int | None, values: np.ndarray, y: Tensor) -> Row:
-    """The row of an approximation of which the values are known."""
+    """Return the row of an approximation with known values."""
     errors = torch.from_numpy(values) - y
     return Row(name, pieces, errors.square().mean().item(), errors.abs().amax().item(), None)
 
 
 def best_pieces(x: np.ndarray, y: np.ndarray, pieces: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best continuous piecewise-linear function on so many pieces, near enough: where they end, and values there.
+    """Return the knots of a nearly optimal continuous function of `pieces` linear pieces, and its values there.
 
-    Ends lie where the integral of |f''|^(2/5) is parted in equal shares, which is optimal for many pieces;
-    values are those of least squares. (de Boor, A Practical Guide to Splines, chapter XII.)
+    Knots divide the integral of |f''|^(2/5) into equal parts, which is optimal for many pieces; the values are those of
+    least squares. (de Boor, A Practical Guide to Splines, chapter XII.)
     """
     curvature = np.abs(np.gradient(np.gradient(y, x), x)) ** 0.4
     density = curvature + 1e-3 * curvature.max() + 1e-300
@@ -221,7 +221,7 @@ def best_pieces(x: np.ndarray, y: np.ndarray, pieces: int) -> tuple[np.ndarray, 
 
 
 def cubic_spline(x: np.ndarray, y: np.ndarray, pieces: int) -> np.ndarray:
-    """Values of the cubic spline through equally spaced knots.
+    """Evaluate the cubic spline through equally spaced knots.
 
     Raises:
         DependencyError: scipy is not installed.
@@ -235,15 +235,15 @@ def cubic_spline(x: np.ndarray, y: np.ndarray, pieces: int) -> np.ndarray:
     return values
 
 
-def save_onnx(found: Approximation, path: Path) -> None:
-    """Write the network as Gemm and Relu in float32, of one input (P, 1)."""
-    inputs = {"input": found.x[:2].float().unsqueeze(-1)}
-    network = nn.Sequential(*found.network).float().eval()
+def save_onnx(approximation: Approximation, path: Path) -> None:
+    """Write the network as Gemm and Relu in float32, with one input (P, 1)."""
+    inputs = {"input": approximation.x[:2].float().unsqueeze(-1)}
+    network = nn.Sequential(*approximation.network).float().eval()
     export_onnx(CapturedGraph(export(network, inputs), Samples(inputs)), path, {"asapc.version": __version__})
 
 
-def save_plot(found: Approximation, path: Path, title: str) -> None:
-    """Draw function and error.
+def save_plot(approximation: Approximation, path: Path, title: str) -> None:
+    """Draw the function, the network and the error.
 
     Raises:
         DependencyError: matplotlib is not installed.
@@ -253,13 +253,13 @@ def save_plot(found: Approximation, path: Path, title: str) -> None:
     except ImportError:
         raise DependencyError("matplotlib is not installed", 'pip install "asapc[approx]"') from None
     with torch.no_grad():
-        seen = found.network.double()(found.x.unsqueeze(-1)).squeeze(-1)
+        values = approximation.network.double()(approximation.x.unsqueeze(-1)).squeeze(-1)
     figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    top.plot(found.x, found.y, label=title, linewidth=3, alpha=0.4)
-    top.plot(found.x, seen, label="network", linewidth=1)
+    top.plot(approximation.x, approximation.y, label=title, linewidth=3, alpha=0.4)
+    top.plot(approximation.x, values, label="network", linewidth=1)
     top.legend()
-    bottom.plot(found.x, seen - found.y, linewidth=0.8)
+    bottom.plot(approximation.x, values - approximation.y, linewidth=0.8)
     bottom.axhline(0, color="grey", linewidth=0.5)
     bottom.set(xlabel="x", ylabel="error")
     figure.savefig(path, format=path.suffix[1:] or "png", dpi=120)

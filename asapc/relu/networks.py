@@ -1,10 +1,10 @@
 """ReLU networks that are compelled to have exponentially many linear pieces, after arXiv 2311.18022 (ICML 2025).
 
 A tent with its peak in (0, 1) maps the unit interval onto itself, up and down again; d tents in a row make a wave of
-2^d pieces. A sum of the waves of 1 to d tents has 2^d pieces, whatever the peaks, and if the scale of each wave follows
-from the peaks by one rule the sum is concave, in the limit differentiable. All of that is a ReLU network of width 4:
-its channels carry the sum so far, the two units of the next tent, and a constant. Less an affine function it is a
-convex function of one variable with 2^d pieces from about 16 d weights.
+2^d pieces. A sum of the waves of 1 to d tents has 2^d pieces, whatever the peaks. If the scale of each wave follows
+from the peaks by one rule, the sum is concave, and differentiable in the limit. All of that is a ReLU network of width
+4: its channels carry the sum so far, the two units of the next tent, and a constant. Subtracted from an affine function
+it is a convex function of one variable with 2^d pieces from about 16 d weights.
 
 Many networks are evaluated side by side: K is their number, P that of the points.
 """
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 SUM, RISE, FALL, ONE = range(4)  # channels
 WIDTH = 4
-# Two slopes are one where they differ by less, relative to the largest; a piece is a matter of rounding where it is
-# shorter, relative to the domain.
-SAME_SLOPE, SHORTEST = 1e-13, 1e-14
-MIN_PEAK = 0.02  # and 1 less that is the highest: tents of no width have no slopes
+# Slopes that differ by less than MIN_CHANGE, relative to the largest, are equal. Pieces shorter than MIN_LENGTH,
+# relative to the domain, are rounding.
+MIN_CHANGE, MIN_LENGTH = 1e-13, 1e-14
+MIN_PEAK = 0.02  # the highest peak is 1 minus that: tents of no width have no slopes
 
 
 class Manifold(NamedTuple):
@@ -40,22 +40,22 @@ class Manifold(NamedTuple):
 
 
 def to_peaks(logits: Tensor) -> Tensor:
-    """Peaks from numbers of any size."""
+    """Map numbers of any size to peaks."""
     return MIN_PEAK + (1 - 2 * MIN_PEAK) * torch.sigmoid(logits)
 
 
 def scale_ratios(peaks: Tensor) -> Tensor:
-    """Ratio (K, d - 1) of each wave's scale to that of the one before: (1 - a_i) a_(i+1) (Theorem 3.1)."""
+    """Return the ratio (K, d - 1) of each wave's scale to the previous one's: (1 - a_i) a_(i+1) (Theorem 3.1)."""
     return (1 - peaks[:, 1:-1]) * peaks[:, 2:]
 
 
 def tent(t: Tensor, peak: Tensor) -> Tensor:
-    """A line from 0 at t = 0 to 1 at the peak, and back to 0 at t = 1."""
+    """Rise linearly from 0 at t = 0 to 1 at the peak, and fall back to 0 at t = 1."""
     return torch.relu(t) / peak - torch.relu(t - peak) / (peak - peak**2)
 
 
 def sum_of_waves(t: Tensor, peaks: Tensor) -> Tensor:
-    """Sum over i of s_i W_i(t) with s_0 = 1, tent by tent: concave, 0 at both ends, (K, P).
+    """Sum s_i W_i(t) over i with s_0 = 1, tent by tent: concave, 0 at both ends, (K, P).
 
     Args:
         t: (K, P) or (P,), in [0, 1].
@@ -77,7 +77,7 @@ class ReLUNetworks(nn.Module):
     """
 
     def __init__(self, first: Tensor, first_bias: Tensor, hidden: Tensor, hidden_bias: Tensor, last: Tensor) -> None:
-        """Take weights.
+        """Set up networks with these weights.
 
         Args:
             first: (K, 4), of the input.
@@ -93,11 +93,11 @@ class ReLUNetworks(nn.Module):
 
     @property
     def weights(self) -> int:
-        """Numbers that a network has."""
+        """Number of weights of one network."""
         return sum(parameter[0].numel() for parameter in self.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values (K, P) at points (P,), or (K, P) where each network has its own."""
+        """Return the values (K, P) at points (P,), or (K, P) where each network has its own."""
         x = x.expand(self.first.shape[0], -1).unsqueeze(-2)  # K 1 P
         h = torch.relu(self.first.unsqueeze(-1) * x + self.first_bias.unsqueeze(-1))
         for weights, bias in zip(self.hidden.unbind(dim=1), self.hidden_bias.unbind(dim=1), strict=True):
@@ -106,7 +106,7 @@ class ReLUNetworks(nn.Module):
         return out
 
     def jacobian(self, x: Tensor) -> Tensor:
-        """Derivatives (K, W, P) of the values at points (P,) by all W weights, in the order of the parameters."""
+        """Return the derivatives (K, W, P) of the values at points (P,) by all W weights, in the parameters' order."""
         inputs = [x.expand(self.first.shape[0], 1, -1)]
         weights = [self.first.unsqueeze(-1), *self.hidden.unbind(dim=1)]
         biases = [self.first_bias, *self.hidden_bias.unbind(dim=1)]
@@ -116,14 +116,14 @@ class ReLUNetworks(nn.Module):
         back = self.last[:, :-1].unsqueeze(-1) * (inputs[-1] > 0)
         of_weights: list[Tensor] = []
         of_biases: list[Tensor] = []
-        for weight, given in zip(reversed(weights), reversed(inputs[:-1]), strict=True):
-            of_weights.insert(0, (back.unsqueeze(2) * given.unsqueeze(1)).flatten(1, 2))
+        for weight, units in zip(reversed(weights), reversed(inputs[:-1]), strict=True):
+            of_weights.insert(0, (back.unsqueeze(2) * units.unsqueeze(1)).flatten(1, 2))
             of_biases.insert(0, back)
-            back = (weight.transpose(-1, -2) @ back) * (given > 0)
+            back = (weight.transpose(-1, -2) @ back) * (units > 0)
         return torch.cat([of_weights[0], of_biases[0], *of_weights[1:], *of_biases[1:], of_last], dim=1)
 
     def layers(self, *members: int) -> nn.Sequential:
-        """The sum of some of the networks as plain layers, block by block: (P, 1) to (P, 1), exported as Gemm and Relu.
+        """Return the sum of some networks as plain layers, block by block: (P, 1) to (P, 1), exported as Gemm and Relu.
 
         A function that is neither convex nor concave is a sum of two, one of each kind.
         """
@@ -132,18 +132,18 @@ class ReLUNetworks(nn.Module):
         for matrix, bias in zip(self.hidden[k].unbind(1), self.hidden_bias[k].unbind(1), strict=True):
             weights.append((torch.block_diag(*matrix), bias.flatten()))  # type: ignore[no-untyped-call]
         weights.append((self.last[k, :-1].reshape(1, -1), self.last[k, -1].sum().reshape(1)))
-        made: list[nn.Module] = []
+        layers: list[nn.Module] = []
         for matrix, bias in weights:
             layer = nn.Linear(matrix.shape[1], matrix.shape[0], dtype=matrix.dtype)
             layer.weight, layer.bias = nn.Parameter(matrix.detach().clone()), nn.Parameter(bias.detach().clone())
-            made += [layer, nn.ReLU()]
-        return nn.Sequential(*made[:-1])
+            layers += [layer, nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
 
 
 def to_networks(point: Manifold, domain: tuple[float, float] = (0.0, 1.0)) -> ReLUNetworks:
-    """The weights that points of the manifold stand for.
+    """Return the networks that points of the manifold stand for.
 
-    The affine part is added to the running sum in the first layer, with a constant that keeps it from being cut off.
+    The affine part is added to the running sum in the first layer, with a constant that keeps it above 0.
 
     Args:
         point: K points, of any float dtype.
@@ -179,45 +179,45 @@ def to_networks(point: Manifold, domain: tuple[float, float] = (0.0, 1.0)) -> Re
 
 
 def tent_weights(peak: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of the two units of a tent, which are relu(t) and relu(t - peak)."""
+    """Return the weights of the two units of a tent, which are relu(t) and relu(t - peak)."""
     return 1 / peak, -1 / (peak - peak**2)
 
 
 def evaluate(point: Manifold, x: Tensor, domain: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """The same functions by their definition, (K, P): the reference of `to_networks`, and quicker to differentiate."""
+    """Evaluate the functions by their definition, (K, P): the reference of `to_networks`, and faster to train."""
     t = (x - domain[0]) / (domain[1] - domain[0])
     waves = sum_of_waves(t, point.peaks)
     return point.intercept.unsqueeze(-1) + point.slope.unsqueeze(-1) * t - point.scale.unsqueeze(-1) * waves
 
 
 def breakpoints(network: nn.Sequential, domain: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Ends of the linear pieces of a network of one input and one output, and its values there, in float64.
+    """Return the ends of the linear pieces of a network of one input and one output, and its values there, in float64.
 
-    Units are followed from layer to layer, their values at the breakpoints so far and their slopes between them: where
-    one changes its sign a breakpoint is added. Nothing is sampled; it is exact up to rounding.
+    It tracks units from layer to layer: their values at the breakpoints so far and their slopes between these. Where a
+    unit changes its sign, a breakpoint is added. Nothing is sampled; the result is exact up to rounding.
 
     Args:
-        network: as of `ReLUNetworks.layers`.
+        network: as from `ReLUNetworks.layers`.
         domain: ends of an interval.
 
     Returns:
-        Places (Q + 1,) from one end of the domain to the other, and values (Q + 1,), for Q pieces of distinct slopes.
+        Points (Q + 1,) from one end of the domain to the other, and values (Q + 1,), for Q pieces of distinct slopes.
     """
     with torch.no_grad():
         layers = [(layer.weight.double(), layer.bias.double()) for layer in network if isinstance(layer, nn.Linear)]
         x = torch.tensor(domain, dtype=torch.float64)
-        values, slopes = x.unsqueeze(0), torch.ones(1, 1, dtype=torch.float64)  # channels by places, by pieces
+        values, slopes = x.unsqueeze(0), torch.ones(1, 1, dtype=torch.float64)  # channels by points, by pieces
         for weight, bias in layers[:-1]:
             values, slopes = weight @ values + bias.unsqueeze(-1), weight @ slopes
             unit, piece = (values[:, :-1] * values[:, 1:] < 0).nonzero(as_tuple=True)
             step = -values[unit, piece] / slopes[unit, piece]
-            added = (x[piece] + step).clamp(x[piece], x[piece + 1])
-            there = values[:, piece] + step * slopes[:, piece]
-            there[unit, torch.arange(unit.numel())] = 0.0
-            x, values = torch.cat([x, added]), torch.cat([values, there], dim=-1)
+            crossings = (x[piece] + step).clamp(x[piece], x[piece + 1])
+            at_crossings = values[:, piece] + step * slopes[:, piece]
+            at_crossings[unit, torch.arange(unit.numel())] = 0.0
+            x, values = torch.cat([x, crossings]), torch.cat([values, at_crossings], dim=-1)
             order = torch.argsort(x, stable=True)
             x, values = x[order], values[:, order]
-            # Each piece has the slopes of the one that it is a part of.
+            # Each piece inherits the slopes of the piece that it is part of.
             origin = torch.cat([torch.arange(len(x) - len(piece)), piece])[order][:-1].clamp(max=slopes.shape[1] - 1)
             middle = (values[:, :-1] + values[:, 1:]) / 2
             values, slopes = torch.relu(values), torch.where(middle > 0, slopes[:, origin], 0.0)
@@ -226,14 +226,14 @@ def breakpoints(network: nn.Sequential, domain: tuple[float, float]) -> tuple[Te
 
 
 def merge_pieces(x: Tensor, y: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """Places (Q + 1,) and values there, of pieces that have a length, and other slopes than those before them."""
-    long = (x[1:] - x[:-1]) > SHORTEST * (x[-1] - x[0])
+    """Return points (Q + 1,) and values of the pieces that have a length and a slope other than the previous one's."""
+    long = (x[1:] - x[:-1]) > MIN_LENGTH * (x[-1] - x[0])
     starts, slopes = torch.arange(len(slopes))[long], slopes[long]
-    changes = (slopes[1:] - slopes[:-1]).abs() > SAME_SLOPE * slopes.abs().amax()
-    kept = torch.cat([starts[:1], starts[1:][changes], torch.tensor([len(x) - 1])])
-    return x[kept], y[kept]
+    changes = (slopes[1:] - slopes[:-1]).abs() > MIN_CHANGE * slopes.abs().amax()
+    ends = torch.cat([starts[:1], starts[1:][changes], torch.tensor([len(x) - 1])])
+    return x[ends], y[ends]
 
 
 def count_pieces(network: nn.Sequential, domain: tuple[float, float] = (0.0, 1.0)) -> int:
-    """Number of linear pieces of a network in an interval."""
+    """Count the linear pieces of a network in an interval."""
     return breakpoints(network, domain)[0].numel() - 1

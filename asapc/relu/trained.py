@@ -1,8 +1,8 @@
 """Activation functions that are trained: networks of `relu.networks`, one for each channel of a larger network.
 
-Side by side they are one network of block-diagonal layers, the way in which arXiv 2311.18022 goes to several inputs. A
-model trains them with its other weights: first peaks and scales, which keep every function convex or concave with 2^d
-pieces, then, if wanted, all weights.
+Side by side they are one network of block-diagonal layers, as arXiv 2311.18022 extends them to several inputs. A model
+trains them with its other weights: first peaks and scales, which keep every function convex or concave with 2^d pieces,
+then, optionally, all weights.
 """
 
 import torch
@@ -12,9 +12,9 @@ from asapc.relu.networks import Manifold, ReLUNetworks, evaluate, to_networks, t
 
 
 class TrainedActivation(nn.Module):
-    """A function of its own for each of C channels, element by element, of ReLU alone.
+    """Applies a function of its own to each of C channels, element by element, in ReLU alone.
 
-    It starts as a parabola, from 0 at the lower end of its domain to the domain's half width at the upper, with the
+    Each starts as a parabola, from 0 at the lower end of its domain to half the domain's width at the upper, with the
     slopes of a ReLU at either end and beyond, which are trained as well.
     """
 
@@ -26,7 +26,7 @@ class TrainedActivation(nn.Module):
         Args:
             channels: C.
             depth: d, at least 1; there are 2^d pieces within the domain.
-            domain: where the pieces are, at best the range of most inputs.
+            domain: interval of the pieces, ideally the range of most inputs.
 
         Raises:
             ValueError: there is no channel, no layer, or no interval.
@@ -43,13 +43,13 @@ class TrainedActivation(nn.Module):
         self.networks = None
 
     def manifold(self) -> Manifold:
-        """Where the functions stand on the manifold, of t in [0, 1]."""
+        """Return the functions of t in [0, 1] as points of the manifold."""
         return Manifold(to_peaks(self.logits), self.scale, self.slope, self.intercept)
 
     def free(self) -> None:
-        """Leave the manifold: the same functions, of weights that are all trained from now on.
+        """Leave the manifold: the functions stay the same, and from now on all their weights are trained.
 
-        Parameters are new ones, for which an optimiser has to be made anew.
+        The parameters are new, so the optimiser must be created again.
         """
         if self.networks is None:
             with torch.no_grad():
@@ -57,11 +57,11 @@ class TrainedActivation(nn.Module):
             del self.logits, self.scale, self.slope, self.intercept
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values (..., C) of inputs (..., C)."""
+        """Return the values (..., C) at inputs (..., C)."""
         channels_first = (x - self.low).div(self.width).movedim(-1, 0)
         t = channels_first.flatten(1)
         beyond = torch.relu(t - 1)
         inside = torch.relu(t) - beyond
-        made = evaluate(self.manifold(), inside) if self.networks is None else self.networks(inside)
-        made = made - self.below.unsqueeze(-1) * torch.relu(-t) + self.above.unsqueeze(-1) * beyond
-        return torch.unflatten(made, 1, channels_first.shape[1:]).movedim(0, -1)
+        values = evaluate(self.manifold(), inside) if self.networks is None else self.networks(inside)
+        values = values - self.below.unsqueeze(-1) * torch.relu(-t) + self.above.unsqueeze(-1) * beyond
+        return torch.unflatten(values, 1, channels_first.shape[1:]).movedim(0, -1)

@@ -8,7 +8,7 @@ from asapc.types.samples import Samples
 
 
 class EagerRunner:
-    """A module, run in PyTorch: a model as it was loaded, or a captured graph as a module."""
+    """Runs a module in PyTorch: a model as loaded, or a captured graph as a module."""
 
     runtime = "torch"
 
@@ -16,7 +16,7 @@ class EagerRunner:
         self.module = module
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """All tensor outputs of the model for one batch, in the order in which it returns them."""
+        """Return all tensor outputs of the model for one batch, in its order."""
         args, kwargs = arguments(self.module, samples.inputs)
         with torch.no_grad():
             outputs = self.module(*args, **kwargs)

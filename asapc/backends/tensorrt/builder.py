@@ -1,8 +1,8 @@
 """Builds a TensorRT engine from an ONNX file with NVIDIA's own parser and compiler.
 
-TensorRT proper builds on the GPU that the engine is for, and is taken where it is installed and a GPU is
-present. Everywhere else TensorRT-RTX builds ahead of time, without a GPU or a driver, for the architectures it
-knows; data-centre Hopper and Blackwell are not among them.
+TensorRT proper builds on the GPU that the engine is for, and is used where it is installed and a GPU is present.
+Elsewhere TensorRT-RTX builds ahead of time, without a GPU or a driver, for the architectures that it supports;
+data-centre Hopper and Blackwell are not among them.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from asapc.errors import BuildError, DependencyError
 from asapc.types.artifacts import EngineArtifact, OnnxArtifact
 from asapc.types.graph import DynamicAxis
 
-# With the parent's import path, so that both run the same asapc.
+# It takes over the parent's import path, so that both run the same asapc.
 CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from asapc.backends.tensorrt.compiler import main; main()"
 )
@@ -39,11 +39,11 @@ def build_engine(
     Args:
         onnx: the model; networks are strongly typed, so its precision is the engine's.
         path: file to write; it appears whole or not at all.
-        largest_batch: largest size of the first axis of every input, where `axes` knows none.
-        axes: open axes by the input's name and their number; the engine is fastest where they are longest.
+        largest_batch: largest size of the first axis of every input, unless `axes` has one.
+        axes: dynamic axes by input name and axis number; the engine is fastest where they are longest.
 
     Returns:
-        The engine, with the GPU targets it runs on and the reasons why other targets were refused.
+        The engine, with the GPU targets that it runs on and the reasons why others were refused.
 
     Raises:
         DependencyError: neither TensorRT-RTX nor, with a GPU, TensorRT is installed.
@@ -83,14 +83,14 @@ def compile_apart(request: Mapping[str, Any]) -> dict[str, Any]:
     """Run `compiler.main` in a process of its own and return its answer.
 
     Raises:
-        BuildError: the compiler refuses the model, or the process dies.
+        BuildError: the compiler refuses the model, or the process crashes.
     """
     command = [sys.executable, "-c", CHILD, json.dumps(sys.path), json.dumps(dict(request))]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     answer_file = Path(request["answer"])
     if not answer_file.is_file():
-        lines = process.stderr.strip().splitlines() or ["it said nothing"]
-        why = signal.Signals(-process.returncode).name if process.returncode < 0 else lines[-1]
+        last_line = (process.stderr.strip().splitlines() or ["no output"])[-1]
+        why = signal.Signals(-process.returncode).name if process.returncode < 0 else last_line
         raise BuildError(f"TensorRT's compiler crashed on the model ({why})", "report the model, and this line")
     answer: dict[str, Any] = json.loads(answer_file.read_text())
     if "error" in answer:

@@ -1,7 +1,7 @@
-"""NVIDIA's parser and compiler, in a process of their own.
+"""Runs NVIDIA's parser and compiler, in a process of their own.
 
-They are native code and have been seen to crash on models that are in order, which must not take a compilation down
-with them. `builder.py` starts this module and waits for its answer. It imports neither torch nor the rest of asapc.
+They are native code and sometimes crash on valid models, which must not end the whole compilation. `builder.py` starts
+this module and waits for its answer. It imports neither torch nor more of asapc than its passes.
 """
 
 import importlib
@@ -21,9 +21,9 @@ from asapc.passes.onnx.unfuse_attention import UnfuseAttention
 def main() -> None:
     """Read a request, a JSON object, from the last argument; write the answer to the file that it names.
 
-    The request holds `package`, `onnx`, `engine`, `answer`, `largest_batch`, `ranges` of open axes by the input's name
-    and their number, and `target`: the architecture of the GPU at hand, or null to build ahead of time for all that the
-    package knows. The answer holds `builder`, `targets` and `refused`, or `error` and `hint`.
+    The request holds `package`, `onnx`, `engine`, `answer`, `largest_batch`, `ranges` of dynamic axes by input name and
+    axis number, and `target`: the architecture of the GPU present, or null to build ahead of time for all that the
+    package supports. The answer holds `builder`, `targets` and `refused`, or `error` and `hint`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends this process
     request = json.loads(sys.argv[-1])
@@ -44,7 +44,7 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
         candidates = {request["target"]: None}
     compiler = Compiler(trt, Path(request["onnx"]), request["largest_batch"], request["ranges"])
     refused: dict[str, str] = {}
-    # One target that the compiler cannot serve fails a build for all, so each is tried alone first.
+    # One target that the compiler does not support fails the build for all, so each is tried alone first.
     for name, capability in candidates.items():
         try:
             data = compiler.build([capability])
@@ -61,7 +61,7 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Compiler:
-    """One model and NVIDIA's compiler, `tensorrt` or `tensorrt_rtx`: nearly the same module twice."""
+    """Compiles one model with `tensorrt` or `tensorrt_rtx`, whose interfaces are nearly the same."""
 
     def __init__(
         self, trt: Any, path: Path, largest_batch: int, ranges: Mapping[str, Mapping[str, tuple[int, int]]]
@@ -86,7 +86,7 @@ class Compiler:
         try:
             model = PassManager([StandardAttention(), UnfuseAttention()])(onnx.load(path)).program
         except DecodeError as error:
-            raise BuildError(f"{path.name} is no ONNX model: {error}", "report the model") from error
+            raise BuildError(f"{path.name} is not an ONNX model: {error}", "report the model") from error
         if not self.parser.parse(model.SerializeToString()):
             raise BuildError(
                 f"TensorRT cannot parse the model: {self.parser.get_error(0).desc()}",
@@ -95,7 +95,7 @@ class Compiler:
         self.largest_batch, self.ranges = largest_batch, ranges
 
     def build(self, capabilities: list[Any]) -> bytes:
-        """Serialised engine for the given compute capabilities; [None] means the GPU at hand."""
+        """Build a serialised engine for some compute capabilities; [None] means the GPU present."""
         config = self.builder.create_builder_config()
         if capabilities != [None]:
             config.num_compute_capabilities = len(capabilities)

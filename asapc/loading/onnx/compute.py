@@ -1,4 +1,4 @@
-"""The operators of ONNX that compute, each by the function of torch that computes the same: one table."""
+"""One table of the operators of ONNX that compute, each with the function of torch that computes the same."""
 
 import operator
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from asapc.loading.onnx.call import Call, Operator, to_dtype
 
 
 def unary(function: Callable[[Tensor], Tensor]) -> Operator:
-    """An operator of one tensor."""
+    """Wrap a function of one tensor."""
     return lambda call: function(call.tensor(0))
 
 
 def elementwise(function: Callable[..., Any]) -> Operator:
-    """An operator of tensors and numbers, folded over as many as there are."""
+    """Wrap a function of two tensors or numbers, folded over all inputs."""
 
     def apply(call: Call) -> Tensor:
         first, *rest = call.operands()
@@ -32,7 +32,7 @@ def elementwise(function: Callable[..., Any]) -> Operator:
 
 
 def as_tensors(function: Callable[..., Tensor]) -> Operator:
-    """`elementwise`, of functions that take no plain numbers."""
+    """Do as `elementwise`, for functions that take no plain numbers."""
 
     def apply(call: Call) -> Tensor:
         first, *rest = (call.tensor(i) for i in range(len(call.inputs)))
@@ -44,21 +44,21 @@ def as_tensors(function: Callable[..., Tensor]) -> Operator:
 
 
 def divide(left: Any, right: Any) -> Tensor:
-    """Division; of integers towards zero."""
-    known = left if isinstance(left, Tensor) else right
-    if known.is_floating_point():
+    """Divide; integers towards zero."""
+    tensor = left if isinstance(left, Tensor) else right
+    if tensor.is_floating_point():
         return torch.as_tensor(left / right)
     return torch.div(left, right, rounding_mode="trunc")
 
 
 def modulo(call: Call) -> Tensor:
-    """Mod: of the sign of the divisor, with `fmod` of the dividend."""
+    """Mod: the result has the sign of the divisor, with `fmod` that of the dividend."""
     function = torch.fmod if call.get("fmod") else torch.remainder
     return function(call.tensor(0), call.tensor(1))
 
 
 def power(base: Any, exponent: Any) -> Tensor:
-    """Pow: of the type of the base."""
+    """Pow: the result has the type of the base."""
     result: Tensor = base**exponent
     return result.to(base.dtype) if isinstance(base, Tensor) else result
 
@@ -80,7 +80,7 @@ def clip(call: Call) -> Tensor:
 
 
 def axes_of(call: Call, rank: int) -> list[int]:
-    """Axes that a reduction takes, from its attribute or its second input; all, or none, where it names none."""
+    """Return the axes of a reduction, from its attribute or its second input; all, or none, where it names none."""
     axes = call.get("axes", call.numbers(1) if call.has(1) else [])
     if not axes:
         return [] if call.get("noop_with_empty_axes") else list(range(rank))
@@ -88,7 +88,7 @@ def axes_of(call: Call, rank: int) -> list[int]:
 
 
 def reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator:
-    """A reduction over some axes."""
+    """Wrap a reduction over some axes."""
 
     def apply(call: Call) -> Tensor:
         tensor = call.tensor(0)
@@ -99,14 +99,14 @@ def reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator
 
 
 def product(tensor: Tensor, axes: list[int], keep: bool) -> Tensor:
-    """The product over several axes, which torch has for one at a time only."""
+    """Multiply over several axes, which torch does for one at a time only."""
     for axis in sorted((axis % tensor.dim() for axis in axes), reverse=True):
         tensor = tensor.prod(dim=axis, keepdim=keep)
     return tensor
 
 
 def matmul(call: Call) -> Tensor:
-    """MatMul; by a matrix of weights it is what torch calls a linear layer."""
+    """MatMul; with a matrix of weights it is what torch calls a linear layer."""
     left, right = call.tensor(0), call.tensor(1)
     if right.dim() == 2 and left.dim() > 1 and call.constant[1] and not call.constant[0]:
         return F.linear(left, right.t())
@@ -117,14 +117,14 @@ def gemm(call: Call) -> Tensor:
     """Gemm: alpha * A @ B + beta * C, of matrices."""
     left = call.tensor(0).t() if call.get("transA") else call.tensor(0)
     right = call.tensor(1) if call.get("transB") else call.tensor(1).t()
-    alpha, beta, added = call.get("alpha", 1.0), call.get("beta", 1.0), call.optional(2)
-    if alpha == beta == 1 and (added is None or added.dim() == 1) and call.constant[1]:
-        return F.linear(left, right, added)
+    alpha, beta, addend = call.get("alpha", 1.0), call.get("beta", 1.0), call.optional(2)
+    if alpha == beta == 1 and (addend is None or addend.dim() == 1) and call.constant[1]:
+        return F.linear(left, right, addend)
     result = torch.matmul(left, right.t())
     result = result if alpha == 1 else result * alpha
-    if added is None:
+    if addend is None:
         return result
-    return result + (added if beta == 1 else added * beta)
+    return result + (addend if beta == 1 else addend * beta)
 
 
 def cumsum(call: Call) -> Tensor:
@@ -141,7 +141,7 @@ def extreme_index(function: Callable[..., Tensor]) -> Operator:
 
     def apply(call: Call) -> Tensor:
         if call.get("select_last_index"):
-            raise call.refuse("selects the last of equals")
+            raise call.refuse("selects the last of equal entries")
         return function(call.tensor(0), dim=call.get("axis", 0), keepdim=bool(call.get("keepdims", 1)))
 
     return apply

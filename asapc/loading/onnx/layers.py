@@ -14,7 +14,7 @@ MEANS = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
 
 
 def layer_norm(call: Call) -> Tensor:
-    """LayerNormalization; of its outputs the first."""
+    """LayerNormalization, its first output only."""
     only_first(call)
     tensor, scale, bias = call.tensor(0), call.tensor(1), call.optional(2)
     shape = tensor.shape[call.get("axis", -1) :]
@@ -33,7 +33,7 @@ def rms_norm(call: Call) -> Tensor:
 
 
 def batch_norm(call: Call) -> Tensor:
-    """BatchNormalization with the statistics that the model was trained to."""
+    """BatchNormalization with the statistics from training."""
     if call.get("training_mode"):
         raise call.refuse("normalises by the batch: the model was exported in training mode")
     only_first(call)
@@ -47,16 +47,16 @@ def instance_norm(call: Call) -> Tensor:
 
 
 def only_first(call: Call) -> None:
-    """Refuse a layer whose statistics are asked for too."""
+    """Refuse a layer whose statistics are outputs too."""
     if call.outputs > 1:
-        raise call.refuse("gives more than its first output")
+        raise call.refuse("has more outputs than the first")
 
 
 def padding(call: Call, rank: int) -> tuple[list[int], list[int]]:
-    """Padding of the spatial axes, at their beginnings and at their ends."""
+    """Return the padding of the spatial axes, at their starts and at their ends."""
     mode = call.get("auto_pad", b"NOTSET")
     if mode not in (b"NOTSET", b"VALID", b""):
-        raise call.refuse(f"pads by auto_pad {mode.decode(errors='replace')[:20]}")
+        raise call.refuse(f"pads with auto_pad {mode.decode(errors='replace')[:20]}")
     pads = list(call.get("pads", [0] * 2 * rank)) if mode != b"VALID" else [0] * 2 * rank
     if len(pads) != 2 * rank:
         raise call.refuse("has pads that do not fit its input")
@@ -73,7 +73,7 @@ def convolution(call: Call) -> Tensor:
     tensor = call.tensor(0)
     rank = tensor.dim() - 2
     if tensor.dim() not in CONVOLUTIONS:
-        raise call.refuse(f"runs over {rank} axes")
+        raise call.refuse(f"works on {rank} spatial axes")
     begin, end = padding(call, rank)
     if begin != end:
         tensor, begin = pad_ends(tensor, begin, end, 0.0), [0] * rank
@@ -84,12 +84,12 @@ def convolution(call: Call) -> Tensor:
 
 
 def max_pool(call: Call) -> Tensor:
-    """MaxPool; of its outputs the first."""
+    """MaxPool, its first output only."""
     only_first(call)
     tensor, kernel = call.tensor(0), list(call.get("kernel_shape"))
     rank = len(kernel)
     if tensor.dim() not in MAXIMA:
-        raise call.refuse(f"runs over {rank} axes")
+        raise call.refuse(f"works on {rank} spatial axes")
     begin, end = padding(call, rank)
     if any(begin + end):
         tensor = pad_ends(tensor, begin, end, -inf)
@@ -105,18 +105,18 @@ def average_pool(call: Call) -> Tensor:
     tensor, kernel = call.tensor(0), list(call.get("kernel_shape"))
     rank = len(kernel)
     if tensor.dim() not in MEANS or call.get("ceil_mode") or any(d != 1 for d in call.get("dilations", [])):
-        raise call.refuse("pools in a way that asapc does not read")
+        raise call.refuse("pools in a way that asapc does not support")
     begin, end = padding(call, rank)
     if begin != end:
         raise call.refuse("pads its ends differently")
     function = MEANS[tensor.dim()]
-    strides, counted = list(call.get("strides", [1] * rank)), bool(call.get("count_include_pad"))
-    result: Tensor = function(tensor, kernel, strides, begin, False, counted)
+    strides, include_pad = list(call.get("strides", [1] * rank)), bool(call.get("count_include_pad"))
+    result: Tensor = function(tensor, kernel, strides, begin, False, include_pad)
     return result
 
 
 def spatial(tensor: Tensor) -> list[int]:
-    """The axes after samples and channels."""
+    """Return the axes after samples and channels."""
     return list(range(2, tensor.dim()))
 
 

@@ -1,10 +1,9 @@
-"""Models from ONNX files: a module that computes node by node what the file says, and remembers which node is which."""
+"""Models from ONNX files: a module that runs the nodes of the file, and remembers which node is which."""
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from asapc.errors import CheckpointError
-from asapc.hashes import sha256
 from asapc.loading.onnx.call import (
     MAX_ELEMENTS,
     REWRITE,
@@ -28,23 +26,24 @@ from asapc.loading.onnx.call import (
 from asapc.loading.onnx.compute import COMPUTING
 from asapc.loading.onnx.layers import LAYERS
 from asapc.loading.onnx.numbers import MAX_NUMBERS, Known, on_numbers
-from asapc.loading.onnx.reader import EXPORT, opset_of, read_onnx
+from asapc.loading.onnx.reader import EXPORT, opset_of, read_onnx, subgraphs
 from asapc.loading.onnx.views import VIEWS
+from asapc.loading.untrusted.source import Source
 from asapc.types.model import InputType, LoadedModel
 
 OPERATORS: dict[str, Operator] = {**COMPUTING, **LAYERS, **VIEWS}
 CONTROL = ("If", "Loop")
-MAX_TURNS = 1000
+MAX_ITERATIONS = 1000
 DATA = "export the model with a fixed number of iterations, and without branches on data"
 
-# Names the values of the file in a graph while it is captured; `capturing.onnx` takes these nodes out again.
+# Names the values of the file in a graph while it is captured; `capturing.onnx` removes these nodes again.
 LIBRARY = torch.library.Library("asapc", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define("value(Tensor tensor, str name) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("asapc::value")  # type: ignore[untyped-decorator]
 def like(tensor: Tensor, name: str) -> Tensor:
-    """A tensor of the same layout: views that come after must be those that hold without the mark."""
+    """Return a tensor of the same layout, so that views that follow are the same as without the mark."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
@@ -52,11 +51,12 @@ class OnnxModule(nn.Module):
     """An ONNX graph as a module in evaluation mode.
 
     Args:
-        path: the file, for messages.
-        model: what `read_onnx` gave.
+        source: the file, for messages.
+        model: what `read_onnx` returns.
 
     Attributes:
-        model: the same, never changed.
+        path: the file.
+        model: the same as the argument, never changed.
         input_names: of the file's inputs; the forward takes them by position.
         input_types, input_sizes: their dtypes, and their sizes as in `types.model.InputType`.
         initializers: names in the file of the module's buffers.
@@ -65,31 +65,35 @@ class OnnxModule(nn.Module):
         CheckpointError: it has operators that asapc does not know, or a fixed batch.
     """
 
-    def __init__(self, path: Path, model: Any) -> None:
+    def __init__(self, source: Source, model: Any) -> None:
         super().__init__()
-        self.path, self.model = path, model
+        self.path, self.model = source.path, model
         check_operators(model.graph)
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         inputs = [value for value in model.graph.input if value.name not in stored]
         self.input_names = [value.name for value in inputs]
-        self.input_types = [check_input(path, value) for value in inputs]
+        self.input_types = [check_input(source, value) for value in inputs]
         self.input_sizes = [open_sizes(value) for value in inputs]
         self.initializers: dict[str, str] = {}
-        self.known: dict[str, Any] = {}
+        self.numbers: dict[str, Any] = {}
         constants = [(node.output[0], t) for node in model.graph.node if (t := constant_tensor(node)) is not None]
         for name, proto in [*stored.items(), *constants]:
-            tensor = to_tensor(proto)
-            self.register_buffer(buffer := f"w{len(self.initializers)}", tensor)
-            self.initializers[buffer] = name
-            small = tensor.numel() == 1 or (tensor.numel() <= MAX_NUMBERS and not tensor.is_floating_point())
-            if small and tensor.dim() <= 1:
-                self.known[name] = to_array(proto)
+            self.store(name, proto)
         self.fixed = constant_values(model.graph, {*stored, *(name for name, _ in constants)})
         # torch.export and everything after it ask the forward for its parameters.
         self.__dict__["forward"] = with_signature(self.compute, self.input_names)
 
+    def store(self, name: str, proto: Any) -> None:
+        """Register a tensor of the file as a buffer; keep small constants as arrays too."""
+        tensor = to_tensor(proto)
+        self.register_buffer(buffer := f"w{len(self.initializers)}", tensor)
+        self.initializers[buffer] = name
+        small = tensor.numel() == 1 or (tensor.numel() <= MAX_NUMBERS and not tensor.is_floating_point())
+        if small and tensor.dim() <= 1:
+            self.numbers[name] = to_array(proto)
+
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """All outputs of the file, in its order."""
+        """Compute all outputs of the file, in its order."""
         values: dict[str, Value] = {}
         for name, value, dtype in zip(self.input_names, inputs, self.input_types, strict=True):
             if value.dtype != dtype:
@@ -97,101 +101,109 @@ class OnnxModule(nn.Module):
             values[name] = value
         for buffer, name in self.initializers.items():
             tensor = getattr(self, buffer)
-            values[name] = Known(self.known[name], tensor) if name in self.known else tensor
+            values[name] = Known(self.numbers[name], tensor) if name in self.numbers else tensor
         self.run_graph(self.model.graph, values, marked=torch.compiler.is_exporting())
         outputs = (values[value.name] for value in self.model.graph.output)
         return tuple(output.as_tensor() if isinstance(output, Known) else output for output in outputs)
 
     def run_graph(self, graph: Any, values: dict[str, Value], marked: bool = False) -> None:
-        """Run the nodes of a graph on the values that it can see, and add theirs to them."""
+        """Run the nodes of a graph on the values in its scope, and add their outputs to the scope."""
         for node in graph.node:
             if node.output and node.output[0] in values and node.op_type == "Constant":
                 continue
             for name, result in zip(node.output, self.run_node(node, values), strict=False):
-                if isinstance(result, Tensor) and prod(s for s in result.shape if isinstance(s, int)) > MAX_ELEMENTS:
+                if elements(result) > MAX_ELEMENTS:
                     raise CheckpointError(f"the ONNX node {label_of(node)} makes more than fits into memory", REWRITE)
                 if name and marked and isinstance(result, Tensor):
                     result = torch.ops.asapc.value(result, name)
                 values[name] = result
 
     def run_node(self, node: Any, values: Mapping[str, Value]) -> tuple[Value, ...]:
-        """The outputs of one node."""
-        given = [values[name] if name else None for name in node.input]
+        """Compute the outputs of one node."""
+        inputs = [values[name] if name else None for name in node.input]
         constant = [name in self.fixed for name in node.input]
-        call = Call(node.op_type, label_of(node), given, attributes_of(node), len(node.output), constant)
+        call = Call(node.op_type, label_of(node), inputs, attributes_of(node), len(node.output), constant)
         if node.op_type == "If":
             return self.branch(call, values)
         if node.op_type == "Loop":
-            return self.turn(call, values)
-        if given and all(isinstance(value, Known) for value in given):
-            arrays = [value.array for value in given if isinstance(value, Known)]
-            if (numbers := on_numbers(node.op_type, arrays, number_attributes(node, call.attributes))) is not None:
+            return self.unroll(call, values)
+        arrays = [value.array for value in inputs if isinstance(value, Known)]
+        if arrays and len(arrays) == len(inputs):
+            numbers = on_numbers(node.op_type, arrays, number_attributes(node, call.attributes))
+            if numbers is not None:
                 return (numbers,)
         result = OPERATORS[node.op_type](call)
         return result if isinstance(result, tuple) else (result,)
 
     def branch(self, call: Call, values: Mapping[str, Value]) -> tuple[Value, ...]:
-        """If, where its condition does not depend on data."""
-        condition = decided(call, call.inputs[0])
+        """Run an If whose condition does not depend on data."""
+        condition = decide(call, call.inputs[0])
         graph = call.get("then_branch") if condition else call.get("else_branch")
         inner = dict(values)
         self.run_graph(graph, inner)
         return tuple(inner[value.name] for value in graph.output)
 
-    def turn(self, call: Call, values: Mapping[str, Value]) -> tuple[Value, ...]:
-        """Loop, unrolled, where its number of turns does not depend on data."""
+    def unroll(self, call: Call, values: Mapping[str, Value]) -> tuple[Value, ...]:
+        """Unroll a Loop whose number of iterations does not depend on data."""
         body = call.get("body")
         carried: list[Any] = list(call.inputs[2:])
-        turns = int(call.numbers(0)[0]) if call.has(0) else MAX_TURNS + 1
-        going = decided(call, call.inputs[1]) if call.has(1) else True
-        kept: list[list[Tensor]] = [[] for _ in body.output[1 + len(carried) :]]
+        limit = int(call.numbers(0)[0]) if call.has(0) else MAX_ITERATIONS + 1
+        going = decide(call, call.inputs[1]) if call.has(1) else True
+        scanned: list[list[Tensor]] = [[] for _ in body.output[1 + len(carried) :]]
         count = 0
-        while going and count < turns:
-            if count == MAX_TURNS:
-                raise call.refuse(f"takes more than {MAX_TURNS} turns")
-            inner = dict(values)
-            first = [Known(np.array(count)), Known(np.array(True)), *carried]
-            inner |= {value.name: item for value, item in zip(body.input, first, strict=True)}
-            self.run_graph(body, inner)
-            results = [inner[value.name] for value in body.output]
-            going, carried = decided(call, results[0]), results[1 : 1 + len(carried)]
-            for stack, item in zip(kept, results[1 + len(carried) :], strict=True):
+        while going and count < limit:
+            if count == MAX_ITERATIONS:
+                raise call.refuse(f"runs for more than {MAX_ITERATIONS} iterations")
+            results = self.iterate(body, values, [Known(np.array(count)), Known(np.array(True)), *carried])
+            going, carried = decide(call, results[0]), results[1 : 1 + len(carried)]
+            for stack, item in zip(scanned, results[1 + len(carried) :], strict=True):
                 stack.append(item.as_tensor() if isinstance(item, Known) else item)
             count += 1
-        if kept and not count:
-            raise call.refuse("takes no turn")
-        return (*carried, *(torch.stack(stack) for stack in kept))
+        if scanned and not count:
+            raise call.refuse("runs for no iteration")
+        return (*carried, *(torch.stack(stack) for stack in scanned))
+
+    def iterate(self, body: Any, values: Mapping[str, Value], arguments: Sequence[Any]) -> list[Any]:
+        """Run the body of a Loop once."""
+        inner = {**values, **{value.name: item for value, item in zip(body.input, arguments, strict=True)}}
+        self.run_graph(body, inner)
+        return [inner[value.name] for value in body.output]
 
 
-def decided(call: Call, value: Value | None) -> bool:
-    """A condition that is known while the graph is captured."""
+def elements(value: Value) -> int:
+    """Count the elements of a tensor, for a batch of one; 0 for numbers."""
+    return prod(size for size in value.shape if isinstance(size, int)) if isinstance(value, Tensor) else 0
+
+
+def decide(call: Call, value: Value | None) -> bool:
+    """Evaluate a condition that is known while the graph is captured."""
     if not isinstance(value, Known):
-        raise CheckpointError(f"the ONNX node {call.label} ({call.op}) decides on data; a compiled graph cannot", DATA)
+        raise CheckpointError(f"the ONNX node {call.label} ({call.op}) branches on data; a compiled graph cannot", DATA)
     return bool(value.array.item())
 
 
 def attributes_of(node: Any) -> dict[str, Any]:
-    """Attributes as plain values: tensors as arrays, texts as bytes, graphs as they are."""
-    found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    return {name: to_array(v) if isinstance(v, onnx.TensorProto) else v for name, v in found.items()}
+    """Return attributes as plain values: tensors as arrays, strings as bytes, graphs as they are."""
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    return {name: to_array(v) if isinstance(v, onnx.TensorProto) else v for name, v in values.items()}
 
 
 def number_attributes(node: Any, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes that matter to `on_numbers`."""
+    """Return the attributes that matter to `on_numbers`."""
     if node.op_type == "Cast":
         return {"to": onnx.helper.tensor_dtype_to_np_dtype(attributes["to"])}
     return {name: value for name, value in attributes.items() if name != "allowzero" or value}
 
 
 def constant_tensor(node: Any) -> Any:
-    """The tensor of a Constant node, None of others."""
+    """Return the tensor of a Constant node, None for other nodes."""
     if node.op_type != "Constant" or len(node.attribute) != 1:
         return None
     return node.attribute[0].t if node.attribute[0].name == "value" else None
 
 
 def constant_values(graph: Any, constant: set[str]) -> set[str]:
-    """Names of all values that follow from the file alone."""
+    """Return the names of all values that follow from the file alone."""
     for node in graph.node:
         if node.op_type not in CONTROL and all(name in constant or not name for name in node.input):
             constant |= set(node.output)
@@ -201,33 +213,32 @@ def constant_values(graph: Any, constant: set[str]) -> set[str]:
 def check_operators(graph: Any) -> None:
     """Raise CheckpointError for the first node whose operator asapc does not know."""
     for node in graph.node:
-        known = node.domain in ("", "ai.onnx") and (node.op_type in OPERATORS or node.op_type in CONTROL)
-        if not known:
-            operator = f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+        standard = node.domain in ("", "ai.onnx")
+        if not standard or node.op_type not in {*OPERATORS, *CONTROL}:
+            operator = node.op_type if standard else f"{node.domain}::{node.op_type}"
             raise CheckpointError(
                 f"asapc does not know the operator {operator[:80]} of the ONNX node {label_of(node)}", REWRITE
             )
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                check_operators(inner)
+        for inner in subgraphs(node):
+            check_operators(inner)
 
 
-def check_input(path: Path, value: Any) -> torch.dtype:
-    """The dtype of an input; raise CheckpointError if its batch is fixed."""
+def check_input(source: Source, value: Any) -> torch.dtype:
+    """Return the dtype of an input; raise CheckpointError if its batch is fixed."""
     if not value.type.HasField("tensor_type"):
-        raise CheckpointError(f"{path}: its input {value.name} is no tensor", EXPORT)
+        raise CheckpointError(f"{source}: its input {value.name} is not a tensor", EXPORT)
     kind = value.type.tensor_type
     if kind.HasField("shape") and (not kind.shape.dim or kind.shape.dim[0].HasField("dim_value")):
         shape = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param for dim in kind.shape.dim)
-        raise CheckpointError(f"{path} has a fixed batch: its input {value.name} is ({shape})", EXPORT)
+        raise CheckpointError(f"{source} has a fixed batch: its input {value.name} is ({shape})", EXPORT)
     try:
         return to_dtype(kind.elem_type)
     except (KeyError, TypeError):
-        raise CheckpointError(f"{path}: its input {value.name} holds no numbers", EXPORT) from None
+        raise CheckpointError(f"{source}: its input {value.name} holds no numbers", EXPORT) from None
 
 
 def open_sizes(value: Any) -> tuple[int | None, ...] | None:
-    """Sizes of an input's axes as far as the file fixes them."""
+    """Return the sizes of an input's axes as far as the file fixes them."""
     kind = value.type.tensor_type
     if not kind.HasField("shape"):
         return None
@@ -235,7 +246,7 @@ def open_sizes(value: Any) -> tuple[int | None, ...] | None:
 
 
 def with_signature(function: Any, names: list[str]) -> Any:
-    """A function whose parameters bear the names of the file's inputs, as far as Python takes them."""
+    """Wrap a function so that its parameters bear the names of the file's inputs, as far as Python allows them."""
 
     def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = function(*inputs)
@@ -248,30 +259,30 @@ def with_signature(function: Any, names: list[str]) -> Any:
 
 
 def identifiers(names: list[str]) -> Iterator[str]:
-    """Names that Python takes, all different."""
+    """Yield names that Python allows, all different."""
     for i, name in enumerate(names):
         plain = re.sub(r"\W", "_", name, flags=re.ASCII)
         yield name if name.isidentifier() and name.isascii() else f"input_{i}_{plain[:40]}"
 
 
-def load_onnx(path: Path) -> LoadedModel:
+def load_onnx(source: Source) -> LoadedModel:
     """Read an ONNX file as a model.
 
     Raises:
         CheckpointError: it cannot be read safely, has a fixed batch, or operators that asapc does not know.
     """
-    model = read_onnx(path)
-    module = OnnxModule(path, model).eval()
+    model = read_onnx(source)
+    module = OnnxModule(source, model).eval()
     for buffer, name in module.initializers.items():
         tensor = getattr(module, buffer)
         if tensor.numel() > MAX_NUMBERS and bool(torch.isnan(tensor).any()):
-            raise CheckpointError(f"{path}: {name[:80]} holds NaN", "give one of a run that went well")
+            raise CheckpointError(f"{source}: {name[:80]} holds NaN", "give one from a successful run")
     kinds = map(InputType, module.input_sizes, module.input_types)
     notes = [f"ONNX, opset {opset_of(model)}, {len(model.graph.node)} nodes"]
     return LoadedModel(
         module=module,
-        path=path,
-        sha256=sha256(path),
+        path=source.path,
+        sha256=source.sha256,
         parameters=sum(t.numel() for t in module.buffers() if t.is_floating_point()),
         calibration=None,
         held_out=None,

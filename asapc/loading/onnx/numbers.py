@@ -1,8 +1,8 @@
-"""Shape arithmetic of ONNX graphs, done on numbers: what an exported model computes from sizes stays out of the graph.
+"""Does the shape arithmetic of ONNX graphs on numbers, so that it stays out of the captured graph.
 
-ONNX has tensors only, so that `x.reshape(batch, -1)` comes as Shape, Gather, Concat and Reshape. torch wants numbers
-there, and the size of the batch as a symbol. Small constants and all that follows from them and from sizes are
-therefore numpy arrays; those that hold the symbol are arrays of objects.
+ONNX has tensors only, so `x.reshape(batch, -1)` is exported as Shape, Gather, Concat and Reshape. torch expects numbers
+there, and the size of the batch as a symbol. So small constants, sizes and all that follows from them are numpy arrays;
+those that hold the symbol are arrays of objects.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +33,11 @@ class Known:
 
     @property
     def symbolic(self) -> bool:
-        """Whether it depends on the size of the batch."""
+        """Tell whether it depends on the size of the batch."""
         return self.array.dtype == object
 
     def as_tensor(self) -> Tensor:
-        """The value as a tensor."""
+        """Convert the value to a tensor."""
         if self.tensor is not None:
             return self.tensor
         if not self.symbolic:
@@ -46,8 +46,8 @@ class Known:
         return torch.stack(parts).reshape(self.array.shape)
 
 
-def known(items: Any) -> Known:
-    """Wrap numbers; those of type int64 where that is what they are."""
+def wrap(items: Any) -> Known:
+    """Wrap numbers; an array of objects that are all integers becomes one of int64."""
     array = np.asarray(items)
     if array.dtype == object and all(isinstance(item, int | np.integer) for item in array.flatten()):
         array = array.astype(np.int64)
@@ -55,14 +55,14 @@ def known(items: Any) -> Known:
 
 
 def sizes(shape: Sequence[Any]) -> Known:
-    """The shape of a tensor as numbers."""
+    """Wrap the shape of a tensor."""
     array = np.empty(len(shape), dtype=object)
     array[:] = list(shape)
-    return known(array)
+    return wrap(array)
 
 
 def divide(left: Array, right: Array) -> Array:
-    """Division as ONNX has it: of integers towards zero."""
+    """Div of ONNX: integers are divided towards zero."""
     if left.dtype.kind == "f":
         return np.asarray(left / right)
     quotient = left // right
@@ -103,7 +103,7 @@ def count_up(start: Array, limit: Array, delta: Array) -> Array:
     return np.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
 
 
-def shaped(array: Array, shape: Array) -> Array:
+def reshape(array: Array, shape: Array) -> Array:
     """Reshape of ONNX."""
     if shape.dtype == object:
         raise TypeError
@@ -111,16 +111,16 @@ def shaped(array: Array, shape: Array) -> Array:
 
 
 def power(left: Array, right: Array) -> Array:
-    """Pow of ONNX: of the type of the base."""
+    """Pow of ONNX: the result has the type of the base."""
     return np.asarray(np.power(left, right)).astype(left.dtype)
 
 
 def numbers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of numpy that may be given symbols; those that it cannot take go on as tensors."""
+    """Wrap a function of numpy, whose result on objects need not be an array."""
     return lambda *arrays: np.asarray(function(*arrays))
 
 
-# Operators of arrays alone. One that raises TypeError leaves its case to the operators of tensors.
+# Operators without attributes. One that raises TypeError leaves its case to the operators of tensors.
 ON_INPUTS: Mapping[str, Callable[..., Array]] = {
     "Add": numbers(np.add),
     "Sub": numbers(np.subtract),
@@ -153,7 +153,7 @@ ON_INPUTS: Mapping[str, Callable[..., Array]] = {
     "Unsqueeze": lambda a, axes: np.expand_dims(a, tuple(axes.tolist())),
     "Expand": fill,
     "Range": count_up,
-    "Reshape": shaped,
+    "Reshape": reshape,
 }
 
 
@@ -174,7 +174,7 @@ def constant_of_shape(shape: Array, value: Array | None) -> Array:
 
 
 def reduce_prod(array: Array, attributes: Mapping[str, Any]) -> Array:
-    """ReduceProd of ONNX over all of a list."""
+    """ReduceProd of ONNX over a whole list."""
     if array.ndim > 1:
         raise TypeError
     total = np.asarray(np.multiply.reduce(array.reshape(-1)))
@@ -187,28 +187,28 @@ def gather(array: Array, index: Array, attributes: Mapping[str, Any]) -> Array:
 
 
 def concat(arrays: Sequence[Array], attributes: Mapping[str, Any]) -> Array:
-    """Concat of ONNX, of arrays of which some may hold symbols."""
+    """Concat of ONNX, of arrays that may hold symbols."""
     return np.concatenate(arrays, axis=attributes["axis"])
 
 
 def on_numbers(op: str, arrays: Sequence[Array], attributes: Mapping[str, Any]) -> Known | None:
-    """What an operator makes of known numbers; None where that is to be left to tensors."""
+    """Apply an operator to known numbers; return None where it is left to tensors."""
     try:
         if op in ON_INPUTS and not attributes:
-            return known(ON_INPUTS[op](*arrays))
+            return wrap(ON_INPUTS[op](*arrays))
         match op:
             case "Gather":
-                return known(gather(arrays[0], arrays[1], attributes))
+                return wrap(gather(arrays[0], arrays[1], attributes))
             case "Concat":
-                return known(concat(arrays, attributes))
+                return wrap(concat(arrays, attributes))
             case "Cast":
-                return known(cast(arrays[0], attributes["to"]))
+                return wrap(cast(arrays[0], attributes["to"]))
             case "ConstantOfShape":
-                return known(constant_of_shape(arrays[0], attributes.get("value")))
+                return wrap(constant_of_shape(arrays[0], attributes.get("value")))
             case "ReduceProd" if len(arrays) == 1:
-                return known(reduce_prod(arrays[0], attributes))
+                return wrap(reduce_prod(arrays[0], attributes))
             case "Size":
-                return known(np.asarray(arrays[0].size))
+                return wrap(np.asarray(arrays[0].size))
     except TypeError:
         pass
     return None

@@ -1,4 +1,4 @@
-"""The operators of ONNX that move, select and make entries; sizes and axes are numbers, never tensors."""
+"""The operators of ONNX that move, select and create entries; sizes and axes are numbers, never tensors."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def shape_of(call: Call) -> Known:
 
 
 def size_of(call: Call) -> Known:
-    """Size: how many entries there are."""
+    """Size: the number of entries."""
     total: Any = 1
     for size in call.tensor(0).shape:
         total = total * size
@@ -32,7 +32,7 @@ def reshape(call: Call) -> Tensor:
     """Reshape; 0 keeps a size."""
     tensor, shape = call.tensor(0), call.numbers(1)
     if not call.get("allowzero"):
-        # Compared as a number only where it is one: to compare a symbol would constrain the batch.
+        # Compared only where it is a number: to compare a symbol would constrain the batch.
         shape = [tensor.shape[i] if isinstance(size, int) and size == 0 else size for i, size in enumerate(shape)]
     return tensor.reshape(shape)
 
@@ -53,13 +53,13 @@ def flatten(call: Call) -> Tensor:
 
 
 def transpose(call: Call) -> Tensor:
-    """Transpose; without axes it turns their order around."""
+    """Transpose; without axes it reverses their order."""
     tensor = call.tensor(0)
     return tensor.permute(call.get("perm", list(reversed(range(tensor.dim())))))
 
 
 def squeeze(call: Call) -> Tensor:
-    """Squeeze of the axes named, else of all of length 1."""
+    """Squeeze the axes that it names, else all of length 1."""
     tensor = call.tensor(0)
     if call.has(1):
         axes = call.numbers(1)
@@ -69,7 +69,7 @@ def squeeze(call: Call) -> Tensor:
 
 
 def unsqueeze(call: Call) -> Tensor:
-    """Unsqueeze; axes are those of the result."""
+    """Unsqueeze; the axes are those of the result."""
     tensor, axes = call.tensor(0), call.numbers(1)
     for axis in sorted(axis % (tensor.dim() + len(axes)) for axis in axes):
         tensor = tensor.unsqueeze(axis)
@@ -81,8 +81,8 @@ def expand(call: Call) -> Tensor:
     tensor, shape = call.tensor(0), call.numbers(1)
     missing = tensor.dim() - len(shape)
     shape = [1] * missing + shape
-    own = [1] * (len(shape) - tensor.dim()) + list(tensor.shape)
-    target = [mine if isinstance(size, int) and size == 1 else size for mine, size in zip(own, shape, strict=True)]
+    current = [1] * (len(shape) - tensor.dim()) + list(tensor.shape)
+    target = [old if isinstance(size, int) and size == 1 else size for old, size in zip(current, shape, strict=True)]
     return tensor.expand(call.limit(target))
 
 
@@ -92,7 +92,7 @@ def concat(call: Call) -> Tensor:
 
 
 def split(call: Call) -> tuple[Tensor, ...]:
-    """Split into parts of sizes that are given, else equal ones of which the last may be smaller."""
+    """Split into parts of the sizes in its input, else into equal ones of which the last may be smaller."""
     tensor, axis = call.tensor(0), call.get("axis", 0)
     if call.has(1):
         return tuple(torch.split(tensor, call.numbers(1), dim=axis))
@@ -110,19 +110,23 @@ def cut(call: Call) -> Tensor:
     places = [slice(None)] * tensor.dim()
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step < 0:
-            size = tensor.shape[axis]
-            if not isinstance(size, int):
-                raise call.refuse("runs backwards over the batch")
-            rows = range(size)[slice(start, None if end < -size else end, step)]
-            tensor = tensor.index_select(axis, torch.tensor(list(rows), dtype=torch.long))
+            tensor = tensor.index_select(axis, backwards(call, tensor.shape[axis], start, end, step))
         else:
             last = None if isinstance(end, int) and end >= FOREVER else end
             places[axis] = slice(start if isinstance(start, torch.SymInt) or start else None, last, step)
     return tensor[tuple(places)] if any(place != slice(None, None, 1) for place in places) else tensor
 
 
+def backwards(call: Call, size: Any, start: int, end: int, step: int) -> Tensor:
+    """Return the indices of a slice with a negative step, which torch cannot take as a slice."""
+    if not isinstance(size, int):
+        raise call.refuse("runs backwards over the batch")
+    indices = range(size)[slice(start, None if end < -size else end, step)]
+    return torch.tensor(list(indices), dtype=torch.long)
+
+
 def gather(call: Call) -> Tensor:
-    """Gather whole slices; rows of a table of weights are what torch calls an embedding."""
+    """Gather whole slices; from a table of weights it is what torch calls an embedding."""
     tensor, axis, index = call.tensor(0), call.get("axis", 0), call.inputs[1]
     if isinstance(index, Known) and index.array.ndim == 0 and not index.symbolic:
         return tensor.select(axis, int(index.array))
@@ -133,14 +137,14 @@ def gather(call: Call) -> Tensor:
     if places.dim() == 1:
         return tensor.index_select(axis, places)
     axis = axis % tensor.dim()
-    picked = tensor.index_select(axis, places.reshape(-1))
-    return picked.reshape([*tensor.shape[:axis], *places.shape, *tensor.shape[axis + 1 :]])
+    slices = tensor.index_select(axis, places.reshape(-1))
+    return slices.reshape([*tensor.shape[:axis], *places.shape, *tensor.shape[axis + 1 :]])
 
 
-def within(places: Tensor, size: Any, known: bool) -> Tensor:
-    """Indices, those from the end counted from the front; known ones without steps in the graph."""
+def within(places: Tensor, size: Any, constant: bool) -> Tensor:
+    """Count indices from the front, where they count from the end; constant ones need no node in the graph for it."""
     places = places.long()
-    if known and not bool((places < 0).any()):
+    if constant and not bool((places < 0).any()):
         return places
     return torch.where(places < 0, places + size, places)
 
@@ -152,7 +156,7 @@ def gather_elements(call: Call) -> Tensor:
 
 
 def gather_nd(call: Call) -> Tensor:
-    """GatherND without axes of samples."""
+    """GatherND without batch axes."""
     if call.get("batch_dims", 0):
         raise call.refuse("has batch_dims")
     return call.tensor(0)[tuple(call.tensor(1).long().unbind(-1))]
@@ -202,7 +206,7 @@ def triangle(call: Call) -> Tensor:
 
 
 def count_up(call: Call) -> Tensor:
-    """Range whose ends are known, the size of the batch among them."""
+    """Range whose ends are known; the size of the batch counts as known."""
     start, limit, delta = (call.numbers(i)[0] for i in range(3))
     if all(isinstance(bound, int | float) for bound in (start, limit, delta)):
         call.limit([int(max((limit - start) / delta, 0)) + 1])
@@ -219,7 +223,7 @@ def constant_of_shape(call: Call) -> Tensor:
 
 
 def eye_like(call: Call) -> Tensor:
-    """EyeLike of a dtype of its input."""
+    """EyeLike, of the dtype of its input."""
     tensor = call.tensor(0)
     if call.get("k", 0) or call.get("dtype") or tensor.dim() != 2:
         raise call.refuse("is more than an identity matrix")
@@ -229,9 +233,9 @@ def eye_like(call: Call) -> Tensor:
 def constant(call: Call) -> Known | Tensor:
     """Constant inside a graph within the graph; those outside are read with the weights."""
     for name, dtype in (("value_int", np.int64), ("value_float", np.float32)):
-        for given in (name, name + "s"):
-            if given in call.attributes:
-                return Known(np.array(call.get(given), dtype=dtype))
+        for attribute in (name, name + "s"):
+            if attribute in call.attributes:
+                return Known(np.array(call.get(attribute), dtype=dtype))
     value = call.get("value")
     if value is None:
         raise call.refuse("holds no numbers")

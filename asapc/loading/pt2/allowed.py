@@ -1,4 +1,4 @@
-"""What may stand in the graph of a torch.export archive: operators, symbolic sizes, structures of inputs."""
+"""Checks what a graph of a torch.export archive may hold: operators, symbolic sizes, structures of inputs."""
 
 import ast
 import json
@@ -6,8 +6,7 @@ import re
 
 import torch
 
-# Reads and writes files.
-FORBIDDEN_OPERATORS = {"aten::from_file"}
+FORBIDDEN_OPERATORS = {"aten::from_file"}  # reads and writes files
 HIGHER_ORDER = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "cond"}
 PLAIN_OPERATORS = {
     *(f"_operator.{name}" for name in ("getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg")),
@@ -28,7 +27,7 @@ KEY = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def check_operator(name: str) -> bool:
-    """Whether the target of a node is an operator of tensors or sizes, and nothing else that torch can reach."""
+    """Tell whether the target of a node is an operator of tensors or sizes, and nothing else that torch can reach."""
     if name in PLAIN_OPERATORS:
         return True
     if match := re.fullmatch(r"torch\.ops\.higher_order\.(\w+)", name):
@@ -36,17 +35,17 @@ def check_operator(name: str) -> bool:
     match = re.fullmatch(r"torch\.ops\.(aten|prims)\.(\w+)\.(\w+)", name)
     if match is None:
         return False
-    found = getattr(getattr(getattr(torch.ops, match[1]), match[2], None), match[3], None)
+    operator = getattr(getattr(getattr(torch.ops, match[1]), match[2], None), match[3], None)
     # Operators of TorchScript, some of which write files, have no kernel.
     return (
-        isinstance(found, torch._ops.OpOverload)
-        and found._schema.name not in FORBIDDEN_OPERATORS
-        and torch._C._dispatch_has_kernel(str(found._name))
+        isinstance(operator, torch._ops.OpOverload)
+        and operator._schema.name not in FORBIDDEN_OPERATORS
+        and torch._C._dispatch_has_kernel(str(operator._name))
     )
 
 
 def check_expression(text: str) -> bool:
-    """Whether a symbolic size, which torch evaluates, is arithmetic of symbols and numbers, and quick to evaluate."""
+    """Tell whether a symbolic size is arithmetic of symbols and numbers, quick to evaluate: torch evaluates it."""
     if len(text) > MAX_EXPRESSION:
         return False
     try:
@@ -56,7 +55,7 @@ def check_expression(text: str) -> bool:
 
 
 def check_size(node: ast.expr) -> bool:
-    """`check_expression` of one node."""
+    """Do as `check_expression`, for one node."""
     match node:
         case ast.Constant(value=int() | float()):
             return True
@@ -67,7 +66,7 @@ def check_size(node: ast.expr) -> bool:
         case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str() as digits)], keywords=keywords):
             return bool(re.fullmatch(r"-?[\d.]{1,30}(e[+-]?\d{1,3})?", digits)) and all(map(check_keyword, keywords))
         case ast.Call(func=ast.Name(id="Pow" | "PowByNatural"), args=[base, exponent], keywords=[]):
-            # A small power of a symbol only: 9**9**9 takes for ever.
+            # A small power of a symbol only: 9**9**9 takes forever.
             small = re.fullmatch(r"Integer\(-?\d\)|-?\d", ast.unparse(exponent))
             return small is not None and ast.unparse(base).startswith("Symbol(") and check_size(base)
         case ast.Call(func=ast.Name(id=name), args=parts, keywords=[]):
@@ -76,12 +75,12 @@ def check_size(node: ast.expr) -> bool:
 
 
 def check_keyword(keyword: ast.keyword) -> bool:
-    """`check_size` of a keyword argument: an assumption about a symbol, or the precision of a number."""
+    """Do as `check_size`, for a keyword argument: an assumption about a symbol, or the precision of a number."""
     return isinstance(keyword.value, ast.Constant) and keyword.value.value in (True, False, *range(100))
 
 
 def check_tree(text: str) -> bool:
-    """Whether the structure of inputs or outputs is made of tuples, lists and dicts; others import what they name."""
+    """Tell whether a structure of inputs or outputs is of tuples, lists and dicts; others import what they name."""
     try:
         version, tree = json.loads(text)
         return bool(version == 1) and check_branch(tree)
@@ -90,7 +89,7 @@ def check_tree(text: str) -> bool:
 
 
 def check_branch(tree: dict[str, object]) -> bool:
-    """`check_tree` of one branch."""
+    """Do as `check_tree`, for one branch."""
     kind, context, children = tree["type"], tree["context"], tree["children_spec"]
     keys = json.loads(context) if isinstance(context, str) else context
     return (

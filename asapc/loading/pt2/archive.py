@@ -2,9 +2,9 @@
 
 `torch.export.load` trusts its file. It unpickles sample inputs, tensor subclasses and constants, evaluates guards and
 symbolic sizes as Python, builds Python source from the names of nodes, resolves operators by attribute from the
-module `torch`, imports what the structure of inputs names, and loads native libraries. So it never sees the file.
-Its members are looked through here, and a new archive is made of what has passed: the graph as JSON in which every
-string is of an expected form, and the bytes of the tensors. torch reads that one.
+module `torch`, imports what the structure of inputs names, and loads native libraries. So it never gets the file.
+The members are checked here, and those that pass go into a new archive: the graph as JSON in which every string has an
+expected form, and the bytes of the tensors. torch reads the new one.
 """
 
 import io
@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +22,8 @@ from torch.export import ExportedProgram
 
 from asapc.errors import CheckpointError
 from asapc.loading.pt2.allowed import SYMBOL, check_expression, check_operator, check_tree
-from asapc.loading.untrusted.files import check_file
-from asapc.loading.untrusted.refusals import unreadable
-from asapc.loading.untrusted.tensors import VIEWS_BYTES, VIEWS_RATIO, damage, read_torch_stream
+from asapc.loading.untrusted.source import Source
+from asapc.loading.untrusted.tensors import MAX_VIEWS_BYTES, MAX_VIEWS_RATIO, read_torch_stream
 from asapc.loading.untrusted.zips import check_zip
 
 MODEL = "models/model.json"
@@ -34,51 +32,50 @@ PAYLOADS = {
     "data/weights/model_weights_config.json": "data/weights/",
     "data/constants/model_constants_config.json": "data/constants/",
 }
-# All else in an archive is dropped: compiled libraries, extra files.
+# Everything else is dropped: compiled libraries, extra files.
 COPIED = ("archive_format", "archive_version", "byteorder", ".data/version")
-# Names of nodes become Python source, those of weights attributes.
+# Names of nodes become Python source, names of weights become attributes.
 NAME = re.compile(r"\w*", re.ASCII)
-NUMBER = re.compile(r"-?Infinity|NaN")  # which JSON has as text
+NUMBER = re.compile(r"-?Infinity|NaN")  # strings in JSON
 WEIGHT = re.compile(r"(?!__)\w*(?:\.(?!__)[\w-]*)*", re.ASCII)
 WEIGHT_KEYS = ("config", "fqn", "parameter_name", "buffer_name", "tensor_constant_name")
-JSON_BYTES = 2**28
-ANEW = "export the model anew, in evaluation mode, with torch.export.export and torch.export.save"
+MAX_JSON_BYTES = 2**28
+ANEW = "export the model again, in evaluation mode, with torch.export.export and torch.export.save"
 
 
-def read_archive(path: Path) -> tuple[ExportedProgram, Any]:
+def read_archive(source: Source) -> tuple[ExportedProgram, Any]:
     """Read a .pt2 archive.
 
     Returns:
-        The program, and its sample inputs (args, kwargs), None where the archive has none.
+        The program, and its sample inputs (args, kwargs), or None where the archive has none.
 
     Raises:
         CheckpointError: the archive is damaged or of an older torch, or holds what could run code.
     """
-    size = check_file(path, CheckpointError)
-    with path.open("rb") as file:
-        check_zip(file, path, CheckpointError)
-        with damage(path, CheckpointError), zipfile.ZipFile(file) as archive:
+    with source.path.open("rb") as file:
+        check_zip(file, source)
+        with source.reading(), zipfile.ZipFile(file) as archive:
             members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     if not {MODEL, *PAYLOADS} <= members.keys():
-        raise unreadable(path, CheckpointError, "it is of an older torch, or holds no model named 'model'", ANEW)
+        raise source.refuse("it is from an older torch, or holds no model named 'model'", ANEW)
     inputs = None
     if sample := members.get(INPUTS):
-        inputs = read_torch_stream(io.BytesIO(sample), len(sample), f"{INPUTS} in {path}", CheckpointError)
-    with damage(path, CheckpointError), silence():
-        rebuilt = io.BytesIO(rebuild(members, size, path))
+        inputs = read_torch_stream(io.BytesIO(sample), source.member(INPUTS, len(sample)))
+    with source.reading(), silence():
+        rebuilt = io.BytesIO(rebuild(members, source))
         # Not torch.export.load, which logs a traceback before it raises.
         from torch.export.pt2_archive._package import load_pt2
 
         program = load_pt2(rebuilt).exported_programs["model"]
         with torch.no_grad():
-            # As in `capture.export`: no writes in place.
+            # As in `capture.export`: no in-place writes.
             program = program.run_decompositions({})
     return program, inputs
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Keep torch from logging what the one message says."""
+    """Keep torch from logging what the refusal says already."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -87,63 +84,66 @@ def silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def rebuild(members: Mapping[str, bytes], size: int, path: Path) -> bytes:
-    """A new archive of what torch may read."""
-    made = {name: members[name] for name in COPIED if name in members}
-    made[INPUTS] = b""
-    made[MODEL] = json.dumps(clean(read_json(members[MODEL], path), "", path)).encode()
+def rebuild(members: Mapping[str, bytes], source: Source) -> bytes:
+    """Build a new archive of what torch may read."""
+    contents = {name: members[name] for name in COPIED if name in members}
+    contents[INPUTS] = b""
+    contents[MODEL] = json.dumps(clean(read_json(members[MODEL], source), "", source)).encode()
     for config, folder in PAYLOADS.items():
-        payloads = read_json(members[config], path)
-        names = check_payloads(payloads, folder, members, size, path)
-        made[config] = json.dumps(clean(payloads, "", path)).encode()
-        made |= {name: members[name] for name in names}
+        payloads = read_json(members[config], source)
+        names = check_payloads(payloads, folder, members, source)
+        contents[config] = json.dumps(clean(payloads, "", source)).encode()
+        contents |= {name: members[name] for name in names}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in made.items():
+        for name, content in contents.items():
             archive.writestr(f"model/{name}", content)
     return buffer.getvalue()
 
 
-def read_json(content: bytes, path: Path) -> Any:
-    """JSON of an archive's member; deep nesting raises RecursionError, which counts as damage."""
-    if len(content) > JSON_BYTES:
-        raise unreadable(path, CheckpointError, "its graph is too long", ANEW)
+def read_json(content: bytes, source: Source) -> Any:
+    """Parse the JSON of a member; deep nesting raises RecursionError, which counts as damage."""
+    if len(content) > MAX_JSON_BYTES:
+        raise source.refuse("its graph is too long", ANEW)
     return json.loads(content)
 
 
-def clean(value: Any, key: str, path: Path) -> Any:
-    """Copy the JSON of a graph; every string in it must be of the form that its key calls for.
+def clean(value: Any, key: str, source: Source) -> Any:
+    """Copy the JSON of a graph, in which every string must have the form that its key calls for.
 
     Raises:
-        CheckpointError: one is not.
+        CheckpointError: one has another form.
     """
     if isinstance(value, dict):
-        return {name: clean_entry(name, item, key, path) for name, item in value.items()}
+        return {name: clean_entry(name, item, key, source) for name, item in value.items()}
     if isinstance(value, list):
-        return [clean(item, key, path) for item in value]
-    if isinstance(value, str):
-        if key == "expr_str":
-            passed = check_expression(value)
-        elif key in ("target", "as_operator"):
-            passed = check_operator(value)
-        elif key in ("in_spec", "out_spec"):
-            passed = check_tree(value)
-        elif key in ("as_string", "as_strings"):  # quoted wherever they go
-            passed = True
-        elif key in WEIGHT_KEYS:
-            passed = WEIGHT.fullmatch(value) is not None
-        else:
-            passed = (NAME.fullmatch(value) or NUMBER.fullmatch(value)) is not None
-        if not passed:
-            raise refusal(path, value)
+        return [clean(item, key, source) for item in value]
+    if isinstance(value, str) and not check_string(key, value):
+        raise refusal(source, value)
     return value
 
 
-def clean_entry(name: str, value: Any, key: str, path: Path) -> Any:
-    """`clean` of one entry of a mapping that stands under `key`."""
+def check_string(key: str, text: str) -> bool:
+    """Tell whether a string of a graph's JSON has the form that its key calls for."""
+    match key:
+        case "expr_str":
+            return check_expression(text)
+        case "target" | "as_operator":
+            return check_operator(text)
+        case "in_spec" | "out_spec":
+            return check_tree(text)
+        case "as_string" | "as_strings":  # torch quotes them wherever they go
+            return True
+    if key in WEIGHT_KEYS:
+        return WEIGHT.fullmatch(text) is not None
+    return (NAME.fullmatch(text) or NUMBER.fullmatch(text)) is not None
+
+
+def clean_entry(name: str, value: Any, key: str, source: Source) -> Any:
+    """Do as `clean`, for one entry of the mapping under `key`."""
     expected = {"range_constraints": SYMBOL, "config": WEIGHT}.get(key, NAME)
     if not expected.fullmatch(name) or name == "as_custom_obj":
-        raise refusal(path, name)
+        raise refusal(source, name)
     match name:
         case "guards_code":  # Python source; the guards repeat what the graph says
             return []
@@ -151,47 +151,47 @@ def clean_entry(name: str, value: Any, key: str, path: Path) -> Any:
             return torch.__version__
         case "treespec_namedtuple_fields":
             return {}
-        case "device" | "as_device":  # of an archive made on a GPU
+        case "device" | "as_device":  # the archive may come from a GPU
             return {"type": "cpu", "index": None}
-        case "metadata":  # where a node comes from; the rest is of no use here
-            kept = ("stack_trace", "nn_module_stack")
-            return {k: printable(v) for k, v in value.items() if k in kept and isinstance(v, str)}
+        case "metadata":  # where a node comes from; nothing else is of use here
+            origin = ("stack_trace", "nn_module_stack")
+            return {k: printable(text) for k, text in value.items() if k in origin and isinstance(text, str)}
         case "module_call_graph":  # signatures of inner modules serve to take the graph apart again
             return [
-                clean({**entry, "signature": entry["signature"] if entry["fqn"] == "" else None}, name, path)
+                clean({**entry, "signature": entry["signature"] if entry["fqn"] == "" else None}, name, source)
                 for entry in value
             ]
-    return clean(value, name, path)
+    return clean(value, name, source)
 
 
 def printable(text: str) -> str:
-    """Text without what would steer a terminal."""
+    """Replace the characters that would control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
-def check_payloads(config: Any, folder: str, members: Mapping[str, bytes], size: int, path: Path) -> set[str]:
-    """Names of the members that hold the tensors of a payload config, all raw and as long as it says.
+def check_payloads(config: Any, folder: str, members: Mapping[str, bytes], source: Source) -> set[str]:
+    """Return the names of the members that hold the tensors of a payload config, all raw and as long as it says.
 
     Raises:
         CheckpointError: one is pickled, missing, or claims more than it holds.
     """
     names, claimed = set(), 0
+    limit = max(8 * MAX_VIEWS_RATIO * source.size, MAX_VIEWS_BYTES)
     for entry in config["config"].values():
         name, meta = entry["path_name"], entry["tensor_meta"]
         if entry["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d{1,9}", name) or meta is None:
-            raise refusal(path, name, "is pickled")
-        # Bytes, as if each element had eight.
-        wanted = 8 * prod(int(length["as_int"]) for length in meta["sizes"])
-        claimed += wanted
-        held = members.get(folder + name)
-        if held is None or (wanted and not held) or claimed > max(8 * VIEWS_RATIO * size, VIEWS_BYTES):
-            raise unreadable(path, CheckpointError, f"its tensor {name} is not as long as it claims")
+            raise refusal(source, name, "is pickled")
+        size = 8 * prod(int(length["as_int"]) for length in meta["sizes"])  # bytes, as if each element had eight
+        claimed += size
+        content = members.get(folder + name)
+        if content is None or (size and not content) or claimed > limit:
+            raise source.refuse(f"its tensor {name} is not as long as it claims")
         names.add(folder + name)
     return names
 
 
-def refusal(path: Path, found: object, why: str = "is not expected there") -> CheckpointError:
-    """The error for a graph that holds what it should not."""
+def refusal(source: Source, content: object, why: str = "is not expected there") -> CheckpointError:
+    """Return the error for a graph that holds something unexpected."""
     return CheckpointError(
-        f"{path} holds a graph that could run code when loaded: {str(found)[:80]!r} {why}; nothing was run", ANEW
+        f"{source} holds a graph that could run code when loaded: {str(content)[:80]!r} {why}; nothing was run", ANEW
     )

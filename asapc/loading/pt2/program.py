@@ -1,25 +1,24 @@
-"""Models from torch.export archives: what the rest of asapc needs to know of their programs."""
+"""Loads models from torch.export archives, with what the rest of asapc needs to know about their programs."""
 
 import inspect
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Node
 from torch.utils._sympy.numbers import int_oo
 
 from asapc.errors import CheckpointError
-from asapc.hashes import sha256
 from asapc.loading.pt2.archive import ANEW, read_archive
 from asapc.loading.samples import as_samples
-from asapc.loading.untrusted.tensors import damage
+from asapc.loading.untrusted.source import Source
 from asapc.loading.weights import check_finite
 from asapc.types.model import InputType, LoadedModel
 from asapc.types.samples import Samples
 
-# Elements of a tensor in a graph, for one sample. A graph may ask for any size, whatever that of its file.
+# Elements of a tensor in a graph, for one sample. A graph may ask for any size, however small its file.
 MAX_SIZE = 2**32
 # Position of the argument that says whether a layer is trained.
 TRAINED = {
@@ -30,26 +29,26 @@ TRAINED = {
 }
 
 
-def load_program(path: Path) -> LoadedModel:
-    """Read a .pt2 archive as a model.
+def load_program(source: Source) -> LoadedModel:
+    """Load a .pt2 archive as a model.
 
     Raises:
         CheckpointError: it cannot be read safely, was exported in training mode or with a fixed batch, or takes
             anything but tensors by position.
     """
-    program, sample = read_archive(path)
-    with damage(path, CheckpointError):
-        check_graph(path, program)
+    program, sample = read_archive(source)
+    with source.reading():
+        check_graph(source, program)
         module = program.module()
-        inputs = batch_inputs(path, program, module)
-        # A single NaN among constants may be meant, to compare or to fill with; one among buffers is none of these.
+        inputs = batch_inputs(source, program, module)
+        # A constant that is one NaN may be meant, to compare or to fill with; a NaN in a buffer never is.
         constants = [(n, v) for n, v in program.constants.items() if isinstance(v, Tensor) and v.numel() > 1]
-        check_finite(path, program.named_parameters(), [*program.named_buffers(), *constants])
-        example = sample_inputs(path, list(inputs), sample)
+        check_finite(source, program.named_parameters(), [*program.named_buffers(), *constants])
+        example = sample_inputs(source, list(inputs), sample)
     return LoadedModel(
         module=module,
-        path=path,
-        sha256=sha256(path),
+        path=source.path,
+        sha256=source.sha256,
         parameters=sum(value.numel() for value in program.parameters()),
         calibration=None,
         held_out=None,
@@ -61,56 +60,66 @@ def load_program(path: Path) -> LoadedModel:
     )
 
 
-def check_graph(path: Path, program: ExportedProgram) -> None:
+def check_graph(source: Source, program: ExportedProgram) -> None:
     """Raise CheckpointError if a graph was captured in training mode, or asks for more memory than there can be."""
     for node in program.graph.nodes:
         place = TRAINED.get(str(node.target))
         if place is not None and len(node.args) > place and node.args[place] is True:
-            raise CheckpointError(f"{path} was exported in training mode: it has {node.target}", ANEW)
+            raise CheckpointError(f"{source} was exported in training mode: it has {node.target}", ANEW)
         value = node.meta.get("val")
         if isinstance(value, Tensor) and prod(size for size in value.shape if isinstance(size, int)) > MAX_SIZE:
-            raise CheckpointError(f"{path}: {node.name} is {tuple(value.shape)}, more than fits into memory", ANEW)
+            raise CheckpointError(f"{source}: {node.name} is {tuple(value.shape)}, more than fits into memory", ANEW)
 
 
-def sample_inputs(path: Path, names: list[str], sample: Any) -> Samples | None:
-    """The sample inputs of an archive, None where it has none that can be used.
+def sample_inputs(source: Source, names: list[str], sample: Any) -> Samples | None:
+    """Return the sample inputs of an archive, None where it has none that can be used.
 
     Args:
-        path: the archive, for messages.
+        source: the archive, for messages.
         names: of the program's inputs.
-        sample: what the archive holds: (args, kwargs).
+        sample: (args, kwargs) as the archive holds them.
     """
     values = sample[0] if isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], tuple) else ()
     if len(values) != len(names) or not all(isinstance(value, Tensor) and value.dim() for value in values):
         return None
-    found = as_samples({"inputs": dict(zip(names, values, strict=True))}, f"sample inputs of {path}")
-    return found if len(found) > 1 else None
+    samples = as_samples({"inputs": dict(zip(names, values, strict=True))}, f"sample inputs of {source}")
+    return samples if len(samples) > 1 else None
 
 
-def batch_inputs(path: Path, program: ExportedProgram, module: torch.nn.Module) -> dict[str, InputType]:
-    """The inputs of a program by name: tensors by position, all with one dynamic batch in front.
+def batch_inputs(source: Source, program: ExportedProgram, module: torch.nn.Module) -> dict[str, InputType]:
+    """Return the inputs of a program by name: tensors by position, all with one dynamic batch in front.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: they are something else.
     """
-    arguments, keywords = program.call_spec.in_spec.children()
-    wanted = program.graph_signature.user_inputs
-    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
-    by_position = not keywords.num_children and all(child.is_leaf() for child in arguments.children())
-    if not by_position or not inputs or len(inputs) != arguments.num_children:
-        raise CheckpointError(f"{path} takes something other than tensors by position", "export it with such inputs")
+    inputs = input_nodes(source, program)
     hint = 'export it with dynamic_shapes={"NAME": {0: Dim("batch")}, ...}, for every input and without a maximum'
-    batches: set[Any] = set()
     for node in inputs:
-        value = node.meta["val"]
-        if not isinstance(value, Tensor) or not value.dim():
-            raise CheckpointError(f"{path}: its input {node.name} is no tensor with a batch in front", hint)
-        if not isinstance(value.shape[0], torch.SymInt):
-            raise CheckpointError(f"{path} was exported with a fixed batch: {node.name} is {tuple(value.shape)}", hint)
-        batches.add(value.shape[0].node.expr)
+        check_batch(source, node, hint)
+    values = [node.meta["val"] for node in inputs]
+    batches = {value.shape[0].node.expr for value in values}
     limits = program.range_constraints.get(next(iter(batches)))
     if len(batches) > 1 or limits is None or limits.lower > 2 or limits.upper != int_oo:
-        raise CheckpointError(f"{path} does not take batches of every size, one for all inputs", hint)
-    values = [node.meta["val"] for node in inputs]
+        raise CheckpointError(f"{source} does not take batches of every size, one for all inputs", hint)
     kinds = [InputType(tuple(n if isinstance(n, int) else None for n in v.shape), v.dtype) for v in values]
     return dict(zip(inspect.signature(module.forward).parameters, kinds, strict=True))
+
+
+def input_nodes(source: Source, program: ExportedProgram) -> list[Node]:
+    """Return the nodes of a program's inputs; raise CheckpointError unless all are tensors by position."""
+    arguments, keywords = program.call_spec.in_spec.children()
+    names = program.graph_signature.user_inputs
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    by_position = not keywords.num_children and all(child.is_leaf() for child in arguments.children())
+    if not by_position or not inputs or len(inputs) != arguments.num_children:
+        raise CheckpointError(f"{source} takes something other than tensors by position", "export it with such inputs")
+    return inputs
+
+
+def check_batch(source: Source, node: Node, hint: str) -> None:
+    """Raise CheckpointError unless an input is a tensor with a dynamic batch in front."""
+    value = node.meta["val"]
+    if not isinstance(value, Tensor) or not value.dim():
+        raise CheckpointError(f"{source}: its input {node.name} is not a tensor with the batch in front", hint)
+    if not isinstance(value.shape[0], torch.SymInt):
+        raise CheckpointError(f"{source} was exported with a fixed batch: {node.name} is {tuple(value.shape)}", hint)

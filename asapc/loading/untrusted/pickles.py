@@ -4,14 +4,14 @@ import pickletools
 from typing import Any
 
 from asapc.errors import AsapcError
-from asapc.loading.untrusted.refusals import Kind, unreadable, would_run
+from asapc.loading.untrusted.source import Source
 
 # The pickle of a checkpoint of a thousand tensors takes 100 kB.
-PICKLE_BYTES = 2**25
-# Elements of a tuple with all that is nested in it. Python hashes nested tuples without looking at its stack, so that
-# one of a million levels crashes it, and one that holds itself a hundred times over keeps it busy for ever.
-TUPLE_ELEMENTS = 1000
-# What a pickle may name: what plain tensors and containers are built of. Storages and dtypes come below.
+MAX_PICKLE_BYTES = 2**25
+# Elements of a tuple with all that is nested in it. Python hashes nested tuples without checking its stack: one of a
+# million levels crashes it, and one that holds itself a hundred times over keeps it busy forever.
+MAX_TUPLE_ELEMENTS = 1000
+# What a pickle may name: the parts of plain tensors and containers. Storages and dtypes follow.
 GLOBALS = {
     "collections OrderedDict",
     "collections Counter",
@@ -35,45 +35,49 @@ GLOBALS |= {"torch bfloat16", "torch bool", "torch complex64", "torch complex128
 GLOBALS |= {f"torch float8_{kind}" for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")}
 
 
-def check_pickle(stream: Any, where: object, kind: Kind) -> None:
+def check_pickle(stream: Any, source: Source) -> None:
     """Look through the opcodes of one pickle, without executing any.
 
     Args:
         stream: binary file, at the start of the pickle; afterwards behind it.
-        where: what messages call the file.
-        kind: of the errors.
+        source: the same, for messages.
 
     Raises:
-        AsapcError: of the given kind: it names anything but what tensors and containers are built of, or it has
-            tuples that Python could not hash.
+        AsapcError: of the source's class. The pickle names something other than the parts of tensors and containers,
+            or has tuples that Python could not hash.
     """
-    stack: list[int] = []  # for each value the elements of a tuple, 1 for all else; 0 for a mark
-    memo: dict[int, int] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            name, before = opcode.name, [item.name for item in opcode.stack_before]
-            if name == "GLOBAL" and argument in GLOBALS:
-                stack.append(1)
-            elif name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-                raise would_run(where, kind, argument)
-            elif name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument or 0] = stack[-1]
-            elif name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[argument or 0])
-            else:
-                parts = pop(stack, before)
-                elements = 1 + sum(parts) if name.startswith("TUPLE") else 1
-                if elements > TUPLE_ELEMENTS:
-                    raise unreadable(where, kind, "it nests tuples too deeply")
-                stack += [0 if item.name == "mark" else elements for item in opcode.stack_after]
+        scan(stream, source)
     except AsapcError:
         raise
-    except Exception:  # genops, or a stack that runs empty: this is no pickle
-        raise unreadable(where, kind) from None
+    except Exception:  # genops, or a stack that runs empty: this is not a pickle
+        raise source.refuse() from None
+
+
+def scan(stream: Any, source: Source) -> None:
+    """Do as `check_pickle`, but raise whatever the damage happens to trigger."""
+    stack: list[int] = []  # for each value the elements of a tuple, 1 for all else; 0 for a mark
+    memo: dict[int, int] = {}
+    for opcode, argument, _ in pickletools.genops(stream):
+        match opcode.name:
+            case "GLOBAL" if argument in GLOBALS:
+                stack.append(1)
+            case "GLOBAL" | "STACK_GLOBAL" | "INST" | "OBJ" | "EXT1" | "EXT2" | "EXT4":
+                raise source.would_run(argument)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument or 0] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument or 0])
+            case name:
+                parts = pop(stack, [item.name for item in opcode.stack_before])
+                elements = 1 + sum(parts) if name.startswith("TUPLE") else 1
+                if elements > MAX_TUPLE_ELEMENTS:
+                    raise source.refuse("it nests tuples too deeply")
+                stack += [0 if item.name == "mark" else elements for item in opcode.stack_after]
 
 
 def pop(stack: list[int], before: list[str]) -> list[int]:
-    """Take off a stack what an opcode takes; `before` is its own description of that."""
+    """Pop from a stack what an opcode pops, and return it; `before` is the opcode's own description of that."""
     parts = []
     if "mark" in before:
         while (part := stack.pop()) != 0:
