@@ -106,12 +106,11 @@ def splice(graph: Any, pieces: Sequence[Piece]) -> None:
             graph.initializer.add().CopyFrom(tensor)
             graph.initializer[-1].name = piece.prefix + tensor.name
     still = live(after, [value.name for value in graph.output])
-    made = set(outputs_of(after))
     gone = {id(node) for node in after if id(node) in needed and id(node) not in still}
     # What was useless before and reads what goes now has to go with it.
-    lost = {output for node in before for output in node.output if output} - made
+    lost: set[str] = set()
     for node in after:
-        if id(node) in gone or (id(node) not in still and lost & set(node.input)):
+        if id(node) in gone or (id(node) not in still and lost & set(reads([node]))):
             gone.add(id(node))
             lost |= set(node.output)
     kept = [node for node in after if id(node) not in gone]
