@@ -53,17 +53,20 @@ def site(half_steps=6, **changes):
 
 
 class Teacher:
-    """A tiny untrained model with sharp scores, its site, and the site's activations on held-out images."""
+    """A tiny untrained model with sharp scores, its sites, and the first one's activations on held-out images."""
 
-    def __init__(self, change):
+    def __init__(self, change, depth=1):
         torch.manual_seed(0)
-        model = VisionTransformer(size=4, width=32, depth=1, heads=2, epsilon=0.05, iterations=5).eval()
+        model = VisionTransformer(size=4, width=32, depth=depth, heads=2, epsilon=0.05, iterations=5).eval()
         with torch.no_grad():
-            change(model.blocks[0].attention.qkv)
+            for block in model.blocks:
+                change(block.attention.qkv)
         images = torch.rand(40, 4, 4)
         self.samples, held_out = Samples({"images": images[:24]}), Samples({"images": images[24:]})
         self.graph = CapturedGraph(export(model, self.samples[:2].inputs), self.samples[:2])
-        [self.site] = find_sinkhorn(self.graph, self.samples[:2]).sites
+        self.sites = find_sinkhorn(self.graph, self.samples[:2]).sites
+        assert len(self.sites) == depth
+        self.site = self.sites[0]
         recorded = record(self.graph.program.module(), held_out, [operand.node for operand in operands(self.site)])
         given_tensors = [recorded[operand.node] for operand in operands(self.site)]
         self.inputs = site_inputs(self.site, given_tensors, score_factor(self.site, torch.float32))

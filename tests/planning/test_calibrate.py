@@ -184,6 +184,17 @@ def test_knots_part_the_points_in_equal_shares():
     assert (seen.flatten() - expected).abs().max() < 2 * MAX_DEVIATIONS / BINS
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_places_are_counted_from_the_mean_of_the_points_wherever_the_origin_is(side):
+    queries, keys = correlated_points(0), correlated_points(10)
+    bases = balanced_bases([site()], iter([activations(queries, keys)]))
+    moved = {"queries": queries, "keys": keys}
+    moved[side] = moved[side] + 100 * normal(20, 1, HEADS, 1, DIM)
+    here = count_places([site()], bases, iter([activations(queries, keys)]))["attention", side]
+    there = count_places([site()], bases, iter([activations(**moved)]))["attention", side]
+    assert torch.equal(there, here)
+
+
 def padded(points, more):
     """The points with padding appended, whatever that holds."""
     return torch.cat([points, 100 * normal(3, *points.shape[:2], more, DIM)], dim=-2)

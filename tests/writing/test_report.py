@@ -6,6 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from helpers import fitted
 from helpers.paths import ROOT
 
 from asapc.types.budget import Bound
@@ -31,36 +32,20 @@ VARIANTS = {"teacher": 8.0, "exact": 3.0, "truncated": 1.5, "softmax": 1.0, "com
 
 
 def site(name: str, temperature: list[float]) -> Site:
-    one = torch.ones(1, dtype=torch.float64)
-    return Site(
+    factors = torch.tensor(temperature)
+    return fitted.site(
+        40,
         name=name,
-        source=None,
-        half_steps=40,
-        last="rows",
-        scale=torch.tensor(temperature),
-        row_mass=one,
-        column_mass=2 * one,
-        masked=False,
-        groups=1,
+        scale=factors,
+        column_mass=torch.full((1,), 2.0, dtype=torch.float64),
         heads=len(temperature),
         queries=64,
         keys=32,
         head_dim=16,
-        dtype=torch.float32,
         share=0.123456,
-        scores=Operand("scores", "bhnm"),
-        exponential=False,
-        plan=Operand("plan", "bhnm"),
-        logarithm=False,
-        query=Operand("query", "bhnd"),
         key=Operand("key", "bhdm"),
-        product=True,
-        padding=None,
-        temperature=torch.tensor(temperature),
+        temperature=factors,
         folded=torch.ones(len(temperature)),
-        applied=True,
-        value=Operand("value", "bhme"),
-        output=Operand("output", "bhne"),
     )
 
 
