@@ -42,9 +42,8 @@ def score_ranges(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) 
             scores = masked_scores(site, values)
             spreads[site.name].append(kernel_spread(scores))
             deviations[site.name].append(deviation(scores))
-    largest = {
-        name: torch.tensor(of_site, dtype=torch.float64).amax().item() for name, of_site in spreads.items()
-    }  # which keeps NaN
+    # Unlike Python's max, that of a tensor is NaN where any value is.
+    largest = {name: torch.tensor(of_site, dtype=torch.float64).amax().item() for name, of_site in spreads.items()}
     return {name: ScoreRange(largest[name], torch.cat(of_site)) for name, of_site in deviations.items()}
 
 
