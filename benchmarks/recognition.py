@@ -1,7 +1,7 @@
 """What the finder finds: over the zoo of tests/helpers/zoo, over random models, and in how long on a large one.
 
     python -m benchmarks.recognition             # every model of the zoo
-    python -m benchmarks.recognition --fuzz 600  # random models of tests/helpers/compositions.py
+    python -m benchmarks.recognition --fuzz 600  # random models of tests/helpers/compositions
     python -m benchmarks.recognition --large     # 12 layers, 12 heads, 197 tokens
 
 Each writes its part of benchmarks/results/recognition.json, and what stands in docs/recognition.md between the two

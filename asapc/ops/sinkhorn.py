@@ -120,15 +120,15 @@ def kernel_spread(scores: torch.Tensor) -> float:
     """Measure how far the largest entries of a kernel's columns lie below 1, whichever axis is first; see `MAX_SPREAD`.
 
     Args:
-        scores: (B, H, N, M), -inf where masked.
+        scores: (B, H, N, M), -inf where masked; where any is NaN, so is the spread.
     """
-    spreads = [0.0]
+    spreads = [scores.new_zeros(1)]
     for oriented in (scores, scores.transpose(-1, -2)):
         sums = oriented.logsumexp(dim=-1, keepdim=True)
         largest = torch.where(sums == -torch.inf, -torch.inf, oriented - sums).amax(dim=-2)  # no wholly masked rows
-        finite = largest[largest.isfinite()]
-        spreads += [-finite.amin().item()] if finite.numel() else []
-    return max(spreads)
+        spreads.append(-largest[largest != -torch.inf])  # nor columns
+    largest_spread: float = torch.cat(spreads).amax().item()  # NaN where any is, unlike Python's max
+    return largest_spread
 
 
 class Sinkhorn(nn.Module):

@@ -20,7 +20,7 @@ class ScoreRange(NamedTuple):
     """The scores of one site.
 
     Attributes:
-        kernel_spread: largest `ops.sinkhorn.kernel_spread` of any batch.
+        kernel_spread: largest `ops.sinkhorn.kernel_spread` of any batch, NaN where one is.
         deviations: standard deviation of each sample's scores, mean over the heads; of each window where windows of
             samples attend apart.
     """
@@ -33,16 +33,17 @@ def score_ranges(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) 
     """Ranges by the site's name, in one pass over the samples."""
     module = graph.program.module()
     names = {operand.node for site in sites for operand in site.wiring.operands}
-    spreads: dict[str, float] = dict.fromkeys((site.name for site in sites), 0.0)
+    spreads: dict[str, list[float]] = {site.name: [] for site in sites}
     deviations: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     for batch in samples.batches(BATCH):
         values = record(module, batch, names)
         for site in sites:
             scores = masked_scores(site, values)
-            spread = kernel_spread(scores)
-            spreads[site.name] = spread if not spread <= spreads[site.name] else spreads[site.name]
+            spreads[site.name].append(kernel_spread(scores))
             deviations[site.name].append(deviation(scores))
-    return {name: ScoreRange(spreads[name], torch.cat(found)) for name, found in deviations.items()}
+    # Unlike Python's max, that of a tensor is NaN where any value is.
+    largest = {name: torch.tensor(of_site, dtype=torch.float64).amax().item() for name, of_site in spreads.items()}
+    return {name: ScoreRange(largest[name], torch.cat(of_site)) for name, of_site in deviations.items()}
 
 
 def deviation(scores: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def drop_orphans(nodes: Sequence[Any], before: Sequence[Any], outputs: Collectio
     after: list[Any] = []
     for node in nodes:
         # What was useless before stays, unless it reads what goes.
-        orphan = id(node) in live_before or lost & set(node.input)
+        orphan = id(node) in live_before or lost & set(reads([node]))
         if orphan and id(node) not in live_after:
             lost |= set(node.output)
         else:

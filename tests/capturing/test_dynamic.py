@@ -1,16 +1,20 @@
 """Axes that a compiled model leaves open: what can be asked for, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.tolerances import FLOAT32, difference
 
 import asapc
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.capturing.dynamic import parse_axes
+from asapc.capturing.capture import capture
+from asapc.capturing.dynamic import parse_axes, reopen
 from asapc.config import CompileConfig
 from asapc.errors import CaptureError, OptionError
 from asapc.models.pointset import PointTransformer
 from asapc.types.graph import DynamicAxis
+from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
 
 SAMPLES = Samples({"points": torch.randn(4, 24, 3), "mask": torch.ones(4, 24), "weight": torch.ones(4)})
@@ -81,6 +85,24 @@ def test_a_mask_that_is_sliced_for_its_axes_stays_a_mask_of_any_length(tmp_path,
         other = torch.randint(1, 50, (3, length)) * (torch.arange(length) < torch.tensor([[length], [4], [2]]))
         with torch.no_grad():
             assert difference(run(Samples({"ids": other}))[0], model(other)) < FLOAT32
+
+
+class OtherWhereOpen(torch.nn.Module):
+    """Does as many operations where the length is open, but one of another kind."""
+
+    def forward(self, points):
+        activated = points.relu() if type(points.shape[1]) is int else points.sigmoid()
+        return activated.sum(dim=1)
+
+
+def test_a_model_that_does_as_many_but_other_operations_with_open_axes_is_refused():
+    samples = Samples({"points": torch.randn(4, 24, 3)})
+    loaded = LoadedModel(OtherWhereOpen(), Path("model.pt"), sha256="", parameters=0, calibration=None, held_out=None)
+    graph = capture(loaded, samples)
+    axes = parse_axes("seq=12:48", samples)
+    with pytest.raises(CaptureError, match="other operations") as caught:
+        reopen(loaded, samples, axes, graph, [], "bound")
+    assert caught.value.hint
 
 
 def test_a_model_of_one_length_is_refused_and_named(tmp_path, monkeypatch):

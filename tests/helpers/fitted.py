@@ -58,21 +58,23 @@ def changed(site, **changes):
 
 
 class Teacher:
-    """A tiny untrained model with sharp scores, its site, and the site's activations on held-out images."""
+    """A tiny untrained model with sharp scores, its sites, and the first one's activations on held-out images."""
 
-    def __init__(self, change):
+    def __init__(self, change, depth=1):
         torch.manual_seed(0)
-        model = VisionTransformer(size=4, width=32, depth=1, heads=2, epsilon=0.05, iterations=5).eval()
+        model = VisionTransformer(size=4, width=32, depth=depth, heads=2, epsilon=0.05, iterations=5).eval()
         with torch.no_grad():
-            change(model.blocks[0].attention.qkv)
+            for block in model.blocks:
+                change(block.attention.qkv)
         images = torch.rand(40, 4, 4)
         self.samples, held_out = Samples({"images": images[:24]}), Samples({"images": images[24:]})
         self.graph = CapturedGraph(export(model, self.samples[:2].inputs), self.samples[:2])
-        [self.site] = find_sinkhorn(self.graph, self.samples[:2]).sites
-        recorded = record(
-            self.graph.program.module(), held_out, [operand.node for operand in self.site.wiring.operands]
-        )
-        given_tensors = [recorded[operand.node] for operand in self.site.wiring.operands]
+        self.sites = find_sinkhorn(self.graph, self.samples[:2]).sites
+        assert len(self.sites) == depth
+        self.site = self.sites[0]
+        names = [operand.node for operand in self.site.wiring.operands]
+        recorded = record(self.graph.program.module(), held_out, names)
+        given_tensors = [recorded[name] for name in names]
         self.inputs = site_inputs(self.site, given_tensors, score_factor(self.site, torch.float32))
         scores, _, _, values = self.inputs
         self.output = sinkhorn_plan_ref(scores, self.site.loop.half_steps) @ values.double()

@@ -13,6 +13,10 @@ from torch import nn
 from torch.export import Dim
 
 from asapc.errors import AsapcError
+from asapc.loading.model import load_model
+from asapc.loading.samples import load_samples
+
+READERS = {".pt": load_samples, ".pth": load_model, ".bin": load_model}
 
 
 class Tiny(nn.Module):
@@ -103,3 +107,8 @@ def export(path: Path, module: nn.Module | None = None, batch: object = True, **
 def forget(module: str) -> None:
     """Forget a module that a test wrote, so that the next test may write another of its name."""
     sys.modules.pop(module, None)
+
+
+def torch_file(folder: Path, name: str = "whole.pt") -> Path:
+    torch.save({"x": torch.zeros(3, 4)}, folder / name)
+    return folder / name

@@ -4,98 +4,17 @@ from math import inf
 import pytest
 import torch
 from helpers.fitted import DIM, HEADS, SCALE, TOKENS, cached_teacher, site, sound
+from helpers.points import activations, correlated_points, normal, scores_of
 from helpers.tolerances import FLOAT32, FLOAT64, SOLVE, difference
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from asapc.ops.c_transform import column_step, row_step
 from asapc.ops.features import dual_features, project
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual, sliced_dual_plan_ref, target_dual
-from asapc.planning.activations import activation
-from asapc.planning.bases import COVARIANCE_RIDGE, balance, balanced_bases, scatter
+from asapc.planning.bases import balanced_bases
 from asapc.planning.calibrate import Fitted, calibrate, regressions
-from asapc.planning.hinges import BINS, MAX_DEVIATIONS, count_places, quantiles
+from asapc.planning.hinges import count_places
 from asapc.types.choices import SIDES, FeatureSet, SlicedDualParams
-from asapc.types.site import Operand
-
-quick = settings(max_examples=30, deadline=None)
-
-
-def normal(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def correlated_points(seed, tokens=TOKENS):
-    """Points (4, H, N, D) whose coordinates depend on each other and differ in spread, off the origin."""
-    return normal(seed, 4, HEADS, tokens, DIM) @ normal(seed + 1, HEADS, DIM, DIM) + normal(seed + 2, 4, HEADS, 1, DIM)
-
-
-def regularised(covariance):
-    variance = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-    return covariance + COVARIANCE_RIDGE * variance[:, None, None] * torch.eye(DIM)
-
-
-def scores_of(queries, keys, scale):
-    return torch.einsum("bhnd,bhmd,h->bhnm", queries, keys, scale)
-
-
-seeds = st.integers(0, 10**6)
-
-
-@quick
-@given(seeds)
-def test_the_balanced_bases_keep_every_score(seed):
-    queries, keys = correlated_points(seed), correlated_points(seed + 10, tokens=7)
-    query_basis, key_basis = balance(scatter(queries), scatter(keys), SCALE)
-    seen = (queries @ query_basis) @ (keys @ key_basis).transpose(-1, -2)
-    assert difference(seen, scores_of(queries, keys, SCALE)) < SOLVE
-
-
-@quick
-@given(seeds)
-def test_in_the_balanced_bases_both_covariances_are_one_falling_diagonal(seed):
-    query_scatter, key_scatter = scatter(correlated_points(seed)), scatter(correlated_points(seed + 10))
-    query_basis, key_basis = balance(query_scatter, key_scatter, SCALE)
-    in_queries = query_basis.transpose(-1, -2) @ regularised(query_scatter) @ query_basis
-    in_keys = key_basis.transpose(-1, -2) @ regularised(key_scatter) @ key_basis
-    carried = in_queries.diagonal(dim1=-2, dim2=-1)
-    assert difference(in_queries, torch.diag_embed(carried)) < SOLVE
-    assert difference(in_keys, in_queries) < SOLVE
-    assert (carried > 0).all()
-    assert (carried.diff(dim=-1) <= 0).all()
-
-
-def test_scatter_is_the_covariance_within_each_sample_summed_over_samples():
-    points = correlated_points(0)
-    expected = torch.stack([sum(torch.cov(points[b, h].T, correction=0) for b in range(4)) for h in range(HEADS)])
-    assert difference(scatter(points), expected) < FLOAT64
-
-
-@pytest.mark.parametrize("which", ["queries", "keys", "both"])
-@pytest.mark.parametrize("kind", ["zero", "constant", "rank one"])
-def test_degenerate_points_have_finite_bases_that_keep_the_scores(which, kind):
-    def degenerate(points):
-        if kind == "zero":
-            return torch.zeros_like(points)
-        if kind == "constant":
-            return points[..., :1, :].expand_as(points)
-        return points[..., :1] * normal(5, HEADS, 1, DIM)
-
-    queries, keys = correlated_points(0), correlated_points(10)
-    queries = queries if which == "keys" else degenerate(queries)
-    keys = keys if which == "queries" else degenerate(keys)
-    query_basis, key_basis = balance(scatter(queries), scatter(keys), SCALE)
-    assert torch.isfinite(query_basis).all()
-    assert torch.isfinite(key_basis).all()
-    seen = (queries @ query_basis) @ (keys @ key_basis).transpose(-1, -2)
-    assert difference(seen, scores_of(queries, keys, SCALE)) < SOLVE
-
-
-def activations(queries, keys):
-    """What a batch of the site's activations holds."""
-    return {"attention": (scores_of(queries, keys, SCALE), queries, keys)}
-
 
 NO_KNOTS = torch.zeros(HEADS, 0, 0, dtype=torch.float64)
 KEY = Fitted("attention", FeatureSet())
@@ -173,17 +92,6 @@ def test_a_later_map_is_fitted_on_the_closures_of_the_maps_before_it():
     assert difference(problem.gram[:, -1, -1], closed.square().sum(dim=(0, 2))) < FLOAT64
 
 
-def test_knots_part_the_points_in_equal_shares():
-    points = normal(0, 1, 1, 20_000, 1)
-    points = (points - points.mean()) / points.std(correction=0)
-    bins = ((points.flatten() / MAX_DEVIATIONS + 1) * BINS / 2).long().clamp(0, BINS - 1)
-    counts = torch.bincount(bins, minlength=BINS).double().view(1, 1, -1)
-    seen = quantiles(counts, 8)
-    expected = torch.quantile(points.flatten(), torch.arange(1, 8, dtype=torch.float64) / 8)
-    assert seen.shape == (1, 1, 7)
-    assert (seen.flatten() - expected).abs().max() < 2 * MAX_DEVIATIONS / BINS
-
-
 def padded(points, more):
     """The points with padding appended, whatever that holds."""
     return torch.cat([points, 100 * normal(3, *points.shape[:2], more, DIM)], dim=-2)
@@ -213,37 +121,6 @@ def test_a_masked_site_is_fitted_on_what_is_live_alone(step):
     assert seen.count == expected.count == 4 * TOKENS
     assert difference(seen.gram, expected.gram) < FLOAT64
     assert difference(seen.moment, expected.moment) < FLOAT64
-
-
-def test_activations_are_the_graphs_own_values_in_one_layout_with_masks_as_minus_infinity():
-    queries, keys = correlated_points(0), correlated_points(10)
-    axes = {"query": Operand("query", "bnhd"), "key": Operand("key", "bhdm")}
-    values = {"query": queries.transpose(1, 2), "key": keys.transpose(-1, -2), "value": keys}
-    scores, seen_queries, seen_keys = activation(site(**axes), values)
-    assert difference(scores, scores_of(queries, keys, SCALE)) < FLOAT64
-    assert torch.equal(seen_queries, queries)
-    assert torch.equal(seen_keys, keys)
-    held = scores_of(queries, keys, torch.ones(HEADS, dtype=torch.float64))
-    held[..., 5:] -= 1e9
-    biased = site(**axes, is_scores=False, masked=True)
-    scores, *_ = activation(biased, {**values, "scores": held})
-    assert (scores[..., 5:] == -inf).all()
-    assert difference(scores[..., :5], scores_of(queries, keys[..., :5, :], SCALE)) < FLOAT64
-
-
-def test_queries_that_all_samples_share_are_fitted_too():
-    learned, keys = normal(0, HEADS, TOKENS, DIM), correlated_points(10)
-    shared = site(query=Operand("query", "hnd"))
-    values = {"query": learned, "key": keys, "value": keys}
-    scores, queries, _ = activation(shared, values)
-    assert queries.shape == (4, HEADS, TOKENS, DIM)
-    assert difference(scores, scores_of(learned.expand(4, -1, -1, -1), keys, SCALE)) < FLOAT64
-
-
-def test_a_site_without_queries_and_keys_cannot_be_fitted():
-    values = {"scores": normal(0, 4, HEADS, TOKENS, TOKENS), "value": normal(0, 4, HEADS, TOKENS, DIM)}
-    with pytest.raises(ValueError, match="attention"):
-        activation(site(product=None), values)
 
 
 def dead_query_axes(qkv):

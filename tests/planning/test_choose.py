@@ -8,7 +8,7 @@ import pytest
 from helpers.fitted import cached_teacher, site, sound
 
 from asapc.config import CompileConfig
-from asapc.planning.choose import check, choose, decide, front, next_step, plan, repair
+from asapc.planning.choose import MARGIN, check, choose, decide, front, next_step, plan, repair
 from asapc.planning.operators import build, rivals
 from asapc.planning.propose import TRUNCATED, feature_sets, propose
 from asapc.types.choices import Candidate, Choice, Selection
@@ -33,6 +33,14 @@ def test_the_cheapest_that_keeps_the_budget_is_chosen():
 
 def test_what_saves_too_little_is_not_worth_an_error():
     assert choose(site(40), ALL, CompileConfig(fidelity=("relc<=0.02",))).candidate is EXACT
+
+
+def test_a_limit_of_the_budget_is_aimed_at_with_a_margin():
+    budget, limit = CompileConfig(fidelity=("relc<=0.1",)), 0.1
+    beyond, within = (candidate("sliced_dual", 3.0, share * limit) for share in ((1 + MARGIN) / 2, MARGIN - 0.01))
+    assert beyond.fidelity.relc < limit
+    assert choose(site(40), [EXACT, beyond], budget).candidate is EXACT
+    assert choose(site(40), [EXACT, within], budget).candidate is within
 
 
 def test_every_term_of_the_budget_counts():
@@ -128,6 +136,54 @@ def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
         assert made.repairs == curve.index(expected)
     assert "held-out" in made.choices[name].reason
     assert lines
+
+
+@pytest.fixture
+def two_sites():
+    """A teacher of two sites, and a plan that truncates both: the first by far too much, the second by one half-step.
+
+    The second's next step is said to take away more error, for less time.
+    """
+    teacher = cached_teacher(sound, depth=2)
+    _, second = teacher.sites
+    exact = [replace(EXACT, half_steps=s.half_steps) for s in teacher.sites]
+    rough = candidate("truncated", 5.0, 0.5, half_steps=2), candidate("truncated", 9.9, 0.9, second.half_steps - 1)
+    pairs = zip(teacher.sites, rough, exact, strict=True)
+    return teacher, Plan({s.name: Choice(now, "", (now, closest)) for s, now, closest in pairs})
+
+
+def half_steps_of(plan, sites):
+    return [plan.choices[s.name].candidate.half_steps for s in sites]
+
+
+def test_a_site_that_misses_its_own_limit_is_repaired_before_all_others(two_sites):
+    teacher, start = two_sites
+    first, second = teacher.sites
+    config = CompileConfig(fidelity=("relc<=0.2",))
+    errors = check(teacher.graph, teacher.sites, start, teacher.samples).sites
+    assert errors[second.name].relc < 0.2 < errors[first.name].relc
+    repaired = repair(teacher.graph, teacher.sites, start, teacher.samples, config, lambda detail: None)
+    assert half_steps_of(repaired, teacher.sites) == [first.half_steps, second.half_steps - 1]
+    assert repaired.repairs == 1
+    assert repaired.choices[second.name] is start.choices[second.name]
+
+
+def test_where_no_site_misses_a_limit_of_its_own_the_step_that_helps_most_for_its_cost_comes_first(
+    two_sites, monkeypatch
+):
+    teacher, start = two_sites
+    checked = []
+
+    def check_and_note(graph, sites, chosen, samples):
+        checked.append(half_steps_of(chosen, sites))
+        return check(graph, sites, chosen, samples)
+
+    monkeypatch.setattr("asapc.planning.choose.check", check_and_note)
+    config = CompileConfig(fidelity=("agreement>=1.1",))  # which nothing keeps
+    repaired = repair(teacher.graph, teacher.sites, start, teacher.samples, config, lambda detail: None)
+    first, second = (s.half_steps for s in teacher.sites)
+    assert checked == [[2, second - 1], [2, second], [first, second]]
+    assert repaired.repairs == 2
 
 
 def test_a_budget_on_the_whole_model_alone_lets_sites_go_as_far_as_it_does(teacher):

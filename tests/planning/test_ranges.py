@@ -1,11 +1,14 @@
-from math import inf
+from math import inf, nan
 
+import pytest
 import torch
 from helpers.fitted import cached_teacher, changed, sound
 from helpers.tolerances import FLOAT64, difference
 
 from asapc.ops.scaling import MAX_SPREAD
-from asapc.planning.ranges import deviation, limits, score_ranges
+from asapc.planning.calibrate import BATCH
+from asapc.planning.ranges import ScoreRange, deviation, limits, score_ranges, wide_sites
+from asapc.types.samples import Samples
 
 
 def test_the_deviation_is_that_of_what_is_not_masked():
@@ -33,3 +36,19 @@ def test_scores_far_apart_spread_the_kernel():
     old = teacher.site
     sharp = changed(old, score_scale=1e3 * old.wiring.product.score_scale, scale=1e3 * old.loop.scale)
     assert score_ranges(teacher.graph, [sharp], teacher.samples)[sharp.name].kernel_spread > MAX_SPREAD
+
+
+def test_sites_are_wide_where_the_kernel_spreads_too_far_or_by_nan():
+    spreads = {"narrow": MAX_SPREAD, "wide": 1.01 * MAX_SPREAD, "infinite": inf, "nan": nan}
+    ranges = {name: ScoreRange(spread, torch.ones(1)) for name, spread in spreads.items()}
+    assert wide_sites(ranges) == {"wide", "infinite", "nan"}
+
+
+@pytest.mark.parametrize("sample", [0, BATCH])
+def test_scores_of_nan_in_any_batch_make_a_site_wide(sample):
+    teacher = cached_teacher(sound)
+    images = teacher.samples.inputs["images"].clone()
+    assert len(images) > BATCH
+    images[sample] = nan
+    ranges = score_ranges(teacher.graph, [teacher.site], Samples({"images": images}))
+    assert wide_sites(ranges) == {teacher.site.name}

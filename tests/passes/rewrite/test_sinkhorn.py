@@ -289,6 +289,34 @@ def test_an_exact_operator_fits_every_way_to_write_the_loop(forward):
             assert difference(output, wanted) < FLOAT64
 
 
+class Chained(nn.Module):
+    """Two sites, of which the second reads what the first gives, and nothing in between."""
+
+    def __init__(self, reader):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.reader = reader
+
+    def forward(self, x):
+        points = {"query": split(self.to_q(x)), "key": split(self.to_k(x)), "value": split(self.to_v(x))}
+        points[self.reader] = log_domain(points["query"] @ points["key"].mT, 5) @ points["value"]
+        return log_domain(points["query"] @ points["key"].mT, 4) @ points["value"]
+
+
+@pytest.mark.parametrize("reader", ["query", "value"])
+def test_a_site_that_reads_what_another_gives_reads_that_ones_operator(reader):
+    model = Chained(reader).double().eval()
+    samples = Samples({"x": torch.randn(3, TOKENS, WIDTH, dtype=torch.float64)})
+    graph = CapturedGraph(export(model, samples[:2].inputs), samples[:2])
+    first, second = find_sinkhorn(graph, samples).sites
+    assert getattr(second, reader).node == first.output.node
+    operators = {site.name: exact_operator(site) for site in (first, second)}
+    program = RewriteSinkhorn([first, second], operators)(graph.program.module()).program
+    assert not any("logsumexp" in name for name in names(program))
+    with torch.no_grad():
+        assert difference(program(*samples.inputs.values()), model(*samples.inputs.values())) < FLOAT64
+
+
 def test_a_graph_that_cannot_be_exported_again_is_no_fault_of_the_model(case, monkeypatch):
     def refuse(*args, **options):
         raise CaptureError("torch.export cannot capture the model", "a hint for users")
