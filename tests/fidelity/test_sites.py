@@ -115,7 +115,7 @@ def padded():
     samples = Samples({"x": torch.randn(6, 6, 8), "live": torch.arange(6) < lengths.unsqueeze(-1)})
     graph = CapturedGraph(export(Padded().eval(), samples[:2].inputs), samples[:2])
     [site] = find_sinkhorn(graph, samples[:3]).sites
-    assert (site.half_steps, site.last, site.masked) == (7, "rows", True)
+    assert (site.loop.half_steps, site.loop.last, site.loop.masked) == (7, "rows", True)
     return graph, site, samples
 
 
@@ -167,7 +167,7 @@ def test_a_plan_whose_logarithm_is_the_answer_is_compared_as_a_plan():
     samples = Samples({"x": torch.randn(4, 5, 8)})
     graph = CapturedGraph(export(Matching().eval(), samples[:2].inputs), samples[:2])
     [site] = find_sinkhorn(graph, samples[:2]).sites
-    assert (site.logarithm, site.last, site.applied) == (True, "columns", False)
+    assert (site.wiring.logarithm, site.loop.last, site.wiring.applied) == (True, "columns", False)
     found = site_fidelity(graph, [site], {site.name: exact_operator(site)}, samples)[site.name]
     assert max(found.relc, found.plan_tv, found.column_marginal_error) < FLOAT32
     fewer = site_fidelity(graph, [site], {site.name: exact_operator(site, 2)}, samples)[site.name]

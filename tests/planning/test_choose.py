@@ -146,7 +146,7 @@ def two_sites():
     """
     teacher = cached_teacher(sound, depth=2)
     _, second = teacher.sites
-    exact = [replace(EXACT, half_steps=s.half_steps) for s in teacher.sites]
+    exact = [replace(EXACT, half_steps=s.loop.half_steps) for s in teacher.sites]
     rough = candidate("truncated", 5.0, 0.5, half_steps=2), candidate("truncated", 9.9, 0.9, second.half_steps - 1)
     pairs = zip(teacher.sites, rough, exact, strict=True)
     return teacher, Plan({s.name: Choice(now, "", (now, closest)) for s, now, closest in pairs})
@@ -181,7 +181,7 @@ def test_where_no_site_misses_a_limit_of_its_own_the_step_that_helps_most_for_it
     monkeypatch.setattr("asapc.planning.choose.check", check_and_note)
     config = CompileConfig(fidelity=("agreement>=1.1",))  # which nothing keeps
     repaired = repair(teacher.graph, teacher.sites, start, teacher.samples, config, lambda detail: None)
-    first, second = (s.half_steps for s in teacher.sites)
+    first, second = (s.loop.half_steps for s in teacher.sites)
     assert checked == [[2, second - 1], [2, second], [first, second]]
     assert repaired.repairs == 2
 

@@ -34,9 +34,9 @@ def test_every_coding_style_is_recognised(style, half_steps, last):
     findings = find(Attention(sinkhorn(style, half_steps, last)))
     assert findings.misses == ()
     [site] = findings.sites
-    assert (site.half_steps, site.last) == (half_steps, last)
+    assert (site.loop.half_steps, site.loop.last) == (half_steps, last)
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
-    assert (site.heads, site.queries, site.keys, site.head_dim) == (HEADS, QUERIES, QUERIES, WIDTH // HEADS)
+    assert (site.loop.heads, site.loop.queries, site.loop.keys, site.head_dim) == (HEADS, QUERIES, QUERIES, WIDTH // HEADS)
 
 
 class ScalesInPlace(Attention):
@@ -46,7 +46,7 @@ class ScalesInPlace(Attention):
 
 def test_a_loop_that_overwrites_the_scores_is_recognised():
     [site] = find(ScalesInPlace(sinkhorn(division_in_place, 5, "rows"))).sites
-    assert (site.half_steps, site.last) == (5, "rows")
+    assert (site.loop.half_steps, site.loop.last) == (5, "rows")
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
 
 
@@ -54,13 +54,13 @@ def test_a_loop_that_overwrites_the_scores_is_recognised():
 @pytest.mark.parametrize("last", ["rows", "columns"])
 def test_even_and_odd_numbers_of_half_steps_are_counted_from_either_axis(half_steps, last):
     [site] = find(Attention(sinkhorn(log_domain, half_steps, last))).sites
-    assert (site.half_steps, site.last) == (half_steps, last)
+    assert (site.loop.half_steps, site.loop.last) == (half_steps, last)
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.25, 1.0, 4.0])
 def test_the_temperature_is_read_off_the_plan(epsilon):
     [site] = find(Attention(sinkhorn(log_domain, 6, "rows"), epsilon)).sites
-    assert site.half_steps == 6
+    assert site.loop.half_steps == 6
     assert site.epsilon == pytest.approx([epsilon, epsilon], rel=FLOAT64)
 
 
@@ -80,13 +80,13 @@ def test_cross_attention_with_fewer_queries_than_keys_is_recognised(style):
         context=torch.randn(3, KEYS, WIDTH),
     )
     [site] = findings.sites
-    assert (site.half_steps, site.last, site.queries, site.keys) == (6, "rows", QUERIES, KEYS)
+    assert (site.loop.half_steps, site.loop.last, site.loop.queries, site.loop.keys) == (6, "rows", QUERIES, KEYS)
 
 
 def test_cross_attention_that_ends_on_columns_is_recognised():
     inputs = {"x": torch.randn(3, KEYS, WIDTH), "context": torch.randn(3, QUERIES, WIDTH)}
     [site] = find(Attention(sinkhorn(potentials, 7, "columns")), **inputs).sites
-    assert (site.half_steps, site.last, site.queries, site.keys) == (7, "columns", KEYS, QUERIES)
+    assert (site.loop.half_steps, site.loop.last, site.loop.queries, site.loop.keys) == (7, "columns", KEYS, QUERIES)
 
 
 def test_a_site_names_the_nodes_that_hold_queries_keys_values_and_output():
@@ -95,13 +95,15 @@ def test_a_site_names_the_nodes_that_hold_queries_keys_values_and_output():
     graph = CapturedGraph(export(module, samples[:2].inputs), samples[:2])
     [site] = find_sinkhorn(graph, samples).sites
     nodes = {node.name: node for node in graph.program.module().graph.nodes}
-    assert site.product
-    assert nodes[site.scores.node].args == (nodes[site.query.node], nodes[site.key.node])
-    assert nodes[site.output.node].args == (nodes[site.plan.node], nodes[site.value.node])
-    assert nodes[site.key.node].meta["val"].shape[-2:] == (WIDTH // HEADS, QUERIES)
-    operands = (site.scores, site.plan, site.query, site.key, site.value, site.output)
+    wiring, product, attention = site.wiring, site.wiring.product, site.wiring.attention
+    assert product.is_scores
+    assert nodes[wiring.scores.node].args == (nodes[product.query.node], nodes[product.key.node])
+    assert nodes[attention.output.node].args == (nodes[wiring.plan.node], nodes[attention.value.node])
+    assert nodes[product.key.node].meta["val"].shape[-2:] == (WIDTH // HEADS, QUERIES)
+    operands = (wiring.scores, wiring.plan, product.query, product.key, attention.value, attention.output)
     assert [operand.axes for operand in operands] == ["bhnm", "bhnm", "bhnd", "bhdm", "bhme", "bhne"]
-    assert (site.groups, site.heads, site.applied, site.logarithm, site.exponential) == (1, HEADS, True, False, False)
+    assert (wiring.groups, site.loop.heads, wiring.applied) == (1, HEADS, True)
+    assert (wiring.logarithm, wiring.exponential) == (False, False)
 
 
 def test_the_share_of_a_site_is_a_share():
@@ -148,7 +150,7 @@ def test_a_loop_that_ends_in_a_module_of_torch_stands_where_that_is_called():
         module = EndsInModuleOfTorch()
         module.returns_plan = returns_plan
         [site] = find(module).sites
-        assert (site.name, site.half_steps) == ("attention", 2)
+        assert (site.name, site.loop.half_steps) == ("attention", 2)
         assert ("self.normalise" if returns_plan else "plan @ v") in source_text(site)
 
 
@@ -169,7 +171,7 @@ class OneLine(Attention):
 
 def test_a_line_with_a_site_has_no_miss():
     findings = find(OneLine(sinkhorn(log_domain, 5, "rows")))
-    assert [site.half_steps for site in findings.sites] == [5]
+    assert [site.loop.half_steps for site in findings.sites] == [5]
     assert findings.misses == ()
 
 
@@ -194,7 +196,7 @@ class Twice(nn.Module):
 
 def test_sites_are_named_after_their_modules_in_the_order_of_the_graph_and_never_alike():
     sites = find(Twice()).sites
-    assert [site.half_steps for site in sites] == [3, 5, 5]
+    assert [site.loop.half_steps for site in sites] == [3, 5, 5]
     names = [site.name for site in sites]
     assert names[:2] == ["blocks.0", "blocks.1"]
     assert len(set(names)) == 3

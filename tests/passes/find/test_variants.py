@@ -34,17 +34,17 @@ def test_a_loop_over_scores_with_a_bias_starts_after_it_and_still_knows_its_prod
     findings = find(Attention(biased))
     assert findings.misses == ()
     [site] = findings.sites
-    assert (site.half_steps, site.last, site.product, site.masked) == (6, "rows", False, False)
-    assert site.scores.node != site.query.node
+    assert (site.loop.half_steps, site.loop.last, site.wiring.scores_are_product, site.loop.masked) == (6, "rows", False, False)
+    assert site.wiring.scores.node != site.wiring.product.query.node
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
 
 
 def test_a_loop_over_something_else_than_a_product_has_no_queries_keys_or_temperature():
     [site] = find(Attention(sigmoid_in_a_sinkhorn_loop)).sites
-    assert (site.half_steps, site.last) == (6, "rows")
-    assert site.query is site.key is site.temperature is site.epsilon is site.head_dim is None
-    assert not site.product
-    assert site.value is not None
+    assert (site.loop.half_steps, site.loop.last) == (6, "rows")
+    assert site.wiring.product is site.epsilon is site.head_dim is None
+    assert not site.wiring.scores_are_product
+    assert site.wiring.attention is not None
 
 
 class PaddedKeys(Attention):
@@ -77,7 +77,7 @@ def log_domain_of_live_columns(scores, axes):
 def test_padded_keys_make_a_masked_site(mask, half_steps, last):
     module = PaddedKeys(sinkhorn(log_domain_of_live_columns, half_steps, last), mask)
     [site] = find(module, x=torch.randn(3, QUERIES, WIDTH), live=lengths(3, 6, 4)).sites
-    assert (site.half_steps, site.last, site.masked) == (half_steps, last, True)
+    assert (site.loop.half_steps, site.loop.last, site.loop.masked) == (half_steps, last, True)
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
 
 
@@ -94,10 +94,10 @@ def test_masses_that_differ_from_one_another_are_read_off(last):
         return log_plan.exp()
 
     [site] = find(Attention(weighted)).sites
-    assert (site.half_steps, site.last, site.uniform) == (6, last, False)
-    assert difference(site.row_mass / site.row_mass.sum(), rows / rows.sum()) < FLOAT32
-    assert difference(site.column_mass / site.column_mass.sum(), columns / columns.sum()) < FLOAT32
-    final, mass = (site.row_mass, rows) if last == "rows" else (site.column_mass, columns)
+    assert (site.loop.half_steps, site.loop.last, site.loop.uniform) == (6, last, False)
+    assert difference(site.loop.row_mass / site.loop.row_mass.sum(), rows / rows.sum()) < FLOAT32
+    assert difference(site.loop.column_mass / site.loop.column_mass.sum(), columns / columns.sum()) < FLOAT32
+    final, mass = (site.loop.row_mass, rows) if last == "rows" else (site.loop.column_mass, columns)
     assert difference(final, mass) < FLOAT32
 
 
@@ -125,22 +125,22 @@ class LearnedQueries(Attention):
 @pytest.mark.parametrize("einsum", [True, False])
 def test_queries_that_all_samples_share_have_no_sample_axis(einsum):
     [site] = find(LearnedQueries(sinkhorn(log_domain, 6, "rows"), einsum)).sites
-    assert (site.half_steps, site.last, site.queries, site.keys) == (6, "rows", 4, QUERIES)
-    assert "b" not in site.query.axes
-    assert "b" in site.key.axes
+    assert (site.loop.half_steps, site.loop.last, site.loop.queries, site.loop.keys) == (6, "rows", 4, QUERIES)
+    assert "b" not in site.wiring.product.query.axes
+    assert "b" in site.wiring.product.key.axes
 
 
 def test_scores_without_a_head_axis_make_one_head():
     [site] = find(OneHead(sinkhorn(log_domain, 5, "rows"))).sites
-    assert (site.heads, site.head_dim, site.scores.axes, site.output.axes) == (1, WIDTH, "bnm", "bne")
+    assert (site.loop.heads, site.head_dim, site.wiring.scores.axes, site.wiring.attention.output.axes) == (1, WIDTH, "bnm", "bne")
 
 
 def test_the_plan_of_a_site_that_is_also_returned_is_what_is_replaced():
     findings = find(Attention(sinkhorn(log_domain, 5, "rows"), returns_plan=True))
     assert findings.misses == ()
     [site] = findings.sites
-    assert (site.half_steps, site.last, site.applied) == (5, "rows", True)
-    assert site.value is site.output is None
+    assert (site.loop.half_steps, site.loop.last, site.wiring.applied) == (5, "rows", True)
+    assert site.wiring.attention is None
     assert "self.normalise" in source_text(site)
 
 
@@ -161,7 +161,7 @@ def log_plan(scores, axes):
 @pytest.mark.parametrize("style", [log_domain, log_plan])
 def test_a_plan_that_is_the_answer_is_a_site_without_values(style):
     [site] = find(Matching(sinkhorn(style, 6, "columns"))).sites
-    assert (site.half_steps, site.last, site.applied) == (6, "columns", False)
-    assert site.logarithm is (style is log_plan)
-    assert site.value is site.output is None
+    assert (site.loop.half_steps, site.loop.last, site.wiring.applied) == (6, "columns", False)
+    assert site.wiring.logarithm is (style is log_plan)
+    assert site.wiring.attention is None
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
