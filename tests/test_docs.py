@@ -70,3 +70,10 @@ def test_fidelity_terms_in_shell_examples_are_quoted() -> None:
     """Unquoted, bash takes `>=0.99` for a redirection."""
     for page in PAGES:
         assert not re.search(r"--fidelity [^'\s`]*[<>]", page.read_text()), page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    folders = "asapc|passes|models|tests|benchmarks|docs"
+    for name in re.findall(rf"`((?:{folders})/[\w./]+\.\w+)`", page.read_text()):
+        assert (ROOT / name).exists(), name
