@@ -1,4 +1,4 @@
-"""Links lead somewhere, messages that the documentation quotes are those of the source, and the glossary is in order."""
+"""Links lead somewhere, quoted messages are those of the source, and the glossary is in order."""
 
 import ast
 import re
