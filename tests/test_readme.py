@@ -1,31 +1,28 @@
 """The commands that the README shows are run as they stand there."""
 
-import os
-import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import documents
+from helpers.documents import code_blocks, commands
 from helpers.paths import ROOT
 
-README = (ROOT / "README.md").read_text()
-# Those of installing and of `make` are run by .ci/run, on a clean checkout.
+README, TUTORIAL = ROOT / "README.md", ROOT / "docs" / "tutorial.md"
 COMPILE = "asapc compile models/digits.pt"
-SKIPPED = ("make ", "pip ", "git ", "bash ", "python -m benchmarks")
+# Those of installing and of `make` are run by .ci/run, on a clean checkout.
+SKIPPED = ("make ", "pip ")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def lines_of(page: Path) -> list[str]:
+    return [line for language, text in code_blocks(page) if language == "sh" for line in commands(text)]
 
 
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in blocks("sh")
-    for line in block.splitlines()
-    if line.strip() and not line.startswith(SKIPPED)
-]
+COMMANDS = [line for line in lines_of(README) if not line.startswith(SKIPPED)]
+# Those on a model of one's own: tests/test_tutorial.py makes it and runs them.
+OWN = [line for line in COMMANDS if "--model" in line]
+SHIPPED = [line for line in COMMANDS if line not in OWN]
+PYTHON = [text for language, text in code_blocks(README) if language == "python"]
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +33,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_readme_shows_commands_and_python() -> None:
-    assert COMMANDS
-    assert blocks("python")
-
-
-def run(words: list[str], folder: Path, seed: str = "random") -> str:
-    environment = {**os.environ, "PYTHONHASHSEED": seed}
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def run_command(command: str, folder: Path, seed: str = "random") -> str:
-    return run(["-m", "asapc.cli", *shlex.split(command)[1:]], folder, seed)
+    return documents.run(["-m", "asapc.cli", *shlex.split(command)[1:]], folder, PYTHONHASHSEED=seed)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != COMPILE])
+def test_a_model_of_ones_own_takes_three_commands_and_those_are_the_tutorials() -> None:
+    assert [line.split()[1] for line in OWN] == ["inspect", "compile", "verify"]
+    for command in OWN:
+        assert any(line == command or line.startswith(f"{command} ") for line in lines_of(TUTORIAL)), command
+
+
+def test_the_result_is_run_as_in_the_tutorial() -> None:
+    code = next(text for text in PYTHON if "onnxruntime" in text)
+    assert any(code in text for language, text in code_blocks(TUTORIAL) if language == "python")
+
+
+@pytest.mark.parametrize("command", [command for command in SHIPPED if command != COMPILE])
 def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
     assert command.startswith("asapc "), command
     run_command(command, folder)
@@ -60,10 +56,9 @@ def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
 
 def test_compiling_from_the_command_line_and_from_python_gives_the_same_bytes(folder: Path) -> None:
     """In two processes with two hash seeds, so that the order of a set cannot hide."""
-    assert COMPILE in COMMANDS
-    (code,) = blocks("python")
-    assert 'compile_model("models/digits.pt"' in code
+    assert COMPILE in SHIPPED
+    (code,) = (text for text in PYTHON if 'compile_model("models/digits.pt"' in text)
     run_command(COMPILE, folder, seed="1")
-    assert run(["-c", code], folder, seed="12345")
+    documents.run(["-c", code], folder, PYTHONHASHSEED="12345")
     for name in ("operator.safetensors", "model.onnx"):
         assert (folder / "digits.asap" / name).read_bytes() == (folder / "fast.asap" / name).read_bytes(), name

@@ -1,0 +1,23 @@
+"""The tutorial's code and commands are run in their order, in an empty folder."""
+
+import shlex
+from pathlib import Path
+
+from helpers.documents import code_blocks, commands, run, write_sources
+from helpers.paths import ROOT
+
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+LINES = [line for language, text in code_blocks(TUTORIAL) if language == "sh" for line in commands(text)]
+
+
+def test_the_tutorial_leads_from_a_model_to_onnx_runtime(tmp_path: Path) -> None:
+    write_sources(TUTORIAL, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"my_model.py", "train.py", "run.py"}
+    printed = ""
+    for line in LINES:
+        program, *words = shlex.split(line)
+        # ONNX Runtime's and torch's threads only wait for each other on models of this size.
+        printed = run(words if program == "python" else ["-m", "asapc.cli", *words], tmp_path, OMP_NUM_THREADS="1")
+    classes, labels = printed.replace("labels ", "").splitlines()
+    assert classes == labels
+    assert (tmp_path / "shapes.asap" / "report.json").is_file()
