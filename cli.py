@@ -5,6 +5,7 @@ import inspect as reflection
 import json
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -347,8 +348,9 @@ def stages(visible: bool) -> Iterator[Callable[[Event], None]]:
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """Print a line: wrapped between words on a terminal, whole elsewhere, so that scripts can search it."""
-    # Words wider than the terminal are left to it: `crop` would cut them off, and folding break them.
-    console.print(text, style=style, markup=False, no_wrap=not console.is_terminal, overflow="ignore", crop=False)
+    if console.is_terminal:  # rich would break words that are wider than the terminal
+        text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
+    console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def show(parts: Iterable[showing.Grid | str]) -> None:
