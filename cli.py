@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +41,6 @@ err = Console(stderr=True, highlight=False)
 EXIT_CODES = "Exit codes: 0 done, 1 input at fault, 2 usage, 3 fidelity budget missed, 70 defect, 130 interrupted."
 KEYWORD_ONLY = reflection.Parameter.KEYWORD_ONLY
 READS = [OPTIONS[name] for name in ("model", "model_args", "inputs", "input_shape", "unsafe_load")]
-
-
 CONFIG_FILE = Option("--config", "Options in TOML; the command line wins.", metavar="FILE", name="config", kind=Path)
 
 
@@ -66,16 +64,13 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(InternalError.exit_code) from None
 
 
-def command(
-    *examples: str, takes: Iterable[Option] = (), name: str | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a function to the app as a command that ends with the exit codes of `asapc.errors`.
+def command(*examples: str, takes: Collection[Option] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function to the app as the command of its name, which ends with the exit codes of `asapc.errors`.
 
     Args:
         examples: of the command line, for --help.
         takes: options of `CompileConfig`, to which --config is added. The function gets their values as one
             `CompileConfig`, its parameter `options`.
-        name: of the command, by default that of the function.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -90,9 +85,10 @@ def command(
                     arguments["options"] = options_of(arguments.pop("config"), values)
                 function(**arguments)
 
+        # Typer reads parameters off the signature.
         parameters += [p.replace(kind=KEYWORD_ONLY) for p in own]
         cast(Any, run).__signature__ = reflection.Signature(parameters)
-        app.command(name, epilog="\n\n".join(["Examples:", *examples, EXIT_CODES]))(run)
+        app.command(epilog="\n\n".join(["Examples:", *examples, EXIT_CODES]))(run)
         return function
 
     return add
@@ -146,9 +142,8 @@ def root(
     "asapc compile model.pt --calib samples.npz --fidelity 'agreement>=0.99'",
     "asapc compile weights.safetensors --model my_models:build --calib samples.npz",
     takes=OPTIONS.values(),
-    name="compile",
 )
-def compile_command(
+def compile(
     file: ModelFile,
     options: CompileConfig,
     as_json: Json = False,
@@ -359,8 +354,9 @@ def show(parts: Iterable[showing.Grid | str]) -> None:
         if isinstance(part, str):
             say(out, part)
             continue
-        style: Any = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
-        table = Table(title=escape(part.title), **style)
+        table = Table(
+            title=escape(part.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
         for column in part.columns:
             # Words give way to numbers where the terminal is narrow.
             words = column in part.words

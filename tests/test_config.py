@@ -1,5 +1,6 @@
 """Options: what they take, and what they refuse with a message instead of a traceback."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -113,34 +114,39 @@ def toml(folder: Path, text: str) -> Path:
     return path
 
 
-def test_every_option_can_stand_in_a_toml_file(tmp_path):
-    path = toml(
-        tmp_path,
-        """
-        out = "folder"
-        force = true
-        calib = "samples.npz"
-        fidelity = ["agreement>=0.9", "relc<=0.1"]
-        model = "my_models:build"
-        inputs = "inputs.npz"
-        input_shape = ["x=2,3", "ids=2,5:int64:0..9"]
-        unsafe_load = true
-        early_stop = "refuse"
-        level = 1
-        lowering = "fused"
-        precision = "float16"
-        relu_activations = 1e-3
-        dynamic = "seq=16:64"
-        slices = [0, 4]
-        pieces = [4]
-        batches = [1, 8]
-        seconds = 2
-        threads = 1
-        seed = 3
-        [model_args]
-        depth = 4
-        """,
-    )
+EVERY_OPTION = """
+out = "folder"
+force = true
+calib = "samples.npz"
+fidelity = ["agreement>=0.9", "relc<=0.1"]
+model = "my_models:build"
+inputs = "inputs.npz"
+input_shape = ["x=2,3", "ids=2,5:int64:0..9"]
+unsafe_load = true
+early_stop = "refuse"
+level = 1
+lowering = "fused"
+precision = "float16"
+relu_activations = 1e-3
+dynamic = "seq=16:64"
+slices = [0, 4]
+pieces = [4]
+batches = [1, 8]
+seconds = 2
+threads = 1
+seed = 3
+[model_args]
+depth = 4
+"""
+
+
+@pytest.mark.parametrize("spelling", ["name", "key"])
+def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
+    text = EVERY_OPTION
+    for option in OPTIONS.values():
+        text, count = re.subn(rf"^(\[?){option.name}\b", rf"\g<1>{getattr(option, spelling)}", text, flags=re.MULTILINE)
+        assert count == 1
+    path = toml(tmp_path, text)
     config = CompileConfig.from_toml(path)
     assert config == CompileConfig(
         out=Path("folder"),
