@@ -1,124 +1,216 @@
-"""What a compilation can be told, in one frozen dataclass."""
+"""What a compilation can be told: each option declared once, for Python, TOML, the command line and docs/options.md."""
 
 import os
 import tomllib
-from dataclasses import dataclass, fields
-from math import inf
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any
 
 from asapc.errors import OptionError
-from asapc.types.budget import Bound, parse_bound
-from asapc.types.options import EarlyStopRule, Lowering, LoweringRule, Precision
+from asapc.types.budget import DEFAULT_BUDGET, METRICS, Bound, parse_bound
+from asapc.types.options import EarlyStopRule, Level, Lowering, LoweringRule, Option, Precision, Range, declared
 
 # More only wait for each other, and far more crash ONNX Runtime for want of memory, without an error to catch.
 MAX_THREADS = 4 * (os.cpu_count() or 1)
 # Activations grow with the batch: a slip of the keyboard here would take all memory, and the process with it.
 MAX_BATCH = 4096
 
-LEVELS = (0, 1, 2)  # loops as written, exact rewrites only, approximations within the budget
-
-
-# What a TOML file may hold where that is not the type of the default.
-TOML_TYPES: dict[str, tuple[type, ...]] = {
-    "out": (str,),
-    "calib": (str,),
-    "seconds": (int, float),
-    "relu_activations": (int, float),
-    "model": (str,),
-    "model_args": (str, dict),
-    "inputs": (str,),
-    "input_shape": (list,),
-    "fidelity": (list,),
-    "slices": (list,),
-    "pieces": (list,),
-    "batches": (list,),
-}
+READING = "Reading the model"
+OPERATORS = "Operators and export"
+MEASURING = "Measuring"
 
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """Options of a compilation.
+    """Options of a compilation; docs/options.md describes them.
 
-    Attributes:
-        out: output folder; None for "<name>.asap" in the working directory.
-        dump: folder for the program after each stage; None for none.
-        force: replace the output folder if it exists.
-        calib: .npz or .pt file with calibration samples; None for those inside the checkpoint.
-        model: "package.module:factory", a class or function that builds the model of which the file holds the weights.
-        model_args: its keyword arguments: JSON, the path of a JSON file, or a mapping.
-        inputs: .npz or .pt file with example inputs, good enough to look into a model, not to calibrate it.
-        input_shape: random example inputs instead, such as "x=2,197,64:float32" or "ids=2,128:int64:0..30000".
-        unsafe_load: read a pickled module, which runs code from the file.
-        fidelity: the budget, terms such as "agreement>=0.99"; empty for DEFAULT_BUDGET.
-        early_stop: "bound" captures loops that stop early at their bound, and says what that changes; "refuse"
-            refuses the model where it changes anything on the calibration samples.
-        lowering: "auto" lowers each operator as is cheapest for the largest batch; "materialised" makes scores and
-            takes standard ONNX operators alone; "fused" takes the runtime's attention where there is a fused form.
-        precision: of the engine's layers and products; what ONNX Runtime gets is float32.
-        relu_activations: largest error that ReLU networks in the place of smooth activations may have, where their
-            inputs have been on the calibration samples; 0 leaves activations alone.
-        dynamic: open axes of the inputs with their ranges, such as "batch=1:64,seq=16:2048"; see `asapc.dynamic`.
-        slices: numbers of sorted slices that the planner may give a site, in the order it tries them.
-        batches: batch sizes at which latency is measured, up to MAX_BATCH.
-        seconds: time spent on measuring each batch size.
-        threads: threads of torch and ONNX Runtime, up to MAX_THREADS, four a core; 0 for as many as torch takes by
-            itself, one a core.
-        seed: seeds everything that draws random numbers.
+    Raises:
+        OptionError: a value is out of range, no choice there is, or a budget that cannot be read.
     """
 
-    out: str | Path | None = None
-    dump: str | Path | None = None
-    force: bool = False
-    calib: str | Path | None = None
-    model: str | None = None
-    model_args: str | dict[str, Any] | None = None
-    inputs: str | Path | None = None
-    input_shape: tuple[str, ...] = ()
-    unsafe_load: bool = False
-    fidelity: tuple[str, ...] = ()
-    early_stop: EarlyStopRule = "bound"
-    level: int = 2
-    lowering: LoweringRule = "auto"
-    precision: Precision = "float32"
-    relu_activations: float = 0.0
-    dynamic: str = ""
-    slices: tuple[int, ...] = (0,)
-    pieces: tuple[int, ...] = (0, 8)
-    batches: tuple[int, ...] = (1, 32)
-    seconds: float = 10.0
-    threads: int = 0
-    seed: int = 0
+    out: Annotated[
+        str | Path | None,
+        Option("--out", "Output folder.", metavar="DIR", default_text="NAME.asap in the working directory"),
+    ] = None
+    force: Annotated[bool, Option("--force", "Replace the output folder if it exists.")] = False
+    dump: Annotated[
+        str | Path | None,
+        Option("--dump", "Write the program after each stage into this folder, to find a wrong node.", metavar="DIR"),
+    ] = None
+    calib: Annotated[
+        str | Path | None,
+        Option(
+            "--calib",
+            "Calibration samples, .npz or .pt: arrays named as the model's inputs, and optional labels.",
+            metavar="FILE",
+            default_text="those in the checkpoint",
+        ),
+    ] = None
+    fidelity: Annotated[
+        tuple[str, ...],
+        Option(
+            "--fidelity",
+            f"Term of the fidelity budget: {', '.join(f'{name}{sign}X' for name, sign in METRICS.items())} "
+            "(metric-drop in percentage points). Quote it in a shell: 'agreement>=0.99'. Repeat to add.",
+            metavar="TERM",
+            default_text=" and ".join(map(str, DEFAULT_BUDGET)),
+        ),
+    ] = ()
+    level: Annotated[
+        Level,
+        Option("-O", "0 leaves the loops as written, 1 rewrites them exactly, 2 approximates them within the budget."),
+    ] = 2
+    model: Annotated[
+        str | None,
+        Option(
+            "--model",
+            "Class or function that builds the model of which the file holds the weights. The working directory is "
+            "importable.",
+            READING,
+            metavar="MODULE:FACTORY",
+        ),
+    ] = None
+    model_args: Annotated[
+        str | dict[str, Any] | None,
+        Option("--model-args", "Keyword arguments of --model: a JSON object, or a file with one.", READING, "JSON"),
+    ] = None
+    inputs: Annotated[
+        str | Path | None,
+        Option(
+            "--inputs",
+            "Example inputs, .npz or .pt, to look into the model with. Never used for calibration.",
+            READING,
+            metavar="FILE",
+        ),
+    ] = None
+    input_shape: Annotated[
+        tuple[str, ...],
+        Option(
+            "--input-shape",
+            "Random example inputs instead, e.g. x=2,197,64:float32, mask=2,197:bool, ids=2,128:int64:0..30000 (both "
+            "included, 0..1 by default). Repeat for each input. Never used for calibration.",
+            READING,
+            metavar="NAME=SIZES:DTYPE",
+        ),
+    ] = ()
+    unsafe_load: Annotated[
+        bool,
+        Option(
+            "--unsafe-load",
+            "Read a pickled module or other Python objects. This runs code that stands in the file, with your rights: "
+            "only for files that you would run as a program.",
+            READING,
+        ),
+    ] = False
+    early_stop: Annotated[
+        EarlyStopRule,
+        Option(
+            "--early-stop",
+            "What to do with loops that stop early on the calibration samples: run them to their bound and report "
+            "what that changes, or refuse the model where it changes anything.",
+            READING,
+        ),
+    ] = "bound"
+    lowering: Annotated[
+        LoweringRule,
+        Option(
+            "--lowering",
+            "What operators become: whatever is cheapest for the largest batch, standard ONNX operators on a matrix of "
+            "scores, or the runtime's fused attention.",
+            OPERATORS,
+        ),
+    ] = "auto"
+    precision: Annotated[
+        Precision,
+        Option(
+            "--precision",
+            "Precision of the engine's layers and products. Duals and exponentials stay in float32, and so does "
+            "model.onnx.",
+            OPERATORS,
+        ),
+    ] = "float32"
+    relu_activations: Annotated[
+        float,
+        Option(
+            "--relu-activations",
+            "Replace GELU and other smooth activations by ReLU networks, each off by no more than this on the "
+            "calibration samples. 0 leaves them alone.",
+            OPERATORS,
+            metavar="ERROR",
+            range=Range(0),
+        ),
+    ] = 0.0
+    dynamic: Annotated[
+        str,
+        Option(
+            "--dynamic",
+            "Open axes of the inputs: batch=1:64, seq=16:2048 for the second axis, or INPUT.AXIS=LOW:HIGH.",
+            OPERATORS,
+            metavar="AXIS=LOW:HIGH,...",
+            default_text="the batch alone",
+        ),
+    ] = ""
+    slices: Annotated[
+        tuple[int, ...],
+        Option(
+            "--slices",
+            "Sorted slices that the planner may give a site, in the order in which it tries them. Repeat to add.",
+            OPERATORS,
+            metavar="COUNT",
+            range=Range(0),
+        ),
+    ] = (0,)
+    pieces: Annotated[
+        tuple[int, ...],
+        Option(
+            "--pieces",
+            "Hinge pieces that the planner may give the first coordinates of a site, 0 for no hinges. Repeat to add.",
+            OPERATORS,
+            metavar="COUNT",
+            range=Range(0),
+        ),
+    ] = (0, 8)
+    batches: Annotated[
+        tuple[int, ...],
+        Option(
+            "--batch",
+            f"Batch size at which to measure latency, at most {MAX_BATCH}. Repeat to add.",
+            MEASURING,
+            metavar="SIZE",
+            range=Range(1, MAX_BATCH),
+        ),
+    ] = (1, 32)
+    seconds: Annotated[
+        float,
+        Option(
+            "--seconds",
+            "Time to measure each batch size.",
+            MEASURING,
+            metavar="SECONDS",
+            range=Range(0, above=True),
+        ),
+    ] = 10.0
+    threads: Annotated[
+        int,
+        Option(
+            "--threads",
+            "Threads of torch and ONNX Runtime, at most four a core.",
+            MEASURING,
+            metavar="COUNT",
+            default_text="0, one a core",
+            range=Range(0, MAX_THREADS),
+        ),
+    ] = 0
+    seed: Annotated[
+        int,
+        Option("--seed", "Seed of everything random.", MEASURING, metavar="SEED", range=Range(0, 2**63 - 1)),
+    ] = 0
 
     def __post_init__(self) -> None:
-        for name in ("out", "dump", "calib", "inputs"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, Path(value))
+        for name, option in OPTIONS.items():
+            object.__setattr__(self, name, option.clean(getattr(self, name)))
         self.bounds()
-        for name, values, low, high in (
-            ("slices", self.slices, 0, inf),
-            ("pieces", self.pieces, 0, inf),
-            ("batches", self.batches, 1, MAX_BATCH),
-            ("threads", (self.threads,), 0, MAX_THREADS),
-            ("seed", (self.seed,), 0, 2**63 - 1),
-        ):
-            if not values or min(values) < low or max(values) > high:
-                shown = ", ".join(map(str, values)) or "empty"
-                span = f"of at least {low}" if high == inf else f"from {low} to {high}"
-                raise OptionError(f"{name} is {shown}", f"give {name} a value {span}")
-        for name, value, rule in (
-            ("early_stop", self.early_stop, EarlyStopRule),
-            ("lowering", self.lowering, LoweringRule),
-            ("precision", self.precision, Precision),
-        ):
-            if value not in get_args(rule):
-                raise OptionError(f"{name} is {value!r}", f"give {name} the value {' or '.join(get_args(rule))}")
-        if self.level not in LEVELS:
-            raise OptionError(f"level is {self.level}", "give the level 0, 1 or 2")
-        if not 0 < self.seconds < inf:
-            raise OptionError(f"seconds is {self.seconds}", "give seconds a positive, finite value")
-        if not 0 <= self.relu_activations < inf:
-            raise OptionError(f"relu_activations is {self.relu_activations}", "give it a finite error above 0")
 
     def bounds(self) -> tuple[Bound, ...]:
         """The fidelity budget, parsed."""
@@ -131,26 +223,51 @@ class CompileConfig:
 
     @classmethod
     def from_toml(cls, path: Path) -> "CompileConfig":
-        """Read options from a TOML file whose keys are the attributes above.
+        """Read options from a TOML file, under the names of their flags or of the attributes above.
 
         Raises:
             OptionError: the file cannot be read, or holds a key or a type that asapc does not know.
         """
         try:
-            values: dict[str, Any] = tomllib.loads(path.read_text())
+            content: dict[str, Any] = tomllib.loads(path.read_text())
         except OSError as error:
             why = (error.strerror or "it is no file").lower()
             raise OptionError(f"cannot read {path}: {why}", "give a TOML file of options") from None
         except ValueError as error:  # no TOML, no text, or no path
             raise OptionError(f"cannot read {path}: {error}", "give a TOML file of options") from None
-        known = [field.name for field in fields(cls)]
-        for name, value in values.items():
-            if name not in known:
-                raise OptionError(f"{path} sets {name!r}, which is no option", f"options: {', '.join(known)}")
-            if type(value) not in TOML_TYPES.get(name, (type(getattr(cls, name)),)):
-                raise OptionError(f"{path} sets {name} to {value!r}", "its type is wrong; see the README")
-            if isinstance(value, list):
-                if any(type(item) is not (str if name in ("fidelity", "input_shape") else int) for item in value):
-                    raise OptionError(f"{path} sets {name} to {value!r}", "its items have the wrong type")
-                values[name] = tuple(value)
+        options = {key: option for option in OPTIONS.values() for key in (option.key, option.name)}
+        values: dict[str, Any] = {}
+        for key, value in content.items():
+            if key not in options:
+                keys = ", ".join(option.key for option in OPTIONS.values())
+                raise OptionError(f"{path} sets `{key}`, which is no option", f"options: {keys}")
+            option = options[key]
+            if option.name in values:
+                raise OptionError(f"{path} sets both `{option.key}` and `{option.name}`", "keep one: they are the same")
+            values[option.name] = option.read(key, value)
         return cls(**values)
+
+
+OPTIONS = declared(CompileConfig)
+
+PAGE_HEAD = """\
+# Options
+
+All options of `asapc compile`; `asapc inspect` and `asapc verify` take those that apply to them. In a TOML file for
+`--config` an option has the name of its flag without dashes (`input-shape = "x=2,197,64"`, `O = 1`) or its name in
+Python, and one that repeats takes one value or a list. The command line wins over the file. In Python options are
+arguments of `asapc.CompileConfig`.
+
+This page is the output of `asapc.config.options_page()`."""
+
+
+def options_page() -> str:
+    """Write docs/options.md."""
+    lines = [PAGE_HEAD]
+    for group, options in groupby(OPTIONS.values(), key=lambda option: option.group):
+        lines += ["", f"## {group or 'General'}", ""]
+        lines += ["| option | in Python | default | what it does |", "|---|---|---|---|"]
+        for option in options:
+            usage = f"{option.flag} {option.metavar}".strip().replace("|", "\\|")
+            lines.append(f"| `{usage}` | `{option.name}` | {option.shown_default} | {option.help} |")
+    return "\n".join(lines) + "\n"

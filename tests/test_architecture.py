@@ -16,7 +16,8 @@ from helpers.paths import ROOT
 
 # From the top down: each folder, or file that stands alone, of the library, with all others that it imports.
 ARROWS = {
-    "cli": "commands planning fidelity relu writing models config types errors events version",
+    "cli": "showing commands planning fidelity relu writing models config types errors events version",
+    "showing": "writing",
     "commands": "planning fidelity relu writing backends capturing loading passes config types errors events hashes "
     "version",
     "planning": "fidelity backends passes ops config types errors",

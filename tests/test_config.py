@@ -1,11 +1,12 @@
 """Options: what they take, and what they refuse with a message instead of a traceback."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from asapc.config import MAX_THREADS, CompileConfig
+from asapc.config import MAX_THREADS, OPTIONS, CompileConfig
 from asapc.errors import OptionError
 from asapc.types.budget import METRICS, Bound, parse_bound
 
@@ -49,6 +50,12 @@ def test_a_budget_that_cannot_be_read_is_refused_with_the_metrics_there_are(text
         parse_bound(text)
     assert repr(text) in str(caught.value)
     assert all(metric in caught.value.hint for metric in METRICS)
+
+
+def test_what_a_shell_leaves_of_an_unquoted_budget_is_refused_with_the_quoted_form():
+    with pytest.raises(OptionError) as caught:
+        CompileConfig(fidelity=("agreement",))
+    assert "--fidelity 'agreement>=0.99'" in caught.value.hint
 
 
 def test_a_bound_says_itself_as_it_is_written():
@@ -107,34 +114,39 @@ def toml(folder: Path, text: str) -> Path:
     return path
 
 
-def test_every_option_can_stand_in_a_toml_file(tmp_path):
-    path = toml(
-        tmp_path,
-        """
-        out = "folder"
-        force = true
-        calib = "samples.npz"
-        fidelity = ["agreement>=0.9", "relc<=0.1"]
-        model = "my_models:build"
-        inputs = "inputs.npz"
-        input_shape = ["x=2,3", "ids=2,5:int64:0..9"]
-        unsafe_load = true
-        early_stop = "refuse"
-        level = 1
-        lowering = "fused"
-        precision = "float16"
-        relu_activations = 1e-3
-        dynamic = "seq=16:64"
-        slices = [0, 4]
-        pieces = [4]
-        batches = [1, 8]
-        seconds = 2
-        threads = 1
-        seed = 3
-        [model_args]
-        depth = 4
-        """,
-    )
+EVERY_OPTION = """
+out = "folder"
+force = true
+calib = "samples.npz"
+fidelity = ["agreement>=0.9", "relc<=0.1"]
+model = "my_models:build"
+inputs = "inputs.npz"
+input_shape = ["x=2,3", "ids=2,5:int64:0..9"]
+unsafe_load = true
+early_stop = "refuse"
+level = 1
+lowering = "fused"
+precision = "float16"
+relu_activations = 1e-3
+dynamic = "seq=16:64"
+slices = [0, 4]
+pieces = [4]
+batches = [1, 8]
+seconds = 2
+threads = 1
+seed = 3
+[model_args]
+depth = 4
+"""
+
+
+@pytest.mark.parametrize("spelling", ["name", "key"])
+def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
+    text = EVERY_OPTION
+    for option in OPTIONS.values():
+        text, count = re.subn(rf"^(\[?){option.name}\b", rf"\g<1>{getattr(option, spelling)}", text, flags=re.MULTILINE)
+        assert count == 1
+    path = toml(tmp_path, text)
     config = CompileConfig.from_toml(path)
     assert config == CompileConfig(
         out=Path("folder"),
@@ -163,6 +175,50 @@ def test_every_option_can_stand_in_a_toml_file(tmp_path):
     assert all(getattr(config, field.name) != field.default for field in fields(CompileConfig))
 
 
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("batch = 8", "batches", (8,)),
+        ("batch = [1, 8]", "batches", (1, 8)),
+        ("batches = 8", "batches", (8,)),
+        ("slices = 8", "slices", (8,)),
+        ("O = 1", "level", 1),
+        ("level = 1", "level", 1),
+        ('fidelity = "relc<=0.1"', "fidelity", ("relc<=0.1",)),
+        ('input-shape = "x=2,3"', "input_shape", ("x=2,3",)),
+        ('input_shape = "x=2,3"', "input_shape", ("x=2,3",)),
+        ("unsafe-load = true", "unsafe_load", True),
+        ("seconds = 2", "seconds", 2.0),
+        ("model-args = '{\"depth\": 4}'", "model_args", '{"depth": 4}'),
+        ("model-args = {depth = 4}", "model_args", {"depth": 4}),
+    ],
+)
+def test_a_toml_file_takes_the_names_of_flags_and_of_attributes_and_one_value_for_a_list(line, name, value, tmp_path):
+    assert CompileConfig.from_toml(toml(tmp_path, line)) == CompileConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('seconds = "long"', "`seconds` must be a number, the file has a string"),
+        ("seed = 1.5", "`seed` must be a whole number, the file has a number"),
+        ("force = 1", "`force` must be true or false, the file has a whole number"),
+        ("O = true", "`O` must be a whole number, the file has a boolean"),
+        ('batch = "1"', "`batch` must be a whole number or a list of whole numbers, the file has a string"),
+        (
+            "batches = [1, 2.5]",
+            "`batches` must be a whole number or a list of whole numbers, the file has a list, which holds a number",
+        ),
+        ("model-args = 3", "`model-args` must be a string or a table, the file has a whole number"),
+        ("calib = 1979-05-27", "`calib` must be a string, the file has a date or time"),
+    ],
+)
+def test_a_toml_file_is_refused_with_what_was_expected_and_what_it_has(line, message, tmp_path):
+    with pytest.raises(OptionError) as caught:
+        CompileConfig.from_toml(toml(tmp_path, line))
+    assert str(caught.value) == message
+
+
 def test_an_empty_toml_file_gives_the_defaults(tmp_path):
     assert CompileConfig.from_toml(toml(tmp_path, "")) == CompileConfig()
 
@@ -179,17 +235,21 @@ def test_an_empty_toml_file_gives_the_defaults(tmp_path):
         "force = 1",
         'seconds = "long"',
         "out = 3",
-        "slices = 8",
+        'slices = "8"',
+        "slices = 8.0",
+        "slices = true",
         'slices = ["8"]',
         "slices = [0.5]",
         "batches = [2.5]",
-        'fidelity = "relc<=0.1"',
+        "fidelity = 0.1",
         'early_stop = "sometimes"',
         "early_stop = true",
         "model = 3",
         "model_args = 3",
         'inputs = ["x.npz"]',
-        'input_shape = "x=2,3"',
+        "input_shape = 2",
+        "out = 1979-05-27",
+        "seed = 1\nbatch = 2\nbatches = 2",
         "input_shape = [2, 3]",
         "unsafe_load = 1",
         "fidelity = [0.1]",
@@ -207,7 +267,7 @@ def test_a_toml_file_with_an_unknown_key_or_a_wrong_value_is_refused(line, tmp_p
 def test_an_unknown_key_is_answered_with_the_options_there_are(tmp_path):
     with pytest.raises(OptionError, match="colour") as caught:
         CompileConfig.from_toml(toml(tmp_path, 'colour = "red"'))
-    assert all(field.name in caught.value.hint for field in fields(CompileConfig))
+    assert all(option.key in caught.value.hint for option in OPTIONS.values())
 
 
 def test_a_file_that_is_no_toml_is_refused(tmp_path):

@@ -36,7 +36,9 @@ def parse_bound(text: str) -> Bound:
         OptionError: not of that form, an unknown metric, or the comparison points the wrong way.
     """
     match = re.fullmatch(r"\s*([a-z-]+)\s*(>=|<=)\s*([0-9.eE+-]+)\s*", text)
-    hint = "use one of " + ", ".join(f"{name}{op}VALUE" for name, op in METRICS.items())
+    terms = ", ".join(f"{name}{op}VALUE" for name, op in METRICS.items())
+    # Bash turns an unquoted agreement>=0.99 into "agreement", and its output into a file named "=0.99".
+    hint = f"use one of {terms}, in quotes since shells redirect at > and <: --fidelity 'agreement>=0.99'"
     if match is None or METRICS.get(match[1]) != match[2]:
         raise OptionError(f"cannot read the fidelity budget {text!r}", hint)
     try:

@@ -1,12 +1,16 @@
-"""Runs the command in this process."""
+"""Runs the command in this process, and makes files for it."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from typer.testing import CliRunner
 
 from asapc.cli import app
 from asapc.models.vit import VisionTransformer
+
+QUICK = ("--batch", "1", "--seconds", "0.05", "--threads", "1")
 
 
 def run(*arguments: object):
@@ -41,3 +45,26 @@ def assert_user_error(result, code: int = 1) -> tuple[str, str]:
     assert "Traceback" not in result.output
     assert "\x1b" not in result.output
     return errors[0], hints[0]
+
+
+def samples(path: Path, count: int = 24, shape: tuple[int, ...] = (4, 4), dtype=np.float32, **more) -> Path:
+    images = np.random.default_rng(0).random((count, *shape)).astype(dtype)
+    np.savez(path, **{"images": images, **more})
+    return path
+
+
+def written(path: Path, content: bytes = b"") -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def weights_alone(small: Path, name: str = "weights.pt") -> list[object]:
+    """The weights of a checkpoint in a file of their own, and the options that name their model."""
+    content = torch.load(small, weights_only=True)
+    torch.save({"epoch": 3, "model": {f"module.{k}": v for k, v in content["state_dict"].items()}}, name)
+    return [name, "--model", content["model"], "--model-args", json.dumps(content["model_args"])]

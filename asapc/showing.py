@@ -1,0 +1,224 @@
+"""What the command shows of its results: tables and sentences, which `asapc.cli` renders."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The cells of a table's row.
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table.
+
+    Attributes:
+        title: stands above it.
+        columns: their heads.
+        words: heads of the columns that hold words; all others hold numbers.
+        groups: rows of cells, with a gap between groups.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    words: tuple[str, ...]
+    groups: list[list[Row]]
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """A number with so many decimals, or nothing."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def inspection(sites: list[dict[str, Any]]) -> Iterator[Grid | str]:
+    """Sites as `inspect` lists them, and where they stand in the code."""
+    if not sites:
+        return
+    rows: list[Row] = [
+        (
+            site["name"],
+            str(site["half_steps"]),
+            site["last"],
+            epsilon(site),
+            str(site["heads"]),
+            size(site),
+            "yes" if site["masked"] else "no",
+            f"{site['share']:.0%}",
+        )
+        for site in sites
+    ]
+    columns = ("site", "T", "ends on", "epsilon", "heads", "N x M", "mask", "time")
+    yield Grid("Sinkhorn attention", columns, ("site", "ends on", "mask"), [rows])
+    for site in sites:
+        kind = "" if site["ends_in"] == "attention" else ", a plan alone,"
+        yield f"{site['name']}{kind} stands at {site['source']}"
+
+
+def near_misses(misses: list[dict[str, Any]]) -> Iterator[str]:
+    """What came near and was turned down, with the reason."""
+    for miss in misses:
+        where = f"{miss['source'] or 'no source line'} (node {miss['node']})"
+        yield f"miss: {where}: {miss['reason']}; {miss['hint']}"
+
+
+def early_stops(data: dict[str, Any] | None) -> Iterator[str]:
+    """What capturing without the early stops of a model changes, where it has any."""
+    from asapc.writing.report import early_stop_note
+
+    if note := early_stop_note(data):
+        yield f"Captured {note}"
+
+
+def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
+    """The report of `compile`: tables, what they say in words, and where the files are."""
+    fidelity, latency = data["fidelity"], data["latency"]
+    yield choices_grid(data["sites"])
+    yield bill_grid(data["sites"])
+    yield latency_grid(data)
+    yield from early_stops(data["early_stops"])
+    yield f"Ratios at batch {latency['batch']}: {comparison(latency)}"
+    for hop in fidelity["hops"]:
+        yield f"  {hop['name']:<13} changes the outputs by {hop['rel']:.1e} relative, {hop['max_abs']:.1e} at most"
+    for artifact in data["artifacts"]:
+        targets = f" for {', '.join(artifact['targets'])}" if artifact["targets"] else ""
+        yield f"{folder / artifact['path']}  ({artifact['builder']}{targets})"
+    yield str(folder / "report.json")
+
+
+def recheck(data: dict[str, Any]) -> Iterator[Grid | str]:
+    """The fidelity of a compiled model on other samples, whole and site by site."""
+    rows: list[Row] = [
+        (
+            site["name"],
+            *site_errors(site),
+            f"{site['outside_calibration']:.1%}" + (" (shifted)" if site["shifted"] else ""),
+        )
+        for site in data["sites"]
+    ]
+    if rows:
+        columns = ("site", "relc", "col error", "outside calibration")
+        yield Grid("Sinkhorn attention", columns, ("site",), [rows])
+    fidelity = data["fidelity"]
+    yield f"{fidelity['samples']} samples: logits differ by {fidelity['logits_rel']:.2%}"
+    if fidelity["agreement"] is not None:
+        yield f"agreement with the teacher {fidelity['agreement']:.4f}"
+    if (metric := fidelity["metric"]) is not None:
+        yield f"{metric['name']} {metric['compiled']:.4f}, of the teacher {metric['teacher']:.4f}"
+
+
+def approximation(title: str, rows: list[dict[str, Any]]) -> Grid:
+    """The networks of `approx` beside what others make of as many weights or pieces."""
+    cells: list[Row] = [
+        (
+            row["name"],
+            "" if row["pieces"] is None else str(row["pieces"]),
+            f"{row['largest']:.2e}",
+            f"{row['mse']:.2e}",
+            "" if row["mean_mse"] is None else f"{row['mean_mse']:.2e}",
+        )
+        for row in rows
+    ]
+    columns = ("approximation", "pieces", "largest error", "MSE, best", "MSE, mean")
+    return Grid(title, columns, ("approximation",), [cells])
+
+
+def choices_grid(sites: list[dict[str, Any]]) -> Grid:
+    """Sites as `compile` shows them: what was chosen, and what it costs."""
+    rows: list[Row] = [
+        (
+            site["name"],
+            size(site),
+            f"{site['half_steps']} -> {site['choice']['half_steps']}",
+            named(site["choice"]),
+            *site_errors(site),
+        )
+        for site in sites
+    ]
+    columns = ("site", "N x M", "half-steps", "operator", "relc", "col error")
+    return Grid("Sinkhorn attention", columns, ("site", "operator"), [rows])
+
+
+def bill_grid(sites: list[dict[str, Any]]) -> Grid:
+    """What the neighbours of each choice would have cost and given; all of them stand in report.json."""
+    title = "What else there was, by estimate and on calibration samples"
+    columns = ("site", "operator", "half-steps", "ms", "relc")
+    return Grid(title, columns, ("site", "operator"), [bill(site) for site in sites])
+
+
+def bill(site: dict[str, Any]) -> list[Row]:
+    """The rows of one site in the bill."""
+    chosen = {key: value for key, value in site["choice"].items() if key not in ("reason", "front")}
+    front = site["choice"]["front"]
+    at = front.index(chosen) if chosen in front else len(front) - 1
+    near = front[max(at - 1, 0) : at + 2]
+    near += [candidate for candidate in front[-1:] if candidate not in near]
+    return [
+        (
+            "" if row else site["name"],
+            named(candidate) + ("  <- chosen" if candidate == chosen else ""),
+            str(candidate["half_steps"]),
+            fixed(candidate["estimated_ms"], 2),
+            "" if candidate["calibration_relc"] is None else f"{candidate['calibration_relc']:.2g}",
+        )
+        for row, candidate in enumerate(near)
+    ]
+
+
+def latency_grid(data: dict[str, Any]) -> Grid:
+    """Latency and fidelity of every variant, a group for each batch size."""
+    latency, variants = data["latency"], data["fidelity"]["variants"]
+    p50 = {(run["name"], run["batch"]): run["p50_ms"] for run in latency["runs"]}
+    groups: dict[int, list[Row]] = {}
+    for run in latency["runs"]:
+        variant = variants[run["name"]]
+        row: Row = (
+            str(run["batch"]),
+            run["name"],
+            *(fixed(run[key], 2) for key in ("p50_ms", "p90_ms", "p99_ms")),
+            fixed(run["p50_ms"] / p50["compiled", run["batch"]], 2),
+            fixed(variant["agreement"]),
+            fixed(variant["metric"]),
+        )
+        groups.setdefault(run["batch"], []).append(row)
+    title = f"Latency in ONNX Runtime, ms a batch, {latency['threads']} threads, {latency['device']}"
+    columns = ("batch", "variant", "median", "p90", "p99", "x compiled", "agreement", "accuracy")
+    return Grid(title, columns, ("variant",), list(groups.values()))
+
+
+def comparison(latency: dict[str, Any]) -> str:
+    """Say in words which rivals the compiled model beats and which it loses to."""
+    return (
+        f"compiled is {latency['speedup_vs_teacher']:.1f}x as fast as the teacher, "
+        f"{latency['speedup_vs_exact']:.2f}x as fast as the best exact form, "
+        f"{latency['speedup_vs_truncated']:.2f}x as fast as truncated Sinkhorn of as many half-steps, "
+        f"and takes {latency['ratio_to_softmax']:.2f}x the time of softmax attention."
+    )
+
+
+def named(candidate: dict[str, Any]) -> str:
+    """An operator with what sets it apart."""
+    more = [f"{candidate['slices']} slices"] if candidate["slices"] else []
+    more += ["hinges"] if "hinges" in candidate["features"] else []
+    more += [candidate["side"]] if candidate["side"] else []
+    more += ["fused"] if candidate["lowering"] == "fused" else []
+    return ", ".join([candidate["operator"], *more])
+
+
+def size(site: dict[str, Any]) -> str:
+    """Queries by keys."""
+    return f"{site['queries']} x {site['keys']}"
+
+
+def site_errors(site: dict[str, Any]) -> tuple[str, str]:
+    """The two errors of a site, empty where it was not compared."""
+    errors = site["fidelity"] or {"relc": None, "column_marginal_error": None}
+    return fixed(errors["relc"]), fixed(errors["column_marginal_error"])
+
+
+def epsilon(site: dict[str, Any]) -> str:
+    """Temperature of a site, or the range of its heads' temperatures, or a dash where its scores are no q.k."""
+    values = site["epsilon"]
+    if values is None:
+        return "-"
+    return f"{min(values):.3g} ... {max(values):.3g}" if isinstance(values, list) else f"{values:.4g}"
