@@ -23,7 +23,6 @@ from asapc import showing
 from asapc.config import OPTIONS, CompileConfig
 from asapc.errors import AsapcError, InternalError, OptionError
 from asapc.events import Event, StageAdvanced, StageDone, StageStarted
-from asapc.types.budget import SITE_METRICS
 from asapc.types.options import Option
 from asapc.version import __version__
 
@@ -222,25 +221,21 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare a compiled model with its teacher again, on other samples."""
-    from asapc.commands.verify import recheck, recheck_stored
-    from asapc.fidelity.budget import check_budget
+    from asapc.commands.verify import Verification, verify_model, verify_outputs
+
+    def display(verification: Verification) -> None:
+        if as_json:
+            print_json(verification.data())
+        else:
+            show(showing.verification(verification.data()))
 
     if outputs is None:
         warn_of_unsafe_load(teacher or folder, options)
-        result = recheck(folder, data, teacher, options)
+        verify_model(folder, data, teacher, options, display)
+    elif teacher is not None:
+        raise OptionError("stored outputs tell nothing about the teacher", "omit --outputs or --teacher")
     else:
-        of_sites = [str(bound) for bound in options.bounds() if bound.metric in SITE_METRICS]
-        if teacher is not None or of_sites:
-            raise OptionError(
-                f"stored outputs tell nothing about {', '.join(of_sites) or 'the teacher'}",
-                "omit --outputs, or what needs the teacher itself",
-            )
-        result = recheck_stored(folder, data, outputs)
-    if as_json:
-        print_json(result.data())
-    else:
-        show(showing.recheck(result.data()))
-    check_budget(result.fidelity, options.bounds() or result.budget)
+        verify_outputs(folder, data, outputs, options, display)
 
 
 @command(

@@ -86,7 +86,7 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     yield str(folder / "report.json")
 
 
-def recheck(data: dict[str, Any]) -> Iterator[Grid | str]:
+def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
     """The fidelity of a compiled model on other samples, whole and site by site."""
     rows: list[Row] = [
         (

@@ -52,8 +52,8 @@ def point_model(tmp_path_factory):
     fixed = {"model": "asapc.models.pointset:PointTransformer", "model_args": sizes, "calib": folder / "samples.pt"}
     quick = {"level": 1, "batches": (1,), "seconds": 0.1, "threads": 1}
 
-    def teachers(graph, sites, variants, threads, advance):
-        (runner,) = export_rivals(graph, sites, {"teacher": {}}, threads, advance).values()
+    def teachers(studied, variants, threads, advance):
+        (runner,) = export_rivals(studied, {"teacher": {}}, threads, advance).values()
         return dict.fromkeys(variants, runner)
 
     def compile_it(**options):

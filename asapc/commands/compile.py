@@ -91,7 +91,7 @@ def compile_model(
     """
     path, config = Path(path), config or CompileConfig()
     out = Path(config.out or f"{path.stem}.asap")
-    dump = Dump(config.dump)
+    dump = Dump(None if config.dump is None else Path(config.dump))
     # The folder is opened first: that it cannot be written must not show after minutes of work.
     with torch_threads(config.threads) as threads, output_folder(out, config.force) as folder:
         teacher = study(path, config, on_event=on_event, dump=dump)

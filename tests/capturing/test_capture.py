@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers.stopping import Done, While, captured, loaded, scores
 from torch import nn
 
-from asapc.capturing.capture import EXAMPLE_BATCH, capture
+from asapc.capturing.capture import EXAMPLE_BATCH, capture_code
 from asapc.capturing.export import export
 from asapc.errors import CaptureError, SamplesError
 from asapc.loading.model import load_model
@@ -47,7 +47,7 @@ def test_a_model_that_asks_nothing_is_captured_as_without_all_this(kind, shipped
     else:
         model = load_model(shipped)
         samples = model.calibration
-    graph = capture(model, samples)
+    graph = capture_code(model, samples)
     assert graph.early_stops is None
     assert dump(graph.program) == dump(export(model.module, samples[:EXAMPLE_BATCH].inputs))
 

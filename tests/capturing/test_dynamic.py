@@ -8,7 +8,7 @@ from helpers.tolerances import FLOAT32, difference
 
 import asapc
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.capturing.capture import capture
+from asapc.capturing.capture import capture_code
 from asapc.capturing.dynamic import parse_axes, reopen
 from asapc.config import CompileConfig
 from asapc.errors import CaptureError, OptionError
@@ -98,7 +98,7 @@ class OtherWhereOpen(torch.nn.Module):
 def test_a_model_that_does_as_many_but_other_operations_with_open_axes_is_refused():
     samples = Samples({"points": torch.randn(4, 24, 3)})
     loaded = LoadedModel(OtherWhereOpen(), Path("model.pt"), sha256="", parameters=0, calibration=None, held_out=None)
-    graph = capture(loaded, samples)
+    graph = capture_code(loaded, samples)
     axes = parse_axes("seq=12:48", samples)
     with pytest.raises(CaptureError, match="other operations") as caught:
         reopen(loaded, samples, axes, graph, [], "bound")

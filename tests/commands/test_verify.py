@@ -10,7 +10,7 @@ import torch
 from helpers.command import assert_user_error, run, write_checkpoint
 
 from asapc.commands.compile import compile_model
-from asapc.commands.verify import budget_of, recheck, recheck_stored, share_outside
+from asapc.commands.verify import budget_of, share_outside, verify_model, verify_outputs
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, SamplesError
 from asapc.loading.model import load_model
@@ -33,7 +33,7 @@ def compiled(tmp_path_factory) -> Path:
 
 
 def test_on_the_data_it_was_compiled_with_it_says_what_the_report_says(compiled):
-    found = recheck(compiled / "out", compiled / "same.npz")
+    found = verify_model(compiled / "out", compiled / "same.npz")
     report = json.loads((compiled / "out" / "report.json").read_text())
     assert found.fidelity.logits_rel == pytest.approx(report["fidelity"]["logits_rel"], rel=1e-3)
     assert found.fidelity.agreement == report["fidelity"]["agreement"]
@@ -49,13 +49,13 @@ def test_stored_outputs_do_in_place_of_the_teacher(compiled, tmp_path):
     with torch.no_grad():
         np.savez(tmp_path / "logits.npz", logits=teacher(images).numpy())
         np.savez(tmp_path / "fewer.npz", logits=teacher(images[:5]).numpy())
-    found = recheck_stored(compiled / "out", compiled / "same.npz", tmp_path / "logits.npz").fidelity
-    expected = recheck(compiled / "out", compiled / "same.npz").fidelity
+    found = verify_outputs(compiled / "out", compiled / "same.npz", tmp_path / "logits.npz").fidelity
+    expected = verify_model(compiled / "out", compiled / "same.npz").fidelity
     assert found.logits_rel == pytest.approx(expected.logits_rel, rel=1e-4)
     assert (found.agreement, found.metric) == (expected.agreement, expected.metric)
     for outputs in (tmp_path / "fewer.npz", compiled / "same.npz"):
         with pytest.raises(SamplesError, match="samples and shapes"):
-            recheck_stored(compiled / "out", compiled / "same.npz", outputs)
+            verify_outputs(compiled / "out", compiled / "same.npz", outputs)
     arguments = ("verify", compiled / "out", "--data", compiled / "same.npz", "--outputs", tmp_path / "logits.npz")
     assert run(*arguments).exit_code == 0
     assert run(*arguments, "--fidelity", "agreement>=1.1").exit_code == 3
@@ -66,11 +66,11 @@ def test_the_budget_is_that_of_the_report_as_far_as_the_samples_tell(compiled, t
     whole, outputs = Fidelity(8, 0.1, 0.9, None, (), {}, {}), ["relc<=0.2", "agreement>=0.5", "metric-drop<=1"]
     assert budget_of({"budget": outputs}, whole) == (Bound("agreement", 0.5),)
     assert budget_of({}, whole) == ()  # that of a folder which says nothing is the default
-    assert recheck(compiled / "out", compiled / "same.npz").budget == (Bound("relc", 1), Bound("agreement", 0))
+    assert verify_model(compiled / "out", compiled / "same.npz").budget == (Bound("relc", 1), Bound("agreement", 0))
 
 
 def test_data_of_another_kind_is_out_of_range(compiled):
-    assert recheck(compiled / "out", compiled / "sharp.npz").shifted == ["blocks.0.attention"]
+    assert verify_model(compiled / "out", compiled / "sharp.npz").shifted == ["blocks.0.attention"]
 
 
 def test_a_range_is_widened_by_a_tenth_and_what_lies_beyond_is_outside():
@@ -81,10 +81,10 @@ def test_a_range_is_widened_by_a_tenth_and_what_lies_beyond_is_outside():
 def test_the_teacher_may_have_moved_and_may_not_be_another(compiled, tmp_path):
     moved = tmp_path / "moved.pt"
     shutil.copy(compiled / "model.pt", moved)
-    assert recheck(compiled / "out", compiled / "same.npz", moved).fidelity.samples == 8
+    assert verify_model(compiled / "out", compiled / "same.npz", moved).fidelity.samples == 8
     other = write_checkpoint(tmp_path / "other.pt", iterations=19)
     with pytest.raises(CheckpointError, match="not the model"):
-        recheck(compiled / "out", compiled / "same.npz", other)
+        verify_model(compiled / "out", compiled / "same.npz", other)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "report.json", "manifest.json", "operator.safetensors"])
@@ -94,14 +94,14 @@ def test_a_folder_that_changed_or_lacks_a_file_is_refused(compiled, name, tmp_pa
         shutil.copytree(compiled / "out", folder, dirs_exist_ok=True)
         damage(folder / name)
         with pytest.raises(CheckpointError) as caught:
-            recheck(folder, compiled / "same.npz", compiled / "model.pt")
+            verify_model(folder, compiled / "same.npz", compiled / "model.pt")
         assert "compile" in caught.value.hint
 
 
 def test_samples_that_do_not_fit_are_refused(compiled, tmp_path):
     np.savez(tmp_path / "wrong.npz", pictures=np.zeros((3, 4, 4), dtype=np.float32))
     with pytest.raises(SamplesError):
-        recheck(compiled / "out", tmp_path / "wrong.npz")
+        verify_model(compiled / "out", tmp_path / "wrong.npz")
 
 
 def test_the_command_prints_the_sites_and_exits_by_the_budget(compiled):

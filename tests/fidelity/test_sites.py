@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.tolerances import FLOAT32
 
-from asapc.capturing.capture import capture
+from asapc.capturing.capture import capture_code
 from asapc.capturing.export import export
 from asapc.fidelity.sites import site_fidelity
 from asapc.models.vit import VisionTransformer
@@ -26,7 +26,7 @@ def teacher():
     model = VisionTransformer(size=4, classes=3, width=8, depth=1, heads=2, iterations=10).eval()
     samples = Samples({"images": torch.rand(6, 4, 4)})
     loaded = LoadedModel(model, Path("model.pt"), "0" * 64, 0, samples, samples)
-    graph = capture(loaded, samples)
+    graph = capture_code(loaded, samples)
     return graph, find_sinkhorn(graph, samples[:2]).sites, samples
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from helpers.tolerances import difference
@@ -13,10 +14,12 @@ from asapc.passes.find.sinkhorn import find_sinkhorn
 from asapc.passes.layout import score_factor, site_inputs
 from asapc.passes.record import record
 from asapc.planning.calibrate import Fitted, calibrate
+from asapc.types import teacher as types
 from asapc.types.choices import FeatureSet
 from asapc.types.graph import CapturedGraph
+from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
-from asapc.types.site import Attention, DotProduct, Loop, Operand, Site, Wiring
+from asapc.types.site import Attention, DotProduct, Findings, Loop, Operand, Site, Wiring
 
 HEADS, DIM, TOKENS = 2, 5, 9
 SCALE = torch.tensor([0.3, 2.0], dtype=torch.float64)
@@ -57,6 +60,12 @@ def changed(site, **changes):
     return replace(site, loop=replace(loop, **own(loop)), wiring=wiring, **changes)
 
 
+def studied(module, graph, findings, samples):
+    """What `study` makes of a module, from a graph and findings that are at hand."""
+    loaded = LoadedModel(module, Path("model.pt"), "0" * 64, 5, samples, samples)
+    return types.Teacher(loaded, samples, samples, graph, findings, graph, findings.sites, findings.sites)
+
+
 class Teacher:
     """A tiny untrained model with sharp scores, its sites, and the first one's activations on held-out images."""
 
@@ -72,6 +81,7 @@ class Teacher:
         self.sites = find_sinkhorn(self.graph, self.samples[:2]).sites
         assert len(self.sites) == depth
         self.site = self.sites[0]
+        self.studied = studied(model, self.graph, Findings(tuple(self.sites), ()), self.samples)
         names = [operand.node for operand in self.site.wiring.operands]
         recorded = record(self.graph.program.module(), held_out, names)
         given_tensors = [recorded[name] for name in names]

@@ -7,7 +7,7 @@ from helpers.tolerances import difference
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from asapc.capturing.capture import capture
+from asapc.capturing.capture import capture_code
 from asapc.capturing.export import export
 from asapc.passes.find.build import build_plans
 from asapc.passes.find.sinkhorn import find_sinkhorn
@@ -22,7 +22,7 @@ PROBED = 2  # samples that the finder sees
 def captured(module, inputs):
     """The graph of a module, as `asapc compile` looks into it: early stops are taken to their bound, plans built."""
     loaded = LoadedModel(module, Path("model.pt"), sha256="", parameters=0, calibration=None, held_out=None)
-    return build_plans(capture(loaded, Samples(inputs)), Samples(inputs)[:PROBED])
+    return build_plans(capture_code(loaded, Samples(inputs)), Samples(inputs)[:PROBED])
 
 
 def relowered(graph, sites, inputs, exported=True):

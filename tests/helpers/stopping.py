@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asapc.capturing.capture import capture
+from asapc.capturing.capture import capture_code
 from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
 
@@ -25,7 +25,7 @@ def loaded(module: nn.Module) -> LoadedModel:
 
 
 def captured(module: nn.Module, samples: Samples | None = None, **options):
-    return capture(loaded(module), scores() if samples is None else samples, **options)
+    return capture_code(loaded(module), scores() if samples is None else samples, **options)
 
 
 def scores(count: int = 40) -> Samples:

@@ -10,7 +10,7 @@ from torch.export import Dim
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.capturing.capture import capture
+from asapc.capturing.capture import capture_code
 from asapc.capturing.export import export
 from asapc.commands.compile import compile_model
 from asapc.commands.inspect import inspect_model
@@ -89,7 +89,7 @@ def test_inputs_reach_the_parameters_of_their_names_everywhere(kind, tmp_path):
     model = loaded(kind, tmp_path)
     samples = order_inputs(model, given())
     wanted = expected(model.module, samples)
-    graph = capture(model, given())
+    graph = capture_code(model, given())
     assert list(graph.example.inputs) == list(samples.inputs)
     for module in (model.module, graph.program.module(), export(graph.program.module(), samples.inputs).module()):
         (seen,) = EagerRunner(module)(samples)

@@ -3,7 +3,7 @@ import torch
 from helpers.tolerances import FLOAT32
 from torch import nn
 
-from asapc.capturing.capture import capture
+from asapc.capturing.capture import capture_code
 from asapc.loading.model import load_model
 from asapc.models.pointset import PointTransformer
 from asapc.models.text import TextTransformer
@@ -71,7 +71,7 @@ def test_a_checkpoint_loads_and_its_loop_is_recognised(model_class, args, name, 
     }
     torch.save(checkpoint, tmp_path / "model.pt")
     loaded = load_model(tmp_path / "model.pt")
-    (site,) = find_sinkhorn(capture(loaded, loaded.calibration), loaded.calibration).sites
+    (site,) = find_sinkhorn(capture_code(loaded, loaded.calibration), loaded.calibration).sites
     assert site.loop.half_steps == 6
     assert site.loop.last == "rows"
     assert site.epsilon == pytest.approx((0.5, 0.5), rel=1e-3)

@@ -8,7 +8,7 @@ import pytest
 from helpers.fitted import cached_teacher, site, sound
 
 from asapc.config import CompileConfig
-from asapc.planning.choose import MARGIN, check, choose, decide, front, next_step, plan, repair
+from asapc.planning.choose import MARGIN, check, choose, choose_operator, decide, front, next_step, repair
 from asapc.planning.operators import build, rivals
 from asapc.planning.propose import TRUNCATED, feature_sets, propose
 from asapc.types.choices import Candidate, Choice, Selection
@@ -27,44 +27,44 @@ DEFAULT = CompileConfig()
 
 
 def test_the_cheapest_that_keeps_the_budget_is_chosen():
-    assert choose(site(40), ALL, DEFAULT).candidate is CLOSE
-    assert choose(site(40), ALL, CompileConfig(fidelity=("relc<=0.3",))).candidate is ROUGH
+    assert choose_operator(site(40), ALL, DEFAULT).candidate is CLOSE
+    assert choose_operator(site(40), ALL, CompileConfig(fidelity=("relc<=0.3",))).candidate is ROUGH
 
 
 def test_what_saves_too_little_is_not_worth_an_error():
-    assert choose(site(40), ALL, CompileConfig(fidelity=("relc<=0.02",))).candidate is EXACT
+    assert choose_operator(site(40), ALL, CompileConfig(fidelity=("relc<=0.02",))).candidate is EXACT
 
 
 def test_a_limit_of_the_budget_is_aimed_at_with_a_margin():
     budget, limit = CompileConfig(fidelity=("relc<=0.1",)), 0.1
     beyond, within = (candidate("sliced_dual", 3.0, share * limit) for share in ((1 + MARGIN) / 2, MARGIN - 0.01))
     assert beyond.fidelity.relc < limit
-    assert choose(site(40), [EXACT, beyond], budget).candidate is EXACT
-    assert choose(site(40), [EXACT, within], budget).candidate is within
+    assert choose_operator(site(40), [EXACT, beyond], budget).candidate is EXACT
+    assert choose_operator(site(40), [EXACT, within], budget).candidate is within
 
 
 def test_every_term_of_the_budget_counts():
     lopsided = replace(CLOSE, fidelity=replace(CLOSE.fidelity, column_marginal_error=0.5))
     budget = CompileConfig(fidelity=("column-marginal<=0.1",))
-    assert choose(site(40), [EXACT, lopsided], budget).candidate is EXACT
-    assert choose(site(40), [EXACT, lopsided], DEFAULT).candidate is lopsided
+    assert choose_operator(site(40), [EXACT, lopsided], budget).candidate is EXACT
+    assert choose_operator(site(40), [EXACT, lopsided], DEFAULT).candidate is lopsided
 
 
 def test_an_error_that_is_nan_keeps_no_budget():
     broken = candidate("sliced_dual", 1.0, nan)
-    assert choose(site(40), [EXACT, broken], DEFAULT).candidate is EXACT
+    assert choose_operator(site(40), [EXACT, broken], DEFAULT).candidate is EXACT
 
 
 def test_a_site_is_kept_where_even_the_exact_form_fails():
     lost = candidate("exact", 10.0, 0.3)
-    choice = choose(site(40), [lost], DEFAULT)
+    choice = choose_operator(site(40), [lost], DEFAULT)
     assert choice.candidate.operator == "keep"
     assert "float32" in choice.reason
 
 
 def test_the_reason_says_how_close_the_closest_came():
-    assert "0.2" in choose(site(40), [EXACT, ROUGH], DEFAULT).reason
-    assert "too few" in choose(site(3), [EXACT], DEFAULT).reason
+    assert "0.2" in choose_operator(site(40), [EXACT, ROUGH], DEFAULT).reason
+    assert "too few" in choose_operator(site(3), [EXACT], DEFAULT).reason
 
 
 def test_the_front_holds_what_nothing_beats_cheapest_first():
@@ -84,17 +84,15 @@ def teacher():
 
 
 def test_level_one_and_zero_do_not_approximate(teacher):
-    held_out = teacher.samples
     for level, operator in ((0, "keep"), (1, "exact")):
         config = CompileConfig(level=level)
-        chosen = plan(teacher.graph, [teacher.site], teacher.samples, held_out, config)
+        chosen = choose(teacher.studied, config)
         assert chosen.choices[teacher.site.name].candidate.operator == operator
 
 
 def test_candidates_are_the_exact_form_its_truncations_and_sliced_duals_of_every_feature_set(teacher):
     config = CompileConfig(slices=(0, 2), pieces=(0, 4))
-    samples = teacher.samples
-    found = propose(teacher.graph, [teacher.site], samples, config)
+    found = propose(teacher.studied, config)
     candidates = found[teacher.site.name]
     steps = teacher.site.loop.half_steps
     assert candidates[0].operator == "exact"
@@ -121,7 +119,7 @@ def test_masked_and_long_sites_get_no_slices():
 
 
 def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
-    candidates = propose(teacher.graph, [teacher.site], teacher.samples, DEFAULT)[teacher.site.name]
+    candidates = propose(teacher.studied, DEFAULT)[teacher.site.name]
     exact = replace(EXACT, half_steps=teacher.site.loop.half_steps)
     truncated = replace(candidate("truncated", 1.0, 0.9), half_steps=2)
     middle = replace(next(c for c in candidates if c.half_steps == 9), cost=2.0, fidelity=CLOSE.fidelity)
@@ -131,8 +129,8 @@ def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
     lines = []
     for budget, expected in (("relc<=0.3", middle), ("relc<=1e-5", exact)):
         config = CompileConfig(fidelity=(budget, "agreement>=0"))
-        made = repair(teacher.graph, [teacher.site], start, teacher.samples, config, lines.append)
-        assert made.choices[name].candidate is expected, check(teacher.graph, [teacher.site], made, teacher.samples)
+        made = repair(teacher.studied, start, config, lines.append)
+        assert made.choices[name].candidate is expected, check(teacher.studied, made)
         assert made.repairs == curve.index(expected)
     assert "held-out" in made.choices[name].reason
     assert lines
@@ -140,30 +138,30 @@ def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
 
 @pytest.fixture
 def two_sites():
-    """A teacher of two sites, and a plan that truncates both: the first by far too much, the second by one half-step.
+    """A teacher of two sites, and a selection that truncates both: the first by far too much, the second by one half-step.
 
     The second's next step is said to take away more error, for less time.
     """
     teacher = cached_teacher(sound, depth=2)
     _, second = teacher.sites
     exact = [replace(EXACT, half_steps=s.loop.half_steps) for s in teacher.sites]
-    rough = candidate("truncated", 5.0, 0.5, half_steps=2), candidate("truncated", 9.9, 0.9, second.half_steps - 1)
+    rough = candidate("truncated", 5.0, 0.5, half_steps=2), candidate("truncated", 9.9, 0.9, second.loop.half_steps - 1)
     pairs = zip(teacher.sites, rough, exact, strict=True)
-    return teacher, Plan({s.name: Choice(now, "", (now, closest)) for s, now, closest in pairs})
+    return teacher, Selection({s.name: Choice(now, "", (now, closest)) for s, now, closest in pairs})
 
 
-def half_steps_of(plan, sites):
-    return [plan.choices[s.name].candidate.half_steps for s in sites]
+def half_steps_of(selection, sites):
+    return [selection.choices[s.name].candidate.half_steps for s in sites]
 
 
 def test_a_site_that_misses_its_own_limit_is_repaired_before_all_others(two_sites):
     teacher, start = two_sites
     first, second = teacher.sites
     config = CompileConfig(fidelity=("relc<=0.2",))
-    errors = check(teacher.graph, teacher.sites, start, teacher.samples).sites
+    errors = check(teacher.studied, start).sites
     assert errors[second.name].relc < 0.2 < errors[first.name].relc
-    repaired = repair(teacher.graph, teacher.sites, start, teacher.samples, config, lambda detail: None)
-    assert half_steps_of(repaired, teacher.sites) == [first.half_steps, second.half_steps - 1]
+    repaired = repair(teacher.studied, start, config, lambda detail: None)
+    assert half_steps_of(repaired, teacher.sites) == [first.loop.half_steps, second.loop.half_steps - 1]
     assert repaired.repairs == 1
     assert repaired.choices[second.name] is start.choices[second.name]
 
@@ -174,13 +172,13 @@ def test_where_no_site_misses_a_limit_of_its_own_the_step_that_helps_most_for_it
     teacher, start = two_sites
     checked = []
 
-    def check_and_note(graph, sites, chosen, samples):
-        checked.append(half_steps_of(chosen, sites))
-        return check(graph, sites, chosen, samples)
+    def check_and_note(studied, selection):
+        checked.append(half_steps_of(selection, studied.sites))
+        return check(studied, selection)
 
     monkeypatch.setattr("asapc.planning.choose.check", check_and_note)
     config = CompileConfig(fidelity=("agreement>=1.1",))  # which nothing keeps
-    repaired = repair(teacher.graph, teacher.sites, start, teacher.samples, config, lambda detail: None)
+    repaired = repair(teacher.studied, start, config, lambda detail: None)
     first, second = (s.loop.half_steps for s in teacher.sites)
     assert checked == [[2, second - 1], [2, second], [first, second]]
     assert repaired.repairs == 2
@@ -192,7 +190,7 @@ def test_a_budget_on_the_whole_model_alone_lets_sites_go_as_far_as_it_does(teach
     candidates = {name: [exact, *(candidate("truncated", t, 0.8 / t, half_steps=t) for t in (2, 3, 4, 6))]}
     for budget, expected in (("agreement>=0", 2), ("relc<=9", 2), ("agreement>=1.1", exact.half_steps)):
         config = CompileConfig(fidelity=(budget,))
-        made = decide(teacher.graph, [teacher.site], candidates, Selection({}), teacher.samples, config)
+        made = decide(teacher.studied, candidates, Selection({}), config)
         assert made.choices[name].candidate.half_steps == expected
     assert made.repairs > 0
 
@@ -201,7 +199,7 @@ def test_a_budget_that_nothing_keeps_leaves_the_closest(teacher):
     start = Selection({teacher.site.name: Choice(EXACT, "", (EXACT,))})
     config = CompileConfig(fidelity=("relc<=1e-30",))
     start = Selection({teacher.site.name: replace(start.choices[teacher.site.name])})
-    made = repair(teacher.graph, [teacher.site], start, teacher.samples, config, lambda detail: None)
+    made = repair(teacher.studied, start, config, lambda detail: None)
     assert made.choices[teacher.site.name].candidate is EXACT
 
 

@@ -12,7 +12,6 @@ from helpers.paths import ROOT
 from asapc.types.budget import Bound
 from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 from asapc.types.graph import EarlyStops
-from asapc.types.model import LoadedModel
 from asapc.types.results import (
     Fidelity,
     FittedActivation,
@@ -23,6 +22,7 @@ from asapc.types.results import (
     SiteFidelity,
     VariantFidelity,
 )
+from asapc.types.samples import Samples
 from asapc.types.site import Findings, Miss, Site
 from asapc.writing.environment import environment
 from asapc.writing.report import early_stop_data, early_stop_note, miss_data, report_data, site_data
@@ -51,7 +51,7 @@ def report() -> dict:
     params = SlicedDualParams(basis, basis, 8, knots, (torch.zeros(2, 25), torch.zeros(2, 26)))
     quality = SiteFidelity(0.1, 0.1, 0.0, 0.1)
     sliced, exact = Candidate("sliced_dual", 5, 1.0, quality, params), Candidate("exact", 40, 2.0, quality)
-    plan = Selection(
+    selection = Selection(
         {
             "a": Choice(sliced, "why", (sliced, exact)),
             "b": Choice(Candidate("keep", 40, inf), "why", (exact,)),
@@ -74,12 +74,13 @@ def report() -> dict:
         for name, ms in VARIANTS.items()
     ]
     lowered = FittedActivation("gelu, float32", torch.nn.Identity(), 16, 1e-3, -6.0, 4.0, 2)
-    loaded = LoadedModel(torch.nn.Identity(), Path("model.pt"), "0" * 64, 5, None, None)
     artifacts = [{"kind": "onnx", "path": "model.onnx", "sha256": "0" * 64, "builder": "b", "targets": []}]
     stops = EarlyStops({"sinkhorn.py:7": "if err.item() < self.tol:"}, 1e-3, taken=True)
     findings = Findings(sites, (Miss("node", None, "why", "what to do"),), stops)
     budget, latency = (Bound("relc", 0.2),), Latency("cpu", 2, tuple(runs))
-    return report_data(loaded, findings, plan, (lowered,), fidelity, budget, latency, artifacts, environment(seed=0))
+    samples = Samples({"x": torch.zeros(4, 1)})
+    teacher = fitted.studied(torch.nn.Identity(), None, findings, samples)
+    return report_data(teacher, selection, (lowered,), fidelity, budget, latency, artifacts, environment(seed=0))
 
 
 def test_a_report_keeps_to_its_schema_as_json() -> None:

@@ -23,16 +23,16 @@ from torch import nn
 
 import asapc.commands.compile
 from asapc.backends.onnxruntime.splicer import splice_onnx
-from asapc.capturing.capture import capture
+from asapc.capturing.capture import capture_onnx
 from asapc.capturing.compare import run
 from asapc.capturing.onnx import OnnxGraph, check_memory
 from asapc.commands.compile import compile_model
 from asapc.commands.inspect import inspect_model
-from asapc.commands.teacher import find
 from asapc.config import CompileConfig
 from asapc.errors import AsapcError, CheckpointError, NoSinkhornError, OptionError, SamplesError
 from asapc.loading.model import load_model
 from asapc.passes.find.build import build_plans
+from asapc.passes.find.evidence import find_with_evidence
 from asapc.planning.operators import exact_operator
 from asapc.types.artifacts import EngineArtifact
 from asapc.types.samples import Samples
@@ -127,12 +127,12 @@ def test_a_loop_is_found_and_replaced_and_all_else_stays(name, legacy, tmp_path)
     model.metadata_props.add(key="owner", value="somebody")
     onnx.save(model, path)
     loaded = load_model(path)
-    graph = capture(loaded, Samples(inputs))
+    graph = capture_onnx(loaded, Samples(inputs))
     assert isinstance(graph, OnnxGraph)
     for seen, wanted in zip(graph.program.module()(*inputs.values()), expected, strict=True):
         np.testing.assert_allclose(seen.numpy(), wanted, rtol=1e-4, atol=1e-5)
     graph = build_plans(graph, Samples(inputs))
-    findings = find(graph, Samples(inputs))
+    findings = find_with_evidence(graph, Samples(inputs))
     sites = CASES[name].sites
     assert [(site.loop.half_steps, site.loop.last) for site in findings.sites] == [
         (s.loop.half_steps, s.loop.last) for s in sites
@@ -211,8 +211,8 @@ def looped(folder: Path, turns: int, text: str = "") -> Path:
 def test_a_loop_of_onnx_with_a_known_number_of_turns(tmp_path):
     path = looped(tmp_path, 5)
     inputs = {"x": torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(0))}
-    graph = capture(load_model(path), Samples(inputs))
-    findings = find(graph, Samples(inputs))
+    graph = capture_onnx(load_model(path), Samples(inputs))
+    findings = find_with_evidence(graph, Samples(inputs))
     assert [(site.loop.half_steps, site.loop.last) for site in findings.sites] == [(10, "columns")]
     operators = {site.name: exact_operator(site) for site in findings.sites}
     artifact = splice_onnx(graph, findings.sites, operators, tmp_path / "out.onnx", {})
@@ -223,7 +223,7 @@ def test_a_loop_of_onnx_with_a_known_number_of_turns(tmp_path):
 def test_loops_on_data_and_loops_without_end_are_refused(tmp_path):
     inputs = Samples({"x": torch.randn(4, 6, 4)})
     with pytest.raises(CheckpointError, match="more than 1000 turns"):
-        capture(load_model(looped(tmp_path, 10**6)), inputs)
+        capture_onnx(load_model(looped(tmp_path, 10**6)), inputs)
     model = onnx.load(looped(tmp_path, 5))
     nodes = [helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0), helper.make_node("Cast", ["top"], ["n"], to=7)]
     loop = next(node for node in model.graph.node if node.op_type == "Loop")
@@ -232,7 +232,7 @@ def test_loops_on_data_and_loops_without_end_are_refused(tmp_path):
     model.graph.node.insert(0, nodes[0])
     onnx.save(model, tmp_path / "data.onnx")
     with pytest.raises(CheckpointError, match="depends on data"):
-        capture(load_model(tmp_path / "data.onnx"), inputs)
+        capture_onnx(load_model(tmp_path / "data.onnx"), inputs)
 
 
 def test_names_of_inputs_need_not_be_python_names(tmp_path):
@@ -242,8 +242,8 @@ def test_names_of_inputs_need_not_be_python_names(tmp_path):
     model.graph.input[0].name = "in.1:0"
     onnx.save(model, tmp_path / "named.onnx")
     inputs = {"in.1:0": torch.rand(4, 3, 4)}
-    graph = capture(load_model(tmp_path / "named.onnx"), Samples(inputs))
-    findings = find(graph, Samples(inputs))
+    graph = capture_onnx(load_model(tmp_path / "named.onnx"), Samples(inputs))
+    findings = find_with_evidence(graph, Samples(inputs))
     operators = {site.name: exact_operator(site) for site in findings.sites}
     artifact = splice_onnx(graph, findings.sites, operators, tmp_path / "out.onnx", {})
     np.testing.assert_allclose(
@@ -256,8 +256,8 @@ def test_an_axis_that_the_file_leaves_open_is_fixed_to_the_samples(tmp_path):
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "tokens"
     onnx.save(model, tmp_path / "open.onnx")
     inputs = {"x": torch.randn(4, 6, 4)}
-    graph = capture(load_model(tmp_path / "open.onnx"), Samples(inputs))
-    findings = find(graph, Samples(inputs))
+    graph = capture_onnx(load_model(tmp_path / "open.onnx"), Samples(inputs))
+    findings = find_with_evidence(graph, Samples(inputs))
     operators = {site.name: exact_operator(site) for site in findings.sites}
     artifact = splice_onnx(graph, findings.sites, operators, tmp_path / "out.onnx", {})
     dims = onnx.load(artifact.path).graph.input[0].type.tensor_type.shape.dim
@@ -342,9 +342,9 @@ def test_external_data_beside_the_file_is_read(tmp_path):
 def test_samples_of_another_name_or_dtype_are_refused(tmp_path):
     loaded = load_model(tiny_file(tmp_path))
     with pytest.raises(SamplesError, match="the model's inputs are x"):
-        capture(loaded, Samples({"y": torch.rand(4, 3, 4)}))
+        capture_onnx(loaded, Samples({"y": torch.rand(4, 3, 4)}))
     with pytest.raises(SamplesError, match=r"exported with \(batch, 3, 4\) torch\.float32"):
-        capture(loaded, Samples({"x": torch.rand(4, 3, 4).double()}))
+        capture_onnx(loaded, Samples({"x": torch.rand(4, 3, 4).double()}))
     with pytest.raises(OptionError):
         load_model(tmp_path / "tiny.onnx", CompileConfig(model="helpers.hostile:Tiny"))
 
@@ -356,7 +356,7 @@ def test_a_graph_that_asks_for_more_than_there_is_is_refused_first(tmp_path):
     model.graph.node.add(op_type="ConstantOfShape", input=["huge"], output=["filled"], name="filler")
     onnx.save(model, tmp_path / "huge.onnx")
     with pytest.raises(CheckpointError, match="filler"):
-        capture(load_model(tmp_path / "huge.onnx"), Samples({"x": torch.rand(2, 3, 4)}))
+        capture_onnx(load_model(tmp_path / "huge.onnx"), Samples({"x": torch.rand(2, 3, 4)}))
 
 
 @pytest.mark.parametrize("seed", range(3))

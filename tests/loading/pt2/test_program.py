@@ -9,7 +9,7 @@ from helpers.tolerances import FLOAT32, difference
 from torch import nn
 from torch.export import Dim
 
-from asapc.capturing.capture import capture
+from asapc.capturing.capture import capture_exported
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, OptionError
 from asapc.loading.model import load_model
@@ -21,7 +21,7 @@ def test_an_archive_gives_the_program_and_its_sample_inputs(whole):
     assert loaded.parameters == sum(p.numel() for p in module.parameters())
     assert loaded.example.inputs["x"].shape == (2, 3, 4)
     assert (loaded.calibration, loaded.held_out) == (None, None)
-    graph = capture(loaded, loaded.example)
+    graph = capture_exported(loaded, loaded.example)
     assert graph.program is loaded.program
     for batch in (1, 2, 5):
         x = torch.rand(batch, 3, 4)

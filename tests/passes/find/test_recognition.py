@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from helpers.fitted import studied
 from helpers.relowering import PROBED, captured, outputs, relowered, worst
 from helpers.tolerances import FLOAT32
 from helpers.zoo import NEGATIVES, POSITIVES
@@ -12,7 +13,7 @@ from asapc.capturing.export import export
 from asapc.config import CompileConfig
 from asapc.passes.find.sinkhorn import find_sinkhorn
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
-from asapc.planning.choose import plan
+from asapc.planning.choose import choose
 from asapc.planning.operators import exact_operator, fusable
 from asapc.types.samples import Samples
 
@@ -104,12 +105,12 @@ def test_a_mask_of_keys_alone_needs_no_scores(case):
 
 
 @by_name([case for i, case in enumerate(FOUND) if i % EXPORTED == 1 or case.name == "windows"])
-def test_a_plan_is_made_whatever_the_layout(case):
+def test_operators_are_selected_whatever_the_layout(case):
     inputs, graph, findings = found(case.name)
-    samples = Samples(inputs)
-    chosen = plan(graph, findings.sites, samples, samples, CompileConfig(pieces=(0,), fidelity=("relc<=0.9",)))
-    assert set(chosen.choices) == {site.name for site in findings.sites}
-    for choice in chosen.choices.values():
+    teacher = studied(graph.program.module(), graph, findings, Samples(inputs))
+    selection = choose(teacher, CompileConfig(pieces=(0,), fidelity=("relc<=0.9",)))
+    assert set(selection.choices) == {site.name for site in findings.sites}
+    for choice in selection.choices.values():
         assert all(c.fidelity is not None for c in choice.front)
 
 

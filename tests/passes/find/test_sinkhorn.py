@@ -36,7 +36,12 @@ def test_every_coding_style_is_recognised(style, half_steps, last):
     [site] = findings.sites
     assert (site.loop.half_steps, site.loop.last) == (half_steps, last)
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
-    assert (site.loop.heads, site.loop.queries, site.loop.keys, site.head_dim) == (HEADS, QUERIES, QUERIES, WIDTH // HEADS)
+    assert (site.loop.heads, site.loop.queries, site.loop.keys, site.head_dim) == (
+        HEADS,
+        QUERIES,
+        QUERIES,
+        WIDTH // HEADS,
+    )
 
 
 class ScalesInPlace(Attention):

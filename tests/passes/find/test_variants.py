@@ -34,7 +34,12 @@ def test_a_loop_over_scores_with_a_bias_starts_after_it_and_still_knows_its_prod
     findings = find(Attention(biased))
     assert findings.misses == ()
     [site] = findings.sites
-    assert (site.loop.half_steps, site.loop.last, site.wiring.scores_are_product, site.loop.masked) == (6, "rows", False, False)
+    assert (site.loop.half_steps, site.loop.last, site.wiring.scores_are_product, site.loop.masked) == (
+        6,
+        "rows",
+        False,
+        False,
+    )
     assert site.wiring.scores.node != site.wiring.product.query.node
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
 
@@ -132,7 +137,12 @@ def test_queries_that_all_samples_share_have_no_sample_axis(einsum):
 
 def test_scores_without_a_head_axis_make_one_head():
     [site] = find(OneHead(sinkhorn(log_domain, 5, "rows"))).sites
-    assert (site.loop.heads, site.head_dim, site.wiring.scores.axes, site.wiring.attention.output.axes) == (1, WIDTH, "bnm", "bne")
+    assert (site.loop.heads, site.head_dim, site.wiring.scores.axes, site.wiring.attention.output.axes) == (
+        1,
+        WIDTH,
+        "bnm",
+        "bne",
+    )
 
 
 def test_the_plan_of_a_site_that_is_also_returned_is_what_is_replaced():
