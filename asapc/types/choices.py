@@ -77,7 +77,7 @@ class SlicedDualParams:
     def features(self) -> list[str]:
         """Names of the functions that the dual is estimated from."""
         optional = {"slices": self.slices > 0, "pairs": self.paired, "hinges": self.knots.numel() > 0}
-        return ["bquad", "mean", *(name for name, there in optional.items() if there)]
+        return ["parabola", "mean", *(name for name, there in optional.items() if there)]
 
 
 @dataclass(frozen=True, eq=False)

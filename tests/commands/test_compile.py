@@ -60,7 +60,7 @@ def test_the_manifest_has_the_hash_and_the_size_of_every_file(report, shipped):
 
 def test_report_json_is_the_report_that_is_returned(report):
     assert json.loads((report.folder / "report.json").read_text()) == report.data
-    assert report.data["schema"] == "asapc.report/1"
+    assert report.data["schema"] == "asapc.report/2"
 
 
 def test_the_report_names_the_checkpoint_by_its_hash(report, shipped):

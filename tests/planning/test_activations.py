@@ -22,7 +22,7 @@ def test_activations_are_the_graphs_own_values_in_one_layout_with_masks_as_minus
     assert torch.equal(seen_keys, keys)
     held = scores_of(queries, keys, torch.ones(HEADS, dtype=torch.float64))
     held[..., 5:] -= 1e9
-    biased = site(**axes, product=False, masked=True)
+    biased = site(**axes, is_scores=False, masked=True)
     scores, *_ = activation(biased, {**values, "scores": held})
     assert (scores[..., 5:] == -inf).all()
     assert difference(scores[..., :5], scores_of(queries, keys[..., :5, :], SCALE)) < FLOAT64
@@ -38,7 +38,6 @@ def test_queries_that_all_samples_share_are_fitted_too():
 
 
 def test_a_site_without_queries_and_keys_cannot_be_fitted():
-    none = dict.fromkeys(("query", "key", "head_dim", "temperature", "folded"))
     values = {"scores": normal(0, 4, HEADS, TOKENS, TOKENS), "value": normal(0, 4, HEADS, TOKENS, DIM)}
     with pytest.raises(ValueError, match="attention"):
-        activation(site(**none, product=False), values)
+        activation(site(product=None), values)

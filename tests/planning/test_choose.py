@@ -138,7 +138,7 @@ def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
 
 @pytest.fixture
 def two_sites():
-    """A teacher of two sites, and a selection that truncates both: the first by far too much, the second by one half-step.
+    """A teacher of two sites, and a selection that truncates both: the first by far too much, the second by one step.
 
     The second's next step is said to take away more error, for less time.
     """

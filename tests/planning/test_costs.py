@@ -104,6 +104,6 @@ def test_scores_that_are_products_are_made_transposed_and_others_have_to_be_turn
     sizes = {"heads": 3, "queries": 4, "keys": 5, "head_dim": 6}
     for half_steps_taken, passes in ((4, 1), (5, 0)):  # an even number that ends on rows begins on columns
         product, other = (
-            estimate(site(**sizes, product=product), Sinkhorn(half_steps_taken), 2) for product in (True, False)
+            estimate(site(**sizes, is_scores=is_scores), Sinkhorn(half_steps_taken), 2) for is_scores in (True, False)
         )
         assert other - product == pytest.approx(passes * ENTRIES * unit_costs()["pass"])
