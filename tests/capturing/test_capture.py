@@ -263,7 +263,7 @@ class Unbounded(nn.Module):
     [lambda err: err > 0.5, lambda err: err.item() > 0.5, lambda err: float(err) > 0.5],  # unbounded
 )
 def test_a_loop_without_a_bound_is_refused(asks, monkeypatch):
-    monkeypatch.setattr("asapc.early_stop.MAX_ANSWERS", 2 * BOUND)
+    monkeypatch.setattr("asapc.capturing.early_stop.MAX_ANSWERS", 2 * BOUND)
     with pytest.raises(CaptureError, match="no bound") as caught:
         captured(Unbounded(asks))
     assert any(line in str(caught.value) for line in lines_with("# unbounded"))
@@ -272,7 +272,7 @@ def test_a_loop_without_a_bound_is_refused(asks, monkeypatch):
 
 
 def test_many_layers_may_share_one_loop(monkeypatch):
-    monkeypatch.setattr("asapc.early_stop.MAX_ANSWERS", BOUND)
+    monkeypatch.setattr("asapc.capturing.early_stop.MAX_ANSWERS", BOUND)
 
     class Layers(nn.Module):
         def __init__(self) -> None:
@@ -286,7 +286,7 @@ def test_many_layers_may_share_one_loop(monkeypatch):
 
     graph = captured(Layers())
     assert len(graph.early_stops.questions) == 1
-    monkeypatch.setattr("asapc.early_stop.MAX_ANSWERS", BOUND - 1)
+    monkeypatch.setattr("asapc.capturing.early_stop.MAX_ANSWERS", BOUND - 1)
     with pytest.raises(CaptureError, match="no bound"):
         captured(Loop(SPELLINGS["bool"]))
 
