@@ -23,10 +23,10 @@ MEASURING = "Measuring"
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """Options of a compilation; docs/options.md describes them.
+    """Options of a compilation.
 
     Raises:
-        OptionError: a value is out of range, no choice there is, or a budget that cannot be read.
+        OptionError: a value is out of range, none of the choices, or a budget that cannot be read.
     """
 
     out: Annotated[
@@ -249,6 +249,8 @@ class CompileConfig:
 
 
 OPTIONS = declared(CompileConfig)
+ATTRIBUTES = "\n".join(f"        {option.name}: {option.help}" for option in OPTIONS.values())
+CompileConfig.__doc__ = f"{CompileConfig.__doc__}\n    Attributes:\n{ATTRIBUTES}\n"
 
 PAGE_HEAD = """\
 # Options

@@ -27,6 +27,11 @@ def test_every_field_is_declared_with_a_flag_of_its_own_and_a_sentence():
         assert option.metavar or option.kind is bool, option
 
 
+def test_the_docstring_describes_every_field():
+    for option in OPTIONS.values():
+        assert f"{option.name}: {option.help}" in CompileConfig.__doc__
+
+
 def test_options_of_a_group_stand_together():
     groups = [option.group for option in OPTIONS.values()]
     assert groups == sorted(groups, key=groups.index)
@@ -67,5 +72,6 @@ def test_a_range_holds_its_ends_and_finite_numbers_alone():
     assert 0 not in Range(0, above=True)
     assert 4 in Range(1, 4)
     assert 5 not in Range(1, 4)
+    assert 10**400 in Range(0)
     for number in (float("nan"), float("inf")):
         assert number not in Range(0)

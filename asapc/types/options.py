@@ -40,7 +40,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         over = value > self.low if self.above else value >= self.low
-        return over and value <= self.high and math.isfinite(value)
+        return over and value <= self.high and value < math.inf  # isfinite would overflow on long integers
 
     def __str__(self) -> str:
         if self.high < math.inf:
@@ -99,7 +99,7 @@ class Option:
         """Check a value and return it, with paths as `Path`.
 
         Raises:
-            OptionError: no choice there is, or a number out of range.
+            OptionError: it is none of the choices, or a number out of range.
         """
         if self.choices and value not in self.choices:
             *others, last = map(str, self.choices)
@@ -125,11 +125,10 @@ class Option:
         if self.table and type(value) is dict:
             return value
         one, several = NOUNS[self.kind]
-        expected = f"{one} or a list of {several}" if self.many else f"{one} or a table" if self.table else one
-        inner = f", which holds {noun(wrong)}" if wrong is not value else ""
-        raise OptionError(
-            f"`{key}` must be {expected}, the file has {noun(value)}{inner}", "`asapc compile --help` shows all options"
-        )
+        expected = [one, *([f"a list of {several}"] if self.many else []), *(["a table"] if self.table else [])]
+        item = "" if wrong is value else f", which holds {noun(wrong)}"
+        message = f"`{key}` must be {' or '.join(expected)}, the file has {noun(value)}{item}"
+        raise OptionError(message, "`asapc compile --help` describes every option")
 
 
 def noun(value: object) -> str:
@@ -145,7 +144,7 @@ def declared(config: type) -> dict[str, Option]:
     return {field.name: of_field(field, hints[field.name]) for field in dataclasses.fields(config)}
 
 
-def of_field(field: "dataclasses.Field[Any]", hint: Any) -> Option:
+def of_field(field: dataclasses.Field[Any], hint: Any) -> Option:
     """The option that a field declares, completed by its name, type and default.
 
     Raises:

@@ -126,6 +126,7 @@ BAD_INPUTS = {
     "output with too long a name": (lambda small: [small, "--out", "x" * 300], ""),
     "unknown budget": (lambda small: [small, "--fidelity", "beauty>=1"], "beauty"),
     "budget the wrong way round": (lambda small: [small, "--fidelity", "agreement<=1"], "agreement"),
+    "budget that a shell has cut": (lambda small: [small, "--fidelity", "agreement"], "'agreement'"),
     "unknown rule": (lambda small: [small, "--early-stop", "maybe"], "maybe"),
     "unknown level": (lambda small: [small, "-O", "7"], "level"),
     "negative slices": (lambda small: [small, "--slices", "-1"], "slices"),
