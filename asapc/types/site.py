@@ -213,7 +213,7 @@ class Miss:
         node: name of the node that ends the region.
         source: "file:line" of the user's code, or None.
         reason: what was expected and what was seen.
-        hint: what the user can change, or that nothing is to be done.
+        hint: what the user can change, or that there is nothing to change.
     """
 
     node: str

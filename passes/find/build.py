@@ -23,31 +23,31 @@ from asapc.passes.layout import align, loosen_views
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 
-OF_VALUES = ("val", "tensor_meta", SHAPE, SIZE)  # metadata that tells of a node's value, not of where it comes from
+OF_VALUES = ("val", "tensor_meta", SHAPE, SIZE)  # metadata that describes a node's value, not its origin
 
 
 def build_plans(graph: CapturedGraph, samples: Samples) -> CapturedGraph:
-    """The graph with those plans built that it applies without, as far as they are Sinkhorn; else the graph itself.
+    """Build the plans that a graph applies without building, where they are Sinkhorn; else return the graph itself.
 
     Args:
         graph: the captured model; it is not changed.
         samples: what the finder may look at, see `find_with_evidence`.
     """
-    products: Collection[str] | None = None
+    products: Collection[str] | None = None  # all, to begin with; then those whose plan turned out to be Sinkhorn
     while True:
         build = BuildPlan(products)
         result = build(copy.deepcopy(graph.program.graph_module))
         if not result.modified:
             return graph
-        built = replace(graph, program=with_graph(graph.program, result.program))
-        plans = {site.wiring.plan.node for site in find_with_evidence(built, samples).sites}
+        rebuilt = replace(graph, program=with_graph(graph.program, result.program))
+        plans = {site.wiring.plan.node for site in find_with_evidence(rebuilt, samples).sites}
         products = {product for product, plan in build.plans.items() if plan in plans}
         if products == set(build.plans):
-            return built
+            return rebuilt
 
 
 def with_graph(program: ExportedProgram, module: GraphModule) -> ExportedProgram:
-    """A program with the same weights, inputs and outputs, and another graph in between."""
+    """Return a program with the same weights, inputs and outputs, and another graph in between."""
     return ExportedProgram(
         root=module,
         graph=module.graph,
@@ -79,17 +79,17 @@ class BuildPlan(GraphPass[GraphModule]):
         self.plans: dict[str, str] = {}
 
     def requires(self, program: GraphModule) -> None:
-        """The graph says what shapes its values have, as captured ones do."""
+        """Check that the graph records the shapes of its values, as captured graphs do."""
         if not all("val" in node.meta for node in program.graph.find_nodes(op="placeholder")):
-            raise PreconditionError("the graph was not captured: its nodes bear no example values")
+            raise PreconditionError("the graph was not captured: its nodes have no example values")
 
     def call(self, program: GraphModule) -> PassResult[GraphModule]:
-        """Build what plans there are to build."""
+        """Build every plan that can be built."""
         self.plans = {}
-        for node in list(program.graph.nodes):
+        for node in list(program.graph.nodes):  # a copy, since building adds nodes
             if self.products is not None and node.name not in self.products:
                 continue
-            for find in (find_unbuilt_equation, find_unbuilt):  # what the first leaves may be scaled from outside
+            for find in (find_unbuilt_equation, find_unbuilt):  # what is left of an einsum may be scaled outside it
                 if (unbuilt := find(node)) is not None:
                     self.plans[node.name] = build(program.graph, unbuilt).name
         if self.plans:
@@ -98,19 +98,19 @@ class BuildPlan(GraphPass[GraphModule]):
         return PassResult(program, bool(self.plans))
 
     def ensures(self, program: GraphModule) -> None:
-        """The graph is sound."""
+        """Check that the graph is sound."""
         program.graph.lint()
 
 
 class Scaled(nn.Module):
-    """A matrix times, or by, what scales it; to be traced."""
+    """A matrix multiplied or divided by its scalings; a module, so that it can be traced."""
 
     def __init__(self, scalings: Sequence[Scaling]) -> None:
         super().__init__()
         self.scalings = scalings
 
     def forward(self, matrix: Tensor, *factors: Tensor) -> Tensor:
-        """The plan of a matrix (...) and the factors of all scalings, in the layouts of the graph."""
+        """Return the plan of a matrix (...) and the factors of all scalings, in the layouts of the graph."""
         for scaling, factor in zip(self.scalings, factors, strict=True):
             aligned = align(factor, scaling.axes, scaling.target)
             matrix = matrix / aligned if scaling.divides else matrix * aligned
@@ -118,28 +118,28 @@ class Scaled(nn.Module):
 
 
 def build(graph: Graph, unbuilt: Unbuilt) -> Node:
-    """Build a plan and apply it, in the place of the product or of its scaled result; return the plan."""
+    """Build a plan, let it replace the product or its scaled result, and return it."""
     end = (unbuilt.product, *unbuilt.result)[-1]
 
-    def again(steps: Sequence[Node], substitutes: Mapping[Node, Node]) -> Node:
-        """The last of some steps, computed from substitutes for some nodes, and without the scalings that move."""
+    def recompute(steps: Sequence[Node], substitutes: Mapping[Node, Node]) -> Node:
+        """Copy some steps without the scalings that move, reading substitutes for some nodes; return the last copy."""
         copies = dict(substitutes)
         for node in steps:
-            if node in unbuilt.left_out:
-                copies[node] = copies.get(unbuilt.left_out[node], unbuilt.left_out[node])
+            if node in unbuilt.bypass:
+                copies[node] = copies.get(unbuilt.bypass[node], unbuilt.bypass[node])
             elif node not in copies:
                 copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
         return copies[steps[-1]]
 
     with graph.inserting_before(end):
         plan = trace(graph, Scaled(unbuilt.scalings), unbuilt)
-        matrix = again(unbuilt.matrix, {unbuilt.matrix[0]: plan})
-        values = again(unbuilt.values, {unbuilt.values[0]: unbuilt.values[0]})
-        product = again([unbuilt.product], {unbuilt.matrix[-1]: matrix, unbuilt.values[-1]: values})
+        matrix = recompute(unbuilt.matrix, {unbuilt.matrix[0]: plan})
+        values = recompute(unbuilt.values, {unbuilt.values[0]: unbuilt.values[0]})
+        product = recompute([unbuilt.product], {unbuilt.matrix[-1]: matrix, unbuilt.values[-1]: values})
         if unbuilt.equation is not None:
             product.args = (unbuilt.equation, [matrix, values])
-        last = again((unbuilt.product, *unbuilt.result), {unbuilt.product: product})
-    # The end stays the node that it is, under its name; it only comes of the plan from now on.
+        last = recompute((unbuilt.product, *unbuilt.result), {unbuilt.product: product})
+    # The end keeps its name, which other code may refer to, and is computed from the plan from now on.
     end.target, end.args, end.kwargs = last.target, last.args, last.kwargs
     graph.erase_node(last)
     loosen_views(plan)
@@ -147,7 +147,7 @@ def build(graph: Graph, unbuilt: Unbuilt) -> Node:
 
 
 def trace(graph: Graph, module: nn.Module, unbuilt: Unbuilt) -> Node:
-    """Put what a module makes of a matrix and its factors into a graph, as if the product's line had done it."""
+    """Trace a module into a graph, applied to a matrix and its factors, under the source line of the product."""
     inputs = (unbuilt.matrix[0], *(scaling.factor for scaling in unbuilt.scalings))
     traced = make_fx(module, tracing_mode="symbolic")(*(node.meta["val"] for node in inputs)).graph
     origin = {key: value for key, value in unbuilt.product.meta.items() if key not in OF_VALUES}

@@ -1,8 +1,8 @@
 """Proposes, by structure alone, where a graph may hold Sinkhorn loops; `sinkhorn.py` judges.
 
-A plan is looked for wherever a matrix is used up: multiplied, returned, sorted. A few views and elementwise steps may
-stand between. What it may have been made from are the nodes of its own shape before it, back to the learned
-layers, or to the product that made the scores.
+A plan may stand wherever a matrix is consumed: multiplied, returned, sorted. A few views and elementwise steps may
+stand between. The loop may start from any earlier node of the same shape, back to the learned layers or to the
+product that computes the scores.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ MAX_STARTS = 16  # nodes of the plan's shape that are tried as scores, from the 
 
 @dataclass(frozen=True)
 class Use:
-    """A node that uses a matrix up, and the nodes that carry it there, the matrix itself first."""
+    """A node that consumes a matrix, and the path from the matrix to it, the matrix first."""
 
     user: Node
     path: tuple[Node, ...]
@@ -53,10 +53,10 @@ class Candidate:
 
     Attributes:
         plan: the node.
-        starts: nodes of its shape that it may have been made from, in the order of the graph.
-        region: what the plan depends on, back to layers and to products that make scores.
-        side_inputs: what the region reads and no start takes part in: masks, biases, temperatures.
-        uses: what uses it up.
+        starts: nodes of its shape that its loop may start from, in the order of the graph.
+        region: what the plan depends on, back to layers and to products that compute scores.
+        side_inputs: what the region reads and no start contributes to: masks, biases, temperatures.
+        uses: what consumes it.
     """
 
     plan: Node
@@ -66,8 +66,8 @@ class Candidate:
     uses: tuple[Use, ...]
 
     @property
-    def needed(self) -> set[Node]:
-        """Nodes whose values it takes to judge the candidate."""
+    def evidence(self) -> set[Node]:
+        """Nodes whose values are needed to judge the candidate."""
         return {self.plan, *self.starts, *self.side_inputs}
 
 
@@ -75,7 +75,7 @@ def propose(graph: Graph) -> Iterator[Candidate]:
     """Yield all candidates, in the order of the graph."""
     uses: dict[Node, list[Use]] = {}
     for node in graph.nodes:
-        for user, operand in used_up(node):
+        for user, operand in matrix_operands(node):
             for path in paths_to(operand):
                 uses.setdefault(path[0], []).append(Use(user, path))
     for plan in graph.nodes:
@@ -83,8 +83,8 @@ def propose(graph: Graph) -> Iterator[Candidate]:
             yield candidate
 
 
-def used_up(node: Node) -> list[tuple[Node, Node]]:
-    """What ends as a matrix in a node: pairs of the node and an operand; of `(a * b).sum()`, the `a * b` and a."""
+def matrix_operands(node: Node) -> list[tuple[Node, Node]]:
+    """Return the matrices that a node consumes, as pairs of node and operand; for `(a * b).sum()`, of `a * b` and a."""
     operands = list(dict.fromkeys(node.all_input_nodes))
     if node.op == "output":
         return [(node, operand) for operand in operands]
@@ -98,11 +98,11 @@ def used_up(node: Node) -> list[tuple[Node, Node]]:
 
 
 def factors_of_sum(factor: Node) -> list[tuple[Node, Node]]:
-    """A product entry by entry that a reduction reads, with each of its factors that may be a plan."""
+    """Return an elementwise product that a reduction reads, paired with each of its factors that may be a plan."""
     if factor.target is not aten.mul.Tensor or len(factor.all_input_nodes) != 2:
         return []
     left, right = factor.all_input_nodes
-    # Within a loop one factor is made of the other, the scaling vector of the kernel.
+    # Within a loop one factor depends on the other: the scaling vector on the kernel.
     return [
         (factor, one)
         for one, other in ((left, right), (right, left))
@@ -111,43 +111,44 @@ def factors_of_sum(factor: Node) -> list[tuple[Node, Node]]:
 
 
 def paths_to(operand: Node) -> Iterator[tuple[Node, ...]]:
-    """Ways to an operand from nodes before it, through views and elementwise steps that keep the size."""
+    """Yield paths to an operand from nodes before it, through views and elementwise steps that keep the size."""
+    # Breadth first, so that the shortest path to a node comes up first.
     paths: list[tuple[Node, ...]] = [(operand,)] if is_matrix(operand) else []
-    passed: set[Node] = set()
+    visited: set[Node] = set()
     while paths:
         path = paths.pop(0)
-        if path[0] not in passed:
-            passed.add(path[0])
+        if path[0] not in visited:
+            visited.add(path[0])
             yield path
             if len(path) <= MAX_STEPS:
                 paths += [(source, *path) for source in carried_inputs(path[0])]
 
 
 def carried_inputs(node: Node) -> list[Node]:
-    """Matrices that a node hands on as a whole, or after a cut in part: all of a view's or an elementwise step's."""
+    """Return the matrices that a view or an elementwise step passes on: as a whole, or in part where it is a cut."""
     if not (is_view(node) or is_elementwise(node)):
         return []
     return [n for n in node.all_input_nodes if is_matrix(n) and (size_of(n) == size_of(node) or is_cut(node))]
 
 
 def trace_back(plan: Node, uses: Sequence[Use]) -> Candidate | None:
-    """The candidate that ends in a node; None if nothing in it could normalise a plan."""
-    region, reached = walk_back(plan)
-    starts = find_starts(plan, region, reached)
+    """Return the candidate whose plan is a node; None if nothing before it could normalise a plan."""
+    region, closure = walk_back(plan)
+    starts = find_starts(plan, region, closure)
     products = [product for node in sorted(region) if (product := score_product(node)) is not None]
     after = descend({*starts, *(product.node for product in products)}, sorted(region))
     if not starts or not any(is_mixing(node) for node in after):
         return None
-    side_inputs = reached - after - set(starts)
+    side_inputs = closure - after - set(starts)
     for product in products:
         side_inputs |= scaling_inputs(product.left) | scaling_inputs(product.right)
     return Candidate(plan, tuple(starts), frozenset(region), frozenset(side_inputs), tuple(uses))
 
 
 def walk_back(plan: Node) -> tuple[set[Node], set[Node]]:
-    """What a plan depends on, back to layers and products that make scores of its size; and that with all it reads."""
+    """Return what a plan depends on, back to layers and score products of its size; and the same with its inputs."""
     region: set[Node] = set()
-    reached = {plan}
+    closure = {plan}
     stack = [plan]
     while stack:
         node = stack.pop()
@@ -155,68 +156,68 @@ def walk_back(plan: Node) -> tuple[set[Node], set[Node]]:
             continue
         region.add(node)
         product = makes_scores(node) and size_of(node) == size_of(plan)
-        if node.target not in LAYERS and not product:
-            reached |= set(node.all_input_nodes)
+        if node.target not in LAYERS and not product:  # what lies before these is no part of the loop
+            closure |= set(node.all_input_nodes)
             stack += node.all_input_nodes
-    return region, reached
+    return region, closure
 
 
-def find_starts(plan: Node, region: set[Node], reached: set[Node]) -> list[Node]:
-    """Nodes of a plan's shape that its loop may start from, the first ones, in the order of the graph."""
-    late = under_way(plan, region) | {plan}
-    starts = [n for n in sorted(reached - late) if is_matrix(n) and shape_of(n) == shape_of(plan)]
+def find_starts(plan: Node, region: set[Node], closure: set[Node]) -> list[Node]:
+    """Return the first nodes of a plan's shape that its loop may start from, in the order of the graph."""
+    late = inside_loop(plan, region) | {plan}
+    starts = [n for n in sorted(closure - late) if is_matrix(n) and shape_of(n) == shape_of(plan)]
     return starts[:MAX_STARTS]
 
 
 def score_product(node: Node) -> Product | None:
-    """The product that makes scores in a node; None for any other node."""
+    """Return the score product that a node computes; None for any other node."""
     return as_product(node) if makes_scores(node) else None
 
 
-def under_way(plan: Node, region: set[Node]) -> set[Node]:
-    """Nodes of a region that sums over a matrix of the plan's size went into: a loop does not start there."""
+def inside_loop(plan: Node, region: set[Node]) -> set[Node]:
+    """Return the nodes of a region that depend on a sum over a matrix of the plan's size: no loop starts there."""
     sums = {node for node in region if is_sum(node) and any(size_of(n) == size_of(plan) for n in node.all_input_nodes)}
     return sums | descend(sums, sorted(region))
 
 
 def is_sum(node: Node) -> bool:
-    """Whether a node may be a step of a loop: it sums over axes, and is neither an extreme nor makes scores."""
+    """Return whether a node may be a step of a loop: it sums over axes and is no extreme and no score product."""
     extreme = getattr(node.target, "overloadpacket", None) in EXTREMES
     return is_mixing(node) and not extreme and not makes_scores(node)
 
 
 def scaling_inputs(operand: Node) -> set[Node]:
-    """What the steps of `scaling_chain` read besides the chain itself: the constants that they multiply by."""
+    """Return the constants by which the steps of `scaling_chain` multiply."""
     chain = scaling_chain(operand)
     return {n for node in chain[1:] for n in node.all_input_nodes} - set(chain)
 
 
 def scaling_chain(operand: Node) -> list[Node]:
-    """Nodes up to an operand that only move it about or multiply it by constants, the first of them unscaled."""
+    """Return the path to an operand of views and multiplications by constants; its first node is unscaled."""
     path = [operand]
     while True:
         node = path[0]
         varying = [n for n in node.all_input_nodes if not is_constant(n) and is_matrix(n)]
-        scaled = node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.neg.default)
-        if not (is_view(node) or scaled) or len(varying) != 1 or node.target is aten.cat.default:
+        scales = node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.neg.default)
+        if not (is_view(node) or scales) or len(varying) != 1 or node.target is aten.cat.default:
             return path
         path.insert(0, varying[0])
 
 
 def example_shape(node: Node) -> tuple[int, ...]:
-    """Shape that a node's value had when the graph was captured."""
+    """Return the shape of a node's value when the graph was captured."""
     return tuple(concrete(size) for size in node.meta["val"].shape)
 
 
 def concrete(size: Any) -> int:
-    """Number behind a symbolic size at capture."""
+    """Return the value of a symbolic size at capture."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 
 def carry(path: Sequence[Node]) -> Tensor | None:
-    """Positions in the first node of a path, as the last node has them; None if values are mixed on the way.
+    """Send positions in the first node of a path to its last node; return None if the path mixes values.
 
-    Elementwise steps count as carrying what they read.
+    Elementwise steps pass positions on unchanged.
     """
     places = positions(example_shape(path[0]))
     for before, node in pairwise(path):
@@ -231,7 +232,7 @@ def carry(path: Sequence[Node]) -> Tensor | None:
 
 
 def apply_view(view: Node, source: Node, tensor: Tensor) -> Tensor | None:
-    """What a view makes of a tensor in the place of its source; None if it reads other tensors or cannot run."""
+    """Apply a view to a tensor instead of to its source; return None if it reads other tensors or cannot run."""
 
     def argument(node: Node) -> Any:
         if node is source:
@@ -251,6 +252,6 @@ def apply_view(view: Node, source: Node, tensor: Tensor) -> Tensor | None:
 
 
 def carried_axes(path: Sequence[Node], axes: str) -> str | None:
-    """Letters of the axes of a path's last node, by those of its first."""
+    """Return the letters of the axes of a path's last node, given those of its first; None if they are lost."""
     places = carry(path)
     return None if places is None else follow_axes(places, axes, example_shape(path[0]))

@@ -1,4 +1,4 @@
-"""Says of a recognised loop what it takes to replace it: its product of queries and keys, and its values."""
+"""Describes a recognised loop as far as a rewrite needs it: its product of queries and keys, and its values."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from asapc.ops.scaling import MIN_LIVE
-from asapc.passes.find.candidates import Candidate, carry, example_shape, paths_to, scaling_chain
+from asapc.passes.find.candidates import Candidate, Use, carry, example_shape, paths_to, scaling_chain, score_product
 from asapc.passes.find.frames import Frame, place
-from asapc.passes.find.kinds import is_view, makes_scores, viewed_by
+from asapc.passes.find.kinds import is_view, view_source
 from asapc.passes.find.probe import Live, difference, double_centre
-from asapc.passes.find.products import as_product
+from asapc.passes.find.products import Product
 from asapc.passes.find.regions import OpenRegionError, Region, double
 from asapc.passes.layout import arrange, follow_axes, invert, restore
 from asapc.types.site import Attention, DotProduct, Loop, Operand, Site, Wiring
 
 aten = torch.ops.aten
-# The code of torch and its modules, wherever an exported program was written.
+# The code of torch and its modules, on whatever machine a program was exported.
 TORCH_FILE, TORCH_MODULES = re.compile(r"-packages[/\\]torch[/\\]"), "torch.nn.modules."
-LINEARITY_TOLERANCE = 1e-6
+LINEARITY_TOLERANCE = 1e-6  # relative, in float64
 # Metadata of a node that is a step of an ONNX file's node: the names of both. It stands for a line of code.
 SOURCE = "asapc_source"
 
@@ -37,7 +37,7 @@ def describe(
     exponential: bool,
     logarithm: bool,
 ) -> Site:
-    """The site of a candidate that was recognised as a loop; its share of the time is not known here."""
+    """Return the site of a candidate that was recognised as a loop; its share of the time is left at 0."""
     attention = None if logarithm else find_attention(candidate, frame)
     uses = [place(use, frame.axes) for use in candidate.uses]
     last = candidate.uses[0].user if attention else maker(candidate.plan)
@@ -58,7 +58,7 @@ def describe(
 def describe_product(
     candidate: Candidate, start: Node, frame: Frame, loop: Loop, values: Mapping[Node, Any], exponential: bool
 ) -> DotProduct | None:
-    """The product of queries and keys that scores are made of; None where they are more than a multiple of one."""
+    """Return the product of queries and keys that the scores are a multiple of; None where they are not."""
     origin = find_product(candidate, start, frame)
     if origin is None:
         return None
@@ -78,7 +78,7 @@ def describe_product(
 
 @dataclass(frozen=True)
 class ScoreOrigin:
-    """The product of queries and keys that is in the scores, and the way from it to them."""
+    """The product of queries and keys that is in the scores, and the path from it to them."""
 
     query: Operand
     key: Operand
@@ -89,27 +89,39 @@ class ScoreOrigin:
 
 
 def find_product(candidate: Candidate, start: Node, frame: Frame) -> ScoreOrigin | None:
-    """The product that scores come from, through views and elementwise steps; None if they come from none."""
+    """Return the product that scores come from, through views and elementwise steps; None if they come from none."""
     for path in paths_to(start):
-        product = as_product(path[0])
-        if product is None or path[0] not in candidate.region | {start} or not makes_scores(path[0]):
-            continue
-        seen = carry(path)
-        back = None if seen is None else invert(seen, example_shape(path[0]))
-        letters = None if back is None else follow_axes(back, frame.axes, example_shape(start))
-        if letters is None or len(product.contracted) != 1:
-            continue
-        names = {**dict(zip(product.out_axes, letters, strict=True)), product.contracted: "d", "1": "1"}
-        left, right = (
-            Operand(node.name, "".join(names.get(a, "?") for a in axes))
-            for node, axes in ((product.left, product.left_axes), (product.right, product.right_axes))
-        )
-        query, key = (left, right) if "n" in left.axes else (right, left)
-        if "n" in query.axes and "m" in key.axes and "?" not in query.axes + key.axes and "m" not in query.axes:
-            size = product.left.meta["val"].shape[left.axes.index("d")]
-            nodes = (product.left, product.right) if query is left else (product.right, product.left)
-            return ScoreOrigin(query, key, nodes, int(size), letters, path)
+        product = score_product(path[0])
+        letters = letters_before(path, frame.axes) if product and path[0] in candidate.region | {start} else None
+        origin = score_origin(product, letters, path) if product and letters else None
+        if origin is not None:
+            return origin
     return None
+
+
+def letters_before(path: Sequence[Node], axes: str) -> str | None:
+    """Return the letters of the axes of a path's first node, given those of its last; None if they are lost."""
+    places = carry(path)
+    back = None if places is None else invert(places, example_shape(path[0]))
+    return None if back is None else follow_axes(back, axes, example_shape(path[-1]))
+
+
+def score_origin(product: Product, letters: str, path: tuple[Node, ...]) -> ScoreOrigin | None:
+    """Read a product, whose axes have these letters, as queries times keys; None where it is not."""
+    if len(product.contracted) != 1:
+        return None
+    names = {**dict(zip(product.out_axes, letters, strict=True)), product.contracted: "d", "1": "1"}
+    left, right = (
+        Operand(node.name, "".join(names.get(a, "?") for a in axes))
+        for node, axes in ((product.left, product.left_axes), (product.right, product.right_axes))
+    )
+    query, key = (left, right) if "n" in left.axes else (right, left)
+    rows_by_columns = "n" in query.axes and "m" in key.axes and "m" not in query.axes
+    if not rows_by_columns or "?" in query.axes + key.axes:
+        return None
+    size = product.left.meta["val"].shape[left.axes.index("d")]
+    nodes = (product.left, product.right) if query is left else (product.right, product.left)
+    return ScoreOrigin(query, key, nodes, int(size), letters, path)
 
 
 def product_factor(
@@ -120,7 +132,7 @@ def product_factor(
     values: Mapping[Node, Any],
     exponential: bool,
 ) -> Tensor | None:
-    """Factor (H,) from q.k to the scores node; None where it is not one number a head."""
+    """Return the factor (H,) from q.k to the scores node; None where it is not one number a head."""
     first = origin.path[0]
     own = float(str(first.kwargs.get("alpha", 1))) if first.target is aten.baddbmm.default else 1.0
     if first is start:
@@ -139,7 +151,7 @@ def product_factor(
         answers = [answer.log() for answer in answers]
     cells = torch.isfinite(answers[0]) & (answers[0] != answers[1])
     live = Live(cells.any(dim=-1, keepdim=True).double(), cells.any(dim=-2, keepdim=True).double())
-    # What is taken off rows or columns on the way, as the largest score is, is of no consequence.
+    # Terms subtracted from rows or columns on the path, as the largest score is, make no difference to the plan.
     change, answer = (
         double_centre(torch.where(live.cells, a - b, 0.0).nan_to_num(), live) for a, b in ((one, two), answers)
     )
@@ -151,9 +163,9 @@ def product_factor(
 def padding(
     origin: ScoreOrigin, frame: Frame, loop: Loop, values: Mapping[Node, Any], exponential: bool
 ) -> tuple[str, ...] | None:
-    """Names of the nodes of a path on which keys are left out by a mask that is the same for all rows; else None.
+    """Return the nodes of a path on which a mask, the same for all rows, leaves out keys; else None.
 
-    Told by sending zeros down the path, all rows of them and a single one.
+    Sends zeros down the path, in all rows and in a single one: what comes out is the bias that the path adds.
     """
     first, *rest = origin.path
     if not loop.masked or not rest or not is_pure(first):
@@ -162,19 +174,19 @@ def padding(
     biases = []
     for rows in (n, 1):
         zeros = torch.zeros(b, h, rows, m, dtype=torch.float64)
-        seen = replay(origin.path, restore(zeros, origin.axes, "nm", frame.groups, frame.heads), values)
-        if seen is None:
+        result = replay(origin.path, restore(zeros, origin.axes, "nm", frame.groups, frame.heads), values)
+        if result is None:
             return None
-        biases.append(frame.arrange(seen.log() if exponential else seen) * loop.scale.reshape(-1, 1, 1))
-    bias, of_one = biases
-    if of_one.shape != (b, h, 1, m) or not torch.equal(bias, of_one.expand_as(bias)):
+        biases.append(frame.arrange(result.log() if exponential else result) * loop.scale.reshape(-1, 1, 1))
+    bias, row = biases
+    if row.shape != (b, h, 1, m) or not torch.equal(bias, row.expand_as(bias)):
         return None
-    alone = bool(((of_one == 0) | (of_one < MIN_LIVE)).all())
-    return tuple(node.name for node in origin.path) if alone else None
+    only_masks = bool(((row == 0) | (row < MIN_LIVE)).all())
+    return tuple(node.name for node in origin.path) if only_masks else None
 
 
 def replay(path: Sequence[Node], value: Tensor, values: Mapping[Node, Any]) -> Tensor | None:
-    """What the last node of a path makes of a value of the first; None if more than that has to be known."""
+    """Compute the last node of a path from a value of the first; None if a value outside the path is missing."""
     env: dict[Node, Any] = {path[0]: value}
     for node in path[1:]:
         operator: Any = node.target
@@ -188,7 +200,7 @@ def replay(path: Sequence[Node], value: Tensor, values: Mapping[Node, Any]) -> T
 
 
 def folded_factor(origin: ScoreOrigin, frame: Frame, values: Mapping[Node, Any]) -> Tensor:
-    """Factor (H,) by which queries and keys were multiplied before their product: temperature folded into them."""
+    """Return the factor (H,) by which queries and keys are multiplied before their product: a temperature, say."""
     total = torch.ones(frame.heads, dtype=torch.float64)
     start = origin.path[-1]
     axis = next(i for i, letter in enumerate(frame.axes) if letter in "bzy")
@@ -201,30 +213,36 @@ def folded_factor(origin: ScoreOrigin, frame: Frame, values: Mapping[Node, Any])
             size if isinstance(size, int) else example * batch // example_batch
             for size, example in zip(path[0].meta["val"].shape, example_shape(path[0]), strict=True)
         ]
-        try:
-            seen = Region(path[0], node, path, values)(torch.ones(shape, dtype=torch.float64))
-        except OpenRegionError:
-            continue
-        last_two = "nd" if "n" in operand.axes else "md"
-        scaled = arrange(seen, operand.axes, last_two, frame.groups, frame.heads)
-        factor = scaled.amax(dim=(0, 2, 3))
-        if torch.equal(factor, scaled.amin(dim=(0, 2, 3))):
+        factor = chain_factor(path, shape, operand, frame, values)
+        if factor is not None:
             total = total * factor
     return total
 
 
+def chain_factor(
+    path: Sequence[Node], shape: Sequence[int], operand: Operand, frame: Frame, values: Mapping[Node, Any]
+) -> Tensor | None:
+    """Return the factor (H,) by which a chain of scalings multiplies, by sending ones of a shape down; else None."""
+    try:
+        result = Region(path[0], path[-1], path, values)(torch.ones(shape, dtype=torch.float64))
+    except OpenRegionError:
+        return None
+    last_two = "nd" if "n" in operand.axes else "md"
+    scaled = arrange(result, operand.axes, last_two, frame.groups, frame.heads)
+    factor = scaled.amax(dim=(0, 2, 3))
+    return factor if torch.equal(factor, scaled.amin(dim=(0, 2, 3))) else None
+
+
 def find_attention(candidate: Candidate, frame: Frame) -> Attention | None:
-    """The product of plan and values, where the plan goes there alone and unchanged."""
-    if len(candidate.uses) != 1:
+    """Return the product of plan and values, where nothing else reads the plan and nothing changes it before."""
+    use = only_use(candidate)
+    if use is None:
         return None
-    [use] = candidate.uses
-    if any(len(readers(node)) != 1 for node in use.path) or not all(is_view(node) for node in use.path[1:]):
+    placement = place(use, frame.axes)
+    if placement is None or placement.contracted != "m":
         return None
-    placed = place(use, frame.axes)
-    if placed is None or placed.contracted != "m":
-        return None
-    product, names = placed.product, dict(placed.names)
-    node, own = (product.right, product.right_axes) if placed.side == "left" else (product.left, product.left_axes)
+    product, names = placement.product, dict(placement.names)
+    node, own = (product.right, product.right_axes) if placement.side == "left" else (product.left, product.left_axes)
     free = [a for a in own if a not in names and a != "1"]
     if len(free) != 1 or free[0] not in product.out_axes or not is_pure(product.node) or node is use.path[-1]:
         return None
@@ -234,25 +252,34 @@ def find_attention(candidate: Candidate, frame: Frame) -> Attention | None:
     return Attention(value, output) if {"n", "e"} <= set(output.axes) and "m" in value.axes else None
 
 
+def only_use(candidate: Candidate) -> Use | None:
+    """Return the use of a plan that only views lead to and that nothing else shares; None if there is none."""
+    if len(candidate.uses) != 1:
+        return None
+    [use] = candidate.uses
+    alone = all(len(readers(node)) == 1 for node in use.path)
+    return use if alone and all(is_view(node) for node in use.path[1:]) else None
+
+
 def is_pure(node: Node) -> bool:
-    """Whether a product adds no further term."""
+    """Return whether a product adds no other term."""
     return node.target is not aten.baddbmm.default
 
 
 def readers(node: Node) -> list[Node]:
-    """Users of a node, less those that compute nothing."""
+    """Return the users of a node, less those that compute nothing."""
     return [user for user in node.users if user.users or user.op == "output"]
 
 
 def maker(node: Node) -> Node:
-    """The node that makes what another only moves about or passes on, as dropout does."""
-    while (source := viewed_by(node)) is not None:
+    """Return the node that computes what a chain of views, dropout among them, passes on."""
+    while (source := view_source(node)) is not None:
         node = source
     return node
 
 
 def source_line(node: Node) -> str | None:
-    """Return "file:line" of the user's code, and none of torch's, that a node was traced from; or its SOURCE."""
+    """Return the "file:line" of the user's code, not torch's, that a node was traced from; or its SOURCE."""
     if SOURCE in node.meta:
         return str(node.meta[SOURCE])
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
@@ -261,7 +288,7 @@ def source_line(node: Node) -> str | None:
 
 
 def module_path(node: Node) -> str:
-    """Path of the innermost module that is no layer of torch's, e.g. "blocks.0"; "attention" for the model itself."""
+    """Return the path of the innermost module that is no torch layer, e.g. "blocks.0"; "attention" for the model."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     own = [path for path, kind in stack if not str(kind).startswith(TORCH_MODULES)] or [path for path, _ in stack]
     return (own[-1] if own else "") or "attention"

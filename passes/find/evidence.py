@@ -1,4 +1,4 @@
-"""Chooses the samples that the finder looks at: few, since it is thorough, and such that they tell what a loop does."""
+"""Chooses the samples that the finder looks at: few, since it is thorough, and such that they show what a loop does."""
 
 from collections.abc import Sequence
 
@@ -12,39 +12,39 @@ from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Findings
 
-MAX_SAMPLES, BATCH = 256, 32  # that many are looked through, where two do not tell enough
+MAX_SAMPLES, BATCH = 256, 32  # samples searched where two do not show enough, and how many at once
 
 
 def find_with_evidence(graph: CapturedGraph, samples: Samples) -> Findings:
-    """`find_sinkhorn` on two of many samples, and on some more where a loop reads what is the same on these two.
+    """Run `find_sinkhorn` on two samples, and again on more where a loop reads what does not vary on these two.
 
-    A mask that the model makes itself, of token ids say, shows nowhere but in the values of the graph.
+    A mask that the model computes itself, from token ids say, shows only in the values of the graph.
     """
-    chosen = most_different(samples)
-    findings = find_sinkhorn(graph, samples[chosen])
-    more = telling(graph, findings.untold, samples)
-    return find_sinkhorn(graph, samples[[*chosen, *more]]) if more else findings
+    pair = most_different(samples)
+    findings = find_sinkhorn(graph, samples[pair])
+    more = varying(graph, findings.untold, samples)
+    return find_sinkhorn(graph, samples[[*pair, *more]]) if more else findings
 
 
 def most_different(samples: Samples) -> list[int]:
-    """Two samples: those with the least and the most padding, as far as masks among the inputs tell.
+    """Return the indices of the samples with the least and the most padding, as far as masks among the inputs show.
 
-    Which value of a mask stands for padding is not known, but a sample that has both is neither without padding nor
-    wholly masked. Such samples are taken where there are two.
+    Which value of a mask stands for padding is unknown. But a sample that has both values is neither without padding
+    nor wholly masked: where two such samples exist, the choice is among them.
     """
     share, mixed = torch.zeros(len(samples)), torch.zeros(len(samples))
     for value in samples.inputs.values():
-        of_input = marks(value).reshape(len(samples), -1).float().mean(dim=1)
-        share += of_input
-        mixed += (of_input > 0) & (of_input < 1)
+        fraction = marks(value).reshape(len(samples), -1).float().mean(dim=1)
+        share += fraction
+        mixed += (fraction > 0) & (fraction < 1)
     best = max(2, int((mixed == mixed.max()).sum()))
-    chosen = mixed.argsort(descending=True, stable=True)[:best]
-    chosen = chosen[share[chosen].argsort(stable=True)]
-    return [int(chosen[0]), int(chosen[-1])]
+    order = mixed.argsort(descending=True, stable=True)[:best]
+    order = order[share[order].argsort(stable=True)]
+    return [int(order[0]), int(order[-1])]
 
 
 def marks(value: Tensor) -> Tensor:
-    """Where an input says something that masks say: true, or 0 among integers or among zeros and ones, or -1e4."""
+    """Return where an input looks like a mask: true, 0 among integers or among zeros and ones, or very negative."""
     if value.dtype == torch.bool:
         return value
     if not value.is_floating_point() or bool(((value == 0) | (value == 1)).all()):
@@ -52,23 +52,23 @@ def marks(value: Tensor) -> Tensor:
     return value < MIN_LIVE
 
 
-def telling(graph: CapturedGraph, names: Sequence[str], samples: Samples) -> list[int]:
-    """For each named node two samples on which it is not the same everywhere; none where there are no such."""
+def varying(graph: CapturedGraph, names: Sequence[str], samples: Samples) -> list[int]:
+    """Return indices of samples: for each named node two on which it is not constant, where such exist."""
     module = graph.program.module()
     numbers: list[int] = []
 
-    def differs(name: str, part: list[int]) -> bool:
+    def varies(name: str, part: list[int]) -> bool:
         return len(part) > 1 and not is_same_everywhere(record(module, samples[part], [name])[name])
 
     for name in names:
-        if differs(name, numbers):
+        if varies(name, numbers):  # on the samples of an earlier node
             continue
         indices = list(range(len(samples)))[:MAX_SAMPLES]
         parts = (indices[start : start + BATCH] for start in range(0, len(indices), BATCH))
-        part = next((part for part in parts if differs(name, part)), [])
+        part = next((part for part in parts if varies(name, part)), [])
         while len(part) > 2:
             one, other = part[: len(part) // 2], part[len(part) // 2 :]
-            # Where it differs within neither half it does so between them.
-            part = next((half for half in (one, other) if differs(name, half)), [one[0], other[0]])
+            # Where it varies within neither half it varies between them.
+            part = next((half for half in (one, other) if varies(name, half)), [one[0], other[0]])
         numbers += part
     return numbers

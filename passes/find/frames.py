@@ -1,4 +1,4 @@
-"""Tells which axes of a plan are its rows, its columns, its heads and its samples."""
+"""Works out which axes of a plan are its rows, its columns, its heads and its samples."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,20 +22,20 @@ class Frame:
     heads: int
 
     def arrange(self, tensor: Tensor) -> Tensor:
-        """The tensor as (B, H, N, M)."""
+        """Return the tensor as (B, H, N, M)."""
         return arrange(tensor, self.axes, "nm", self.groups, self.heads)
 
     def restore(self, tensor: Tensor) -> Tensor:
-        """A tensor (B, H, N, M) in the graph's layout."""
+        """Return a tensor (B, H, N, M) in the graph's layout."""
         return restore(tensor, self.axes, "nm", self.groups, self.heads)
 
 
 def frames(candidate: Candidate, shape: Sequence[int], batch: int) -> Iterator[Frame]:
-    """Layouts that a plan of this shape may have, the usual one, matrices at the end, first."""
+    """Yield the layouts that a plan of this shape may have; the usual one, with the matrices last, comes first."""
     sizes = candidate.plan.meta["val"].shape
     static = [axis for axis, size in enumerate(sizes) if isinstance(size, int) and size > 1]
     dynamic = [axis for axis, size in enumerate(sizes) if not isinstance(size, int)]
-    if len(dynamic) != 1:
+    if len(dynamic) != 1:  # samples have one axis, alone or merged with heads
         return
     for rows, columns in sorted(combinations(static, 2), reverse=True):
         heads = [axis for axis in static if axis not in (rows, columns)]
@@ -45,11 +45,11 @@ def frames(candidate: Candidate, shape: Sequence[int], batch: int) -> Iterator[F
 
 
 def frame(candidate: Candidate, letters: Mapping[int, str], shape: Sequence[int], batch: int) -> Frame:
-    """The layout of a plan, told as far as its own shape tells it.
+    """Return the layout of a plan, as far as its shape and its use determine it.
 
     Args:
         candidate: the plan and its uses.
-        letters: of its axes; those without one have length 1.
+        letters: of its axes by axis; those without one have length 1.
         shape: of the plan on the samples.
         batch: number of samples.
     """
@@ -59,20 +59,20 @@ def frame(candidate: Candidate, letters: Mapping[int, str], shape: Sequence[int]
     per_sample = sizes["b"] // batch
     if per_sample > 1 and "h" not in sizes:  # samples and heads have one axis
         axes, heads = axes.replace("b", merged_order(candidate)), per_sample
-    applied = next((placed for use in candidate.uses if (placed := place(use, axes)) is not None), None)
-    if applied is not None and "n" in applied.contracted:  # multiplied with values from the other side
+    applied = next(filter(None, (place(use, axes) for use in candidate.uses)), None)
+    if applied is not None and "n" in applied.contracted:  # the values are multiplied from the other side
         axes = axes.translate(str.maketrans("nm", "mn"))
     return Frame(axes, groups, groups * heads)
 
 
 @dataclass(frozen=True)
-class Placed:
-    """How a plan stands in the product that uses it.
+class Placement:
+    """How a plan appears in the product that uses it.
 
     Attributes:
         product: the product.
         side: which of its operands carries the plan, "left" or "right".
-        names: letters as in `types.site.Operand` by those of the product.
+        names: letters as in `types.site.Operand`, by those of the product.
         contracted: letters of the axes that it sums over.
     """
 
@@ -82,21 +82,21 @@ class Placed:
     contracted: str
 
 
-def place(use: Use, axes: str) -> Placed | None:
-    """Find a plan with these axes in the product that uses it; None if that is none, or does not hold whole axes."""
+def place(use: Use, axes: str) -> Placement | None:
+    """Find a plan with these axes in the product that uses it; None if it is no product or loses the axes."""
     product = as_product(use.user)
     letters = None if product is None else carried_axes(use.path, axes)
     if product is None or letters is None:
         return None
     side = "left" if product.left is use.path[-1] else "right"
     names = dict(zip(product.left_axes if side == "left" else product.right_axes, letters, strict=True))
-    return Placed(product, side, names, "".join(names[letter] for letter in product.contracted))
+    return Placement(product, side, names, "".join(names[letter] for letter in product.contracted))
 
 
 def merged_order(candidate: Candidate) -> str:
-    """Letter of an axis that holds samples and heads: "y" where neighbours on it are samples, else "z".
+    """Return the letter of an axis that merges samples and heads: "y" where neighbours on it are samples, else "z".
 
-    Told by following the product's first operand back to where the samples had an axis of their own.
+    Follows the product's first operand back to where the samples have an axis of their own.
     """
     products = (product for n in sorted(candidate.region) if (product := score_product(n)) is not None)
     product = next(products, None)
@@ -113,7 +113,7 @@ def merged_order(candidate: Candidate) -> str:
 
 
 def views_up(operand: Node) -> list[Node]:
-    """The views that lead to an operand, the operand last, and before all the tensor that they begin with."""
+    """Return the path of views to an operand: the tensor that they view first, the operand last."""
     path = [operand]
     while is_view(path[0]) and path[0].all_input_nodes:
         source = path[0].all_input_nodes[0]

@@ -1,4 +1,4 @@
-"""Kinds of nodes, as far as it matters for what may be a plan."""
+"""Tells apart the kinds of nodes that matter to the search for plans."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch.fx import Node
 from asapc.passes.find.products import as_product, named_sizes
 
 aten = torch.ops.aten
-SIZE = "asapc_size"
+SIZE = "asapc_size"  # metadata: a cache of `size_of`
 # Learned layers: what lies before one belongs to another attention.
 LAYERS = {
     aten.linear.default,
@@ -17,7 +17,7 @@ LAYERS = {
     aten.embedding.default,
     aten.layer_norm.default,
 }
-# Those that torch does not tag as views or elementwise, and that are: nothing moves or changes in evaluation mode.
+# Views that torch does not tag as such.
 UNTAGGED = {
     aten.reshape.default,
     aten.flatten.using_ints,
@@ -27,6 +27,7 @@ UNTAGGED = {
     aten.repeat_interleave.self_int,
     aten.chunk.default,
 }
+# Operators that return their input as it is: dropout does in evaluation mode, and a cast keeps positions.
 SAME_VALUES = {aten.clone.default, aten._to_copy.default, aten.to.dtype, aten.dropout.default, aten.contiguous.default}
 DIAGONALS = {aten.diag_embed.default, aten.diag.default}
 REDUCTIONS = {
@@ -51,6 +52,7 @@ REDUCTIONS = {
     aten.std,
     aten.isclose,
 }
+# Operators that read the size of their input and not its values.
 SIZES_ONLY = {
     aten.sym_size,
     aten.zeros_like,
@@ -66,9 +68,9 @@ EXTREMES = {aten.amax, aten.amin, aten.max, aten.min}  # taken off scores before
 
 
 def makes_scores(node: Node) -> bool:
-    """Whether a node is a product of two tensors that each bring an axis to the result, as queries and keys do.
+    """Return whether a node is a product of two tensors that each bring an axis to the result, as queries and keys do.
 
-    Not a matrix times a vector, and not a matrix scaled by a diagonal one: those stand inside loops.
+    A matrix times a vector or a diagonal matrix is not: those stand inside loops.
     """
     product = as_product(node)
     return (
@@ -80,47 +82,47 @@ def makes_scores(node: Node) -> bool:
 
 
 def brings_axis(operand: Node, axes: str, own: str) -> bool:
-    """Whether an operand of a product has an axis of its own, longer than 1, and is not diagonal."""
+    """Return whether an operand of a product has an axis of its own, longer than 1, and is not diagonal."""
     sizes = named_sizes(operand, axes)
-    while (viewed := viewed_by(operand)) is not None:
-        operand = viewed
+    while (source := view_source(operand)) is not None:
+        operand = source
     return operand.target not in DIAGONALS and any(sizes.get(a) != "1" for a in own)
 
 
-def viewed_by(node: Node) -> Node | None:
-    """The tensor that a view is one of; None for a node that is no view, or puts several together."""
+def view_source(node: Node) -> Node | None:
+    """Return the tensor that a node views; None for a node that is no view, or joins several tensors."""
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     return tensors[0] if is_view(node) and len(tensors) == 1 else None
 
 
 def is_matrix(node: Node) -> bool:
-    """Whether a node is a floating tensor of two axes or more."""
+    """Return whether a node is a floating tensor of two axes or more."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point()
 
 
 def is_elementwise(node: Node) -> bool:
-    """Whether a node computes each entry from those at the same place."""
+    """Return whether a node computes each entry from the entries at the same position."""
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node moves entries about without changing them."""
+    """Return whether a node moves entries about without changing them."""
     return bool(getattr(node.target, "is_view", False)) or node.target in UNTAGGED | SAME_VALUES
 
 
 def is_reduction(node: Node) -> bool:
-    """Whether a node sums, or takes the most, over axes."""
+    """Return whether a node reduces over axes."""
     return getattr(node.target, "overloadpacket", None) in REDUCTIONS
 
 
 def is_mixing(node: Node) -> bool:
-    """Whether a node could normalise: it sums over axes, itself or as a product."""
+    """Return whether a node could normalise: it sums over axes, itself or as a product."""
     return is_reduction(node) or as_product(node) is not None
 
 
 def size_of(node: Node) -> str | None:
-    """Symbolic number of entries, as text."""
+    """Return the symbolic number of entries, as text."""
     if SIZE not in node.meta:
         value = node.meta.get("val")
         node.meta[SIZE] = str(value.numel()) if isinstance(value, Tensor) else None
@@ -129,31 +131,31 @@ def size_of(node: Node) -> str | None:
 
 
 def is_cut(node: Node) -> bool:
-    """Whether a node takes a part of a matrix: a plan without its dustbins, say."""
+    """Return whether a node takes a part of a matrix: a plan without its dustbins, say."""
     return node.target in (aten.slice.Tensor, aten.select.int, aten.narrow.default)
 
 
 def is_constant(node: Node) -> bool:
-    """Whether a node depends on no values of the model's inputs; on their sizes it may."""
-    stack, passed = [node], set[Node]()
+    """Return whether a node depends on no values of the model's inputs; it may depend on their sizes."""
+    stack, visited = [node], set[Node]()
     while stack:
         node = stack.pop()
         if node.op == "placeholder":
             return False
-        if node not in passed and getattr(node.target, "overloadpacket", None) not in SIZES_ONLY:
-            passed.add(node)
+        if node not in visited and getattr(node.target, "overloadpacket", None) not in SIZES_ONLY:
+            visited.add(node)
             stack += node.all_input_nodes
     return True
 
 
 def depends_on(node: Node, source: Node) -> bool:
-    """Whether a node depends on another."""
-    stack, passed = [node], set[Node]()
+    """Return whether a node depends on another."""
+    stack, visited = [node], set[Node]()
     while stack:
         node = stack.pop()
         if node is source:
             return True
-        if node not in passed and node > source:
-            passed.add(node)
+        if node not in visited and node > source:  # nothing before the source depends on it
+            visited.add(node)
             stack += node.all_input_nodes
     return False

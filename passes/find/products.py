@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.fx import Node
 
 aten = torch.ops.aten
-SHAPE = "asapc_shape"
+SHAPE = "asapc_shape"  # metadata: a cache of `shape_of`
 
 
 @dataclass(frozen=True)
 class Product:
     """A sum of products: out[out_axes] = sum of left[left_axes] * right[right_axes].
 
-    The letters are the equation's own and tell only which axes are the same; "1" is an axis that broadcasts.
+    The letters are the equation's own and only say which axes are the same; "1" is an axis that broadcasts.
     """
 
     node: Node
@@ -32,16 +32,16 @@ class Product:
         return "".join(a for a in self.left_axes if a in self.right_axes and a not in self.out_axes + "1")
 
     def only(self, side: str) -> str:
-        """Letters of one operand, "left" or "right", that the other lacks and the result has."""
+        """Return the letters of one operand, "left" or "right", that the other lacks and the result has."""
         mine, others = (self.left_axes, self.right_axes) if side == "left" else (self.right_axes, self.left_axes)
         return "".join(a for a in mine if a in self.out_axes and a not in others)
 
 
 def as_product(node: Node) -> Product | None:
-    """The product that a node computes, None if it computes something else or nothing that is told here."""
+    """Return the product that a node computes; None if it is no product of two tensors, or not of a form read here."""
     if node.target in (aten.matmul.default, aten.bmm.default):
         left, right = node.args[:2]
-    elif node.target is aten.baddbmm.default:  # with a term added: its product is in the scores all the same
+    elif node.target is aten.baddbmm.default:  # adds a term; the scores hold its product all the same
         left, right = node.args[1:3]
     elif node.target is aten.einsum.default:
         return from_equation(node)
@@ -53,7 +53,7 @@ def as_product(node: Node) -> Product | None:
 
 
 def from_matrices(node: Node, left: Node, right: Node) -> Product | None:
-    """A matrix product over the last axes, whose leading axes broadcast; None if an operand is no matrix."""
+    """Read a matrix product over the last axes, whose leading axes broadcast; None if an operand is no matrix."""
     left_shape, right_shape = shape_of(left) or (), shape_of(right) or ()
     if min(len(left_shape), len(right_shape)) < 2:
         return None
@@ -71,7 +71,7 @@ def from_matrices(node: Node, left: Node, right: Node) -> Product | None:
 
 
 def from_equation(node: Node) -> Product | None:
-    """An einsum of two operands without ellipsis and without repeated axes."""
+    """Read an einsum of two operands without ellipsis and without repeated axes; None for any other."""
     equation, nodes = node.args[:2]
     letters = split_equation(equation)
     if letters is None or not isinstance(nodes, list | tuple) or len(nodes) != 2:
@@ -82,6 +82,7 @@ def from_equation(node: Node) -> Product | None:
     (left_axes, right_axes), out = letters
     left_sizes, right_sizes = named_sizes(left, left_axes), named_sizes(right, right_axes)
 
+    # An axis of length 1 beside a longer one of the same letter broadcasts, and is not summed over.
     def broadcast(axes: str, own: Mapping[str, str], other: Mapping[str, str]) -> str:
         return "".join("1" if own.get(a) == "1" and other.get(a, "1") != "1" else a for a in axes)
 
@@ -96,12 +97,12 @@ def from_equation(node: Node) -> Product | None:
 
 
 def split_equation(equation: object) -> tuple[list[str], str] | None:
-    """Letters of the operands and of the result of an einsum; None where it has an ellipsis or repeats an axis."""
+    """Split an einsum into the letters of operands and result; None where it has an ellipsis or repeats an axis."""
     if not isinstance(equation, str) or "." in equation:
         return None
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")
-    if not arrow:  # then the result has the axes that only one operand has, by the alphabet
+    if not arrow:  # then the result has the axes that occur once, in alphabetical order
         letters = "".join(operands)
         out = "".join(sorted(a for a in letters if letters.count(a) == 1))
     repeats = any(len(set(axes)) < len(axes) for axes in (*operands, out))
@@ -109,12 +110,12 @@ def split_equation(equation: object) -> tuple[list[str], str] | None:
 
 
 def named_sizes(node: Node, axes: str) -> dict[str, str]:
-    """Symbolic sizes of a tensor's axes by their letters, as text."""
+    """Return the symbolic sizes of a tensor's axes by their letters, as text."""
     return dict(zip(axes, shape_of(node) or (), strict=False))
 
 
 def shape_of(node: Node) -> tuple[str, ...] | None:
-    """Symbolic shape of a node's value; as text, since comparing symbols would constrain them."""
+    """Return the symbolic shape of a node's value; as text, since comparing symbols would constrain them."""
     if SHAPE not in node.meta:  # printing symbols is slow
         value = node.meta.get("val")
         node.meta[SHAPE] = tuple(map(str, value.shape)) if isinstance(value, Tensor) else None

@@ -1,4 +1,4 @@
-"""Runs a part of a graph as a function, in float64, on values of our own choosing."""
+"""Runs a part of a graph as a function, in float64, on any values."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -28,25 +28,25 @@ class Region:
     def __init__(self, start: Node, end: Node, within: Collection[Node], values: Mapping[Node, Any]) -> None:
         self.start, self.end = start, end
         below = descend({start}, [node for node in sorted(within) if start < node])
-        nodes = ancestors(end, below)
+        nodes = ancestors(end, below)  # between start and end
         inputs = {n for node in nodes for n in node.all_input_nodes} - nodes - {start}
         self.nodes = sorted(nodes)
         self.closed = end in nodes and inputs <= values.keys()
         self.inputs = {n: double(values[n]) for n in inputs if n in values}
 
     def __call__(self, value: Tensor) -> Tensor:
-        """What the end is for another value of the start.
+        """Compute the value of the end from another value of the start.
 
         Raises:
-            OpenRegionError: the end does not follow from the start alone.
+            OpenRegionError: the end does not depend on the start alone.
         """
         if not self.closed:
             raise OpenRegionError
         env: dict[Node, Any] = {**self.inputs, self.start: value}
         for node in self.nodes:
             args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-            # A cast to another floating type would round what has to stay exact. Views were traced for
-            # contiguous tensors, which arranged ones are not.
+            # A cast to another floating type would round what has to stay exact, so it is skipped. A view was
+            # traced for contiguous tensors; these may be transposed, which takes a reshape.
             operator: Any = torch.reshape if node.target is aten.view.default else node.target
             env[node] = args[0] if is_cast(node) else operator(*args, **kwargs)
         result: Tensor = env[self.end]
@@ -54,7 +54,7 @@ class Region:
 
 
 def descend(sources: Collection[Node], ordered: Collection[Node]) -> set[Node]:
-    """Those of some nodes, in the order of the graph, that depend on a source."""
+    """Return those nodes that depend on a source; the nodes are in the order of the graph."""
     below: set[Node] = set()
     for node in ordered:
         if any(n in below or n in sources for n in node.all_input_nodes):
@@ -63,7 +63,7 @@ def descend(sources: Collection[Node], ordered: Collection[Node]) -> set[Node]:
 
 
 def ancestors(end: Node, within: Collection[Node]) -> set[Node]:
-    """A node and what it depends on, as far as all on the way is among some nodes."""
+    """Return a node and what it depends on through nodes of a set alone."""
     nodes: set[Node] = set()
     stack = [end]
     while stack:
@@ -75,7 +75,7 @@ def ancestors(end: Node, within: Collection[Node]) -> set[Node]:
 
 
 def is_cast(node: Node) -> bool:
-    """Whether a node changes nothing but the floating type."""
+    """Return whether a node changes nothing but the floating type."""
     source, value = node.args[0] if node.args else None, node.meta.get("val")
     return (
         node.target in (aten._to_copy.default, aten.to.dtype)

@@ -1,10 +1,9 @@
 """Finds Sinkhorn attention in a graph, whatever its code looks like.
 
-Structure proposes (`candidates.py`), numbers decide (`probe.py`). The graph runs once on real samples. Where a
-candidate for a plan comes up, the nodes that it may have been made from are tried in order: the product
-of queries and keys, that with a bias, with a mask. The first from which the region up to the plan is Sinkhorn
-scaling, in numbers, is where the loop starts. No class, module or function name is ever looked at; names
-only label the result.
+Structure proposes (`candidates.py`), numbers decide (`probe.py`). The graph runs once on real samples. At each
+candidate for a plan, the nodes that its loop may start from are tried in order: the product of queries and keys, that
+with a bias, that with a mask. The loop starts at the first from which the region up to the plan is Sinkhorn scaling,
+in numbers. Names of classes, modules and functions play no part; they only label the result.
 """
 
 import time
@@ -28,8 +27,8 @@ from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Findings, Miss, Site
 
-# The plan that the model computes may differ from the loop in float64 by so much, relative: rounding of a long loop
-# in float32. Beyond it the loop lives on rounding, as masks of -1e9 that float32 swallows do.
+# Relative difference that the plan of the model may have from the loop in float64: rounding of a long loop in float32.
+# Beyond it the result depends on rounding, as with masks of -1e9, beside which float32 loses the scores.
 PRECISION_TOLERANCE = 1e-2
 
 
@@ -41,7 +40,7 @@ def find_sinkhorn(graph: CapturedGraph, samples: Samples) -> Findings:
         samples: two real inputs or more, for the probe on real scores.
 
     Returns:
-        The sites in the order of the graph, and for each candidate that was turned down the reason.
+        The sites in the order of the graph, and the reason for each candidate that was rejected.
     """
     module = graph.program.module()
     finder = Finder(module, list(propose(module.graph)), len(samples))
@@ -51,23 +50,23 @@ def find_sinkhorn(graph: CapturedGraph, samples: Samples) -> Findings:
 
 
 class Finder(Interpreter):
-    """Runs a graph once and judges each candidate as soon as its plan is there, so that little has to be kept."""
+    """Runs a graph once and judges each candidate as soon as its plan is computed, so that few values are kept."""
 
     def __init__(self, module: GraphModule, candidates: Sequence[Candidate], batch: int) -> None:
         super().__init__(module)
         self.batch = batch
-        # Candidates are judged where a use begins, those nearest to it first: the others are on the way to it.
-        self.ending: dict[Node, list[Candidate]] = {}
+        # Candidates are judged at the operand of a use, those nearest to it first: the others lie before them.
+        self.candidates: dict[Node, list[Candidate]] = {}
         for candidate in candidates:
             for use in sorted(candidate.uses, key=lambda use: len(use.path)):
-                self.ending.setdefault(use.path[-1], []).append(candidate)
-        self.judged: dict[Node, bool] = {}
-        self.last: dict[Node, Node] = {}  # where the value of a node is needed for the last time
+                self.candidates.setdefault(use.path[-1], []).append(candidate)
+        self.verdicts: dict[Node, bool] = {}  # whether a plan is a site's
+        self.last_use: dict[Node, Node] = {}  # where the value of a node is needed for the last time
         for node in module.graph.nodes:
-            for candidate in self.ending.get(node, ()):
-                self.last |= dict.fromkeys(candidate.needed, node)
-        self.releases: dict[Node, list[Node]] = {}  # the same by that place
-        for node, end in self.last.items():
+            for candidate in self.candidates.get(node, ()):
+                self.last_use |= dict.fromkeys(candidate.evidence, node)
+        self.releases: dict[Node, list[Node]] = {}  # the inverse of `last_use`
+        for node, end in self.last_use.items():
             self.releases.setdefault(end, []).append(node)
         self.values: dict[Node, Any] = {}
         self.seconds: dict[Node, float] = {}
@@ -76,28 +75,29 @@ class Finder(Interpreter):
         self.untold: list[str] = []
 
     def run_node(self, n: Node) -> Any:
-        """Run one node; judge the candidate that ends in it."""
+        """Run one node; judge the candidates whose use begins at it."""
         start = time.perf_counter()
         value = super().run_node(n)
         self.seconds[n] = time.perf_counter() - start
-        if n in self.last:
+        if n in self.last_use:
             self.values[n] = value
-        for candidate in sorted(self.ending.get(n, ()), key=lambda c: c.plan, reverse=True):
-            if candidate.plan not in self.judged:
-                self.judged[candidate.plan] = self.judge(candidate)
-            if self.judged[candidate.plan]:
-                break
+        for candidate in sorted(self.candidates.get(n, ()), key=lambda c: c.plan, reverse=True):
+            if candidate.plan not in self.verdicts:
+                self.verdicts[candidate.plan] = self.judge(candidate)
+            if self.verdicts[candidate.plan]:
+                break  # the candidates before a plan are stages of its loop
         for node in self.releases.get(n, ()):
             self.values.pop(node, None)
         return value
 
     def judge(self, candidate: Candidate) -> bool:
-        """Whether a candidate is a site; noted among sites or, where it looks like attention, misses."""
+        """Add a candidate to the sites, or to the misses where it looks like attention; return whether it is a site."""
         try:
             self.sites.append((candidate, identify(candidate, self.values, self.batch)))
         except NotSinkhorn as reason:
             self.untold += reason.untold
             plan = self.values[candidate.plan]
+            # A matrix with negative entries, or one that no product reads, looks like no attention.
             if bool((plan >= 0).all()) and any(as_product(use.user) for use in candidate.uses):
                 user = candidate.uses[0].user
                 self.misses.append((candidate, Miss(candidate.plan.name, source_line(user), str(reason), reason.hint)))
@@ -105,7 +105,7 @@ class Finder(Interpreter):
         return True
 
     def findings(self) -> Findings:
-        """Sites and misses, less those that are only a stage on the way to another site's plan."""
+        """Return sites and misses, without those that are only a stage of another site's loop."""
         inside: set[Node] = set().union(*(c.region - {c.plan} for c, _ in self.sites))
         plans = {candidate.plan for candidate, _ in self.sites}
         sites = [
@@ -119,7 +119,7 @@ class Finder(Interpreter):
         return Findings(tuple(self.name_sites(sites)), tuple(misses), untold=tuple(dict.fromkeys(self.untold)))
 
     def name_sites(self, sites: Sequence[tuple[Candidate, Site]]) -> Iterator[Site]:
-        """Yield sites with unique names, and with their share of the time."""
+        """Yield sites with unique names and with their share of the time."""
         total = sum(self.seconds.values())
         names: set[str] = set()
         for candidate, site in sites:
@@ -129,16 +129,16 @@ class Finder(Interpreter):
             yield replace(site, name=name, share=share)
 
     def distinct_misses(self, nodes: Collection[Node], places: Collection[tuple[str | None, str]]) -> list[Miss]:
-        """One miss for each line of code.
+        """Return one miss for each line of code; the one nearest to the use.
 
         Args:
-            nodes: nodes of sites; a candidate that ends in one is a part of the site.
-            places: source lines and modules of sites; a line may hold more than a loop.
+            nodes: nodes of sites; a candidate whose plan is among them is a part of the site.
+            places: source lines and modules of sites; a line may hold more than one loop.
         """
-        nearest: dict[str, Miss] = {}  # that nearest to the use was judged first
+        nearest: dict[str, Miss] = {}  # the one nearest to the use was judged first
         for candidate, miss in self.misses:
-            place = miss.source, module_path(candidate.uses[0].user)
-            if candidate.plan not in nodes and place not in places:
+            line = miss.source, module_path(candidate.uses[0].user)
+            if candidate.plan not in nodes and line not in places:
                 nearest.setdefault(miss.source or miss.node, miss)
         return list(nearest.values())
 
@@ -153,7 +153,7 @@ class Trial:
         frame: the layout of scores and plan.
         region: the loop as a function of the start's value.
         value: the start's value, float64.
-        plan: what the region makes of it, float64.
+        plan: the region's value for it, float64.
         exponential: whether the start holds exp(scores).
         logarithm: whether the plan node holds log(plan).
     """
@@ -168,10 +168,10 @@ class Trial:
     logarithm: bool
 
     def judge(self, values: Mapping[Node, Any]) -> Site:
-        """The site, its name not yet made unique.
+        """Return the site, its name not yet made unique.
 
         Raises:
-            NotSinkhorn: read in this way it is none.
+            NotSinkhorn: read in this way it is no site.
         """
         candidate, start, frame = self.candidate, self.start, self.frame
         scores = frame.arrange(self.value.log() if self.exponential else self.value)
@@ -183,17 +183,17 @@ class Trial:
         return describe(candidate, start, frame, loop, values, self.exponential, self.logarithm)
 
     def respond(self, scores: Tensor) -> Tensor:
-        """The plan that the loop makes of other scores, both (B, H, N, M) in float64."""
+        """Return the plan that the loop makes of other scores, both (B, H, N, M) in float64."""
         value = self.frame.restore(scores)
         return self.arrange_plan(self.region(value.exp() if self.exponential else value))
 
     def arrange_plan(self, value: Tensor) -> Tensor:
-        """The plan (B, H, N, M) from a value of its node."""
+        """Return the plan (B, H, N, M) from a value of its node."""
         return self.frame.arrange(value.exp() if self.logarithm else value)
 
 
 def trials(candidate: Candidate, values: Mapping[Node, Any], batch: int, exponential: bool) -> Iterator[Trial]:
-    """The ways to read a candidate: its starts in the order of the graph, as scores or as exp(scores)."""
+    """Yield the ways to read a candidate: by start, in the order of the graph, and by layout."""
     logarithm = bool((values[candidate.plan] < 0).any())
     for start in candidate.starts:
         value = values[start].double()
@@ -212,57 +212,57 @@ def identify(candidate: Candidate, values: Mapping[Node, Any], batch: int) -> Si
     """Judge one candidate; return its site, its name not yet made unique, or raise NotSinkhorn."""
     if is_same_everywhere(values[candidate.plan]):
         raise NotSinkhorn(
-            "the plan is constant on the samples, so nothing can be told from it",
-            "give other samples, not wholly masked",
+            "the plan is constant on the samples, so the loop cannot be identified",
+            "use other samples that are not wholly masked",
             untold=(candidate.plan.name,),
         )
     failure = NotSinkhorn(
-        "nothing before it has its shape",
-        "if it is a loop, build the plan, a matrix of the scores' shape for each sample, and multiply that",
+        "no matrix before the plan has its shape",
+        "if this is a Sinkhorn loop, build its plan for each sample, a matrix of the scores' shape, and multiply that",
         nearness=-1,
     )
     for exponential in (False, True):
         if exponential and failure.nearness != MASKED_LATER:
-            break  # the kernel may start the loop where it is exp(scores) and a mask, not where it is anything else
+            break  # exp(scores) may start the loop only where a mask on the kernel is what stood in the way
         for trial in trials(candidate, values, batch, exponential):
             try:
                 return trial.judge(values)
             except NotSinkhorn as reason:
-                failure = max(failure, reason, key=lambda error: error.nearness)  # of equals the first
+                failure = max(failure, reason, key=lambda error: error.nearness)  # the first of equals
     raise failure
 
 
 def require_precision(plan: Tensor, exact: Tensor) -> None:
-    """Raise NotSinkhorn if the plan that the model computes is not that of its loop in float64."""
+    """Raise NotSinkhorn if the plan of the model differs from that of its loop in float64."""
     if (error := difference(plan, exact)) > PRECISION_TOLERANCE:
         raise NotSinkhorn(
-            f"in its own precision the loop differs by {amount(error)} from what it computes in float64",
-            "mask with -inf, and keep what is masked out of every step",
+            f"in the model's precision the plan differs by {amount(error)} from the plan in float64",
+            "mask with -inf, and leave masked entries out of every step",
             nearness=3,
         )
 
 
 def require_evidence(candidate: Candidate, values: Mapping[Node, Any]) -> None:
-    """Raise NotSinkhorn if the loop reads an input, a mask say, that is the same everywhere on the samples.
+    """Raise NotSinkhorn if the loop reads an input, such as a mask, that is constant on the samples.
 
-    What it does cannot be told then, and a rewrite could leave it out.
+    Its effect does not show then, and a rewrite could leave it out.
     """
-    same = [n for n in sorted(candidate.side_inputs) if is_same_everywhere(values.get(n)) and not is_constant(n)]
-    if same:
+    constant = [n for n in sorted(candidate.side_inputs) if is_same_everywhere(values.get(n)) and not is_constant(n)]
+    if constant:
         raise NotSinkhorn(
-            f"the loop reads {same[0].name}, which depends on the model's inputs and is the same everywhere on the "
-            "samples, so that what it does cannot be told",
-            "give samples in which it differs: for a mask, some with padding",
+            f"the loop reads {constant[0].name}, which depends on the model's inputs but is constant on the samples, "
+            "so its effect cannot be determined",
+            "use samples on which it varies: for a mask, some with padding",
             nearness=4,
-            untold=tuple(node.name for node in same),
+            untold=tuple(node.name for node in constant),
         )
 
 
 def is_same_everywhere(value: Any) -> bool:
-    """Whether a value is a tensor of several entries that are all equal."""
+    """Return whether a value is a tensor of several entries that are all equal."""
     return isinstance(value, Tensor) and value.numel() > 1 and bool((value == value.flatten()[0]).all())
 
 
 def unique(name: str, others: Collection[str]) -> str:
-    """Return the name, with a number after it where others have it."""
+    """Return a name, with a number appended where others have it."""
     return next(n for n in chain([name], (f"{name}.{i}" for i in count(2))) if n not in others)

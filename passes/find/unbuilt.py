@@ -1,8 +1,8 @@
 """Finds products that apply a plan which the graph does not hold: a * (K @ (b * v)).
 
-What scales values or result without varying along the values' own axis is one number for all that an entry of
-the matrix meets, so it may as well scale the matrix. Only what is made of the matrix, or of what the matrix is made
-of, counts: the scaling vectors of a loop are, a gate on the values is not.
+A factor of the values or of the result that does not vary along the values' own axis can scale the matrix instead.
+It counts only if it depends on the matrix, or on what the matrix is computed from entry by entry: the scaling vectors
+of a loop do, a gate on the values does not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from asapc.passes.find.candidates import carried_axes, carry, example_shape, paths_to
-from asapc.passes.find.kinds import depends_on, makes_scores, size_of, viewed_by
+from asapc.passes.find.kinds import depends_on, makes_scores, size_of, view_source
 from asapc.passes.find.products import Product, as_product, shape_of, split_equation
 from asapc.passes.layout import MERGED, follow_axes, invert
 
@@ -25,11 +25,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Scaling:
-    """What scales a product, and can scale the matrix in it.
+    """A scaling of a product that can scale the matrix in it.
 
     Attributes:
-        factor: what is multiplied with, or divided by.
-        divides: whether it is divided by.
+        factor: what multiplies or divides.
+        divides: whether it divides.
         axes: letters of the factor's axes.
         target: letters of the matrix's axes, "1" where the factor does not vary; as `layout.align` takes them.
     """
@@ -46,11 +46,11 @@ class Unbuilt:
 
     Attributes:
         product: the product.
-        scalings: what makes a plan of the matrix.
+        scalings: what turns the matrix into the plan.
         matrix: the matrix, and views of it up to the operand of the product.
-        values: the values, and what becomes of them up to the operand of the product.
-        left_out: multiplications and divisions among the steps that move onto the matrix, and what they scale.
-        result: what becomes of the product, up to the last of those.
+        values: the path from the values to the operand of the product.
+        bypass: the scalings on the paths, which move onto the matrix, and what they scale.
+        result: the path from the product to the last scaling.
         equation: what is left of an einsum that scales on its own; None where the product stays as it is.
     """
 
@@ -58,7 +58,7 @@ class Unbuilt:
     scalings: tuple[Scaling, ...]
     matrix: tuple[Node, ...]
     values: tuple[Node, ...]
-    left_out: Mapping[Node, Node] = field(default_factory=dict)
+    bypass: Mapping[Node, Node] = field(default_factory=dict)
     result: tuple[Node, ...] = ()
     equation: str | None = None
 
@@ -72,7 +72,7 @@ class Term:
 
 
 def find_unbuilt(node: Node) -> Unbuilt | None:
-    """What is to be built for a node; None where it is no product, or has no scaling that can be moved."""
+    """Read a node as a product with scalings; None where it is no product, or has no scaling that can move."""
     product = None if node.target is aten.baddbmm.default or not makes_scores(node) else as_product(node)
     if product is None or product.left is product.right:
         return None
@@ -82,17 +82,17 @@ def find_unbuilt(node: Node) -> Unbuilt | None:
 
 
 def scaled_matrix(product: Product, matrix: Term, values: Term) -> Unbuilt | None:
-    """The same, with one operand of the product for the matrix and the other for values."""
-    views, axes = unturned(matrix.node, matrix.axes)
-    way, result = way_up(values.node), way_down(product.node)
+    """Read a product with one operand for the matrix and the other for the values; None where no scaling can move."""
+    views, axes = undo_transposes(matrix.node, matrix.axes)
+    way, result = path_up(values.node), path_down(product.node)
     scalings: dict[Node, Scaling] = {}
     for step in [*steps_up(way, values.axes), *steps_down(result, product.out_axes)]:
         scaling = as_scaling(step, axes)
-        if scaling is not None and is_made_of(step.factor, views[0]) and type_of(step.node) == type_of(matrix.node):
+        if scaling is not None and derives_from(step.factor, views[0]) and type_of(step.node) == type_of(matrix.node):
             scalings[step.node] = scaling
     if not scalings:
         return None
-    # What comes before the first scaling of the values and after the last of the result stays as it is.
+    # Steps before the first scaling of the values and after the last of the result stay as they are.
     begin = next((i for i in range(len(way) - 1) if way[i + 1] in scalings), len(way) - 1)
     end = max((i for i, node in enumerate(result) if node in scalings), default=0)
     return Unbuilt(
@@ -100,19 +100,19 @@ def scaled_matrix(product: Product, matrix: Term, values: Term) -> Unbuilt | Non
         scalings=tuple(scalings.values()),
         matrix=tuple(views),
         values=tuple(way[begin:]),
-        left_out={node: through for node in scalings if (through := carrier(node)) is not None},
+        bypass={node: through for node in scalings if (through := carrier(node)) is not None},
         result=tuple(result[1 : end + 1]),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A multiplication or division on the way to a product or from it.
+    """A multiplication or division on the path to a product or from it.
 
     Attributes:
         node: the node.
-        factor: the tensor that it multiplies with or divides by.
-        places: positions in it, as the operand or the result of the product has them.
+        factor: the tensor that multiplies or divides.
+        places: positions in the node, as the operand or the result of the product has them.
         letters: of that operand or result, in the product.
     """
 
@@ -123,7 +123,7 @@ class Step:
 
 
 def steps_up(way: Sequence[Node], letters: str) -> Iterator[Step]:
-    """Yield what scales an operand of a product on the way to it."""
+    """Yield the scalings of an operand on the path to its product."""
     for i, node in enumerate(way):
         factor = factor_of(node)
         if factor is not None and (places := carry(way[i:])) is not None:
@@ -131,7 +131,7 @@ def steps_up(way: Sequence[Node], letters: str) -> Iterator[Step]:
 
 
 def steps_down(result: Sequence[Node], letters: str) -> Iterator[Step]:
-    """Yield what scales a product, the first node, on the way from it."""
+    """Yield the scalings of a product, the first node, on the path from it."""
     for i, node in enumerate(result):
         factor = factor_of(node)
         if factor is not None and (places := carry(result[: i + 1])) is not None:
@@ -141,7 +141,7 @@ def steps_down(result: Sequence[Node], letters: str) -> Iterator[Step]:
 
 
 def find_unbuilt_equation(node: Node) -> Unbuilt | None:
-    """What is to be built for an einsum of kernel, vectors and values at once; None for any other node."""
+    """Read a node as one einsum of kernel, vectors and values; None for any other node."""
     equation = read_equation(node)
     if equation is None:
         return None
@@ -150,7 +150,7 @@ def find_unbuilt_equation(node: Node) -> Unbuilt | None:
         factors = [term for term in terms if term.node not in (matrix.node, values.node)]
         if len(factors) < len(terms) - 2 or not applies(matrix, values, out):
             continue
-        if all(set(term.axes) <= set(matrix.axes) and is_made_of(term.node, matrix.node) for term in factors):
+        if all(set(term.axes) <= set(matrix.axes) and derives_from(term.node, matrix.node) for term in factors):
             scalings = tuple(equation_scaling(term, matrix) for term in factors)
             rest = f"{matrix.axes},{values.axes}->{out}"
             return Unbuilt(node, scalings, (matrix.node,), (values.node,), equation=rest)
@@ -158,11 +158,11 @@ def find_unbuilt_equation(node: Node) -> Unbuilt | None:
 
 
 def read_equation(node: Node) -> tuple[list[Term], str] | None:
-    """Terms and the result's letters of an einsum of three tensors or more; None for any other node."""
+    """Return the terms and the result's letters of an einsum of three tensors or more; None for any other node."""
     equation, nodes = node.args[:2] if node.target is aten.einsum.default else (None, ())
     if not isinstance(equation, str) or not isinstance(nodes, list | tuple) or len(nodes) < 3:
         return None
-    # Letters of one's own, since "y" and "z" stand for merged axes elsewhere.
+    # Letters are renamed, since "y" and "z" stand for merged axes elsewhere.
     letters = "".join(sorted(set(equation) - set(",->. ")))
     renamed = equation.translate(str.maketrans(letters, ascii_letters[: len(letters)]))
     axes = split_equation(renamed)
@@ -173,24 +173,24 @@ def read_equation(node: Node) -> tuple[list[Term], str] | None:
 
 
 def applies(matrix: Term, values: Term, out: str) -> bool:
-    """Whether an einsum sums over an axis that two terms share, and keeps an axis that only one has of each."""
+    """Return whether an einsum sums over an axis of two terms, and keeps an axis of each that the other lacks."""
     rows, columns, result = set(matrix.axes), set(values.axes), set(out)
     return bool((rows & columns) - result and (rows - columns) & result and (columns - rows) & result)
 
 
 def equation_scaling(factor: Term, matrix: Term) -> Scaling:
-    """A term of an einsum as a scaling of another, whose axes hold all of its own."""
+    """Read a term of an einsum as a scaling of another that has all its axes."""
     target = "".join(axis if axis in factor.axes else "1" for axis in matrix.axes)
     return Scaling(factor.node, False, factor.axes, target)
 
 
-def is_made_of(factor: Node, matrix: Node) -> bool:
-    """Whether a factor depends on a matrix, or on what that is made of entry by entry, and is of its type."""
+def derives_from(factor: Node, matrix: Node) -> bool:
+    """Return whether a factor has a matrix's type, and depends on it or on what it is computed from entry by entry."""
     return type_of(factor) == type_of(matrix) and any(depends_on(factor, path[0]) for path in paths_to(matrix))
 
 
 def as_scaling(step: Step, matrix_axes: str) -> Scaling | None:
-    """A step as a scaling of the matrix; None where it varies along an axis that the matrix lacks.
+    """Read a step as a scaling of the matrix; None where it varies along an axis that the matrix lacks.
 
     Args:
         step: the step.
@@ -210,9 +210,9 @@ def as_scaling(step: Step, matrix_axes: str) -> Scaling | None:
 
 
 def name_axes(step: Step) -> tuple[str, str]:
-    """Letters for the axes of a step, and where these are in the operand or the result; empty where they are lost."""
+    """Name the axes of a step; return the names there and in the operand or result, empty where they are lost."""
     shape = example_shape(step.node)
-    for merged in combinations(range(len(shape)), 2):  # views may have merged two of the node's axes
+    for merged in combinations(range(len(shape)), 2):  # views may have merged any two axes of the node
         names = list("ijklpqrs"[: len(shape) - 2])
         for axis, letter in zip(merged, "bh", strict=True):
             names.insert(axis, letter)
@@ -223,12 +223,12 @@ def name_axes(step: Step) -> tuple[str, str]:
 
 
 def parts(letter: str) -> set[str]:
-    """The letters of the axes that are merged in one, or the letter itself."""
+    """Return the letters of the axes that a letter merges, or the letter itself."""
     return set(MERGED.get(letter, letter))
 
 
-def reading(node: Node) -> tuple[Node, Any] | None:
-    """A multiplication or division as the operand that is as large as the result, and the one that is smaller."""
+def read_scaling(node: Node) -> tuple[Node, Any] | None:
+    """Split a multiplication or division into the operand of the result's shape and the smaller one; else None."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor):
         return None
     left, right = node.args[:2]
@@ -242,49 +242,49 @@ def reading(node: Node) -> tuple[Node, Any] | None:
 
 
 def factor_of(node: Node) -> Node | None:
-    """The tensor that a node scales by; None where it does not scale, or by a number."""
-    _, factor = reading(node) or (None, None)
+    """Return the tensor that a node scales by; None where it does not scale, or scales by a number."""
+    _, factor = read_scaling(node) or (None, None)
     return factor if isinstance(factor, Node) else None
 
 
 def carrier(node: Node) -> Node | None:
-    """The input of a view that keeps everything, or what is scaled by a scaling; None for any other node."""
-    if (read := reading(node)) is not None:
-        return read[0]
-    viewed = viewed_by(node)
-    return viewed if viewed is not None and size_of(viewed) == size_of(node) else None
+    """Return the input of a view that keeps all entries, or of a scaling; None for any other node."""
+    if (scaling := read_scaling(node)) is not None:
+        return scaling[0]
+    source = view_source(node)
+    return source if source is not None and size_of(source) == size_of(node) else None
 
 
-def way_up(operand: Node) -> list[Node]:
-    """Views and scalings that lead to an operand, the operand last, and before all what they begin with."""
+def path_up(operand: Node) -> list[Node]:
+    """Return the path of views and scalings to an operand: what they begin with first, the operand last."""
     path = [operand]
     while (before := carrier(path[0])) is not None:
         path.insert(0, before)
     return path
 
 
-def way_down(product: Node) -> list[Node]:
-    """A product, and views and scalings that follow it, as long as nothing else reads what is scaled."""
+def path_down(product: Node) -> list[Node]:
+    """Return a product, and the views and scalings that follow it as the only readers."""
     path = [product]
     while len(path[-1].users) == 1 and carrier(user := next(iter(path[-1].users))) is path[-1]:
         path.append(user)
     return path
 
 
-def unturned(operand: Node, axes: str) -> tuple[list[Node], str]:
-    """The way to a matrix from where its axes were not yet exchanged, where its loop is, and its letters there."""
+def undo_transposes(operand: Node, axes: str) -> tuple[list[Node], str]:
+    """Return the path to a matrix from before its axes were transposed, where its loop is, and its letters there."""
     path = [operand]
-    while (viewed := viewed_by(path[0])) is not None:
-        names = "ijklpqrs"[: len(example_shape(viewed))]
-        letters = carried_axes([viewed, path[0]], names)
-        if letters is None or sorted(letters) != sorted(names) or type_of(viewed) != type_of(operand):
+    while (source := view_source(path[0])) is not None:
+        names = "ijklpqrs"[: len(example_shape(source))]
+        letters = carried_axes([source, path[0]], names)
+        if letters is None or sorted(letters) != sorted(names) or type_of(source) != type_of(operand):
             break
-        path.insert(0, viewed)
+        path.insert(0, source)
         axes = "".join(axes[letters.index(name)] for name in names)
     return path, axes
 
 
 def type_of(node: Node) -> torch.dtype:
-    """Type of a tensor's entries."""
+    """Return the type of a tensor's entries."""
     dtype: torch.dtype = node.meta["val"].dtype
     return dtype

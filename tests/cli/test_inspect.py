@@ -42,7 +42,7 @@ def test_inspect_why_says_what_was_turned_down(tmp_path):
     softmax = write_checkpoint(tmp_path / "softmax.pt", iterations=0)
     result = run("inspect", softmax, "--why")
     _, hint = assert_user_error(result)
-    assert hint == "hint: nothing is to be done"  # and not to run what was run
+    assert hint == "hint: there is nothing to change"  # and not to run what was run
     miss = next(line for line in result.stdout.splitlines() if line.startswith("miss: "))
     assert "vit.py:" in miss
     assert "softmax" in miss

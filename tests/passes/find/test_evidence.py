@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from asapc.capturing.export import export
-from asapc.passes.find.evidence import MAX_SAMPLES, find_with_evidence, most_different, telling
+from asapc.passes.find.evidence import MAX_SAMPLES, find_with_evidence, most_different, varying
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 
@@ -89,7 +89,7 @@ def test_without_any_padding_the_loop_is_refused_as_before():
     findings = find_with_evidence(captured(PaddedIds(), samples), samples)
     assert findings.sites == ()
     [miss] = findings.misses
-    assert "the same everywhere" in miss.reason
+    assert "constant on the samples" in miss.reason
     assert "padding" in miss.hint
 
 
@@ -106,7 +106,7 @@ def test_two_samples_are_told_apart_wherever_the_other_one_stands(odd):
     samples.inputs["x"][odd] = 1.0
     graph = captured(PerSample(), samples)
     names = [node.name for node in graph.program.module().graph.nodes if node.op == "call_function"]
-    one, other = telling(graph, names, samples)
+    one, other = varying(graph, names, samples)
     assert odd in (one, other)
     assert one != other
 

@@ -64,7 +64,7 @@ def relaxed(scores):
         (relaxed, "half-steps"),
         (normalised_sigmoid, "multiple of the scores"),
         (causal, "causal"),
-        (banded, "not whole rows and columns"),
+        (banded, "not in whole rows and columns"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

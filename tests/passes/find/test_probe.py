@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asapc.ops.sinkhorn import first_axis, sinkhorn_plan_ref
-from asapc.passes.find.probe import NOTHING, NotSinkhorn, Recognised, double_centre, find_live, find_scale, probe
+from asapc.passes.find.probe import NOTHING, NotSinkhorn, double_centre, find_live, find_scale, probe
+from asapc.types.site import Loop
 
 quick = settings(max_examples=25, deadline=None)
 HEADS = 3
@@ -21,7 +22,7 @@ def normal(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def ask(respond, scores) -> Recognised:
+def ask(respond, scores) -> Loop:
     """What is told of a function, given its answer to some scores and the function itself."""
     plan = respond(scores)
     scale, live = find_scale(scores, plan)
@@ -202,7 +203,7 @@ def other_masses_in_each_head(scores):
         (squares, "multiple of the scores"),
         (sparse, "is zero"),
         (identity, "negative"),
-        (outer, "does not depend on the scores"),
+        (outer, "otherwise does not depend on the scores"),
         (nan, "NaN"),
         (causal, "causal"),
         (other_masses_in_each_head, "half-steps"),
