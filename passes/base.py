@@ -14,11 +14,11 @@ Program = TypeVar("Program")
 
 
 class PreconditionError(InternalError):
-    """A pass was given a program that it cannot take."""
+    """The program does not meet what a pass requires."""
 
 
 class PostconditionError(InternalError):
-    """A pass returned a program that it must not return."""
+    """The program that a pass returned does not meet what the pass ensures."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class GraphPass(ABC, Generic[Program]):
         return result
 
     def requires(self, program: Program) -> None:
-        """Raise PreconditionError if the pass cannot take this program."""
+        """Raise PreconditionError if the program does not meet what the pass needs."""
 
     @abstractmethod
     def call(self, program: Program) -> PassResult[Program]:
-        """Do the step; a second run on its own result must report modified=False."""
+        """Transform the program; a second run on its own result must report modified=False."""
 
     def ensures(self, program: Program) -> None:
         """Raise PostconditionError if the result is not what the pass promises."""

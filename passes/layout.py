@@ -1,8 +1,8 @@
 """Brings tensors from the layout of a user's graph into the one that operators work in, and back.
 
-Axes are told by letters, see `types.site.Operand`. Which axis of a node is which axis of the scores is found by
-sending a tensor of positions through the graph's own views, and looking where its axes went: no list of
-view operators to keep, and heads that were stacked by `cat` are found as well.
+Letters name axes, see `types.site.Operand`. A tensor of positions, sent through the graph's own views, shows which axis
+of a node is which axis of the scores. So there is no list of view operators to keep, and heads that `cat` stacks are
+followed as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,10 @@ from asapc.ops.scaling import MIN_LIVE
 from asapc.types.site import Operand, Site
 
 UNIT_TOLERANCE = 1e-9
+# Letters of merged axes: samples before heads, and heads before samples.
 MERGED = {"z": "bh", "y": "hb"}
-# The scores of a site (B, H, N, M); the same made as (B, H, M, N), which needs no transposition; or in their place
-# queries (B, H, N, D) in units of the temperature, whose products with the keys they are.
+# What an operator reads: the scores (B, H, N, M); the scores computed as (B, H, M, N), which saves a transposition; or
+# queries (B, H, N, D) in units of the temperature, whose products with the keys are the scores.
 Form = Literal["scores", "turned", "points"]
 
 
@@ -59,14 +60,14 @@ def restore(tensor: Tensor, axes: str, last_two: str, groups: int, heads: int) -
     if groups > 1:
         source = "bgh" + last_two
         tensor = torch.unflatten(tensor, 1, (groups, heads // groups))
-    wanted = axes.replace("1", "")
+    target = axes.replace("1", "")
     for letter, parts in MERGED.items():
-        wanted = wanted.replace(letter, parts)
+        target = target.replace(letter, parts)
     for letter in source:
-        if letter not in wanted:
+        if letter not in target:
             tensor = tensor.squeeze(source.index(letter))
             source = source.replace(letter, "")
-    order = [source.index(letter) for letter in wanted]
+    order = [source.index(letter) for letter in target]
     if order != sorted(order):
         tensor = tensor.permute(order)
     for letter in MERGED:
@@ -102,7 +103,7 @@ def align(tensor: Tensor, axes: str, target: str) -> Tensor:
 
 
 def score_factor(site: Site, dtype: torch.dtype, form: Form = "scores") -> Tensor | None:
-    """Factor (H, 1, 1) from q.k, or from what the scores node holds, to scores; None where it is 1."""
+    """Return the factor (H, 1, 1) from q.k, or from what the scores node holds, to scores; None where all are 1."""
     product = site.wiring.product
     of_product = product is not None and (product.is_scores or form == "points")
     factor = product.score_scale if product is not None and of_product else site.loop.scale
@@ -114,21 +115,40 @@ def score_factor(site: Site, dtype: torch.dtype, form: Form = "scores") -> Tenso
 def site_inputs(
     site: Site, tensors: Sequence[Tensor], factor: Tensor | None, form: Form = "scores"
 ) -> list[Tensor | None]:
-    """Arguments of a site's operator: scores, queries, keys and values, (B, H, ...) each, None where it has none.
+    """Return the arguments of a site's operator: scores, queries, keys and values (B, H, ...), None for those it lacks.
 
-    In the form "points" queries in units of the temperature replace the scores, the first operand is one row of the
-    scores, of a query that is zero, and where keys are masked there is one argument more: 1 for a key that takes part
-    and 0 for one that does not, (B, H, 1, M).
+    In the form "points", queries in units of the temperature replace the scores. The scores among the operands are
+    then a single row, that of a zero query. Where keys are masked, a fifth argument (B, H, 1, M) holds 1 for a live
+    key and 0 for a masked one.
 
     Args:
         site: the site.
         tensors: values of `Wiring.operands`, in that order, in the graph's own layout.
-        factor: what `score_factor` gave for the site; apart, since it takes no part in tracing.
-        form: of the scores, see `Form`; all but "scores" where they are a product.
+        factor: of the site, from `score_factor`; passed in, since it is not traced.
+        form: of the scores, see `Form`; forms other than "scores" need a product.
     """
+    scores, queries, keys, values = arrange_operands(site, tensors)
+    if scores is not None and site.wiring.exponential:
+        scores = scores.log()
+    if scores is not None and form != "points":
+        return [scores if factor is None else scores * factor, queries, keys, values]
+    assert queries is not None  # the scores are a product
+    assert keys is not None
+    scaled = queries if factor is None else (queries * factor).to(queries.dtype)
+    if form == "points":
+        if scores is None:
+            return [scaled, queries, keys, values]
+        live = (scores * site.loop.scale.mean().item() >= MIN_LIVE).to(site.wiring.dtype)
+        return [scaled, queries, keys, values, live]
+    scores = keys @ scaled.transpose(-1, -2) if form == "turned" else scaled @ keys.transpose(-1, -2)
+    return [scores, queries, keys, values]
+
+
+def arrange_operands(site: Site, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the scores, queries, keys and values of a site as (B, H, ...), None for those among no operands."""
     wiring, heads = site.wiring, site.loop.heads
     rest = iter(tensors)
-    batch: int | torch.SymInt | None = None
+    batch: int | torch.SymInt | None = None  # known from the first operand that is not shared
 
     def take(operand: Operand, last_two: str) -> Tensor:
         nonlocal batch
@@ -139,60 +159,48 @@ def site_inputs(
         return tensor if set(operand.axes) & set("hzy") else tensor.expand(-1, heads, -1, -1)
 
     scores = None if wiring.scores_are_product else take(wiring.scores, "nm")
-    points: tuple[Tensor, ...] = ()
+    queries = keys = None
     if wiring.product is not None:
         queries, keys = take(wiring.product.query, "nd"), take(wiring.product.key, "md")
         if wiring.scores_are_product and is_shared(wiring.product.query):
-            queries = queries.expand(keys.shape[0], heads, -1, -1)  # it came before the keys told the batch
-        points = (queries, keys)
+            queries = queries.expand(keys.shape[0], heads, -1, -1)  # the batch was unknown before the keys
     values = None if wiring.attention is None else take(wiring.attention.value, "me")
-    if scores is not None and wiring.exponential:
-        scores = scores.log()
-    if scores is not None and form != "points":
-        return [scores if factor is None else scores * factor, *(points or (None, None)), values]
-    queries, keys = points
-    scaled = queries if factor is None else (queries * factor).to(queries.dtype)
-    if form == "points":
-        live = [] if scores is None else [(scores * site.loop.scale.mean().item() >= MIN_LIVE).to(wiring.dtype)]
-        return [scaled, queries, keys, values, *live]
-    scores = keys @ scaled.transpose(-1, -2) if form == "turned" else scaled @ keys.transpose(-1, -2)
     return [scores, queries, keys, values]
 
 
 def is_shared(operand: Operand) -> bool:
-    """Whether an operand is the same for all samples."""
+    """Return whether an operand is the same for all samples."""
     return not set(operand.axes) & set("bzy")
 
 
 def positions(shape: Sequence[int]) -> Tensor:
-    """A tensor of the shape that holds the position of each entry."""
+    """Return a tensor of the shape that holds the position of each entry."""
     return torch.arange(int(torch.Size(shape).numel())).reshape(tuple(shape))
 
 
-def follow_axes(seen: Tensor, axes: str, shape: Sequence[int]) -> str | None:
-    """Letters of the axes of a tensor of positions, or None where it is not a matter of axes.
+def follow_axes(places: Tensor, axes: str, shape: Sequence[int]) -> str | None:
+    """Return the letters of the axes of a tensor of positions; None where more than whole axes moved.
 
     Args:
-        seen: positions in a source tensor, after whatever was done to it.
+        places: positions in a source tensor, moved as the tensor was.
         axes: letters of the source's axes.
         shape: the source's shape.
     """
     strides = dict(zip(axes, positions(shape).stride(), strict=True))
     sizes = dict(zip(axes, shape, strict=True))
-    base = int(seen[(0,) * seen.dim()])
-    if base != 0:
+    if int(places[(0,) * places.dim()]) != 0:  # a part was cut off
         return None
     letters = ""
     total = torch.zeros((), dtype=torch.long)
-    for axis, size in enumerate(seen.shape):
-        along = seen[tuple(slice(None) if i == axis else 0 for i in range(seen.dim()))]
-        total = total + along.reshape([-1 if i == axis else 1 for i in range(seen.dim())])
+    for axis, size in enumerate(places.shape):
+        along = places[tuple(slice(None) if i == axis else 0 for i in range(places.dim()))]
+        total = total + along.reshape([-1 if i == axis else 1 for i in range(places.dim())])
         letters += "1" if size == 1 else name_axis(along, strides, sizes) or "?"
-    return None if "?" in letters or not torch.equal(total, seen) else letters
+    return None if "?" in letters or not torch.equal(total, places) else letters
 
 
 def name_axis(along: Tensor, strides: Mapping[str, int], sizes: Mapping[str, int]) -> str | None:
-    """Letter of an axis along which positions grow like this."""
+    """Return the letter of an axis along which positions grow like this; None if no axis fits."""
     for letter in strides:
         if letter != "1" and torch.equal(along, torch.arange(sizes[letter]) * strides[letter]):
             return letter
@@ -204,17 +212,17 @@ def name_axis(along: Tensor, strides: Mapping[str, int], sizes: Mapping[str, int
     return None
 
 
-def invert(seen: Tensor, shape: Sequence[int]) -> Tensor | None:
-    """Positions in the result for each entry of the source; None where the two do not match one to one."""
-    if seen.numel() != torch.Size(shape).numel():
+def invert(places: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """Return for each entry of the source its position in the result; None where the two do not match one to one."""
+    if places.numel() != torch.Size(shape).numel():
         return None
-    back = torch.full((seen.numel(),), -1)
-    back[seen.flatten()] = torch.arange(seen.numel())
+    back = torch.full((places.numel(),), -1)
+    back[places.flatten()] = torch.arange(places.numel())
     return None if bool((back < 0).any()) else back.reshape(tuple(shape))
 
 
 def loosen_views(new: Node) -> None:
-    """Make reshapes of the views after a new node: they were traced for tensors that lay otherwise in memory."""
+    """Turn the views after a new node into reshapes: they were traced for tensors of another memory layout."""
     for node in new.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         if new < node:
             node.target = torch.ops.aten.reshape.default

@@ -10,7 +10,7 @@ from asapc.types.samples import Samples
 
 
 class Recorder(Interpreter):
-    """Interpreter that keeps what the named nodes return and frees all else as soon as it can."""
+    """Interpreter that keeps the values of the named nodes and frees all others as soon as it can."""
 
     def __init__(self, module: GraphModule, names: Collection[str]) -> None:
         super().__init__(module)
@@ -26,7 +26,7 @@ class Recorder(Interpreter):
 
 
 def record(module: GraphModule, samples: Samples, names: Collection[str]) -> dict[str, Any]:
-    """Values of the named nodes, by name, when the module runs on the samples in one batch."""
+    """Return the values of the named nodes, by name, when the module runs on the samples in one batch."""
     recorder = Recorder(module, names)
     with torch.no_grad():
         recorder.run(*samples.inputs.values(), enable_io_processing=False)

@@ -1,4 +1,4 @@
-"""Makes an exported ONNX model fit for shipping: no traces of the machine it was made on, a clear origin."""
+"""Makes an exported ONNX model fit for shipping: states its origin, and leaves no trace of the exporting machine."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 class OnnxCleanup(GraphPass["ModelProto"]):
     """Drops doc strings and metadata that the exporter left on nodes and values, and states the origin.
 
-    The exporter writes the stack trace of every node, with the paths of the user's machine, into the file:
-    that is nobody's business, and makes equal models differ.
+    The exporter writes the stack trace of every node into the file, with paths of the user's machine. These are
+    private, and make equal models differ.
 
     Args:
-        metadata: what the model is to say about itself, e.g. the compiler's version.
+        metadata: entries that describe the model, e.g. the compiler's version.
     """
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
@@ -36,7 +36,7 @@ class OnnxCleanup(GraphPass["ModelProto"]):
         return PassResult(model, modified)
 
     def ensures(self, program: "ModelProto") -> None:
-        """The model passes ONNX's own checker, shapes included."""
+        """Check that the model passes ONNX's own checker, shapes included."""
         import onnx
 
         try:

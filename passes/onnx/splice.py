@@ -1,4 +1,4 @@
-"""Puts operators into an ONNX file in the place of its loops, and leaves everything else of the file as it is."""
+"""Replaces the loops of an ONNX file by operators, and leaves everything else of the file as it is."""
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from asapc.passes.base import GraphPass, PassResult, PostconditionError, Precond
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What comes in the place of one loop.
+    """The operator that replaces one loop.
 
     Attributes:
-        name: of the site; every name that comes in begins with it.
+        name: of the site; every new name begins with it.
         model: a ModelProto of the operator alone, of the file's opset.
         inputs: the file's values that it reads, in the order of its inputs.
-        outputs: the file's values that it gives, in the order of its outputs.
+        outputs: the file's values that it computes, in the order of its outputs.
     """
 
     name: str
@@ -30,14 +30,14 @@ class Piece:
 
 
 class SpliceOnnx(GraphPass[Any]):
-    """Replaces what makes some values of an ONNX model by operators.
+    """Replaces the nodes that compute some values of an ONNX model by operators.
 
-    Nodes that nothing needs any more go, and the constants that only they read; those that were of no use before stay.
-    All others keep their bytes and their order.
+    Nodes that nothing needs any more are dropped, with the constants that only they read. Nodes that were unused before
+    stay. All others keep their bytes and their order.
 
     Args:
         pieces: the operators.
-        metadata: what the model is to say about itself besides what it says already.
+        metadata: entries to add to the model's own.
         sizes: for each input, sizes of its axes that the operators fix, by the axis.
     """
 
@@ -47,7 +47,7 @@ class SpliceOnnx(GraphPass[Any]):
         self.pieces, self.metadata, self.sizes = tuple(pieces), dict(metadata), sizes
 
     def requires(self, program: Any) -> None:
-        """The model has the values that the pieces read and give, or the pieces themselves."""
+        """Check that the model has the values that the pieces read and compute, or the pieces themselves."""
         values = set(outputs_of(program.graph.node)) | {v.name for v in program.graph.input}
         values |= {tensor.name for tensor in program.graph.initializer}
         for piece in self.pieces:
@@ -55,7 +55,7 @@ class SpliceOnnx(GraphPass[Any]):
                 raise PreconditionError(f"the values of site {piece.name} are not in this model")
 
     def call(self, program: Any) -> PassResult[Any]:
-        """Replace what is still to replace, in a copy of the model."""
+        """Replace what has not been replaced yet, in a copy of the model."""
         import onnx
 
         model = onnx.ModelProto()
@@ -70,7 +70,7 @@ class SpliceOnnx(GraphPass[Any]):
         return PassResult(model, modified)
 
     def ensures(self, program: Any) -> None:
-        """The model passes ONNX's own checker, which asks for topological order and for one maker of each value."""
+        """Check the model with ONNX's own checker: nodes are in topological order, and one node computes each value."""
         import onnx
 
         try:
@@ -80,7 +80,7 @@ class SpliceOnnx(GraphPass[Any]):
 
 
 def splice(graph: Any, pieces: Sequence[Piece]) -> None:
-    """Put pieces into a graph, where the values that they give were made, and drop what has become useless."""
+    """Put pieces into a graph, where the values that they compute came from, and drop what has become useless."""
     before = list(graph.node)
     outputs = {value.name for value in graph.output}
     after = drop_orphans(insert(before, pieces), before, outputs)
@@ -94,12 +94,12 @@ def splice(graph: Any, pieces: Sequence[Piece]) -> None:
 
 
 def insert(nodes: Iterable[Any], pieces: Sequence[Piece]) -> list[Any]:
-    """Nodes with the pieces among them, and without what makes the same values."""
+    """Return the nodes with the pieces among them, and without those that computed the same values."""
     makers = {output: piece for piece in pieces for output in piece.outputs}
     after: list[Any] = []
-    inside: set[str] = set()  # names of the pieces that are in already
+    inside: set[str] = set()  # names of the pieces already inserted
     for node in nodes:
-        # All that a piece reads was made before the first value that it gives.
+        # All that a piece reads is computed before the first value that the piece computes.
         for piece in (makers[output] for output in node.output if output in makers):
             if piece.name not in inside:
                 inside.add(piece.name)
@@ -109,7 +109,7 @@ def insert(nodes: Iterable[Any], pieces: Sequence[Piece]) -> list[Any]:
 
 
 def retire(node: Any, makers: Container[str]) -> list[Any]:
-    """What stays of a node when others make some of its outputs: nothing where they make all, else a node."""
+    """Return what stays of a node when pieces compute some of its outputs: nothing if they compute all, else a node."""
     outputs = list(outputs_of([node]))
     others = [output for output in outputs if output not in makers]
     if others == outputs:
@@ -125,7 +125,7 @@ def retire(node: Any, makers: Container[str]) -> list[Any]:
 
 
 def drop_orphans(nodes: Sequence[Any], before: Sequence[Any], outputs: Collection[str]) -> list[Any]:
-    """Nodes less those that nothing needs any more.
+    """Return the nodes without those that nothing needs any more.
 
     Args:
         nodes: with the pieces among them, in topological order.
@@ -133,10 +133,10 @@ def drop_orphans(nodes: Sequence[Any], before: Sequence[Any], outputs: Collectio
         outputs: names of the graph's outputs.
     """
     live_before, live_after = live(before, outputs), live(nodes, outputs)
-    lost = set(outputs_of(before)) - set(outputs_of(nodes))  # values that nothing makes any more
+    lost = set(outputs_of(before)) - set(outputs_of(nodes))  # values that nothing computes any more
     after: list[Any] = []
     for node in nodes:
-        # What was useless before stays, unless it reads what goes.
+        # A node that was unused before stays, unless it reads a value that is gone.
         orphan = id(node) in live_before or lost & set(reads([node]))
         if orphan and id(node) not in live_after:
             lost |= set(node.output)
@@ -169,7 +169,7 @@ def add_metadata(model: Any, metadata: Mapping[str, str]) -> None:
 
 
 def renamed(piece: Piece) -> Iterator[Any]:
-    """The nodes of a piece, with names that nothing else in the file has."""
+    """Yield the nodes of a piece, with names that nothing else in the file has."""
     graph = piece.model.graph
     names = {value.name: name for value, name in zip(graph.input, piece.inputs, strict=True)}
     names |= {value.name: name for value, name in zip(graph.output, piece.outputs, strict=True)}
@@ -184,7 +184,7 @@ def renamed(piece: Piece) -> Iterator[Any]:
 
 
 def live(nodes: Sequence[Any], outputs: Iterable[str]) -> set[int]:
-    """Ids of the nodes that some values depend on."""
+    """Return the ids of the nodes that some values depend on."""
     needed, ids = set(outputs), set()
     for node in reversed(nodes):
         if needed & set(outputs_of([node])):
@@ -194,7 +194,7 @@ def live(nodes: Sequence[Any], outputs: Iterable[str]) -> set[int]:
 
 
 def reads(nodes: Iterable[Any]) -> Iterator[str]:
-    """Names that nodes read, those in their inner graphs too."""
+    """Yield the names that nodes read, in their inner graphs too."""
     for node in nodes:
         yield from (name for name in node.input if name)
         for inner in inner_graphs(node):
@@ -203,7 +203,7 @@ def reads(nodes: Iterable[Any]) -> Iterator[str]:
 
 
 def inner_graphs(node: Any) -> Iterator[Any]:
-    """The graphs that a node holds: branches, or the body of a loop."""
+    """Yield the graphs that a node holds: branches, or the body of a loop."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -211,16 +211,16 @@ def inner_graphs(node: Any) -> Iterator[Any]:
 
 
 def outputs_of(nodes: Iterable[Any]) -> Iterator[str]:
-    """Names that nodes make."""
+    """Return the names of the values that nodes compute."""
     return (name for node in nodes for name in node.output if name)
 
 
 def replace_all(field: Any, items: Sequence[Any]) -> None:
-    """Give a repeated field new content, made of messages that may be its own."""
+    """Replace the content of a repeated field by messages, which may come from the field itself."""
     copies = []
     for item in items:
         copy = type(item)()
         copy.CopyFrom(item)
         copies.append(copy)
-    del field[:]
+    del field[:]  # only now, since it may hold the items
     field.extend(copies)

@@ -1,4 +1,4 @@
-"""Spells ONNX Runtime's attention in standard operators, for compilers that know no others.
+"""Writes ONNX Runtime's attention in standard operators, for compilers that support no others.
 
 TensorRT fuses the product, softmax and product again, where it has a kernel for them.
 """
@@ -14,7 +14,7 @@ class StandardAttention(GraphPass[Any]):
     """Replaces attention of one head without scale, as asapc's own export writes it, in a ModelProto, in place."""
 
     def call(self, program: Any) -> PassResult[Any]:
-        """Replace what is there."""
+        """Replace every such node."""
         import onnx
 
         nodes: list[Any] = []
@@ -44,7 +44,7 @@ class StandardAttention(GraphPass[Any]):
 
 
 def is_plain(node: Any) -> bool:
-    """Whether a node is attention of one head, with products for scores."""
+    """Return whether a node is attention of one head, with products for scores."""
     attributes = {attribute.name: attribute.f or attribute.i for attribute in node.attribute}
     return (
         (node.domain, node.op_type) == (DOMAIN, OPERATOR)

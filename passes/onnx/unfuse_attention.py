@@ -1,9 +1,9 @@
 """Keeps TensorRT's compiler from taking Sinkhorn for attention.
 
 Where the exponential of a product of two tensors is used more than once, as a scaling loop uses its kernel,
-TensorRT-RTX 1.7 starts to fuse attention, finds more users than attention has, and crashes. A bias that is made at run
-time keeps the pattern from matching. It is zero: the sum of one operand, times 0. This is for the compiler alone; the
-file that users get is left as it is.
+TensorRT-RTX 1.7 starts to fuse attention, finds more users than attention has, and crashes. A bias that is computed at
+run time keeps the pattern from matching. It is zero: the sum of one operand, times 0. Only the compiler reads this
+model; the user's file stays as it is.
 """
 
 from collections import Counter
@@ -42,14 +42,14 @@ class UnfuseAttention(GraphPass[Any]):
 
 
 def exponentiated_values(graph: Any) -> set[str]:
-    """Names of the values that a softmax reads whose result is used more than once, or that is not one node."""
+    """Return the names of the scores of each softmax whose result is used more than once, or that is several nodes."""
     uses = Counter(name for node in graph.node for name in node.input)
     kernels = [node for node in graph.node if node.op_type == "Softmax" and uses[node.output[0]] > 1]
     return {node.input[0] for node in [*kernels, *(n for n in graph.node if n.op_type in EXPONENTIALS)]}
 
 
 def zero_bias(product: Any) -> list[Any]:
-    """Nodes that add the sum of a product's right operand, times 0, to the product; the last gives the result."""
+    """Build nodes that add the sum of a product's right operand, times 0, to the product; the last is the result."""
     from onnx.helper import make_node
 
     scores, key = product.output[0], product.input[1]
@@ -63,7 +63,7 @@ def zero_bias(product: Any) -> list[Any]:
 
 
 def constants_of_bias() -> list[Any]:
-    """The zero and the axis that all biases read, as TensorProtos."""
+    """Return the zero and the axis that all biases read, as TensorProtos."""
     import numpy as np
     from onnx.numpy_helper import from_array
 

@@ -1,4 +1,4 @@
-"""Puts piecewise-linear stand-ins in the place of smooth activations, for targets that have ReLU and no others."""
+"""Replaces smooth activations by piecewise-linear stand-ins, for targets that have ReLU and no others."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,7 +14,7 @@ SMOOTH = {aten.gelu, aten.silu, aten.tanh, aten.sigmoid, aten.softplus, aten.mis
 
 
 def activation(node: Node) -> str | None:
-    """What smooth function of which floats a node computes, None for any other node."""
+    """Name the smooth function and the float type that a node computes; None for any other node."""
     packet = getattr(node.target, "overloadpacket", None)
     if node.op != "call_function" or packet not in SMOOTH or len(node.all_input_nodes) != 1:
         return None
@@ -24,7 +24,7 @@ def activation(node: Node) -> str | None:
 
 
 def function(node: Node) -> Callable[[Tensor], Tensor]:
-    """The function that such a node computes."""
+    """Return the function that an activation node computes."""
     target, args, kwargs = node.target, node.args[1:], node.kwargs
     assert callable(target)
     return lambda x: target(x, *args, **kwargs)
@@ -41,7 +41,7 @@ class LowerActivations(GraphPass[GraphModule]):
         self.modules = modules
 
     def call(self, program: GraphModule) -> PassResult[GraphModule]:
-        """Replace what is still to replace."""
+        """Replace the activations that have a module."""
         modified = False
         for node in list(program.graph.nodes):
             name = activation(node)
@@ -61,8 +61,8 @@ class LowerActivations(GraphPass[GraphModule]):
         return PassResult(program, modified)
 
     def ensures(self, program: GraphModule) -> None:
-        """The graph is sound, and nothing that was to be replaced is left."""
+        """Check that the graph is sound, and no activation with a module is left."""
         program.graph.lint()
-        left = {activation(node) for node in program.graph.nodes} & set(self.modules)
-        if left:
-            raise PostconditionError(f"{', '.join(map(str, left))} is still in the graph")
+        rest = {activation(node) for node in program.graph.nodes} & set(self.modules)
+        if rest:
+            raise PostconditionError(f"{', '.join(map(str, rest))} is still in the graph")

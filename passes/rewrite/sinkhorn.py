@@ -1,8 +1,8 @@
-"""Puts the chosen operator in the place of each Sinkhorn site.
+"""Replaces each Sinkhorn site by its selected operator.
 
-The operator is an ordinary module that is called where the product plan @ v stood, or the plan where something else
-reads it too; the loop before it dies for want of readers. Exporting the result again traces the operator into
-the graph, so its graph comes from its one definition in torch, and no node is built by hand.
+The operator is an ordinary module. Its call replaces the product plan @ v, or the plan where something else reads it
+too; the loop before it is then dead code. Exporting the result again traces the operator into the graph, so its nodes
+come from its one definition in torch, and none is built by hand.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,7 @@ from asapc.passes.base import GraphPass, PassResult, PostconditionError, Precond
 from asapc.passes.layout import Form, loosen_views, restore, score_factor, site_inputs
 from asapc.types.site import DotProduct, Operand, Site
 
+# Operators that torch's automatic casts run in float32.
 WIDE = {
     getattr(torch.ops.aten, name)
     for name in (
@@ -26,10 +27,10 @@ ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # what torch.export 
 
 
 class InLayout(nn.Module):
-    """An operator that reads and gives tensors in the layout of the graph that it is put into.
+    """An operator that reads and returns tensors in the layout of a graph.
 
-    Products with queries, keys and values are in `precision`, all else in the precision of the scores: duals, scaling
-    vectors and exponentials are no matter of half-precision floats.
+    Products with queries, keys and values are in `precision`, all else in the precision of the scores: half-precision
+    floats do not hold duals, scaling vectors and exponentials.
     """
 
     def __init__(self, site: Site, operator: nn.Module, dtype: torch.dtype, precision: torch.dtype) -> None:
@@ -43,19 +44,19 @@ class InLayout(nn.Module):
     factor: Tensor | None
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """What stands at the node that is replaced, of the values of `Wiring.operands`."""
+        """Compute the value of the node that is replaced from the values of `Wiring.operands`."""
         if not torch.is_autocast_enabled("cpu"):
             return self.run(tensors)
         with torch.autocast("cpu", enabled=False):
             return self.run(tensors)
 
     def run(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Do as `forward` where no cast is automatic."""
+        """Run `forward` without automatic casts."""
         site, wiring = self.site, self.site.wiring
-        given = [t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]
-        ways = {"scores": "forward", "turned": "oriented", "points": "from_points"}
-        run: Callable[..., Tensor] = getattr(self.operator, ways[self.form])
-        first, *others = site_inputs(site, given, self.factor, self.form)
+        inputs = [t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]
+        methods = {"scores": "forward", "turned": "oriented", "points": "from_points"}
+        run: Callable[..., Tensor] = getattr(self.operator, methods[self.form])
+        first, *others = site_inputs(site, inputs, self.factor, self.form)
         assert first is not None
         result = run(first if self.form == "points" else first.to(site.wiring.dtype), *others)
         result = result if result.dtype == self.dtype else result.to(self.dtype)
@@ -64,14 +65,14 @@ class InLayout(nn.Module):
 
 
 def form_of(site: Site, operator: nn.Module) -> Form:
-    """What an operator takes in the place of the scores."""
+    """Return what form of the scores an operator reads."""
     if getattr(operator, "lowering", None) == "fused":
         return "points"
     return "turned" if site.wiring.scores_are_product and getattr(operator, "turned", False) else "scores"
 
 
 def multiplied(site: Site, form: Form) -> set[Operand]:
-    """Operands that the operator of a site multiplies: values, and queries and keys where it makes the scores."""
+    """Return the operands that a site's operator multiplies: values, and queries and keys if it computes the scores."""
     attention, product = site.wiring.attention, site.wiring.product
     operands = set() if attention is None else {attention.value}
     if product is not None and (product.is_scores or form == "points"):
@@ -83,7 +84,7 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
     """Replaces sites by operators, see `ops`, in place.
 
     Args:
-        sites: what `find_sinkhorn` found in the program that the graph module was made of.
+        sites: from `find_sinkhorn`, of the program that the graph module comes from.
         operators: by the site's name; a site without one is left as it is.
         precision: of products with queries, keys and values; None for that of the scores.
     """
@@ -97,7 +98,7 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
         }
 
     def requires(self, program: GraphModule) -> None:
-        """Every site stands in the graph, as it was found or replaced already."""
+        """Check that the graph holds every site, or its operator."""
         names = {node.name for node in program.graph.nodes}
         for target, (site, _) in self.operators.items():
             nodes = {site.wiring.result.node, *(operand.node for operand in site.wiring.operands)}
@@ -105,7 +106,7 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
                 raise PreconditionError(f"site {site.name} was not found in this graph")
 
     def call(self, program: GraphModule) -> PassResult[GraphModule]:
-        """Replace what is still to replace."""
+        """Replace the sites that have not been replaced yet."""
         nodes: dict[str, Node] = {node.name: node for node in program.graph.nodes}
         modified = False
         for target, (site, operator) in self.operators.items():
@@ -123,7 +124,7 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
             replacement.meta = dict(old.meta)
             old.replace_all_uses_with(replacement)
             loosen_views(replacement)
-            # A later site may have been found to read what stood here.
+            # A later site may read this one's result.
             nodes[old.name] = replacement
             modified = True
         if modified:
@@ -135,7 +136,7 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
         return PassResult(program, modified)
 
     def ensures(self, program: GraphModule) -> None:
-        """The graph is sound, and nothing that was replaced is left."""
+        """Check that the graph is sound, and no site with an operator is left."""
         program.graph.lint()
         names = {node.name for node in program.graph.nodes}
         for site, _ in self.operators.values():
@@ -144,9 +145,9 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
 
 
 def of_one_row(nodes: Mapping[str, Node], product: DotProduct) -> Node:
-    """Put into a graph, where nodes are being inserted, a row of a site's scores, of a query that is zero.
+    """Insert into a graph, at its insertion point, the row of a site's scores that belongs to a zero query.
 
-    Only for products whose way to the scores is padding.
+    Only for products whose path to the scores is padding.
     """
     first, *rest = (nodes[name] for name in product.padding or ())
     query, graph = nodes[product.query.node], first.graph
@@ -163,21 +164,21 @@ def of_one_row(nodes: Mapping[str, Node], product: DotProduct) -> Node:
 def keep_float32(program: GraphModule) -> None:
     """Cast what goes into normalisations, exponentials and sums back to the floats that it was traced as.
 
-    As torch's automatic casts do on GPUs, in whose stead those for processors are traced.
+    Torch's automatic casts for GPUs do so; the graph was traced with those for CPUs instead.
     """
     for node in list(program.graph.nodes):
         if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in WIDE:
-            for given in node.all_input_nodes:
-                value = given.meta.get("val")
+            for source in node.all_input_nodes:
+                value = source.meta.get("val")
                 if isinstance(value, Tensor) and value.is_floating_point():
                     with program.graph.inserting_before(node):
-                        cast = program.graph.call_function(torch.ops.aten.to.dtype, (given, value.dtype))
-                    node.replace_input_with(given, cast)
+                        cast = program.graph.call_function(torch.ops.aten.to.dtype, (source, value.dtype))
+                    node.replace_input_with(source, cast)
     program.recompile()
 
 
 def keep_output_types(program: GraphModule) -> None:
-    """Cast the outputs of a graph to the floats that they were traced as, whatever becomes of what makes them."""
+    """Cast the outputs of a graph to the floats that they were traced as, whatever precision computes them."""
     graph = program.graph
     output = graph.output_node()
     for node in output.all_input_nodes:

@@ -20,7 +20,7 @@ from asapc.passes.onnx.standard_attention import StandardAttention
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.graph import CapturedGraph
 
-OPSET = 18  # what every runtime of the last years takes, TensorRT 10 and ONNX Runtime 1.14 among them
+OPSET = 18  # what current runtimes read, TensorRT 10 and ONNX Runtime 1.14 among them
 
 
 def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], standard: bool = False) -> OnnxArtifact:
@@ -47,7 +47,7 @@ def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], s
 
 
 def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]] | None = None) -> Any:
-    """The graph as a ModelProto, as the exporter writes it.
+    """Return the graph as a ModelProto, as the exporter writes it.
 
     Args:
         graph: the graph.
@@ -84,9 +84,9 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
 
 
 def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """What ONNX Runtime has for `ops.fused.attention`: its own operator, which on the CPU never holds the scores.
+    """Write `ops.fused.attention` as ONNX Runtime's own operator, which on the CPU never holds the scores.
 
-    Samples and heads go as samples of one head: in that layout nothing has to be transposed.
+    Samples and heads are passed as samples of one head: in that layout nothing has to be transposed.
     """
     inputs = [tensor.flatten(0, 1) for tensor in (queries, keys, values)]
     shape = (*inputs[0].shape[:-1], values.shape[-1])
@@ -98,9 +98,9 @@ def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tenso
 
 
 def gelu(x: Any, approximate: str = "none") -> Any:
-    """GELU as (0.5 x) (1 + erf), which ONNX Runtime makes one kernel of, with the bias that was added before.
+    """Write GELU as (0.5 x) (1 + erf), which ONNX Runtime fuses into one kernel with the bias before it.
 
-    The exporter writes x (0.5 (1 + erf)), which ONNX Runtime runs in five passes. To halve is exact: both are the same.
+    The exporter writes x (0.5 (1 + erf)), which ONNX Runtime runs in five passes. Halving is exact, so both are equal.
     """
     from onnxscript import ir, opset18
     from onnxscript.function_libs.torch_lib.ops.nn import aten_gelu

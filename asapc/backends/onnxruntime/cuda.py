@@ -12,12 +12,12 @@ from asapc.types.samples import Samples
 
 
 class CudaRunner:
-    """A session on the CUDA provider that takes and gives tensors in the GPU's memory; float32 products without TF32.
+    """A session on the CUDA provider that reads and returns tensors in the GPU's memory; float32 products without TF32.
 
     Args:
         path: the ONNX file.
         samples: the batch that it runs, on the GPU.
-        outputs: what it gave before; with these it replays a CUDA graph, without the time that launching takes.
+        outputs: of an earlier run; with these it replays a CUDA graph, which saves the time of launches.
 
     Raises:
         BuildError: ONNX Runtime finds no GPU.
@@ -33,7 +33,7 @@ class CudaRunner:
         provider = {"use_tf32": "0", "enable_cuda_graph": str(int(outputs is not None))}
         providers = [("CUDAExecutionProvider", provider), "CPUExecutionProvider"]
         self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        if self.session.get_providers()[0] != "CUDAExecutionProvider":  # it falls back without a word
+        if self.session.get_providers()[0] != "CUDAExecutionProvider":  # ONNX Runtime falls back silently
             raise BuildError(
                 f"ONNX Runtime cannot run {path.name} on a GPU: it finds no CUDA",
                 "install onnxruntime-gpu with the CUDA libraries that it names, on a machine with an NVIDIA GPU",
@@ -50,6 +50,6 @@ class CudaRunner:
                 self.binding.bind_ortvalue_output(output.name, onnxruntime.OrtValue.from_dlpack(self.outputs[number]))
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """All outputs for the batch that it was made for."""
+        """Return all outputs for the batch that is bound."""
         self.session.run_with_iobinding(self.binding)
         return self.outputs or [torch.utils.dlpack.from_dlpack(value) for value in self.binding.get_outputs()]

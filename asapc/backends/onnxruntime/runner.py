@@ -10,11 +10,11 @@ from asapc.types.samples import Samples
 
 
 class OnnxRuntimeRunner:
-    """A session on the CPU provider, named outright: ONNX Runtime falls back to the CPU without a word.
+    """A session on the CPU provider, named explicitly, since ONNX Runtime falls back silently.
 
     Args:
         path: the ONNX file.
-        threads: threads inside an operator; 0 leaves the choice to ONNX Runtime (one a core).
+        threads: threads inside an operator; 0 leaves the choice to ONNX Runtime (one per core).
         name: what messages call the model; None for the file's name.
 
     Raises:
@@ -29,7 +29,7 @@ class OnnxRuntimeRunner:
         self.name = name or path.name
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 4  # fatal alone: errors are raised too, and shown by who catches them
+        options.log_severity_level = 4  # fatal only: errors are raised too, and the caller shows them
         # Several sessions live side by side while latency is measured. Idle threads of one, spinning, would take
         # the cores from the one that is timed.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -40,7 +40,7 @@ class OnnxRuntimeRunner:
         self.names = [value.name for value in self.session.get_inputs()]
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """All outputs for one batch.
+        """Return all outputs for one batch.
 
         Raises:
             BuildError: ONNX Runtime cannot compute them.

@@ -1,4 +1,4 @@
-"""Writes a compiled ONNX file: the file itself, with operators in the place of its loops."""
+"""Writes a compiled ONNX file: the file itself, with operators instead of its loops."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,21 +31,21 @@ MAX_BYTES = 2**31 - 2**20  # bytes of a file of protobuf
 def splice_onnx(
     graph: OnnxGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module], path: Path, metadata: Mapping[str, str]
 ) -> OnnxArtifact:
-    """Write an ONNX file with operators in the place of the sites that have one; all else of it stays as it is.
+    """Write an ONNX file whose sites are replaced by their operators; all else of it stays as it is.
 
     Args:
         graph: the file.
-        sites: what was found in it.
+        sites: of the file.
         modules: operators by the site's name.
         path: file to write; it appears whole or not at all.
-        metadata: what the file says about its origin, besides what it says already.
+        metadata: what the file says about its origin, besides its own entries.
 
     Raises:
         BuildError: an operator cannot be written in the file's opset, or the file grows beyond what ONNX can hold.
     """
     opset = opset_of(graph.model)
     pieces = Cutter(graph, sites, modules, opset).pieces() if modules else []
-    # A loop's operator is fitted to its tokens: an axis that the file leaves open is open no longer.
+    # An operator is fitted to a number of tokens: it fixes axes that the file leaves open.
     sizes = {name: dict(enumerate(value.shape[1:], 1)) for name, value in graph.example.inputs.items()}
     fixed = open_axes(graph.model, sizes) if pieces else {}
     model = SpliceOnnx(pieces, metadata, fixed)(graph.model).program
@@ -57,7 +57,7 @@ def splice_onnx(
 
 
 def open_axes(model: Any, sizes: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
-    """Sizes of those axes of the inputs that a file names but does not fix."""
+    """Return the sizes of those axes of the inputs that a file names but does not fix."""
     axes: dict[str, dict[int, int]] = {}
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim
@@ -67,11 +67,11 @@ def open_axes(model: Any, sizes: Mapping[str, Mapping[int, int]]) -> dict[str, d
 
 
 class Cutter:
-    """Cuts operators out of a rewritten graph, each as an ONNX model that reads and gives values of the file.
+    """Cuts operators out of a rewritten graph, each as an ONNX model from values of the file to values of the file.
 
     Args:
         graph: the file.
-        sites: what was found in it.
+        sites: of the file.
         modules: operators by the site's name.
         opset: of the file.
     """
@@ -88,12 +88,12 @@ class Cutter:
         self.originals = {f"asapc_{end}": end for end in ends.values()}
 
     def pieces(self) -> list[Piece]:
-        """The operators, but for those of sites whose result nothing needs."""
+        """Return the operators, without those of sites whose result nothing needs."""
         calls = {str(node.target): node for node in self.rewritten.graph.find_nodes(op="call_module")}
         return [self.piece(name, calls[target]) for name, target in self.targets.items() if target in calls]
 
     def piece(self, name: str, call: Node) -> Piece:
-        """The operator of one site, with the steps up to the values of the file on both sides of it."""
+        """Return the operator of one site, with the steps up to the values of the file on both sides of it."""
         outputs = self.first_values(call)
         inputs, body = self.between(outputs, call)
         part = region_module(self.rewritten, inputs, body, outputs)
@@ -102,7 +102,7 @@ class Cutter:
         return Piece(name, proto, self.values_of(inputs), self.values_of(outputs))
 
     def export(self, part: nn.Module, inputs: Sequence[Node]) -> Any:
-        """A part of the graph as a ModelProto, exported on what its inputs are when the file's example runs."""
+        """Export a part of the graph as a ModelProto, on the values of its inputs in a run of the file's example."""
         names = [self.source(node) for node in inputs]
         tensors = record(self.original, self.graph.example, names)
         example = {f"value_{i}": tensors[name] for i, name in enumerate(names)}
@@ -115,29 +115,29 @@ class Cutter:
         return to_proto(CapturedGraph(program, Samples(example)), max(self.opset, OPSET))
 
     def source(self, node: Node) -> str:
-        """Name of the node of the original graph that a node of the rewritten one computes."""
+        """Return the name of the node of the original graph that a node of the rewritten one computes."""
         return self.originals.get(str(node.target), node.name) if node.op == "call_module" else node.name
 
     def is_value(self, node: Node) -> bool:
-        """Whether a node makes a value of the file."""
+        """Return whether a node computes a value of the file."""
         return self.source(node) in self.values
 
     def values_of(self, nodes: Iterable[Node]) -> tuple[str, ...]:
-        """Names of the file's values that nodes make."""
+        """Return the names of the file's values that nodes compute."""
         return tuple(self.values[self.source(node)] for node in nodes)
 
     def first_values(self, call: Node) -> list[Node]:
-        """The first nodes on all ways from an operator that make values of the file; the operator itself, mostly."""
+        """Return the first nodes after an operator that compute values of the file; mostly the operator itself."""
         if self.is_value(call):
             return [call]
         values: set[Node] = set()
-        passed: set[Node] = set()
+        visited: set[Node] = set()
         stack = list(call.users)
         while stack:
             node = stack.pop()
-            if node in passed:
+            if node in visited:
                 continue
-            passed.add(node)
+            visited.add(node)
             if self.is_value(node) and isinstance(node.meta.get("val"), Tensor):
                 values.add(node)
             else:
@@ -145,7 +145,7 @@ class Cutter:
         return sorted(values)
 
     def between(self, outputs: Sequence[Node], call: Node) -> tuple[list[Node], list[Node]]:
-        """The file's values that outputs are made from, and the nodes in between, both in the graph's order."""
+        """Return the file's values that outputs depend on, and the nodes in between, both in the graph's order."""
         inputs: set[Node] = set()
         body: set[Node] = set()
         stack = list(outputs)
@@ -162,7 +162,7 @@ class Cutter:
 
 
 def dynamic(shape: torch.Size, value: Tensor, batch: int, dim: Dim) -> dict[int, Any]:
-    """Which axes of a value grow with the batch: those of its length, and those of batch and heads in one."""
+    """Return which axes of a value grow with the batch: those of its length, and those of batch and heads in one."""
     return {
         axis: dim if value.shape[axis] == batch else (value.shape[axis] // batch) * dim
         for axis, size in enumerate(shape)
@@ -171,7 +171,7 @@ def dynamic(shape: torch.Size, value: Tensor, batch: int, dim: Dim) -> dict[int,
 
 
 def opset_of(model: Any) -> int:
-    """Version of the standard's operators in a model."""
+    """Return the version of the standard's operators in a model."""
     version: int = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     return version
 
