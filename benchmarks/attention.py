@@ -59,12 +59,12 @@ class AsWritten(nn.Module):
     """Attention by the log-domain loop."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries (B, H, N, D), keys and values (B, H, M, D) to outputs (B, H, N, D)."""
+        """Map queries (B, H, N, D), keys and values (B, H, M, D) to outputs (B, H, N, D)."""
         return sinkhorn(q @ k.transpose(-1, -2) / SIZE**0.5, ITERATIONS) @ v
 
 
 def operators() -> dict[str, Sinkhorn | SlicedDual]:
-    """What is compared with the teacher, by name; numbers are half-steps."""
+    """Return what is compared with the teacher, by name; numbers are half-steps."""
     return {
         "softmax, fused": fused(Sinkhorn(1)),
         "softmax": Sinkhorn(1),
@@ -82,7 +82,7 @@ def operators() -> dict[str, Sinkhorn | SlicedDual]:
 
 
 def modules() -> dict[str, nn.Module]:
-    """The same as attention, and the teacher."""
+    """Return the same as attention, and the teacher."""
     return {"teacher": AsWritten()} | {name: Attention(operator, SIZE**-0.5) for name, operator in operators().items()}
 
 
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def inputs(batch: int, length: int) -> Samples:
-    """Random queries, keys and values."""
+    """Return random queries, keys and values."""
     generator = torch.Generator().manual_seed(0)
     return Samples({name: torch.randn(max(batch, 2), HEADS, length, SIZE, generator=generator) for name in "qkv"})
 
@@ -119,13 +119,13 @@ def inputs(batch: int, length: int) -> Samples:
 def medians(
     runners: Mapping[str, Runner], samples: Samples, batch: int, seconds: float = SECONDS, rounds: int = MIN_ROUNDS
 ) -> dict[str, float]:
-    """Milliseconds a call, by name."""
+    """Return the milliseconds a call, by name."""
     runs = measure(runners, samples, batch, seconds, rounds=rounds)
     return {run.name: run.p50_ms for run in runs}
 
 
 def layers(lengths: tuple[int, ...] = LENGTHS) -> Iterator[Row]:
-    """One layer in ONNX Runtime, at every length and batch."""
+    """Yield one layer in ONNX Runtime, at every length and batch."""
     for length in lengths:
         samples = inputs(max(BATCHES), length)
         for batch in BATCHES:
@@ -136,20 +136,20 @@ def layers(lengths: tuple[int, ...] = LENGTHS) -> Iterator[Row]:
             for group in groups:
                 with tempfile.TemporaryDirectory() as folder:
                     runners = {name: onnx_runner(modules()[name], inputs(2, length), Path(folder)) for name in group}
-                found = medians(runners, samples, batch)
-                row["ms"] |= found
-                row["floors"] |= dict.fromkeys(found, found[FLOOR])
+                times = medians(runners, samples, batch)
+                row["ms"] |= times
+                row["floors"] |= dict.fromkeys(times, times[FLOOR])
             print(batch, length, {name: round(ms, 2) for name, ms in row["ms"].items()}, flush=True)
             yield row
 
 
 def in_torch() -> Iterator[Row]:
-    """One layer in torch, eager and compiled."""
+    """Yield one layer in torch, eager and compiled."""
     for length in TORCH_LENGTHS:
         samples = inputs(2, length)
         runners: dict[str, Runner] = {}
-        made = modules()
-        for name, module in ((name, made[name]) for name in TORCH_FORMS):
+        by_name = modules()
+        for name, module in ((name, by_name[name]) for name in TORCH_FORMS):
             runners[f"{name}, eager"] = EagerRunner(module)
             torch._dynamo.reset()
             runners[f"{name}, compiled"] = Compiled(module)
@@ -168,13 +168,13 @@ class Compiled(EagerRunner):
         self.compiled = torch.compile(module, dynamic=False)
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """The output of one batch."""
+        """Return the output of one batch."""
         with torch.no_grad():
             return [self.compiled(*samples.inputs.values())]
 
 
 def memory() -> Iterator[Row]:
-    """The largest memory of a process that runs one form of one layer once, and before it does."""
+    """Yield the largest memory of a process that runs one form of one layer once, and before it does."""
     for name in modules():
         if name == "teacher" or name.startswith("truncated"):
             continue
@@ -187,7 +187,7 @@ def memory() -> Iterator[Row]:
 
 
 def peak(name: str) -> str:
-    """Largest memory before and after one call, in GB."""
+    """Return the largest memory before and after one call, in GB."""
     samples = inputs(2, MEMORY_LENGTH)
     # Captured at a length of its own: the example's tensors would count.
     small = inputs(2, 64)
@@ -208,21 +208,21 @@ def peak(name: str) -> str:
 
 
 def largest() -> float:
-    """Largest memory of this process so far, in GB: of its own, while getrusage starts from its parent's."""
+    """Return the largest memory of this process so far, in GB: of its own, while getrusage starts from its parent's."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20
 
 
 def models() -> Iterator[Row]:
-    """Whole models: their loops as written, and in every other form."""
+    """Time whole models: their loops as written, and in every other form."""
     torch.manual_seed(0)
     sizes = {
         "digits ViT": (VisionTransformer(), {"images": torch.rand(8, 8, 8)}, 8),
         "ViT-S/16's size": (encoder(384, 6), {"input": torch.randn(2, 197, 384)}, 1),
         "BERT-base's size": (encoder(768, 12), {"input": torch.randn(2, 512, 768)}, 1),
     }
-    for name, (module, given, batch) in sizes.items():
-        samples = Samples(given)
+    for name, (module, feeds, batch) in sizes.items():
+        samples = Samples(feeds)
         teacher = study_module(module, samples[:2])
         graph, sites = teacher.graph, teacher.sites
         forms = {
@@ -245,7 +245,7 @@ def models() -> Iterator[Row]:
 
 
 def encoder(width: int, heads: int, depth: int = 12) -> nn.Module:
-    """Transformer blocks with perceptrons of four times the width, as ViT and BERT have them."""
+    """Return transformer blocks with perceptrons of four times the width, as ViT and BERT have them."""
     blocks = [Block(width, heads, 0.25, ITERATIONS) for _ in range(depth)]
     for block in blocks:
         block.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -253,13 +253,13 @@ def encoder(width: int, heads: int, depth: int = 12) -> nn.Module:
 
 
 def exponent(rows: list[Row], name: str) -> float:
-    """How time grows with the length, from 512 tokens on, at batch 1."""
+    """Return how time grows with the length, from 512 tokens on, at batch 1."""
     points = [(row["length"], row["ms"][name]) for row in rows if row["batch"] == 1 and row["length"] >= 512]
     return float(np.polyfit(*np.log(np.array(points).T), 1)[0])
 
 
 def document(data: Row) -> Iterator[str]:
-    """The tables."""
+    """Yield the tables."""
     rows = data.get("layers", [])
     names = [name for name in operators() if name != FLOOR]
     for batch in BATCHES:

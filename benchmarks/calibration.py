@@ -79,7 +79,7 @@ def measure(tokens: int) -> dict[str, Any]:
 
 
 def peak() -> float:
-    """Largest memory of this process so far, in GB."""
+    """Return the largest memory of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -59,7 +59,7 @@ class Attention(nn.Module):
         self.operator, self.scale = operator, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries (B, H, N, D), keys and values (B, H, M, D) to outputs (B, H, N, D)."""
+        """Map queries (B, H, N, D), keys and values (B, H, M, D) to outputs (B, H, N, D)."""
         scaled = q * self.scale
         if self.operator.lowering == "fused":
             fused: Tensor = self.operator.from_points(scaled, q, k, v)
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
 
 def onnx_runner(module: nn.Module, samples: Samples, folder: Path) -> OnnxRuntimeRunner:
-    """A module in ONNX Runtime, by way of a file in a folder, with as many threads as torch has."""
+    """Return a module in ONNX Runtime, by way of a file in a folder, with as many threads as torch has."""
     graph = CapturedGraph(export(module.eval(), samples[:2].inputs), samples[:2])
     return OnnxRuntimeRunner(export_onnx(graph, folder / "model.onnx", {}).path, torch.get_num_threads())
 
@@ -87,7 +87,7 @@ def sliced_dual(
     paired: bool = False,
     coordinates: int = COORDINATES,
 ) -> SlicedDual:
-    """A sliced dual with small random weights."""
+    """Return a sliced dual with small random weights."""
     generator = torch.Generator().manual_seed(0)
     coordinates = min(coordinates, size)
     features = slices + coordinates + 1 + coordinates * max(pieces - 1, 0)
@@ -100,7 +100,7 @@ def sliced_dual(
 
 
 def operators(heads: int, size: int) -> dict[str, Sinkhorn | SlicedDual]:
-    """What is measured, by name."""
+    """Return what is measured, by name."""
     return {
         "softmax": Sinkhorn(1),
         "exact 3": Sinkhorn(3),
@@ -126,7 +126,7 @@ def operators(heads: int, size: int) -> dict[str, Sinkhorn | SlicedDual]:
 
 
 def fused(operator: Sinkhorn | SlicedDual) -> Sinkhorn | SlicedDual:
-    """The operator, to be lowered to fused passes."""
+    """Return the operator, to be lowered to fused passes."""
     operator.lowering = "fused"
     return operator
 
@@ -153,13 +153,13 @@ def main() -> None:
     units = np.array([[row["work"].get(kind, 0.0) for kind in kinds] for row in rows])
     relative = units / measured[:, None]
     scale = relative.max(axis=0)  # units differ by many orders of magnitude
-    found = nnls(relative / scale, np.ones(len(rows)))[0] / scale
-    for row, estimate in zip(rows, units @ found, strict=True):
+    rates = nnls(relative / scale, np.ones(len(rows)))[0] / scale
+    for row, estimate in zip(rows, units @ rates, strict=True):
         row["estimate_ms"] = estimate
         print(f"{row['shape']!s:<78} {row['operator']:<28} {row['p50_ms']:9.3f} {estimate:9.3f}")
-    errors = np.abs(units @ found / measured - 1)
+    errors = np.abs(units @ rates / measured - 1)
     print(f"estimates are off by {np.median(errors):.1%} in the median, {errors.max():.1%} at most")
-    costs = dict(zip(kinds, found.tolist(), strict=True))
+    costs = dict(zip(kinds, rates.tolist(), strict=True))
     for kind, cost in costs.items():
         print(f"{kind:<10} {cost:.3e} ms")
     facts = {"threads": torch.get_num_threads(), "environment": environment(seed=0)}

@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def compare(name: str, teacher: Teacher) -> Row:
-    """All operators on one teacher."""
+    """Return all operators on one teacher."""
     teacher = replace(teacher, held_out=teacher.held_out[:HELD_OUT])
     graph, sites, calibration, held_out = teacher.graph, teacher.sites, teacher.calibration, teacher.held_out
     if not sites:
@@ -86,14 +86,14 @@ def compare(name: str, teacher: Teacher) -> Row:
     for site_name, more in propose(teacher, CompileConfig(slices=(8,), pieces=(0,))).items():
         candidates[site_name] += [candidate for candidate in more if candidate.params is not None]
     modules = {s.name: {kind(c): build(s, c, wide) for c in candidates[s.name]} for s in sites}
-    found = candidate_fidelity(graph, sites, modules, held_out)
+    fidelities = candidate_fidelity(graph, sites, modules, held_out)
     reference = first_output(EagerRunner(graph.program.module()), held_out)
     exact = sum(estimate(s, exact_operator(s, wide=s.name in wide), BATCH) for s in sites)
     rows: Row = {}
     for label in modules[sites[0].name]:
         of_sites = {s.name: modules[s.name][label] for s in sites if label in modules[s.name]}
         rows[label] = {
-            "relc": [found[s.name][label].relc for s in sites if label in modules[s.name]],
+            "relc": [fidelities[s.name][label].relc for s in sites if label in modules[s.name]],
             "agreement": agreed(graph, sites, of_sites, reference, held_out),
             "cost": sum(estimate(s, of_sites[s.name], BATCH) for s in sites if s.name in of_sites) / exact,
         }
@@ -104,11 +104,11 @@ def compare(name: str, teacher: Teacher) -> Row:
     for budget in BUDGETS:
         chosen = decide(teacher, costed, Selection({}, wide), CompileConfig(fidelity=budget))
         choices = [chosen.choices[s.name].candidate for s in sites]
-        built = operators(sites, chosen)
+        chosen_modules = operators(sites, chosen)
         planned[" ".join(budget) or "default"] = {
             "operators": [kind(candidate) for candidate in choices],
-            "relc": [f.relc for f in site_fidelity(graph, sites, built, held_out).values()],
-            "agreement": agreed(graph, sites, built, reference, held_out),
+            "relc": [f.relc for f in site_fidelity(graph, sites, chosen_modules, held_out).values()],
+            "agreement": agreed(graph, sites, chosen_modules, reference, held_out),
             "cost": sum(candidate.cost for candidate in choices) / exact,
         }
     print(f"{name:<32} {planned}", flush=True)
@@ -116,14 +116,14 @@ def compare(name: str, teacher: Teacher) -> Row:
 
 
 def kind(candidate: Candidate) -> str:
-    """What an operator is called here."""
+    """Return the name of an operator in the results."""
     if candidate.params is None:
         return f"{candidate.operator} {candidate.half_steps}"
     return f"{estimated_from(candidate.params)}, {len(candidate.params.weights) - 1} steps"
 
 
 def estimated_from(params: SlicedDualParams) -> str:
-    """What an operator estimates, and from what beside parabolas and mean."""
+    """Return what an operator estimates, and from what beside parabolas and mean."""
     parts = [f"{params.slices} slices" if name == "slices" else name for name in params.features[2:]]
     return f"{params.side}, {' and '.join(parts) or 'parabolas'}"
 
@@ -135,13 +135,13 @@ def agreed(
     reference: torch.Tensor,
     samples: Samples,
 ) -> float | None:
-    """Share of the samples for which the model with these operators names the teacher's class."""
+    """Return the share of the samples for which the model with these operators names the teacher's class."""
     rewritten = RewriteSinkhorn(sites, modules)(graph.program.module()).program
     return agreement(reference, first_output(EagerRunner(rewritten), samples), labelled=True)
 
 
 def by_kind_of_teacher(teachers: Mapping[str, Row]) -> dict[str, list[Row]]:
-    """Studies of the seeds of each kind of teacher, by its name without the seed."""
+    """Return the studies of the seeds of each kind of teacher, by its name without the seed."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for name, row in teachers.items():
         if row["sites"]:
@@ -150,18 +150,18 @@ def by_kind_of_teacher(teachers: Mapping[str, Row]) -> dict[str, list[Row]]:
 
 
 def mean_relc(row: Row) -> float:
-    """Error of an operator, mean over the sites."""
+    """Return the error of an operator, mean over the sites."""
     return fmean(row["relc"])
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean of the seeds, with least and largest where there are several."""
+    """Return the mean of the seeds, with least and largest where there are several."""
     shown = f"{fmean(values):.{digits}f}"
     return shown if len(values) == 1 else f"{shown} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def document(teachers: Mapping[str, Row]) -> Iterator[str]:
-    """Lines of the generated part: a table of operators for each kind of teacher."""
+    """Yield lines of the generated part: a table of operators for each kind of teacher."""
     for name, rows in by_kind_of_teacher(teachers).items():
         yield f"### {name}: {rows[0]['half_steps']} half-steps, {len(rows)} seed{'s' * (len(rows) > 1)}"
         yield ""
@@ -177,14 +177,14 @@ def document(teachers: Mapping[str, Row]) -> Iterator[str]:
 
 
 def line(label: str, of_seeds: Sequence[Row]) -> str:
-    """One operator's row of a table."""
+    """Return one operator's row of a table."""
     relc = spread([mean_relc(row) for row in of_seeds], 3)
     agree = spread([row["agreement"] for row in of_seeds], 3)
     return f"| {label} | {relc} | {agree} | {fmean(row['cost'] for row in of_seeds):.2f} |"
 
 
 def draw(teachers: Mapping[str, Row]) -> None:
-    """Error against cost, a panel for each kind of teacher, a line for each family of operators."""
+    """Draw error against cost, a panel for each kind of teacher, a line for each family of operators."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,7 +212,7 @@ def draw(teachers: Mapping[str, Row]) -> None:
 
 
 def family_points(family: str, of_seeds: Sequence[Row]) -> list[tuple[float, float]]:
-    """Cost and error of the operators of a family, means of the seeds, cheapest first."""
+    """Return the cost and error of the operators of a family, means of the seeds, cheapest first."""
     points = []
     for label in of_seeds[0]["operators"]:
         rows = [row["operators"][label] for row in of_seeds if label in row["operators"]]

@@ -79,14 +79,14 @@ def main() -> None:
                 seconds[way] += took
         row = {way: {"relc": fmean(errors[way]), "seconds": round(seconds[way], 2)} for way in errors}
         rows.append({"teacher": name, "ways": row})
-        print(f"{name:<34}", "  ".join(f"{way} {found['relc']:.4f}" for way, found in row.items()), flush=True)
+        print(f"{name:<34}", "  ".join(f"{way} {result['relc']:.4f}" for way, result in row.items()), flush=True)
     write_json(RESULTS, {"rows": rows, "environment": environment(seed=0)})
 
 
 def compare(
     graph: CapturedGraph, site: Site, fitting: Samples, selection: Samples, held_out: Samples
 ) -> Iterator[tuple[str, float, float]]:
-    """Ways to estimate a site's dual: name, relc on held-out samples, seconds."""
+    """Yield ways to estimate a site's dual: name, relc on held-out samples, seconds."""
     torch.manual_seed(0)
     features = FeatureSet(pieces=8)
     shipped = calibrate(graph, {site.name: [features]}, [site], fitting, selection, 0)[Fitted(site.name, features)]
@@ -119,7 +119,7 @@ def compare(
 
 
 def random_directions(site: Site, count: int) -> tuple[Tensor, Tensor]:
-    """Bases (H, D, count) of queries and keys: rotations side by side, in whose coordinates scores are sums."""
+    """Return bases (H, D, count) of queries and keys: rotations side by side, in which scores are sums."""
     size = site.head_dim or 1
     rotations = [
         torch.linalg.qr(torch.randn(site.loop.heads, size, size))[0].double() for _ in range(-(-count // size))
@@ -130,10 +130,10 @@ def random_directions(site: Site, count: int) -> tuple[Tensor, Tensor]:
 
 
 def of_slices(
-    graph: CapturedGraph, site: Site, bases: tuple[Tensor, Tensor], slices: int, given: tuple[Samples, ...]
+    graph: CapturedGraph, site: Site, bases: tuple[Tensor, Tensor], slices: int, parts: tuple[Samples, ...]
 ) -> float:
-    """Relc on the last samples of a ridge on slices of the first coordinates, and parabolas in all of them."""
-    fitting, selection, held_out = given
+    """Return relc on the last samples of a ridge on slices of the first coordinates, and parabolas in all of them."""
+    fitting, selection, held_out = parts
     bare = SlicedDualParams(*bases, slices, torch.zeros(site.loop.heads, 0, 0))
     key = Fitted(site.name, FeatureSet(slices))
     problems = [regressions([site], {key: bare}, activations(graph, site, s))[key] for s in (fitting, selection)]
@@ -142,13 +142,13 @@ def of_slices(
 
 
 def activations(graph: CapturedGraph, site: Site, samples: Samples) -> Iterator[Activations]:
-    """What the fit sees of a site."""
+    """Yield what the fit sees of a site."""
     values = record(graph.program.module(), samples, {operand.node for operand in site.wiring.operands})
     yield {site.name: activation(site, values)}
 
 
 def part(graph: CapturedGraph, site: Site, params: SlicedDualParams, samples: Samples) -> Part:
-    """All that a fit, of any kind, needs of some samples, in float64."""
+    """Return all that a fit, of any kind, needs of some samples, in float64."""
     values = record(graph.program.module(), samples, {operand.node for operand in site.wiring.operands})
     applied = site_inputs(site, [values[operand.node].double() for operand in site.wiring.operands], None)[-1]
     assert applied is not None
@@ -164,7 +164,7 @@ def part(graph: CapturedGraph, site: Site, params: SlicedDualParams, samples: Sa
 
 
 def linear(weights: Tensor, features: Tensor) -> Tensor:
-    """Estimate (B, H, M) by one linear map a head."""
+    """Return the estimate (B, H, M) by one linear map a head."""
     return torch.einsum("hf,bhfm->bhm", weights, features)
 
 
@@ -183,11 +183,11 @@ class Operator(nn.Module):
         )
 
     def scale(self, name: str, tensor: Tensor) -> Tensor:
-        """What a shift of one stands for."""
+        """Return what a shift of one stands for."""
         return 1 / self.spread[:, : tensor.shape[-1]] if name == "weights" else tensor.abs().mean()
 
     def forward(self, part: Part) -> Tensor:
-        """The last estimate of the dual, (B, H, M)."""
+        """Return the last estimate of the dual, (B, H, M)."""
         moved = {
             name: [t + shift * self.scale(name, t) for t, shift in zip(of_name, self.shifts[name], strict=True)]
             for name, of_name in self.start.items()
@@ -207,7 +207,7 @@ class Linear(nn.Module):
         self.shift = nn.Parameter(torch.zeros_like(weights))
 
     def forward(self, part: Part) -> Tensor:
-        """An estimate of the dual, (B, H, M)."""
+        """Return an estimate of the dual, (B, H, M)."""
         return linear(self.weights + self.shift / self.spread, part.features)
 
 
@@ -222,35 +222,35 @@ class Network(nn.Module):
         self.out = nn.Parameter(torch.zeros(heads, HIDDEN, dtype=weights.dtype))
 
     def forward(self, part: Part) -> Tensor:
-        """An estimate of the dual, (B, H, M)."""
+        """Return an estimate of the dual, (B, H, M)."""
         hidden = torch.tanh(torch.einsum("hcf,bhfm->bhcm", self.into / self.spread.unsqueeze(1), part.features))
         return linear(self.weights, part.features) + linear(self.out, hidden)
 
 
 def closed(part: Part, dual: Tensor) -> Tensor:
-    """Logarithm of the plan that is rebuilt from an estimate of the keys' dual."""
+    """Return the logarithm of the plan that is rebuilt from an estimate of the keys' dual."""
     g = column_step(part.scores, row_step(part.scores, dual))
     return F.log_softmax(part.scores + g.unsqueeze(-2), dim=-1)
 
 
 def dual_error(part: Part, dual: Tensor) -> Tensor:
-    """Mean squared error of a dual, up to a constant."""
+    """Return the mean squared error of a dual, up to a constant."""
     return (dual - dual.mean(dim=-1, keepdim=True) - part.target).square().mean()
 
 
 def divergence(part: Part, dual: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the rebuilt plan from the teacher's."""
+    """Return the Kullback-Leibler divergence of the rebuilt plan from the teacher's."""
     return -(part.plan * closed(part, dual)).sum(dim=-1).mean()
 
 
 def output_error(part: Part, dual: Tensor) -> Tensor:
-    """Squared relative error of the attention output."""
+    """Return the squared relative error of the attention output."""
     centred = part.output - part.output.mean(dim=-2, keepdim=True)
     return (closed(part, dual).exp() @ part.values - part.output).square().sum() / centred.square().sum()
 
 
 def relc(part: Part, dual: Tensor) -> float:
-    """Error of the attention output over the norm of the teacher's, less its mean over the tokens."""
+    """Return the error of the attention output over the norm of the teacher's, less its mean over the tokens."""
     with torch.no_grad():
         return output_error(part, dual).sqrt().item()
 

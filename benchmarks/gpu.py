@@ -59,7 +59,7 @@ class TorchRunner(EagerRunner):
     """A module in torch, until the GPU is done; inputs by position, as compiled modules lose the names."""
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """The output."""
+        """Return the output."""
         with torch.no_grad():
             output = self.module(*samples.inputs.values())
         torch.cuda.synchronize()
@@ -88,24 +88,24 @@ def main() -> None:
 
 
 def moved(samples: Samples, device: str, dtype: torch.dtype | None = None) -> Samples:
-    """The same on another device, or in another precision too."""
+    """Return the same on another device, or in another precision too."""
     return Samples({name: value.to(device, dtype) for name, value in samples.inputs.items()})
 
 
 def export_layers() -> None:
     """Write every form of one layer, at every length and in both precisions."""
-    made = modules()
+    by_form = modules()
     for length in BATCHES:
         for name, dtype in DTYPES.items():
             samples = moved(inputs(2, length), "cpu", dtype)
             for form in FORMS:
-                graph = CapturedGraph(export(made[form].eval(), samples.inputs), samples)
+                graph = CapturedGraph(export(by_form[form].eval(), samples.inputs), samples)
                 export_onnx(graph, layer_path(form, length, name), {})
         print(f"exported N = {length}", flush=True)
 
 
 def layer_path(form: str, length: int, dtype: str) -> Path:
-    """File of a form of one layer."""
+    """Return the file of a form of one layer."""
     return GRAPHS / f"{form.replace(', ', '_').replace(' ', '_')}.{length}.{dtype}.onnx"
 
 
@@ -121,22 +121,22 @@ def export_models() -> None:
 
 
 def model_path(name: str, dtype: str) -> Path:
-    """File of a variant of the digits model."""
+    """Return the file of a variant of the digits model."""
     return GRAPHS / f"digits_{name}.{dtype}.onnx"
 
 
 def milliseconds(runners: Mapping[str, Runner], samples: Samples) -> dict[str, float]:
-    """Medians by name."""
+    """Return the medians by name."""
     return medians(runners, samples, len(samples), SECONDS, MIN_ROUNDS)
 
 
 def relative(output: Tensor, reference: Tensor) -> float:
-    """Difference of an output, relative."""
+    """Return the difference of an output, relative."""
     return ((output.float() - reference).norm() / reference.norm()).item()
 
 
 def layers() -> Iterator[Row]:
-    """One layer in ONNX Runtime, launched and replayed, and in torch, at every length and precision."""
+    """Yield one layer in ONNX Runtime, launched and replayed, and in torch, at every length and precision."""
     for length in BATCHES:
         for name in DTYPES:
             row = layer(length, name)
@@ -146,15 +146,15 @@ def layers() -> Iterator[Row]:
 
 
 def layer(length: int, name: str) -> Row:
-    """All forms of one layer at one length, in the precision of a name."""
+    """Return all forms of one layer at one length, in the precision of a name."""
     batch = BATCHES[length]
     samples = moved(inputs(batch, length), "cuda", DTYPES[name])
     wide = moved(samples, "cuda", torch.float32)
     runners: dict[str, Runner] = {}
     errors: dict[str, float] = {}
-    made = modules()
+    by_form = modules()
     for form in FORMS:
-        module = made[form].eval().cuda()
+        module = by_form[form].eval().cuda()
         (reference,) = TorchRunner(module)(wide)
         launched = CudaRunner(layer_path(form, length, name), samples)
         of_form: dict[str, Runner] = {
@@ -172,15 +172,15 @@ def layer(length: int, name: str) -> Row:
 
 
 def compiled_layers() -> Iterator[Row]:
-    """One layer through torch.compile, beside torch's own fused attention."""
+    """Yield one layer through torch.compile, beside torch's own fused attention."""
     for name, dtype in DTYPES.items():
         batch = BATCHES[COMPILED_LENGTH]
         samples = moved(inputs(batch, COMPILED_LENGTH), "cuda", dtype)
-        made = modules()
-        runners: dict[str, Runner] = {"softmax, fused": TorchRunner(made["softmax, fused"].eval().cuda())}
+        by_form = modules()
+        runners: dict[str, Runner] = {"softmax, fused": TorchRunner(by_form["softmax, fused"].eval().cuda())}
         for form in COMPILED:
             torch._dynamo.reset()
-            compiled: Any = torch.compile(made[form].eval().cuda(), dynamic=False)
+            compiled: Any = torch.compile(by_form[form].eval().cuda(), dynamic=False)
             runners[form] = TorchRunner(compiled)
         row = {"length": COMPILED_LENGTH, "dtype": name, "batch": batch, "ms": milliseconds(runners, samples)}
         print("torch.compile", row, flush=True)
@@ -188,7 +188,7 @@ def compiled_layers() -> Iterator[Row]:
 
 
 def whole_models() -> Iterator[Row]:
-    """The digits model: every variant at every batch, and whether it answers as the teacher does."""
+    """Yield the digits model: every variant at every batch, and whether it answers as the teacher does."""
     held_out = gather_samples(load_model(MODEL), CompileConfig())[1]
     (reference,) = CudaRunner(model_path("teacher", "float32"), moved(held_out, "cuda"))(held_out)
     for batch in MODEL_BATCHES:
@@ -209,7 +209,7 @@ def whole_models() -> Iterator[Row]:
 
 
 def document(data: Row) -> Iterator[str]:
-    """The tables."""
+    """Yield the tables."""
     environment = data["environment"]
     packages = environment["packages"]
     runtimes = ", ".join(f"{name} {packages[name]}" for name in ("torch", "onnxruntime-gpu") if name in packages)

@@ -49,8 +49,8 @@ def main() -> None:
         proposed = {length: fit(path, length) for length in LENGTHS}
         for length, (teacher, candidates) in proposed.items():
             fitted_elsewhere = proposed[POINTS][1]
-            for where, found in ((POINTS, fitted_elsewhere), (length, candidates)):
-                errors = relc(teacher, found)
+            for where, fits in ((POINTS, fitted_elsewhere), (length, candidates)):
+                errors = relc(teacher, fits)
                 rows.append({"teacher": name, "length": length, "fitted_at": where, "relc": errors})
                 print(
                     f"{name:<32} {length:>4} fitted at {where:>4}",
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def fit(path: Path, length: int) -> tuple[Teacher, dict[str, list[Candidate]]]:
-    """A teacher studied at a length, and candidates that are fitted there."""
+    """Return a teacher studied at a length, and candidates that are fitted there."""
     points, _ = point_sets(FITTED + HELD_OUT, SEED, length)
     samples, held_out = Samples({"points": points[:FITTED]}), Samples({"points": points[FITTED:]})
     teacher = study(path, OPTIONS, lambda loaded, config: (samples, held_out))
@@ -69,14 +69,14 @@ def fit(path: Path, length: int) -> tuple[Teacher, dict[str, list[Candidate]]]:
 
 
 def relc(teacher: Teacher, candidates: Mapping[str, list[Candidate]]) -> dict[str, float]:
-    """Error of the sliced duals with STEPS closure steps, by side and features."""
+    """Return the error of the sliced duals with STEPS closure steps, by side and features."""
     sites, modules = teacher.sites, {}
     for site in sites:
         sliced = [c for c in candidates[site.name] if c.params is not None and len(c.params.weights) == 1 + STEPS]
         modules[site.name] = {i: build(site, candidate) for i, candidate in enumerate(sliced)}
-    found = candidate_fidelity(teacher.graph, sites, modules, teacher.held_out)
+    fidelities = candidate_fidelity(teacher.graph, sites, modules, teacher.held_out)
     kinds = [estimated_from(c.params) for c in sliced if c.params]
-    return {kind: fmean(found[site.name][i].relc for site in sites) for i, kind in enumerate(kinds)}
+    return {kind: fmean(fidelities[site.name][i].relc for site in sites) for i, kind in enumerate(kinds)}
 
 
 if __name__ == "__main__":

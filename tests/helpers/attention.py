@@ -111,7 +111,7 @@ def softmax(scores):
     return scores.softmax(dim=-1)
 
 
-def source_text(found):
+def source_text(finding):
     """The line of code that a site or a miss points to."""
-    file, line = found.source.rsplit(":", 1)
+    file, line = finding.source.rsplit(":", 1)
     return linecache.getline(file, int(line))

@@ -1,4 +1,4 @@
-"""Captures models, and puts the exact operator in the place of each site that was found in them."""
+"""Captures models, and replaces each site that the finder recognises by the exact operator."""
 
 from pathlib import Path
 
@@ -40,9 +40,9 @@ def outputs(module, inputs):
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def worst(seen, expected):
+def worst(actual, expected):
     """The largest relative error of any output."""
-    return max(difference(a, b) for a, b in zip(seen, expected, strict=True))
+    return max(difference(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def examined(module, inputs, *others):

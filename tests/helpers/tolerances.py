@@ -9,7 +9,7 @@ SOLVE = 1e-8  # float64 through a factorisation of covariances whose condition n
 LOGITS = 1e-4  # absolute: the largest difference of logits that a change of runtime or batch may make
 
 
-def difference(seen, expected):
+def difference(actual, expected):
     """Norm of the error over the norm of what is expected; the norm of the error where that is zero."""
-    seen, expected = seen.double(), expected.double()
-    return ((seen - expected).norm() / (expected.norm() or 1.0)).item()
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / (expected.norm() or 1.0)).item()
