@@ -73,9 +73,9 @@ def write_model(path: Path) -> None:
 
 def run(place: Path) -> "subprocess.Popen[bytes]":
     """Start the compilation, in a session of its own so that its children can be told from others."""
-    options = ["--out", "out", "--force", "--batch", "1", "--seconds", "0.05", "--threads", "1", "--fidelity", "relc<=1", "--quiet"]
+    options = ["--out", "out", "--force", "--batch", "1", "--seconds", "0.05", "--threads", "1", "--quiet"]
     return subprocess.Popen(
-        [sys.executable, "-m", "asapc", "compile", "tiny.pt", *options],
+        [sys.executable, "-m", "asapc", "compile", "tiny.pt", *options, "--fidelity", "relc<=1"],
         cwd=place,
         env={**os.environ, "TMPDIR": str(place / "temporary")},
         stdout=subprocess.DEVNULL,
@@ -98,7 +98,7 @@ def kill(place: Path, number: signal.Signals, delay: float) -> dict[str, object]
     sweep(place / "temporary", "asapc.")
     left = [path.name for path in place.iterdir() if path.name not in ("tiny.pt", "out", "temporary")]
     left += [path.name for path in (place / "temporary").iterdir()]
-    # A process that Python has not begun, or has ended, dies of the signal itself, which a shell shows as the same code.
+    # Before Python begins and after it has ended the signal itself kills, which a shell shows as the same code.
     expected = (-number, 128 + number, *([0] if ended_before else []))
     return {
         "signal": number.name,
