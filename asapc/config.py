@@ -125,9 +125,10 @@ class CompileConfig:
         Target,
         Option(
             "--target",
-            "What to build besides model.onnx: an engine where one can be built, with a warning where it cannot; none; "
-            "or an engine by TensorRT, which needs a GPU, or TensorRT-RTX, which must succeed then.",
+            "What to build besides model.onnx. auto: an engine where one can be built, else a warning; onnx: nothing; "
+            "tensorrt, which needs a GPU, or tensorrt-rtx: that engine, or an error.",
             OPERATORS,
+            metavar="TARGET",
         ),
     ] = "auto"
     precision: Annotated[
