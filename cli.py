@@ -3,14 +3,12 @@
 import functools
 import inspect as reflection
 import json
-import signal
-import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import IO, Annotated, Any, cast
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -23,6 +21,9 @@ from asapc import showing
 from asapc.config import OPTIONS, CompileConfig
 from asapc.errors import AsapcError, InternalError, OptionError
 from asapc.events import Event, StageAdvanced, StageDone, StageStarted
+from asapc.process import interrupts
+from asapc.process.scratch import temporary_files
+from asapc.process.streams import Stream, open_missing
 from asapc.types.options import Option
 from asapc.version import __version__
 
@@ -34,8 +35,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(file=cast(IO[str], Stream("stdout", required=True)), highlight=False)
+err = Console(file=cast(IO[str], Stream("stderr", required=False)), highlight=False)
 
 EXIT_CODES = "Exit codes: 0 done, 1 input at fault, 2 usage, 3 fidelity budget missed, 70 defect, 130 interrupted."
 KEYWORD_ONLY = reflection.Parameter.KEYWORD_ONLY
@@ -48,19 +49,28 @@ def exit_codes() -> Iterator[None]:
     """Turn exceptions into the exit codes of `asapc.errors`, with one message and one hint."""
     try:
         yield
-    except AsapcError as error:
-        say(err, f"error: {error}", style="red")
-        say(err, f"hint: {error.hint}")
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        say(err, "interrupted; nothing was written")
-        raise typer.Exit(130) from None
+        interrupts.check()
     except typer.Exit:
         raise
-    except Exception:
-        err.print_exception()
-        say(err, "This is a defect in asapc. Please report it with the lines above and the command.")
-        raise typer.Exit(InternalError.exit_code) from None
+    except (Exception, KeyboardInterrupt) as error:
+        with interrupts.held():
+            code = explain(error)
+        raise typer.Exit(code) from None
+
+
+def explain(error: BaseException) -> int:
+    """Say on stderr what went wrong, and return the exit code for it."""
+    # What an interruption turns into where it passes through code of others is no defect.
+    if isinstance(error, KeyboardInterrupt) or interrupts.state.signal:
+        say(err, interrupts.message())
+        return interrupts.exit_code()
+    if isinstance(error, AsapcError):
+        say(err, f"error: {error}", style="red")
+        say(err, f"hint: {error.hint}")
+        return error.exit_code
+    err.print_exception()
+    say(err, "This is a defect in asapc. Please report it with the lines above and the command.")
+    return InternalError.exit_code
 
 
 def command(*examples: str, takes: Collection[Option] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -78,7 +88,7 @@ def command(*examples: str, takes: Collection[Option] = ()) -> Callable[[Callabl
 
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
-            with exit_codes():
+            with exit_codes(), temporary_files():
                 if takes:
                     values = {option.name: arguments.pop(option.name) for option in takes}
                     arguments["options"] = options_of(arguments.pop("config"), values)
@@ -159,6 +169,8 @@ def compile(
             share_calibration(file, options)
             return
         report = compile_model(file, options, on_event)
+    if report.data["engine"]["status"] == "failed" and not quiet:
+        say(err, f"warning: no engine was built: {report.data['engine']['reason']}", style="yellow")
     if as_json:
         print_json(report.data)
     elif not quiet:
@@ -320,11 +332,12 @@ def warn_of_unsafe_load(file: Path, options: CompileConfig) -> None:
 def stages(visible: bool) -> Iterator[Callable[[Event], None]]:
     """Show events on stderr: a spinner for the running stage, a line with its time for each that is done."""
     if not visible:
-        yield lambda event: None
+        yield lambda event: interrupts.check()
         return
     with err.status("") as status:
 
         def on_event(event: Event) -> None:
+            interrupts.check()
             match event:
                 case StageStarted(stage):
                     status.update(stage)
@@ -364,28 +377,15 @@ def show(parts: Iterable[showing.Grid | str]) -> None:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """Print data alone on stdout, for programs."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C under a name of its own.
-
-    Where a plain KeyboardInterrupt passes through `exec` of a string, as in the making of a dataclass, Python under
-    `-m` remembers it and dies of SIGINT at the end, whoever has caught it.
-    """
-
-
-def interrupt(*_: object) -> NoReturn:
-    """Handle SIGINT."""
-    raise Interrupted
+    out.file.write(json.dumps(data, indent=2) + "\n")
+    out.file.flush()
 
 
 def main() -> None:
     """Entry point of the `asapc` command."""
-    # Left alone where it is ignored, as by a shell for its background jobs.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
-    app()
+    open_missing()
+    with interrupts.handled():
+        app()
 
 
 if __name__ == "__main__":

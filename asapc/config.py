@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from asapc.errors import OptionError
 from asapc.types.budget import DEFAULT_BUDGET, METRICS, Bound, parse_bound
-from asapc.types.options import EarlyStopRule, Level, Lowering, LoweringRule, Option, Precision, Range, declared
+from asapc.types.options import EarlyStopRule, Level, Lowering, LoweringRule, Option, Precision, Range, Target, declared
 
 # More only wait for each other, and far more crash ONNX Runtime for want of memory, without an error to catch.
 MAX_THREADS = 4 * (os.cpu_count() or 1)
@@ -119,6 +119,16 @@ class CompileConfig:
             "What operators become: whatever is cheapest for the largest batch, standard ONNX operators on a matrix of "
             "scores, or the runtime's fused attention.",
             OPERATORS,
+        ),
+    ] = "auto"
+    target: Annotated[
+        Target,
+        Option(
+            "--target",
+            "What to build besides model.onnx. auto: an engine where one can be built, else a warning; onnx: nothing; "
+            "tensorrt, which needs a GPU, or tensorrt-rtx: that engine, or an error.",
+            OPERATORS,
+            metavar="TARGET",
         ),
     ] = "auto"
     precision: Annotated[

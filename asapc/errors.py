@@ -65,7 +65,11 @@ class DependencyError(AsapcError):
 
 
 class BuildError(AsapcError):
-    """A backend refuses the compiled graph."""
+    """A backend refuses the compiled graph, because of `node` where it says which."""
+
+    def __init__(self, message: str, hint: str, node: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.node = None if node is None else printable(node)
 
 
 class FidelityError(AsapcError):

@@ -1,5 +1,6 @@
 """Trains the Sinkhorn Vision Transformer on scikit-learn's digits, and its softmax twin for comparison."""
 
+import io
 import math
 from collections.abc import Callable
 from functools import partial
@@ -113,4 +114,6 @@ def train(seed: int, epochs: int, on_epoch: OnEpoch) -> dict[str, Any]:
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint."""
-    torch.save(checkpoint, path)
+    buffer = io.BytesIO()  # on a full disk torch.save raises errors that do not say so
+    torch.save(checkpoint, buffer)
+    path.write_bytes(buffer.getvalue())

@@ -16,12 +16,12 @@ from helpers.paths import ROOT
 
 # From the top down: each folder, or file that stands alone, of the library, with all others that it imports.
 ARROWS = {
-    "cli": "showing commands planning relu writing models config types errors events version",
+    "cli": "showing commands planning relu writing process models config types errors events version",
     "showing": "writing",
     "commands": "planning fidelity relu writing backends capturing loading passes config types errors events hashes "
     "version",
     "planning": "fidelity backends passes ops config types errors",
-    "writing": "backends capturing passes config types errors hashes version",
+    "writing": "backends capturing passes process config types errors hashes version",
     "relu": "backends capturing passes types errors version",
     "fidelity": "backends passes types errors",
     "backends": "capturing loading passes types errors",
@@ -32,6 +32,7 @@ ARROWS = {
     "models": "",  # the finder must work on code that it does not know: nothing but the command knows what is here
     "config": "types errors",
     "types": "errors",
+    "process": "errors",
     "events": "",
     "errors": "",
     "hashes": "",

@@ -13,7 +13,7 @@ from asapc.backends.base import Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.backends.tensorrt.builder import build_engine
+from asapc.backends.tensorrt.builder import try_engine
 from asapc.commands.inspect import require_sites
 from asapc.commands.study import study
 from asapc.config import CompileConfig
@@ -37,7 +37,7 @@ from asapc.writing.dump import Dump
 from asapc.writing.environment import cpu_name, environment
 from asapc.writing.folder import list_artifacts, output_folder, write_json, write_manifest, write_operators
 from asapc.writing.origins import origin_of
-from asapc.writing.report import CompileReport, activations_note, report_data, selection_note
+from asapc.writing.report import CompileReport, activations_note, engine_note, report_data, selection_note
 from asapc.writing.rewrite import export_rivals, rewrite
 
 
@@ -118,8 +118,9 @@ def compile_model(
 
         # Before the rivals are exported: an engine that cannot be built is known soonest here.
         with stage("engine", on_event) as step:
-            engine = build_engine(files.deployed, folder / "model.engine", max(config.batches), teacher.open_graph.axes)
-            step.summary = f"{engine.builder} for {', '.join(engine.targets)}"
+            path, axes = folder / "model.engine", teacher.open_graph.axes
+            engine = try_engine(config.target, files.deployed, path, max(config.batches), axes)
+            step.summary = engine_note(engine)
 
         with stage("verify", on_event) as step:
             runners = variants(teacher, selection, files, config, threads, step)
@@ -140,7 +141,8 @@ def compile_model(
             fidelity,
             config.bounds(),
             latency,
-            list_artifacts(folder, [files.onnx, files.deployed], engine),
+            engine,
+            list_artifacts(folder, [files.onnx, files.deployed], engine.artifact),
             environment(config.seed),
         )
         write_json(folder / "report.json", data)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,3 +29,20 @@ class EngineArtifact:
     builder: str
     targets: tuple[str, ...]
     refused: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class EngineResult:
+    """What came of the engine.
+
+    Attributes:
+        status: "omitted" where none was asked for.
+        artifact: the engine, if it was built.
+        reason: why it failed, in the words of the builder, else None.
+        node: of the ONNX file, where the builder says at which it failed.
+    """
+
+    status: Literal["built", "failed", "omitted"]
+    artifact: EngineArtifact | None = None
+    reason: str | None = None
+    node: str | None = None

@@ -18,6 +18,9 @@ LoweringRule = Literal["auto", "materialised", "fused"]
 # Of the products in an engine; duals, scaling vectors and exponentials are float32 in any case.
 Precision = Literal["float32", "float16", "bfloat16"]
 
+# What to build besides ONNX: an engine if it can be built, none, or one of a builder asked for by name.
+Target = Literal["auto", "onnx", "tensorrt", "tensorrt-rtx"]
+
 # Types as messages name them: one value, several, and what a TOML file has instead.
 NOUNS = {
     bool: ("true or false", ""),
@@ -58,7 +61,7 @@ class Option:
         flag: as on the command line; without its dashes the key in a TOML file.
         help: what it does, in sentences.
         group: the heading it stands under, empty for the options that most people need.
-        metavar: stands for the value in usage; choices stand for themselves.
+        metavar: stands for the value in usage; without one choices stand for themselves.
         default_text: the default in words, where the field's own says too little.
         range: numbers that are allowed.
         name: of the field.
@@ -163,6 +166,6 @@ def of_field(field: dataclasses.Field[Any], hint: Any) -> Option:
         many=get_origin(annotation) is tuple,
         table=any(get_origin(kind) is dict for kind in kinds),
         choices=choices,
-        metavar="|".join(map(str, choices)) or option.metavar,
+        metavar=option.metavar or "|".join(map(str, choices)),
         default=field.default,
     )

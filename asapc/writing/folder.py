@@ -3,9 +3,8 @@
 import errno
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,19 @@ from torch import Tensor
 
 from asapc.errors import OutputError
 from asapc.hashes import sha256
+from asapc.process.interrupts import held, state
+from asapc.process.scratch import scratch_folder, sweep
 from asapc.types.artifacts import EngineArtifact, OnnxArtifact
 from asapc.types.choices import Selection
 from asapc.types.site import Site
+
+MANIFEST = "manifest.json"
+# Of the hidden folders beside an output in which it grows.
+PREFIX = ".asapc."
+# In such a folder: the earlier output, under its name, while the new one takes its place.
+OLD = "old"
+# What a system says of a disk with no space left, by quota or at all, of a file over its limit, and of one read-only.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
@@ -23,19 +32,22 @@ def output_folder(path: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends well, and else vanishes.
 
     Raises:
-        OutputError: `path` cannot be written, exists and `force` is not given, or is nothing that asapc wrote.
+        OutputError: `path` cannot be written, exists and `force` is not given, or holds anything that asapc did not
+            write.
     """
-    check_free(path, force)
-    if os.path.lexists(path) and not is_ours(path):
-        raise OutputError(f"{path} is no folder that asapc wrote, and is not replaced", "give another --out")
-    with temporary_folder(path) as folder:
+    with temporary_folder(path, force, check_ours) as folder:
         partial = folder / "new"
         partial.mkdir()
         yield partial
         check_free(path, force)  # another run may have finished meanwhile
-        if path.exists():
-            path.rename(folder / "old")
-        partial.rename(path)
+        check_ours(path)
+        with held():
+            if path.exists():
+                (folder / OLD).mkdir()
+                path.rename(folder / OLD / path.name)
+            # A kill at this point is mended by the next run, which finds the earlier output and restores it.
+            partial.rename(path)
+            state.outputs.append(str(path))
 
 
 @contextmanager
@@ -45,14 +57,13 @@ def output_file(path: Path, force: bool) -> Iterator[Path]:
     Raises:
         OutputError: `path` cannot be written, exists and `force` is not given, or is a folder.
     """
-    check_free(path, force)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", "give the name of a file with --out")
-    with temporary_folder(path) as folder:
+    with temporary_folder(path, force, check_no_folder) as folder:
         partial = folder / path.name
         yield partial
         check_free(path, force)
-        partial.rename(path)
+        with held():
+            partial.rename(path)
+            state.outputs.append(str(path))
 
 
 def check_free(path: Path, force: bool) -> None:
@@ -62,47 +73,95 @@ def check_free(path: Path, force: bool) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {str(error.strerror).lower()}", "give another --out") from None
+        raise unwritable(path, error) from None
     if not force:
         raise OutputError(f"{path} exists already", "give --force to replace it, or another --out")
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a folder was written by asapc, as its manifest tells."""
+def check_ours(path: Path) -> None:
+    """Raise OutputError if `path` exists and is anything but a folder with the files that its manifest lists."""
+    if not os.path.lexists(path):
+        return
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and str(manifest.get("schema", "")).startswith("asapc.manifest/")
+        manifest = None
+    if not isinstance(manifest, dict) or not str(manifest.get("schema", "")).startswith("asapc.manifest/"):
+        raise OutputError(f"{path} was not written by asapc, and is not replaced", "give another --out")
+    listed = {MANIFEST, *(manifest.get("files") or ())}
+    others = sorted(
+        entry.name for entry in os.scandir(path) if entry.name not in listed or entry.is_dir(follow_symlinks=False)
+    )
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise OutputError(
+            f"{path} holds what asapc did not write, and is not replaced: {shown}",
+            "move it elsewhere, or give another --out",
+        )
+
+
+def check_no_folder(path: Path) -> None:
+    """Raise OutputError if `path` is a folder."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", "give the name of a file with --out")
 
 
 @contextmanager
-def temporary_folder(path: Path) -> Iterator[Path]:
+def temporary_folder(path: Path, force: bool, check: Callable[[Path], None]) -> Iterator[Path]:
     """A hidden folder beside `path`, on its file system so that renaming is atomic; removed at the end.
 
-    Folders above `path` are made as needed, and removed again if nothing came to stand in them.
+    Folders above `path` are made as needed, and removed again if nothing came to stand in them. What killed runs left
+    beside `path` is removed first, and the output that one was replacing restored.
 
     Raises:
-        OutputError: the folder of `path` cannot be written.
+        OutputError: `path` exists and `force` is not given, `check` refuses to replace it, or it cannot be written.
     """
-    made: list[Path] = []
-    try:
-        made = [folder for folder in path.parents if not folder.exists()]  # innermost first
-        path.parent.mkdir(parents=True, exist_ok=True)
-        holder = tempfile.TemporaryDirectory(prefix=".asapc.", dir=path.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {str(error.strerror).lower()}", "give another --out") from None
-    try:
-        with holder as name:
-            yield Path(name)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        raise OutputError(f"cannot write {path}: {str(error.strerror).lower()}", "give another --out") from error
-    finally:
-        for folder in made:
-            with suppress(OSError):  # not empty: the result stands there
-                folder.rmdir()
+    sweep(path.parent, PREFIX, restore)
+    check_free(path, force)
+    check(path)
+    with ExitStack() as stack:
+        try:
+            parents = [folder for folder in path.parents if not folder.exists()]  # innermost first
+            stack.callback(remove_empty, parents)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(scratch_folder(path.parent, PREFIX, restore))
+        except OSError as error:
+            raise unwritable(path, error) from None
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise unwritable(path, error) from error
+
+
+def restore(folder: Path) -> None:
+    """Bring back the output that a run was replacing when it ended, unless the new one stands in its place.
+
+    Raises:
+        OSError: it cannot be moved; then it stays in the folder.
+    """
+    for old in (folder / OLD).glob("*"):
+        path = folder.parent / old.name
+        if not os.path.lexists(path):
+            old.rename(path)
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those of the folders that are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """What to tell the user where the system refuses to write an output, or a temporary file for it."""
+    why = (error.strerror or "unknown reason").lower()
+    if error.errno == errno.EFBIG:
+        return OutputError(f"cannot write {path}: {why}", "raise the limit of `ulimit -f`")
+    if error.errno in FULL:
+        return OutputError(f"cannot write {path}: {why}", "free space there and in the temporary folder, TMPDIR")
+    return OutputError(f"cannot write {path}: {why}", "give another --out")
 
 
 def write_operators(path: Path, sites: Sequence[Site], selection: Selection) -> None:
@@ -125,7 +184,7 @@ def write_operators(path: Path, sites: Sequence[Site], selection: Selection) -> 
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
-def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineArtifact) -> list[dict[str, Any]]:
+def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineArtifact | None) -> list[dict[str, Any]]:
     """The artefacts as the report lists them, paths relative to the folder."""
     operator = folder / "operator.safetensors"
     kinds: list[tuple[str, Path, dict[str, Any]]] = [
@@ -133,10 +192,9 @@ def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineA
             ("onnx", path, {"builder": f"torch.onnx, opset {opset}", "targets": []})
             for path, opset in {onnx.path: onnx.opset for onnx in models}.items()
         ),
-        (
-            "engine",
-            engine.path,
-            {"builder": engine.builder, "targets": list(engine.targets), "refused": dict(engine.refused)},
+        *(
+            ("engine", built.path, {"builder": built.builder, "targets": list(built.targets), "refused": built.refused})
+            for built in ([] if engine is None else [engine])
         ),
         ("operator", operator, {"builder": "asapc", "targets": []}),
     ]
@@ -155,6 +213,6 @@ def write_manifest(folder: Path, model_sha256: str, version: str) -> None:
     """Write manifest.json: size and hash of every file, and of the checkpoint that they were made from."""
     files = {file.name: {"sha256": sha256(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir())}
     write_json(
-        folder / "manifest.json",
+        folder / MANIFEST,
         {"schema": "asapc.manifest/1", "asapc": version, "model_sha256": model_sha256, "files": files},
     )

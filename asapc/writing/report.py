@@ -7,6 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from asapc.types.artifacts import EngineResult
 from asapc.types.budget import Bound
 from asapc.types.choices import Candidate, Choice, Selection
 from asapc.types.graph import EarlyStops
@@ -37,6 +38,7 @@ def report_data(
     fidelity: Fidelity,
     budget: Sequence[Bound],
     latency: Latency,
+    engine: EngineResult,
     artifacts: list[dict[str, Any]],
     environment: dict[str, object],
 ) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def report_data(
         "fidelity": fidelity_data(fidelity),
         "budget": [str(bound) for bound in budget],
         "latency": latency_data(latency),
+        "engine": {"status": engine.status, "reason": engine.reason, "node": engine.node},
         "artifacts": artifacts,
         "environment": environment,
     }
@@ -133,6 +136,13 @@ def selection_note(selection: Selection) -> str:
     chosen = Counter(choice.candidate.operator for choice in selection.choices.values())
     note = ", ".join(f"{count} {operator}" for operator, count in chosen.items())
     return f"{note}; {selection.repairs} repairs" if selection.repairs else note
+
+
+def engine_note(engine: EngineResult) -> str:
+    """Say in one line what came of the engine."""
+    if engine.artifact is None:
+        return "none" if engine.reason is None else f"none: {engine.reason}"
+    return f"{engine.artifact.builder} for {', '.join(engine.artifact.targets)}"
 
 
 def choice_data(choice: Choice) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """TensorRT engines, built ahead of time by NVIDIA's own compiler: no GPU is needed."""
 
+import errno
 import importlib.util
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from torch import nn
 
 import asapc.backends.tensorrt.builder
 from asapc.backends.onnxruntime.builder import export_onnx
-from asapc.backends.tensorrt.builder import build_engine
+from asapc.backends.tensorrt.builder import build_engine, try_engine
 from asapc.capturing.export import export
 from asapc.errors import BuildError, DependencyError
 from asapc.ops.features import pairs_of
@@ -227,6 +228,51 @@ def test_a_compiler_that_crashes_is_an_error_of_one_line(ahead_of_time, monkeypa
     message = assert_refused(artifact)
     assert "no licence" in message
     assert "\n" not in message
+
+
+def test_an_engine_that_fails_is_a_result_unless_it_was_asked_for_by_name(ahead_of_time, monkeypatch, tmp_path):
+    (tmp_path / "model.onnx").touch()
+    artifact, path = OnnxArtifact(tmp_path / "model.onnx", 18), tmp_path / "model.engine"
+    answer = '{"error": "Error Code 4 at node_7", "hint": "report it", "node": "node_7"}'
+    monkeypatch.setattr(asapc.backends.tensorrt.builder, "CHILD", f"print('{answer}')")
+    result = try_engine("auto", artifact, path, 2)
+    assert (result.status, result.reason, result.node) == ("failed", "Error Code 4 at node_7", "node_7")
+    with pytest.raises(BuildError, match="Error Code 4"):
+        try_engine("tensorrt-rtx", artifact, path, 2)
+    with pytest.raises(DependencyError, match="needs an NVIDIA GPU"):
+        try_engine("tensorrt", artifact, path, 2)
+    assert try_engine("onnx", artifact, path, 2).status == "omitted"
+
+
+def test_a_full_disk_is_no_crash_of_the_compiler(ahead_of_time, monkeypatch, tmp_path):
+    (tmp_path / "model.onnx").touch()
+    answer = f'{{"errno": {errno.ENOSPC}, "file": "engine"}}'
+    monkeypatch.setattr(asapc.backends.tensorrt.builder, "CHILD", f"print('{answer}')")
+    with pytest.raises(OSError, match="No space left") as caught:
+        try_engine("auto", OnnxArtifact(tmp_path / "model.onnx", 18), tmp_path / "model.engine", 2)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_compiler_that_hangs_is_stopped(ahead_of_time, monkeypatch, tmp_path):
+    (tmp_path / "model.onnx").touch()
+    monkeypatch.setattr(asapc.backends.tensorrt.builder, "CHILD", "import time; time.sleep(1000)")
+    monkeypatch.setattr(asapc.backends.tensorrt.builder, "MAX_SECONDS", 1)
+    assert "more than 1 s" in assert_refused(OnnxArtifact(tmp_path / "model.onnx", 18))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel kills it on Linux alone")
+def test_the_compilers_process_dies_with_its_parent():
+    child = (
+        "import os, sys, time; from asapc.backends.tensorrt.compiler import limit_process; "
+        "limit_process(int(sys.argv[1]), 900); print(os.getpid(), flush=True); time.sleep(900)"
+    )
+    parent = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, str(os.getpid())])"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    number = process.stdout.readline()
+    assert int(number)
+    process.kill()
+    # The pipe ends when the last process that could write to it has ended.
+    assert process.stdout.read() == ""
 
 
 def test_the_compilers_process_imports_no_torch():

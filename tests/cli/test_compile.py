@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from helpers.command import QUICK, assert_user_error, folder, run, written
+from helpers.paths import ROOT
 
 import asapc
+import asapc.backends.tensorrt.builder
 import asapc.commands.compile
 from asapc.config import CompileConfig
 from asapc.errors import FidelityError
@@ -92,6 +95,27 @@ def test_compile_prints_two_tables_and_where_the_files_are(compiled):
     for file in ("model.onnx", "model.engine", "operator.safetensors", "report.json"):
         assert f"small.asap/{file}" in result.stdout
     assert "\x1b" not in result.stdout  # no colours in a pipe
+
+
+def test_an_engine_that_fails_is_a_warning_and_all_else_is_whole(small, monkeypatch):
+    crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    monkeypatch.setattr(asapc.backends.tensorrt.builder, "CHILD", crash)
+    result = run("compile", small, "--out", "out", "--fidelity", "relc<=1", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    reason = "TensorRT's compiler crashed on the model (SIGSEGV)"
+    assert f"warning: no engine was built: {reason}" in result.stderr.splitlines()
+    files = {"manifest.json", "model.onnx", "operator.safetensors", "report.json"}
+    assert {path.name for path in Path("out").iterdir()} == files
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["engine"] == {"status": "failed", "reason": reason, "node": None}
+    jsonschema.validate(report, json.loads((ROOT / "docs" / "report.schema.json").read_text()))
+
+
+def test_an_engine_that_was_asked_for_by_name_and_fails_exits_with_1(small, monkeypatch):
+    monkeypatch.setattr(asapc.backends.tensorrt.builder, "CHILD", "raise RuntimeError('no licence')")
+    error, _ = assert_user_error(run("compile", small, "--target", "tensorrt-rtx", *QUICK))
+    assert "no licence" in error
+    assert list(Path.cwd().iterdir()) == []
 
 
 def given(report_folder: Path, monkeypatch) -> dict:

@@ -1,5 +1,10 @@
 """Output appears whole or not at all, and never in the place of something that asapc did not write."""
 
+import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +109,73 @@ def test_force_replaces_a_folder_that_asapc_wrote(tmp_path):
     with output_folder(tmp_path / "out", force=True) as folder:
         (folder / "model.onnx").write_text("new")
     assert tree(tmp_path) == {"out": "folder", "out/model.onnx": "new"}
+
+
+@pytest.mark.parametrize("own", ["notes.txt", "results/run.csv", "old.onnx/weights.bin"])
+def test_force_never_deletes_what_asapc_did_not_write_into_the_folder(own, tmp_path):
+    out = written(tmp_path / "out")
+    (out / "old.onnx").unlink()
+    (out / own).parent.mkdir(exist_ok=True)
+    (out / own).write_text("years of work")
+    error = assert_refused(output_folder, out, force=True)
+    assert str(error).endswith(f"and is not replaced: {own.split('/')[0]}")
+
+
+def test_a_file_that_comes_into_the_folder_during_the_run_is_not_deleted(tmp_path):
+    out = written(tmp_path / "out")
+
+    def run_beside_a_user() -> None:
+        with output_folder(out, force=True) as folder:
+            (folder / "model.onnx").write_text("new")
+            (out / "notes.txt").write_text("years of work")
+
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        run_beside_a_user()
+    assert (out / "notes.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def replace_and_die(out: Path, renames: int) -> None:
+    """Replace an output folder in a process that is killed before so many renames are done."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+from asapc.writing.folder import output_folder
+rename, left = Path.rename, int(sys.argv[2])
+def rename_or_die(path, target):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return rename(path, target)
+Path.rename = rename_or_die
+with output_folder(Path(sys.argv[1]), force=True) as folder:
+    (folder / "model.onnx").write_text("new")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(out), str(renames)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_while_the_folder_is_replaced_loses_nothing(renames, tmp_path):
+    out = written(tmp_path / "out")
+    before = tree(tmp_path)
+    replace_and_die(out, renames)
+    assert out.exists() == (renames == 0)
+    # Refused, since the earlier output is restored before anything else.
+    with pytest.raises(OutputError, match="exists already"), output_folder(out, force=False):
+        pytest.fail("the work was begun")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "why"), [(errno.ENOSPC, "no space left on device"), (errno.EFBIG, "file too large")]
+)
+def test_a_full_disk_is_said_to_be_one(number, why, tmp_path):
+    with pytest.raises(OutputError, match=why), output_folder(tmp_path / "out", force=False):
+        raise OSError(number, os.strerror(number))
+    assert tree(tmp_path) == {}
 
 
 def test_force_replaces_a_file(tmp_path):

@@ -9,6 +9,7 @@ from helpers import fitted
 from helpers.fitted import changed
 from helpers.paths import ROOT
 
+from asapc.types.artifacts import EngineResult
 from asapc.types.budget import Bound
 from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 from asapc.types.graph import EarlyStops
@@ -80,7 +81,17 @@ def report() -> dict:
     budget, latency = (Bound("relc", 0.2),), Latency("cpu", 2, tuple(runs))
     samples = Samples({"x": torch.zeros(4, 1)})
     teacher = fitted.studied(torch.nn.Identity(), None, findings, samples)
-    return report_data(teacher, selection, (lowered,), fidelity, budget, latency, artifacts, environment(seed=0))
+    return report_data(
+        teacher,
+        selection,
+        (lowered,),
+        fidelity,
+        budget,
+        latency,
+        EngineResult("omitted"),
+        artifacts,
+        environment(seed=0),
+    )
 
 
 def test_a_report_keeps_to_its_schema_as_json() -> None:
