@@ -45,6 +45,7 @@ def capture_code(
     run(loaded.module, example, samples)
     with Unconverged(loaded.module) as unconverged:
         program = export(loaded.module, example.inputs, axes)
+    unconverged.check_repeated()
     check_single(loaded.module, program, example, stops=bool(unconverged.questions))
     if not unconverged.questions:
         return CapturedGraph(program, example, axes=axes)

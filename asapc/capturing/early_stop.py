@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from asapc.capturing.stops import find_leaving
 from asapc.errors import CaptureError
 
 # The functions by which a value leaves the graph and may decide what the code does next.
@@ -62,7 +63,7 @@ class Unconverged(TorchFunctionMode):
         self.module, self.constants = module, named_tensors(module)
         self.questions: dict[str, str] = {}
         self.answers = 0
-        self.loops: dict[str, tuple[FrameType | None, int]] = {}
+        self.loops: dict[str, dict[FrameType, int]] = {}  # answers by line, and by the code that is left
         self.trace: Trace | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,21 +115,45 @@ class Unconverged(TorchFunctionMode):
         return answer
 
     def note(self) -> None:
-        """Record the line of the user's code that asks; refuse a loop without a bound."""
+        """Record the line of the user's code that asks.
+
+        Raises:
+            CaptureError: the answer decides on more than leaving a loop, or the loop has no bound.
+        """
         frame = user_frame()
         name, line = frame.f_code.co_filename, frame.f_lineno
         source = f"{name}:{line}"
-        self.questions[source] = linecache.getline(name, line).strip() or frame.f_code.co_name
+        question = linecache.getline(name, line).strip() or frame.f_code.co_name
+        leaving = find_leaving(frame, TORCH)
+        if leaving is None:
+            raise branches_on_data(source, question)
+        self.questions[source] = question
         self.answers += 1
-        # The count restarts with each call of a forward: all layers of a model may share one loop.
-        call = forward_frame(frame)
-        before, count = self.loops.get(source, (None, 0))
-        self.loops[source] = (call, count + 1 if before is call else 1)
-        if count >= MAX_ANSWERS and before is call:
+        if not leaving.loop:
+            return
+        # The count restarts with each activation of the code that loops: all layers of a model may share it.
+        counts = self.loops.setdefault(source, {})
+        counts[leaving.frame] = counts.get(leaving.frame, 0) + 1
+        if counts[leaving.frame] > MAX_ANSWERS:
             raise CaptureError(
-                f"the loop at {source} has no bound, or one above {MAX_ANSWERS} iterations: {self.questions[source]}",
+                f"the loop at {source} has no bound, or one above {MAX_ANSWERS} iterations: {question}",
                 "bound it, e.g. with `for _ in range(20)`, and test for convergence inside",
             )
+
+    def check_repeated(self) -> None:
+        """Raise CaptureError where a loop was left at its first question: the answer was not that of a stop."""
+        for source, counts in self.loops.items():
+            if max(counts.values()) < 2:
+                raise branches_on_data(source, self.questions[source])
+
+
+def branches_on_data(source: str, question: str) -> CaptureError:
+    """The refusal of a branch that a graph would take one way for all inputs."""
+    return CaptureError(
+        f"the code at {source} branches on data, and a graph takes one path for all inputs: {question}",
+        "compute both sides and choose with torch.where, or use torch.cond; a loop may ask whether to stop, as in "
+        "`if err < tol: break`",
+    )
 
 
 class Trace:
@@ -292,12 +317,5 @@ def user_frame() -> FrameType:
     """Return the innermost frame outside torch and this file: the line that asks."""
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith((TORCH, __file__)):
-        frame = frame.f_back
-    return frame
-
-
-def forward_frame(frame: FrameType | None) -> FrameType | None:
-    """Return the frame of the module's forward that a frame was called from."""
-    while frame is not None and frame.f_code.co_name != "forward":
         frame = frame.f_back
     return frame
