@@ -1,12 +1,17 @@
 """asapc: the compiler for doubly-stochastic attention."""
 
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asapc.config import CompileConfig
 from asapc.errors import AsapcError
 from asapc.version import __version__
+
+# As soon as its library is loaded, ONNX Runtime looks up a host for telemetry and writes an id of the device under the
+# user's cache. Set before anything can load it, and inherited by processes that asapc starts.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # In a checkout passes/, models/ and cli.py stand beside this package, in a wheel inside it. This lets a
 # checkout find them under the names they have once installed; a wheel never takes this branch.

@@ -1,10 +1,15 @@
 """ONNX files: exported whole or not at all, and run with the answers that PyTorch gives."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers.paths import ROOT
 from helpers.tolerances import EXPORT
 from torch import nn
 
@@ -234,3 +239,17 @@ def test_without_a_gpu_the_cuda_runner_says_so(tmp_path):
     path = export_onnx(captured, tmp_path / "model.onnx", {}).path
     with pytest.raises(BuildError, match=r"cannot run model.onnx on a GPU: it finds no CUDA"):
         CudaRunner(path, captured.example)
+
+
+def test_onnx_runtime_starts_without_telemetry(pair, tmp_path):
+    """No device id under the user's cache, no session file in the temporary folder."""
+    code = "import sys, pathlib; from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner as Runner\n"
+    code += "import asapc; Runner(pathlib.Path(sys.argv[1]))"
+    folders = {name: tmp_path / name for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
+    for folder in folders.values():
+        folder.mkdir()
+    # ONNX Runtime tells the machines of CI by these variables, and is silent there of itself.
+    plain = {name: value for name, value in os.environ.items() if "CI" not in name and name != "ORT_DISABLE_TELEMETRY"}
+    environment = plain | {name: str(folder) for name, folder in folders.items()}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.onnx"], env=environment, cwd=ROOT, check=True)
+    assert [path for folder in folders.values() for path in folder.rglob("*") if "matplotlib" not in str(path)] == []

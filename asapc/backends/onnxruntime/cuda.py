@@ -7,6 +7,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from asapc.backends.onnxruntime.library import library
 from asapc.errors import BuildError
 from asapc.types.samples import Samples
 
@@ -26,8 +27,7 @@ class CudaRunner:
     runtime = "onnxruntime, CUDA"
 
     def __init__(self, path: Path, samples: Samples, outputs: Sequence[Tensor] | None = None) -> None:
-        import onnxruntime
-
+        onnxruntime = library()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         provider = {"use_tf32": "0", "enable_cuda_graph": str(int(outputs is not None))}

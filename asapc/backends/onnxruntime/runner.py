@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from asapc.backends.onnxruntime.library import library
 from asapc.errors import BuildError, first_line
 from asapc.types.samples import Samples
 
@@ -24,8 +25,7 @@ class OnnxRuntimeRunner:
     runtime = "onnxruntime"
 
     def __init__(self, path: Path, threads: int = 0, name: str | None = None) -> None:
-        import onnxruntime
-
+        onnxruntime = library()
         self.name = name or path.name
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

@@ -28,6 +28,7 @@ from asapc.loading.onnx.layers import LAYERS
 from asapc.loading.onnx.numbers import MAX_NUMBERS, Known, on_numbers
 from asapc.loading.onnx.reader import EXPORT, opset_of, read_onnx, subgraphs
 from asapc.loading.onnx.views import VIEWS
+from asapc.loading.untrusted.demand import Demand
 from asapc.loading.untrusted.source import Source
 from asapc.types.model import InputType, LoadedModel
 
@@ -95,6 +96,7 @@ class OnnxModule(nn.Module):
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Compute all outputs of the file, in its order."""
         values: dict[str, Value] = {}
+        demand = Demand(self.path)
         for name, value, dtype in zip(self.input_names, inputs, self.input_types, strict=True):
             if value.dtype != dtype:
                 raise TypeError(f"the input {name} takes {dtype}, not {value.dtype}")
@@ -102,31 +104,34 @@ class OnnxModule(nn.Module):
         for buffer, name in self.initializers.items():
             tensor = getattr(self, buffer)
             values[name] = Known(self.numbers[name], tensor) if name in self.numbers else tensor
-        self.run_graph(self.model.graph, values, marked=torch.compiler.is_exporting())
+        self.run_graph(self.model.graph, values, demand, marked=torch.compiler.is_exporting())
         outputs = (values[value.name] for value in self.model.graph.output)
         return tuple(output.as_tensor() if isinstance(output, Known) else output for output in outputs)
 
-    def run_graph(self, graph: Any, values: dict[str, Value], marked: bool = False) -> None:
+    def run_graph(self, graph: Any, values: dict[str, Value], demand: Demand, marked: bool = False) -> None:
         """Run the nodes of a graph on the values in its scope, and add their outputs to the scope."""
+        demand.add_nodes(len(graph.node))
         for node in graph.node:
             if node.output and node.output[0] in values and node.op_type == "Constant":
                 continue
-            for name, result in zip(node.output, self.run_node(node, values), strict=False):
+            for name, result in zip(node.output, self.run_node(node, values, demand), strict=False):
                 if elements(result) > MAX_ELEMENTS:
                     raise CheckpointError(f"the ONNX node {label_of(node)} makes more than fits into memory", REWRITE)
+                if name in self.fixed and isinstance(result, Tensor):
+                    demand.add_constant(result.numel() * result.itemsize)
                 if name and marked and isinstance(result, Tensor):
                     result = torch.ops.asapc.value(result, name)
                 values[name] = result
 
-    def run_node(self, node: Any, values: Mapping[str, Value]) -> tuple[Value, ...]:
+    def run_node(self, node: Any, values: Mapping[str, Value], demand: Demand) -> tuple[Value, ...]:
         """Compute the outputs of one node."""
         inputs = [values[name] if name else None for name in node.input]
         constant = [name in self.fixed for name in node.input]
         call = Call(node.op_type, label_of(node), inputs, attributes_of(node), len(node.output), constant)
         if node.op_type == "If":
-            return self.branch(call, values)
+            return self.branch(call, values, demand)
         if node.op_type == "Loop":
-            return self.unroll(call, values)
+            return self.unroll(call, values, demand)
         arrays = [value.array for value in inputs if isinstance(value, Known)]
         if arrays and len(arrays) == len(inputs):
             numbers = on_numbers(node.op_type, arrays, number_attributes(node, call.attributes))
@@ -135,15 +140,15 @@ class OnnxModule(nn.Module):
         result = OPERATORS[node.op_type](call)
         return result if isinstance(result, tuple) else (result,)
 
-    def branch(self, call: Call, values: Mapping[str, Value]) -> tuple[Value, ...]:
+    def branch(self, call: Call, values: Mapping[str, Value], demand: Demand) -> tuple[Value, ...]:
         """Run an If whose condition does not depend on data."""
         condition = decide(call, call.inputs[0])
         graph = call.get("then_branch") if condition else call.get("else_branch")
         inner = dict(values)
-        self.run_graph(graph, inner)
+        self.run_graph(graph, inner, demand)
         return tuple(inner[value.name] for value in graph.output)
 
-    def unroll(self, call: Call, values: Mapping[str, Value]) -> tuple[Value, ...]:
+    def unroll(self, call: Call, values: Mapping[str, Value], demand: Demand) -> tuple[Value, ...]:
         """Unroll a Loop whose number of iterations does not depend on data."""
         body = call.get("body")
         carried: list[Any] = list(call.inputs[2:])
@@ -154,7 +159,7 @@ class OnnxModule(nn.Module):
         while going and count < limit:
             if count == MAX_ITERATIONS:
                 raise call.refuse(f"runs for more than {MAX_ITERATIONS} iterations")
-            results = self.iterate(body, values, [Known(np.array(count)), Known(np.array(True)), *carried])
+            results = self.iterate(body, values, demand, [Known(np.array(count)), Known(np.array(True)), *carried])
             going, carried = decide(call, results[0]), results[1 : 1 + len(carried)]
             for stack, item in zip(scanned, results[1 + len(carried) :], strict=True):
                 stack.append(item.as_tensor() if isinstance(item, Known) else item)
@@ -163,10 +168,10 @@ class OnnxModule(nn.Module):
             raise call.refuse("runs for no iteration")
         return (*carried, *(torch.stack(stack) for stack in scanned))
 
-    def iterate(self, body: Any, values: Mapping[str, Value], arguments: Sequence[Any]) -> list[Any]:
+    def iterate(self, body: Any, values: Mapping[str, Value], demand: Demand, arguments: Sequence[Any]) -> list[Any]:
         """Run the body of a Loop once."""
         inner = {**values, **{value.name: item for value, item in zip(body.input, arguments, strict=True)}}
-        self.run_graph(body, inner)
+        self.run_graph(body, inner, demand)
         return [inner[value.name] for value in body.output]
 
 

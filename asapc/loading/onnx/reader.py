@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from asapc.errors import CheckpointError
+from asapc.loading.untrusted.demand import Demand
 from asapc.loading.untrusted.source import Source
 
 # Protobuf has no larger files, and the compiled model is one file, external data included.
@@ -37,6 +38,7 @@ def read_onnx(source: Source) -> Any:
     with source.reading():
         model = onnx.load_model_from_string(source.path.read_bytes())
     check_versions(source, model)
+    Demand(source.path).add_nodes(sum(len(graph.node) for graph in graphs_in(source, model)))
     total = source.size
     for tensor in list(tensors_in(source, model)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

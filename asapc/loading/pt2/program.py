@@ -13,6 +13,7 @@ from torch.utils._sympy.numbers import int_oo
 from asapc.errors import CheckpointError
 from asapc.loading.pt2.archive import ANEW, read_archive
 from asapc.loading.samples import as_samples
+from asapc.loading.untrusted.demand import Demand
 from asapc.loading.untrusted.source import Source
 from asapc.loading.weights import check_finite
 from asapc.types.model import InputType, LoadedModel
@@ -62,6 +63,8 @@ def load_program(source: Source) -> LoadedModel:
 
 def check_graph(source: Source, program: ExportedProgram) -> None:
     """Raise CheckpointError if a graph was captured in training mode, or asks for more memory than there can be."""
+    demand, inputs = Demand(source.path), set(program.graph_signature.user_inputs)
+    varying: set[Node] = set()  # what depends on the inputs
     for node in program.graph.nodes:
         place = TRAINED.get(str(node.target))
         if place is not None and len(node.args) > place and node.args[place] is True:
@@ -69,6 +72,11 @@ def check_graph(source: Source, program: ExportedProgram) -> None:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and prod(size for size in value.shape if isinstance(size, int)) > MAX_SIZE:
             raise CheckpointError(f"{source}: {node.name} is {tuple(value.shape)}, more than fits into memory", ANEW)
+        if node.name in inputs or not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+        elif node.op == "call_function":
+            for item in value if isinstance(value, tuple | list) else [value]:
+                demand.add_constant(item.numel() * item.itemsize if isinstance(item, Tensor) else 0)
 
 
 def sample_inputs(source: Source, names: list[str], sample: Any) -> Samples | None:

@@ -1,5 +1,6 @@
 """Zip archives that claim what they do not hold, or lead out of themselves."""
 
+import io
 import pickle
 import struct
 import zipfile
@@ -97,3 +98,81 @@ def test_torchscript_is_refused_with_the_way_out(tmp_path):
 def test_what_is_called_onnx_and_is_not_is_refused(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"\x08\x0a")
     assert "damaged" in assert_refused(CheckpointError, load_model, tmp_path / "model.onnx")
+
+
+def second_directory(data: bytes) -> bytes:
+    """An archive whose record at the end leads to one directory, and whose locator of large archives to another."""
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("whole/data.pkl", pickle.dumps({"other": 1}))
+    start, end = len(data), len(data) + len(other.getvalue()) - 22
+    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, end - start - 60, start + 60)
+    return data[:-22] + other.getvalue()[:-22] + record + struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1) + data[-22:]
+
+
+def other_sizes(data: bytes) -> bytes:
+    """An archive of which one header claims another size than the directory."""
+    name = data.index(b"whole/data/0")
+    return data[: name - 12] + struct.pack("<L", 7) + data[name - 8 :]
+
+
+def other_name(data: bytes) -> bytes:
+    name = data.index(b"whole/data/0")
+    return data[:name] + b"whole/data/1" + data[name + 12 :]
+
+
+def gap(data: bytes) -> bytes:
+    """An archive with bytes between its members and its directory."""
+    start = int.from_bytes(data[-6:-2], "little")
+    return data[:start] + b"between" + data[start:-6] + struct.pack("<LH", start + 7, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data + b"after",
+        lambda data: data[:-2] + b"\x05\x00after",
+        lambda data: b"PK\x03\x04before" + data,
+        lambda data: data + data,
+        lambda data: data[:-22] + data[-22:] * 2,
+        lambda data: data[:-12] + b"\x02" + data[-11:],
+        gap,
+        second_directory,
+        other_sizes,
+        other_name,
+    ],
+)
+def test_what_two_readers_could_read_in_two_ways_is_refused(change, tmp_path):
+    plain = tmp_path / "plain.pt"
+    with zipfile.ZipFile(torch_file(tmp_path)) as source, zipfile.ZipFile(plain, "w") as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    path = tmp_path / "two.pt"
+    for whole in (plain, tmp_path / "whole.pt"):
+        path.write_bytes(change(whole.read_bytes()))
+        assert_refused(AsapcError, load_model, path)
+        assert_refused(AsapcError, load_samples, path)
+    assert load_samples(plain).inputs["x"].shape == (3, 4)
+
+
+def test_an_archive_with_the_records_of_large_ones_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 0)
+    np.savez(tmp_path / "large.npz", x=np.zeros((3, 4), dtype=np.float32), labels=np.arange(3))
+    assert b"PK\x06\x06" in (tmp_path / "large.npz").read_bytes()
+    assert load_samples(tmp_path / "large.npz").inputs["x"].shape == (3, 4)
+
+
+def test_an_archive_that_was_written_as_a_stream_is_read(tmp_path):
+    class Stream(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data) -> int:
+            parts.append(bytes(data))
+            return len(data)
+
+    parts: list[bytes] = []
+    with zipfile.ZipFile(Stream(), "w") as archive, archive.open("x.npy", "w") as member:
+        np.lib.format.write_array(member, np.zeros((3, 4), dtype=np.float32))
+    (tmp_path / "stream.npz").write_bytes(b"".join(parts))
+    assert load_samples(tmp_path / "stream.npz").inputs["x"].shape == (3, 4)
