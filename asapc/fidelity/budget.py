@@ -9,7 +9,7 @@ from asapc.fidelity.outputs import worst
 from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS, Bound
 from asapc.types.results import Fidelity, Hop
 
-# What can be done where a hop of the compilation costs too much.
+# What to do where a hop of the compilation costs too much.
 HINTS = {
     "capture": "early stops are left out of a captured graph: train and evaluate the model with a fixed number of "
     "iterations; `--early-stop refuse` refuses such models before they are compiled, see docs/recognition.md",
@@ -21,24 +21,24 @@ HINTS = {
 
 
 def missed(fidelity: Fidelity, budget: Sequence[Bound]) -> list[Bound]:
-    """Terms of a budget that a compiled model misses; without terms DEFAULT_BUDGET holds, as far as it can be judged.
+    """List the terms of a budget that a compiled model misses; without terms DEFAULT_BUDGET holds where it applies.
 
     Raises:
         OptionError: a term of `budget` cannot be judged: agreement without classes, a metric without labels.
     """
-    seen = seen_of(fidelity)
-    terms = budget or [bound for bound in DEFAULT_BUDGET if seen[bound.metric] is not None]
+    values = seen_of(fidelity)
+    terms = budget or [bound for bound in DEFAULT_BUDGET if values[bound.metric] is not None]
     for bound in terms:
-        if seen[bound.metric] is None:
+        if values[bound.metric] is None:
             raise OptionError(
                 f"the budget {bound} cannot be judged: the samples have no labels, or the output no classes",
                 "add labels to the --calib file, or use a budget on relc",
             )
-    return [bound for bound in terms if not bound.met(seen[bound.metric])]
+    return [bound for bound in terms if not bound.met(values[bound.metric])]
 
 
 def seen_of(fidelity: Fidelity) -> dict[str, Any]:
-    """What each metric of a budget is for a compiled model, None where it cannot be judged."""
+    """Return the metrics of a compiled model that a budget can name, None for one that cannot be judged."""
     metric = fidelity.metric
     return {
         "agreement": fidelity.agreement,
@@ -51,36 +51,38 @@ def seen_of(fidelity: Fidelity) -> dict[str, Any]:
 
 
 def check_budget(fidelity: Fidelity, budget: Sequence[Bound], cost: float | None = None) -> None:
-    """Hold a compiled model against its budget; without terms DEFAULT_BUDGET holds, as far as it can be judged.
+    """Hold a compiled model to its budget; without terms DEFAULT_BUDGET holds, as far as it can be judged.
 
     Args:
         fidelity: of the model.
         budget: terms to keep.
-        cost: what its operators take of the time of exact forms, as estimated, where that is known.
+        cost: estimated time of its operators over that of exact forms; None where it is not known.
 
     Raises:
         FidelityError: a term is missed, or the output is not finite.
         OptionError: a term of `budget` cannot be judged: agreement without classes, a metric without labels.
     """
-    broken = next((hop for hop in fidelity.hops if not isfinite(hop.rel)), None)
-    if broken is not None or not isfinite(fidelity.logits_rel):
-        step = f", from the step of {broken.name} on" if broken is not None and broken.name in HINTS else ""
+    culprit = next((hop for hop in fidelity.hops if not isfinite(hop.rel)), None)
+    if culprit is not None or not isfinite(fidelity.logits_rel):
+        # The hop from the teacher to the compiled file, which `asapc verify` has alone, is no step of a compilation.
+        step = f", from the step of {culprit.name} on" if culprit is not None and culprit.name in HINTS else ""
         raise FidelityError(
-            f"the compiled model gives NaN or infinity on held-out samples{step}",
+            f"the compiled model returns NaN or infinity on some samples{step}",
             "ask for the exact form with -O1, and report the model",
         )
     for bound in missed(fidelity, budget):
-        hop = blamed(fidelity, bound)
+        hop = worst_hop(fidelity, bound)
         step = f"; of all steps {hop.name} changes the outputs most, by {hop.rel:.1e} relative" if hop else ""
         step += "" if cost is None else f"; its operators take {cost:.0%} of the exact forms' time, as estimated"
         raise FidelityError(
-            f"the closest model that could be had has {bound.metric} {seen_of(fidelity)[bound.metric]:.4g} on "
-            f"{fidelity.samples} held-out samples, outside the budget {bound}{step}",
+            f"the compiled model has {bound.metric} {seen_of(fidelity)[bound.metric]:.4g} on "
+            f"{fidelity.samples} samples, outside the budget {bound}{step}",
             HINTS[hop.name if hop else "amortisation"],
         )
 
 
-def blamed(fidelity: Fidelity, bound: Bound) -> Hop | None:
-    """The hop that changes the outputs most, where a missed term is about the outputs and the hops are known."""
-    known = [hop for hop in fidelity.hops if hop.name in HINTS]
-    return None if bound.metric in SITE_METRICS else max(known, key=lambda hop: hop.rel, default=None)
+def worst_hop(fidelity: Fidelity, bound: Bound) -> Hop | None:
+    """Return the hop that changes the outputs most; None where the term is about sites, or there are no hops."""
+    hops = [hop for hop in fidelity.hops if hop.name in HINTS]
+    # A site is compared on the teacher's own activations, so that no other step has a part in its error.
+    return None if bound.metric in SITE_METRICS else max(hops, key=lambda hop: hop.rel, default=None)

@@ -1,4 +1,4 @@
-"""Measures latency: all runners interleaved in one process, so that drift of the machine hits them alike."""
+"""Measures latency: all runners interleaved in one process, so that drift of the machine affects them alike."""
 
 import random
 import time
@@ -10,7 +10,7 @@ from asapc.backends.base import Runner
 from asapc.types.results import LatencyRun
 from asapc.types.samples import Samples
 
-WARM_UP_CALLS = 3
+WARM_UP_CALLS = 3  # the first calls allocate memory and choose kernels
 MIN_ROUNDS = 10
 
 
@@ -30,7 +30,7 @@ def measure(
         batch: samples a call.
         seconds: time to spend.
         seed: of the order within the rounds.
-        rounds: how many are made at least, however long they take.
+        rounds: the least number of rounds, however long they take.
 
     Returns:
         One result for each runner, milliseconds a call.
@@ -40,21 +40,22 @@ def measure(
         for _ in range(min(WARM_UP_CALLS, rounds)):
             runner(inputs)
     times: dict[str, list[float]] = {name: [] for name in runners}
+    # A fixed order would let each runner always follow the same one, with the caches that it leaves.
     order, shuffle = list(runners), random.Random(seed).shuffle
     end = time.perf_counter() + seconds
-    made = 0
-    while made < rounds or time.perf_counter() < end:
+    completed = 0
+    while completed < rounds or time.perf_counter() < end:
         shuffle(order)
         for name in order:
             start = time.perf_counter()
             runners[name](inputs)
             times[name].append(1e3 * (time.perf_counter() - start))
-        made += 1
+        completed += 1
     return [summarise(name, runners[name].runtime, batch, times[name]) for name in runners]
 
 
 def summarise(name: str, runtime: str, batch: int, times: list[float]) -> LatencyRun:
-    """Percentiles, mean and standard deviation of raw times in milliseconds."""
+    """Compute percentiles, mean and standard deviation of raw times in milliseconds."""
     raw = torch.tensor(times, dtype=torch.float64)
     p50, p90, p99 = raw.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
     return LatencyRun(name, runtime, batch, p50, p90, p99, raw.mean().item(), raw.std(correction=0).item(), len(times))

@@ -1,4 +1,4 @@
-"""What the sites of a graph see: scores, queries and keys, in float64."""
+"""Activations at the sites of a graph: scores, queries and keys, in float64."""
 
 from collections.abc import Mapping
 from math import inf
@@ -14,7 +14,11 @@ Activations = dict[str, tuple[Tensor, Tensor, Tensor]]  # (scores, queries, keys
 
 
 def activation(site: Site, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, -inf where masked, queries and keys of a site that has queries and keys, in float64."""
+    """Return scores, -inf where masked, queries and keys of a site, in float64.
+
+    Raises:
+        ValueError: the site has no queries and keys.
+    """
     _, queries, keys, _ = float64_inputs(site, values)
     if queries is None or keys is None:
         raise ValueError(f"site {site.name} has no queries and keys to fit on")
@@ -22,13 +26,14 @@ def activation(site: Site, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
 
 
 def masked_scores(site: Site, values: Mapping[str, Tensor]) -> Tensor:
-    """Scores (B, H, N, M) of a site, in units of the temperature, -inf where masked, in float64."""
+    """Return scores (B, H, N, M) of a site in units of the temperature, -inf where masked, in float64."""
     scores, *_ = float64_inputs(site, values)
     assert scores is not None
+    # Code masks with numbers from -1e9 to -inf; one value for all keeps statistics free of theirs.
     return scores.masked_fill(scores < MIN_LIVE, -inf) if site.loop.masked else scores
 
 
 def float64_inputs(site: Site, values: Mapping[str, Tensor]) -> list[Tensor | None]:
-    """What the operator of a site is given, in float64."""
-    given = [values[operand.node].double() for operand in site.wiring.operands]
-    return site_inputs(site, given, score_factor(site, torch.float64))
+    """Return the inputs of a site's operator in float64."""
+    operands = [values[operand.node].double() for operand in site.wiring.operands]
+    return site_inputs(site, operands, score_factor(site, torch.float64))

@@ -1,9 +1,9 @@
 """Streams calibration samples through the graph and fits the sliced duals of every site.
 
-The first pass gives the covariances that the balanced bases are made of, the second where hinges go; each pass after
-them the Gram matrices of one linear map, from which `fit` has the map in closed form. Maps are fitted in order, since a
-closure step works on what the maps before it give. Only sums are kept, in float64, so that memory does not grow with
-the number of samples, and samples can be shared out to several processes (`distributed`).
+The first pass sums the covariances that balanced bases are computed from, the second counts where hinges go. Each pass
+after them sums the Gram matrices of one linear map, which `fit` solves in closed form. Maps are fitted in order, since
+a closure step works on the outputs of the maps before it. Only sums are kept, in float64: memory does not grow with the
+number of samples, and several processes can share the samples (`distributed`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,11 +28,11 @@ from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Site
 
-BATCH = 16
+BATCH = 16  # samples; a pass holds the scores of every site for so many
 
 
 class Fitted(NamedTuple):
-    """One sliced dual that is fitted: of which site, from which features."""
+    """Names one sliced dual of a calibration: its site and its features."""
 
     site: str
     features: FeatureSet
@@ -58,7 +58,32 @@ def calibrate(
         closure_steps: fitted closure steps after the first estimate.
         advance: called with a line about the progress.
     """
-    # With exact forms in the place of the loops: what the sites see is the same up to rounding, in a tenth of the time.
+    activations = activation_stream(graph, sites)
+    advance("covariances of queries and keys")
+    bases = balanced_bases(sites, activations(fitting))
+    counts: dict[tuple[str, Side], Tensor] = {}
+    # Hinges lie at quantiles of coordinates, which only the bases define: one pass more.
+    if any(features.pieces for site in sites for features in feature_sets[site.name]):
+        advance("where the hinges go")
+        counts = count_places(sites, bases, activations(fitting))
+    params = {
+        Fitted(site.name, features): without_maps(site, features, bases[site.name], counts)
+        for site in sites
+        for features in feature_sets[site.name]
+    }
+    for step in range(1 + closure_steps):
+        advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
+        problems = regressions(sites, params, activations(fitting))
+        # The penalty is chosen on other samples: on its own the smallest always fits best.
+        others = regressions(sites, params, activations(selection))
+        params = {key: add_map(params[key], fit(problems[key], others[key])) for key in params}
+    dtypes = {site.name: site.wiring.dtype for site in sites}
+    return {key: to_dtype(of_set, dtypes[key.site]) for key, of_set in params.items()}
+
+
+def activation_stream(graph: CapturedGraph, sites: Sequence[Site]) -> Callable[[Samples], Iterator[Activations]]:
+    """Return a function that runs the teacher on this process's share of samples and yields what the sites see."""
+    # Exact forms replace the loops: what the sites see is the same up to rounding, in a tenth of the time.
     exact = {site.name: exact_operator(site, wide=True) for site in sites}
     module = RewriteSinkhorn(sites, exact)(graph.program.module()).program
     names = {operand.node for site in sites for operand in site.wiring.operands}
@@ -68,61 +93,72 @@ def calibrate(
             values = record(module, batch, names)
             yield {site.name: activation(site, values) for site in sites}
 
-    advance("covariances of queries and keys")
-    bases = balanced_bases(sites, activations(fitting))
-    counts: dict[tuple[str, Side], Tensor] = {}
-    if any(features.pieces for site in sites for features in feature_sets[site.name]):
-        advance("where the hinges go")
-        counts = count_places(sites, bases, activations(fitting))
-    params = {}
-    for site in sites:
-        none = torch.zeros(site.loop.heads, 0, 0, dtype=torch.float64)
-        for features in feature_sets[site.name]:
-            places = quantiles(counts[site.name, features.side], features.pieces) if features.pieces else none
-            slices = min(features.slices, site.head_dim or 0)
-            of_queries, of_keys = (basis[..., : max(COORDINATES, slices)] for basis in bases[site.name])
-            unfitted = SlicedDualParams(of_queries, of_keys, slices, places, side=features.side, paired=features.paired)
-            params[Fitted(site.name, features)] = unfitted
-    for step in range(1 + closure_steps):
-        advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
-        problems, others = (regressions(sites, params, activations(samples)) for samples in (fitting, selection))
-        params = {
-            key: replace(known, weights=(*known.weights, fit(problems[key], others[key])))
-            for key, known in params.items()
-        }
-    dtypes = {site.name: site.wiring.dtype for site in sites}
-    return {key: to_dtype(known, dtypes[key.site]) for key, known in params.items()}
+    return activations
+
+
+def without_maps(
+    site: Site, features: FeatureSet, bases: tuple[Tensor, Tensor], counts: Mapping[tuple[str, Side], Tensor]
+) -> SlicedDualParams:
+    """Parameters of a sliced dual before its first linear map is fitted.
+
+    Args:
+        site: the site.
+        features: what its dual is estimated from.
+        bases: balanced bases (H, D, D) of queries and keys.
+        counts: of `count_places`, read only where there are hinges.
+    """
+    knots = torch.zeros(site.loop.heads, 0, 0, dtype=torch.float64)
+    if features.pieces:
+        knots = quantiles(counts[site.name, features.side], features.pieces)
+    slices = min(features.slices, site.head_dim or 0)
+    # Coordinates are sorted by how much of the score they carry, so that the first are the ones to keep.
+    query_basis, key_basis = (basis[..., : max(COORDINATES, slices)] for basis in bases)
+    return SlicedDualParams(query_basis, key_basis, slices, knots, side=features.side, paired=features.paired)
+
+
+def add_map(params: SlicedDualParams, weights: Tensor) -> SlicedDualParams:
+    """Append a linear map to those of a sliced dual."""
+    return replace(params, weights=(*params.weights, weights))
 
 
 def regressions(
     sites: Sequence[Site], params: Mapping[Fitted, SlicedDualParams], activations: Iterator[Activations]
 ) -> dict[Fitted, Regression]:
-    """Statistics of the next linear map of each sliced dual: the vectors at hand against `target_dual`."""
+    """Statistics of the next linear map of each sliced dual: its vectors so far against `target_dual`."""
     problems: dict[Fitted, Regression] = {}
     for batch in activations:
         for site in sites:
-            scores, queries, keys = batch[site.name]
-            targets = {}
-            for side in {known.side for key, known in params.items() if key.site == site.name}:
-                target = target_dual(scores, site.loop.half_steps, side, site.loop.last).unsqueeze(-2)
-                live = live_mask(scores)[SIDES.index(side)] if site.loop.masked else torch.ones_like(target)
-                targets[side] = centre(target, live), live
-            for key, known in params.items():
-                if key.site != site.name:
-                    continue
-                target, live = targets[known.side]
-                operator = SlicedDual(known, site.loop.last, site.loop.masked, wide=True)  # which serves all scores
-                vectors = centre(operator.vectors(scores, queries, keys), live)
-                found = Regression(
-                    gram=torch.einsum("bhfn,bhen->hfe", vectors, vectors),
-                    moment=torch.einsum("bhfn,bhen->hf", vectors, target),
-                    energy=target.square().sum(dim=(0, 2, 3)),
-                    count=live[:, 0].sum().double(),
-                )
-                problems[key] = add(problems[key], found) if key in problems else found
-    return {
-        key: Regression(*(total(getattr(found, f.name)) for f in fields(Regression))) for key, found in problems.items()
-    }
+            of_site = {key: of_set for key, of_set in params.items() if key.site == site.name}
+            # Feature sets of one side share their target, which takes as long as the loop to compute.
+            targets = {
+                side: centred_target(site, side, batch[site.name][0]) for side in {p.side for p in of_site.values()}
+            }
+            for key, of_set in of_site.items():
+                statistics = regression(site, of_set, batch[site.name], *targets[of_set.side])
+                problems[key] = add(problems[key], statistics) if key in problems else statistics
+    return {key: add_processes(statistics) for key, statistics in problems.items()}
+
+
+def centred_target(site: Site, side: Side, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The dual (B, H, 1, N) to regress on, centred, and which of its points are live, as zeros and ones."""
+    target = target_dual(scores, site.loop.half_steps, side, site.loop.last).unsqueeze(-2)
+    live = live_mask(scores)[SIDES.index(side)] if site.loop.masked else torch.ones_like(target)
+    return centre(target, live), live
+
+
+def regression(
+    site: Site, params: SlicedDualParams, activations: tuple[Tensor, Tensor, Tensor], target: Tensor, live: Tensor
+) -> Regression:
+    """Statistics of one batch for the next linear map of one sliced dual."""
+    # Wide, since that form is stable for scores of any spread.
+    operator = SlicedDual(params, site.loop.last, site.loop.masked, wide=True)
+    vectors = centre(operator.vectors(*activations), live)
+    return Regression(
+        gram=torch.einsum("bhfn,bhen->hfe", vectors, vectors),
+        moment=torch.einsum("bhfn,bhen->hf", vectors, target),
+        energy=target.square().sum(dim=(0, 2, 3)),
+        count=live[:, 0].sum().double(),
+    )
 
 
 def centre(vectors: Tensor, live: Tensor) -> Tensor:
@@ -135,6 +171,11 @@ def add(one: Regression, other: Regression) -> Regression:
     """Statistics of the samples of both."""
     sums = (getattr(one, f.name) + getattr(other, f.name) for f in fields(Regression))
     return Regression(*sums)
+
+
+def add_processes(statistics: Regression) -> Regression:
+    """Statistics of the samples of all processes, from those of this one's share."""
+    return Regression(*(total(getattr(statistics, f.name)) for f in fields(Regression)))
 
 
 def to_dtype(params: SlicedDualParams, dtype: torch.dtype) -> SlicedDualParams:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import inf
+from math import inf, isnan
 
 from asapc.backends.eager.runner import EagerRunner
 from asapc.config import CompileConfig
@@ -23,15 +23,14 @@ from asapc.types.samples import Samples
 from asapc.types.site import Site
 from asapc.types.teacher import Teacher
 
-# A limit of the budget is aimed at with this margin, since other samples differ from those that choose.
+# Candidates must stay below a limit of the budget by this factor, since other samples differ from those that choose.
 MARGIN = 0.9
-# The scaling form counts as exact up to here; beyond it has left the range of float32. With -O1 rounding is all
-# that is allowed.
+# Up to this relc the scaling form counts as exact, by the level; beyond, it has left the range of float32. -O1 allows
+# rounding alone.
 EXACT_RELC = {1: 1e-5, 2: 1e-3}
-# What an approximation has to save, as estimated, before it is taken instead of the exact form.
+# Share of the exact form's estimated time that an approximation must save to replace it: an error has to pay.
 MIN_SAVING = 0.05
-# Where a budget is about the whole model alone, sites may be so far from the teacher at first, then half as far, and so
-# on.
+# Where a budget is about the whole model alone, sites start at this relc, and it is halved LEVELS - 1 times.
 MAX_RELC, LEVELS = 0.5, 5
 
 
@@ -51,13 +50,13 @@ def choose(teacher: Teacher, config: CompileConfig, advance: Callable[[str], Non
     ranges = score_ranges(teacher.graph, sites, teacher.calibration)
     wide = wide_sites(ranges)
     if config.level == 0:
-        kept = {s.name: Choice(Candidate("keep", s.loop.half_steps, inf), "-O0 leaves all as it is") for s in sites}
-        return Selection(kept, wide, limits(ranges))
+        loops = {s.name: Choice(Candidate("keep", s.loop.half_steps, inf), "-O0 leaves all as it is") for s in sites}
+        return Selection(loops, wide, limits(ranges))
     candidates = propose(teacher, config, advance)
     advance(f"comparing {sum(map(len, candidates.values()))} candidates")
-    choosing, _ = split(teacher.calibration)
-    costed = judge(teacher.graph, sites, candidates, wide, choosing, max(config.batches), config.wanted_lowering)
-    return decide(teacher, costed, Selection({}, wide, limits(ranges)), config, advance)
+    choosing, _ = split(teacher.calibration)  # fidelity on samples that were fitted would flatter the sliced duals
+    candidates = judge(teacher.graph, sites, candidates, wide, choosing, max(config.batches), config.wanted_lowering)
+    return decide(teacher, candidates, Selection({}, wide, limits(ranges)), config, advance)
 
 
 def decide(
@@ -69,11 +68,10 @@ def decide(
 ) -> Selection:
     """Choose among candidates with cost and fidelity.
 
-    At each site the cheapest is taken that keeps the budget on calibration samples that were not fitted. A budget that
-    says nothing about sites leaves open how close they have to be: they get closer by halves until the whole model
-    keeps it on held-out samples. Where it is missed still, the site where that helps most for what it costs gets a
-    closer operator, again and again. Nothing is fitted on held-out samples; they decide no more than whether to spend
-    on.
+    Each site gets the cheapest candidate that keeps the budget on calibration samples that were not fitted. A budget
+    that does not mention sites leaves open how close they have to be: their relc is halved until the whole model keeps
+    it on held-out samples. If the model still misses it, the site that gains most for its cost gets a closer operator,
+    again and again. Nothing is fitted on held-out samples: they only decide whether to spend more.
 
     Args:
         teacher: the model.
@@ -86,11 +84,11 @@ def decide(
     open_sites = bool(config.bounds()) and not any(bound.metric in SITE_METRICS for bound in config.bounds())
     levels = [MAX_RELC / 2**i for i in range(LEVELS)] if open_sites and config.level == 2 else [None]
     selection = empty
-    for tightened, level in enumerate(levels):
+    for halvings, level in enumerate(levels):
         choices = {site.name: choose_operator(site, candidates[site.name], config, level) for site in sites}
-        selection = replace(empty, choices=choices, repairs=tightened)
+        selection = replace(empty, choices=choices, repairs=halvings)
         if level is None or level == levels[-1]:
-            break  # which repair checks itself
+            break  # `repair` checks this one itself
         advance(f"checking the whole model, relc {level:.3g}")
         if not missed(check(teacher, selection), config.bounds()):
             return selection
@@ -104,42 +102,54 @@ def judge(
     wide: frozenset[str],
     samples: Samples,
     batch: int,
-    wanted: Lowering | None = None,
+    lowering: Lowering | None = None,
 ) -> dict[str, list[Candidate]]:
-    """The candidates lowered, with cost and fidelity, all of them in one pass over the samples."""
+    """Lower the candidates and add cost and fidelity, all of them in one pass over the samples.
+
+    Args:
+        graph: the teacher.
+        sites: its sites.
+        candidates: by the site's name.
+        wide: sites whose scores spread far, see `Selection.wide`.
+        samples: inputs to compare on.
+        batch: samples a call, which the cost depends on.
+        lowering: the only lowering to consider; None for the cheapest.
+    """
     modules = {
-        s.name: {
-            i: lower(s, build(s, candidate, wide), batch, wanted) for i, candidate in enumerate(candidates[s.name])
-        }
+        s.name: {i: lower(s, build(s, c, wide), batch, lowering) for i, c in enumerate(candidates[s.name])}
         for s in sites
     }
-    found = candidate_fidelity(graph, sites, modules, samples)
+    # One pass for all: to run the teacher takes longer than to compare a candidate.
+    fidelity = candidate_fidelity(graph, sites, modules, samples)
 
-    def judged(site: Site, i: int, candidate: Candidate) -> Candidate:
-        module, fidelity = modules[site.name][i], found[site.name][i]
-        return replace(candidate, lowering=module.lowering, cost=estimate(site, module, batch), fidelity=fidelity)
+    def with_facts(site: Site, i: int, candidate: Candidate) -> Candidate:
+        module = modules[site.name][i]
+        cost = estimate(site, module, batch)
+        return replace(candidate, lowering=module.lowering, cost=cost, fidelity=fidelity[site.name][i])
 
-    return {site.name: [judged(site, i, c) for i, c in enumerate(candidates[site.name])] for site in sites}
+    return {site.name: [with_facts(site, i, c) for i, c in enumerate(candidates[site.name])] for site in sites}
 
 
 def choose_operator(
     site: Site, candidates: Sequence[Candidate], config: CompileConfig, level: float | None = None
 ) -> Choice:
-    """The cheapest candidate that keeps the budget of a site, the exact form where none saves anything.
+    """Choose the cheapest candidate that keeps the budget of a site; the exact form where none saves anything.
 
     Args:
         site: the site.
-        candidates: what there is, the exact form first.
+        candidates: the exact form first.
         config: the budget.
-        level: relc to keep in the place of the budget's.
+        level: relc to keep instead of the budget's.
     """
     exact, *others = candidates
-    most = {name: MARGIN * limit for name, limit in site_limits(config).items()} if level is None else {"relc": level}
+    most = {name: MARGIN * limit for name, limit in site_limits(config).items()}
+    if level is not None:
+        most = {"relc": level}
     saving = [c for c in others if c.cost <= (1 - MIN_SAVING) * exact.cost]
     close = [c for c in saving if keeps(c.fidelity, most)]
     curve = tuple(front([exact, *others]))
     if close:
-        best = min(close, key=lambda c: (c.cost, c.half_steps))
+        best = min(close, key=lambda c: (c.cost, c.half_steps))  # of equal cost the shorter, for repeatable choices
         return Choice(best, f"the cheapest with relc at most {most['relc']:.3g} on calibration samples", curve)
     if saving:
         nearest = min(saving, key=lambda c: relc(c))
@@ -153,23 +163,23 @@ def choose_operator(
 
 
 def site_limits(config: CompileConfig) -> dict[str, float]:
-    """What the budget allows a site, by the name of the metric."""
+    """Largest errors that the budget allows a site, by the name of the metric; terms of the user replace defaults."""
     return {b.metric: b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
 
 
 def relc(candidate: Candidate) -> float:
     """Error of a candidate's attention output; not finite counts as infinite."""
     value = inf if candidate.fidelity is None else candidate.fidelity.relc
-    return value if value == value else inf
+    return inf if isnan(value) else value  # NaN would break every comparison of a sort
 
 
 def keeps(fidelity: SiteFidelity | None, most: Mapping[str, float]) -> bool:
-    """Whether a site's fidelity keeps limits by the name of the metric; nan never does."""
+    """Whether a site's fidelity keeps limits, by the name of the metric; NaN never does."""
     return fidelity is not None and all(getattr(fidelity, SITE_METRICS[name]) <= most[name] for name in most)
 
 
 def front(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-    """Candidates that no cheaper one, or equally cheap one, is closer than; cheapest first."""
+    """Yield the candidates that no cheaper or equally cheap one beats in error, cheapest first."""
     least = inf
     for candidate in sorted(candidates, key=lambda c: (c.cost, relc(c))):
         if relc(candidate) < least:
@@ -184,10 +194,10 @@ def repair(teacher: Teacher, selection: Selection, config: CompileConfig, advanc
         fidelity = check(teacher, selection)
         if not missed(fidelity, config.bounds()):
             return selection
-        blamed = sites_that_miss(teacher.sites, fidelity, config)
-        steps = {name: step for name in blamed if (step := next_step(selection.choices[name])) is not None}
+        culprits = sites_that_miss(teacher.sites, fidelity, config)
+        steps = {name: step for name in culprits if (step := next_step(selection.choices[name])) is not None}
         if not steps:
-            return selection
+            return selection  # it misses the budget, which the gate on the compiled model will say
         name = max(steps, key=lambda name: gain(selection.choices[name].candidate, steps[name]))
         why = "the whole model missed the budget on held-out samples with a cheaper one"
         choices = {**selection.choices, name: replace(selection.choices[name], candidate=steps[name], reason=why)}
@@ -196,27 +206,28 @@ def repair(teacher: Teacher, selection: Selection, config: CompileConfig, advanc
 
 def sites_that_miss(sites: Sequence[Site], fidelity: Fidelity, config: CompileConfig) -> list[str]:
     """Names of the sites that miss their own limit; of all where none does, since all may be to blame then."""
-    named = {bound.metric for bound in config.bounds() or DEFAULT_BUDGET}
-    limits_of_site = {name: limit for name, limit in site_limits(config).items() if name in named}
-    missing = [name for name, cost in fidelity.sites.items() if not keeps(cost, limits_of_site)]
-    return missing or [site.name for site in sites]
+    metrics = {bound.metric for bound in config.bounds() or DEFAULT_BUDGET}
+    limits_of_site = {name: limit for name, limit in site_limits(config).items() if name in metrics}
+    offenders = [name for name, of_site in fidelity.sites.items() if not keeps(of_site, limits_of_site)]
+    return offenders or [site.name for site in sites]
 
 
 def check(teacher: Teacher, selection: Selection) -> Fidelity:
-    """Fidelity of the graph with selected operators on held-out samples, site by site and whole."""
+    """Measure the graph with selected operators on held-out samples, site by site and whole."""
     graph, sites, held_out = teacher.graph, teacher.sites, teacher.held_out
     modules = operators(sites, selection)
-    rewritten = RewriteSinkhorn(sites, modules)(graph.program.module()).program
-    hops = {"teacher": EagerRunner(graph.program.module()), "amortisation": EagerRunner(rewritten)}
+    # In torch, without export: whether a selection is close enough does not depend on the runtime.
+    compiled = RewriteSinkhorn(sites, modules)(graph.program.module()).program
+    hops = {"teacher": EagerRunner(graph.program.module()), "amortisation": EagerRunner(compiled)}
     return verify(hops, {}, site_fidelity(graph, sites, modules, held_out), held_out)
 
 
 def next_step(choice: Choice) -> Candidate | None:
-    """The next closer candidate on a site's front, None where there is none."""
+    """Return the next closer candidate on a site's front, None where there is none."""
     closer = [c for c in choice.front if c.cost > choice.candidate.cost and relc(c) < relc(choice.candidate)]
     return closer[0] if closer else None
 
 
 def gain(now: Candidate, step: Candidate) -> float:
-    """Squared error that a step takes away for each millisecond that it costs."""
+    """Squared error that a step removes for each millisecond that it costs."""
     return (relc(now) ** 2 - relc(step) ** 2) / (step.cost - now.cost)

@@ -1,8 +1,8 @@
 """Estimates what an operator costs on the target runtime.
 
-The estimate is a sum of units of work, each times milliseconds that `python -m benchmarks.costs` has measured. They
-were measured once and are kept in `costs.json`, rather than anew in each compilation, so that a plan does not hang on
-the noise of a machine: the same checkpoint gives the same model, byte for byte.
+The estimate sums units of work, each times the milliseconds a unit that `python -m benchmarks.costs` measured. They are
+kept in `costs.json`, not measured in each compilation, so that a selection does not depend on the noise of a machine:
+the same checkpoint gives the same model, byte for byte.
 """
 
 import json
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 def work(
     shape: Shape, module: Sinkhorn | SlicedDual, masked: bool = False, transposed: bool = False
 ) -> dict[str, float]:
-    """How many units of each kind of work an operator takes.
+    """Count the units of each kind of work that an operator takes.
 
     Args:
         shape: sizes of the call.
@@ -44,37 +44,39 @@ def work(
     entries = matrices * shape.queries * shape.keys
     if module.lowering == "fused":
         return fused_work(shape, module, entries)
-    passes = int(masked) + int(transposed)
+    passes = int(masked) + int(transposed)  # over the matrix of scores, beside those of the loop
     total: dict[str, float] = {"call": 1, "product": entries * 2 * shape.head_dim, "softmax": entries}
     if isinstance(module, Sinkhorn):
-        steps = module.half_steps - 1
-        passes += 3 * module.wide
+        steps = module.half_steps - 1  # the softmax is the first
+        passes += 3 * module.wide  # to level the kernel on the other axis too
     else:
         steps = module.half_steps - module.wide
-        passes += module.wide  # the bias
+        passes += module.wide  # to add the dual to the scores
         total |= estimate_work(shape, module)
     return total | {"pass": entries * passes, "half_step": steps, "vector": matrices * steps, "matvec": entries * steps}
 
 
 def estimate_work(shape: Shape, module: SlicedDual) -> dict[str, float]:
-    """Units of estimating a dual, before any half-step."""
+    """Count the units of estimating a dual, before any half-step."""
     matrices = shape.batch * shape.heads
-    points, others = (shape.queries, shape.keys) if module.turned else (shape.keys, shape.queries)
-    coordinates = matrices * (points + others) * module.query_basis.shape[-1]
+    # The points whose dual is estimated, and those across.
+    own, other = (shape.queries, shape.keys) if module.turned else (shape.keys, shape.queries)
+    coordinates = matrices * (own + other) * module.query_basis.shape[-1]
     paired = 0 if module.pair_weights is None else module.pair_weights.shape[-1]
     return {
         "estimate": 1,
         "paired": min(paired, 1),
-        "form": matrices * points * (module.steps + 1) * paired,
+        "form": matrices * own * (module.steps + 1) * paired,
         "coordinate": coordinates,
         "project": coordinates * shape.head_dim,
-        "hinge": matrices * points * module.knots[0].numel(),
-        "sort": matrices * module.slices * sum(n * log2(max(n, 2)) for n in (points, others)),
+        "hinge": matrices * own * module.knots[0].numel(),
+        "sort": matrices * module.slices * sum(n * log2(max(n, 2)) for n in (own, other)),
     }
 
 
 def fused_work(shape: Shape, module: Sinkhorn | SlicedDual, entries: float) -> dict[str, float]:
-    """Units of an operator in fused passes: the last with values, the others with one column in their place."""
+    """Count the units of an operator in fused passes: the last applies values, the others a single column."""
+    # One channel more than the head has, for the dual, see `ops.fused`.
     narrow, channels = module.half_steps - 1, shape.head_dim + 1
     products = entries * (narrow * (channels + 1) + channels + shape.head_dim)
     total = {"fused_call": module.half_steps, "fused_product": products, "fused_softmax": entries * module.half_steps}
@@ -91,15 +93,17 @@ def unit_costs() -> dict[str, float]:
 
 
 def share_of_exact(selection: Selection) -> float | None:
-    """What the operators of a selection take of the time of exact forms, as estimated; None where it keeps a loop."""
+    """Estimated time of a selection's operators over that of exact forms; None where it keeps a loop."""
     exact = [c.cost for choice in selection.choices.values() for c in choice.front if c.operator == "exact"]
-    chosen = [choice.candidate.cost for choice in selection.choices.values()]
-    return sum(chosen) / sum(exact) if len(exact) == len(chosen) and all(map(isfinite, chosen)) else None
+    costs = [choice.candidate.cost for choice in selection.choices.values()]
+    comparable = len(exact) == len(costs) and all(map(isfinite, costs))
+    return sum(costs) / sum(exact) if comparable else None
 
 
 def estimate(site: Site, module: Sinkhorn | SlicedDual, batch: int) -> float:
-    """Milliseconds that an operator takes for a batch; for comparing operators, not for promising latencies."""
+    """Estimate the milliseconds that an operator takes for a batch: to compare operators, not to promise latencies."""
     shape = Shape(batch, site.loop.heads, site.loop.queries, site.loop.keys, site.head_dim or 1)
     costs = unit_costs()
+    # A product of queries and keys can be computed transposed; scores that are read cannot.
     transposed = bool(module.turned) and not site.wiring.scores_are_product
     return sum(count * costs[kind] for kind, count in work(shape, module, site.loop.masked, transposed).items())

@@ -1,7 +1,7 @@
-"""Calibration in the processes that torchrun starts: each takes a share of the samples, and sums are added up.
+"""Calibrates in the processes that torchrun starts: each takes a share of the samples, and their sums are added up.
 
-Nothing else leaves a process. Outside of `processes` there is but one, also where a program has a process group of its
-own.
+Nothing else leaves a process. Outside of `processes` asapc runs in one, even if the program that calls it has a process
+group of its own.
 """
 
 from collections.abc import Iterator
@@ -14,16 +14,17 @@ from torch import Tensor
 from asapc.errors import SamplesError
 from asapc.types.samples import Samples
 
+# Of this context alone, so that calls from a program with a process group of its own never wait for other processes.
 several: ContextVar[bool] = ContextVar("several", default=False)
 
 
 @contextmanager
 def processes() -> Iterator[int]:
-    """Join the processes that torchrun started, and yield the rank of this one: 0 where there are no others."""
+    """Join the processes that torchrun started and yield the rank of this one, 0 where there are no others."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield 0
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo")  # sums lie in CPU memory
     token = several.set(True)
     try:
         yield dist.get_rank()
@@ -33,7 +34,7 @@ def processes() -> Iterator[int]:
 
 
 def share(samples: Samples) -> Samples:
-    """The samples that this process takes.
+    """Return the samples that this process takes.
 
     Raises:
         SamplesError: there are more processes than samples.
@@ -49,9 +50,9 @@ def share(samples: Samples) -> Samples:
 
 
 def total(sums: Tensor) -> Tensor:
-    """A sum over the samples of all processes, from those over the shares."""
+    """Add up the sums that all processes took over their shares."""
     if not several.get():
         return sums
-    added = sums.clone()
-    dist.all_reduce(added)
-    return added
+    everywhere = sums.clone()  # all_reduce writes in place
+    dist.all_reduce(everywhere)
+    return everywhere

@@ -1,4 +1,4 @@
-"""Proposes what could stand in the place of each site: exact and truncated forms, and fitted sliced duals."""
+"""Proposes operators for each site: exact and truncated forms, and fitted sliced duals."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from asapc.types.site import Site
 from asapc.types.teacher import Teacher
 
 MAX_CLOSURE_STEPS = 5
-MAX_EXACT_HALF_STEPS = 3  # a loop of no more is as cheap as what an estimate is followed by
+MAX_EXACT_HALF_STEPS = 3  # an estimate is followed by as many, so that a loop this short cannot be beaten
 TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
 # TensorRT sorts no more than this many elements; longer sites get no slices.
 MAX_SORT = 3840
@@ -24,9 +24,9 @@ SELECTION_SHARE = 4  # one in so many calibration samples chooses between candid
 def propose(
     teacher: Teacher, config: CompileConfig, advance: Callable[[str], None] = lambda detail: None
 ) -> dict[str, list[Candidate]]:
-    """Candidates by the site's name, without cost and fidelity; the exact form comes first.
+    """Propose candidates by the site's name, without cost and fidelity; the exact form comes first.
 
-    All processes that share in the calibration have to call it.
+    All processes that share the calibration must call it: sums over their samples meet in `distributed.total`.
     """
     sites = teacher.longest_sites
     candidates = {site.name: [Candidate("exact", site.loop.half_steps, inf)] for site in sites}
@@ -48,7 +48,7 @@ def propose(
 
 
 def sliced_duals(site: Site, features: FeatureSet, params: SlicedDualParams) -> Iterator[Candidate]:
-    """The sliced duals of one fit: each number of closure steps with which it is shorter than the loop."""
+    """Yield the sliced duals of one fit, one for each number of closure steps that is shorter than the loop."""
     first = first_half_steps(features.side, site.loop.last)
     for steps in range(1 + MAX_CLOSURE_STEPS):
         half_steps = first + 2 * steps
@@ -57,17 +57,20 @@ def sliced_duals(site: Site, features: FeatureSet, params: SlicedDualParams) -> 
 
 
 def split(samples: Samples) -> tuple[Samples, Samples]:
-    """Calibration samples that choose, and those that are fitted."""
+    """Split calibration samples into those that choose and those that are fitted."""
     at = len(samples) // SELECTION_SHARE
     return samples[:at], samples[at:]
 
 
 def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
-    """Feature sets that a site can have; masks, long sites and lengths left open allow no sort, one axis no pairs."""
+    """List the feature sets that a site can have.
+
+    Masks, long sites and open lengths allow no sort, and heads of one axis no pairs.
+    """
     sortable = not site.loop.masked and not config.dynamic and max(site.loop.queries, site.loop.keys) <= MAX_SORT
     slices = [s for s in config.slices if s == 0 or sortable] or [0]
     paired = (False, True) if (site.head_dim or 0) > 1 else (False,)
-    return [FeatureSet(*chosen) for chosen in product(slices, config.pieces, SIDES, paired)]
+    return [FeatureSet(*values) for values in product(slices, config.pieces, SIDES, paired)]
 
 
 def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
@@ -76,7 +79,7 @@ def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
 
 
 def why_not_sliced(site: Site) -> str | None:
-    """Why a sliced dual cannot stand in for a site, None where it can."""
+    """Say why a sliced dual cannot replace a site; None where it can."""
     if site.loop.half_steps <= MAX_EXACT_HALF_STEPS:
         return f"{site.loop.half_steps} half-steps are too few for an approximation to pay"
     if site.wiring.product is None or not bool((site.wiring.product.score_scale > 0).all()):

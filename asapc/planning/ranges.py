@@ -1,4 +1,4 @@
-"""What range the scores of each site take on some samples."""
+"""Measures the range of the scores at each site."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -21,8 +21,8 @@ class ScoreRange(NamedTuple):
 
     Attributes:
         kernel_spread: largest `ops.sinkhorn.kernel_spread` of any batch, NaN where one is.
-        deviations: standard deviation of each sample's scores, mean over the heads; of each window where windows of
-            samples attend apart.
+        deviations: standard deviation of each sample's scores, mean over the heads; one for each window where a sample
+            attends in windows.
     """
 
     kernel_spread: float
@@ -30,7 +30,7 @@ class ScoreRange(NamedTuple):
 
 
 def score_ranges(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) -> dict[str, ScoreRange]:
-    """Ranges by the site's name, in one pass over the samples."""
+    """Measure ranges by the site's name, in one pass over the samples."""
     module = graph.program.module()
     names = {operand.node for site in sites for operand in site.wiring.operands}
     spreads: dict[str, list[float]] = {site.name: [] for site in sites}
@@ -47,19 +47,21 @@ def score_ranges(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) 
 
 
 def deviation(scores: Tensor) -> Tensor:
-    """Standard deviation (B,) of what is finite of scores (B, H, N, M), mean over the heads."""
+    """Compute the standard deviation (B,) of the finite scores (B, H, N, M), mean over the heads."""
     live = scores.isfinite()
     count = live.sum(dim=(-1, -2), keepdim=True).clamp_min(1)
-    known = torch.where(live, scores, 0.0)
-    centred = torch.where(live, known - known.sum(dim=(-1, -2), keepdim=True) / count, 0.0)
+    finite = torch.where(live, scores, 0.0)
+    centred = torch.where(live, finite - finite.sum(dim=(-1, -2), keepdim=True) / count, 0.0)
     return (centred.square().sum(dim=(-1, -2), keepdim=True) / count).sqrt().flatten(1).mean(dim=1)
 
 
 def wide_sites(ranges: Mapping[str, ScoreRange]) -> frozenset[str]:
-    """Sites whose kernel has to be levelled on both axes, see `ops.scaling.MAX_SPREAD`; nan counts as too wide."""
-    return frozenset(name for name, found in ranges.items() if not found.kernel_spread <= MAX_SPREAD)
+    """Name the sites whose kernel has to be levelled on both axes, see `ops.scaling.MAX_SPREAD`."""
+    # Not `>`: NaN counts as too wide.
+    return frozenset(name for name, of_site in ranges.items() if not of_site.kernel_spread <= MAX_SPREAD)
 
 
 def limits(ranges: Mapping[str, ScoreRange]) -> dict[str, tuple[float, float]]:
-    """Least and largest deviation of any sample, by the site's name."""
-    return {name: (found.deviations.amin().item(), found.deviations.amax().item()) for name, found in ranges.items()}
+    """Return the least and the largest deviation of any sample, by the site's name."""
+    deviations = {name: of_site.deviations for name, of_site in ranges.items()}
+    return {name: (values.amin().item(), values.amax().item()) for name, values in deviations.items()}

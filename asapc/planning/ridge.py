@@ -5,34 +5,35 @@ from torch import Tensor
 
 from asapc.types.choices import Regression
 
-# Relative; all features have the units of the scores, so that their spreads compare.
+# Relative to the widest feature: all have the units of the scores, so that their spreads compare.
 MIN_SPREAD = 1e-6
-# Ridge parameters that are tried. A first map extrapolates from a few features and wants damping; the closures that
-# later ones combine are nearly parallel, and their small differences are what counts.
+# Ridge parameters to try. A first map extrapolates from a few features and needs damping. Later maps combine closures
+# that are nearly parallel, whose small differences matter.
 PENALTIES = tuple(10.0**exponent for exponent in range(-7, 0))
 
 
 def fit(fitting: Regression, selection: Regression) -> Tensor:
-    """Weights (H, F) by ridge, each head with that of PENALTIES which leaves least error on other samples.
+    """Fit weights (H, F) by ridge regression, each head with that of PENALTIES which errs least on other samples.
 
     Args:
         fitting: statistics of the samples to fit.
         selection: those of the samples that choose.
     """
-    found = torch.stack([ridge(fitting, penalty) for penalty in PENALTIES])
-    errors = torch.stack([residual(selection, weights) for weights in found])
+    solutions = torch.stack([ridge(fitting, penalty) for penalty in PENALTIES])
+    errors = torch.stack([residual(selection, weights) for weights in solutions])
     best = errors.argmin(dim=0)
-    return found[best, torch.arange(best.numel())]
+    return solutions[best, torch.arange(best.numel())]
 
 
 def residual(problem: Regression, weights: Tensor) -> Tensor:
-    """Sum (H,) of squared errors that weights (H, F) leave."""
+    """Sum (H,) the squared errors that weights (H, F) leave."""
+    # |t - w.x|^2 summed, multiplied out: the samples themselves are gone.
     quadratic = torch.einsum("hf,hfe,he->h", weights, problem.gram, weights)
     return problem.energy - 2 * (weights * problem.moment).sum(dim=-1) + quadratic
 
 
 def ridge(problem: Regression, penalty: float) -> Tensor:
-    """Weights (H, F) that minimise mean (target - weights . features)^2 + penalty * |weights * spread|^2.
+    """Return the weights (H, F) that minimise mean (target - weights . features)^2 + penalty * |weights * spread|^2.
 
     Args:
         problem: sums over the calibration samples; `spread` is the features' standard deviation in them.
