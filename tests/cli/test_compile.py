@@ -27,10 +27,10 @@ def test_a_missed_budget_leaves_an_earlier_output_as_it_was(small, monkeypatch):
     out = folder(Path("out"))
     written(out / "manifest.json", b'{"schema": "asapc.manifest/1"}')
 
-    def refuse(*args):
+    def refuse(*args, **options):
         raise FidelityError("missed", "try again")
 
-    monkeypatch.setattr(asapc.commands.compile, "capture", refuse)  # long before the real gate, to save time
+    monkeypatch.setattr(asapc.commands.compile, "study", refuse)  # long before the real gate, to save time
     assert_user_error(run("compile", small, "--out", out, "--force", *QUICK), code=3)
     assert [str(path) for path in Path().rglob("*")] == ["out", "out/manifest.json"]
 
@@ -79,7 +79,7 @@ def test_compile_writes_beside_the_caller_under_the_models_name(compiled):
 def test_compile_shows_stages_with_their_times_on_stderr(compiled):
     _, result = compiled
     lines = [line.split() for line in result.stderr.splitlines()]
-    stages = ["load", "capture", "find", "plan", "rewrite", "export", "engine", "verify", "measure"]
+    stages = ["load", "capture", "find", "select", "rewrite", "export", "engine", "verify", "measure"]
     assert [line[0] for line in lines] == stages
     for line in lines:
         assert float(line[1]) >= 0

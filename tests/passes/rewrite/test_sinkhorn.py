@@ -119,8 +119,8 @@ def test_a_site_without_an_operator_is_left_as_it_is(case, chosen):
     name = case.sites[chosen].name
     result = RewriteSinkhorn(case.sites, {name: case.operators[name]})(case.module)
     assert result.modified is True
-    assert case.sites[other].plan.node in names(result.program)
-    assert case.sites[chosen].plan.node not in names(result.program)
+    assert case.sites[other].wiring.plan.node in names(result.program)
+    assert case.sites[chosen].wiring.plan.node not in names(result.program)
     assert difference(case.run(result.program), case.expected) < FLOAT64
 
 
@@ -309,7 +309,8 @@ def test_a_site_that_reads_what_another_gives_reads_that_ones_operator(reader):
     samples = Samples({"x": torch.randn(3, TOKENS, WIDTH, dtype=torch.float64)})
     graph = CapturedGraph(export(model, samples[:2].inputs), samples[:2])
     first, second = find_sinkhorn(graph, samples).sites
-    assert getattr(second, reader).node == first.output.node
+    operands = {"query": second.wiring.product.query, "value": second.wiring.attention.value}
+    assert operands[reader].node == first.wiring.attention.output.node
     operators = {site.name: exact_operator(site) for site in (first, second)}
     program = RewriteSinkhorn([first, second], operators)(graph.program.module()).program
     assert not any("logsumexp" in name for name in names(program))
