@@ -15,23 +15,23 @@ InternalError              70   a defect in asapc: no AsapcError, so that its tr
 
 
 def printable(text: str) -> str:
-    """A text in one line, without what would move a terminal's cursor."""
+    """Replace what would move a terminal's cursor: the text becomes one line."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
 def first_line(error: BaseException) -> str:
-    """An exception of someone else's in one line."""
+    """Shorten an exception of another library to one line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
 
 
 class AsapcError(Exception):
-    """An error that the user can mend: `str(error)` says what is wrong, `error.hint` what to do."""
+    """An error that the user can fix: `str(error)` says what is wrong, `error.hint` what to do."""
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str) -> None:
-        # One line, whatever the names in it: those of files and of what they hold are chosen by others.
+        # One line whatever names it quotes: strangers choose those of files and of their contents.
         super().__init__(printable(message))
         self.hint = printable(hint)
 

@@ -15,7 +15,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StageAdvanced:
-    """A stage has something to say about what it is doing."""
+    """A stage reports progress."""
 
     stage: str
     detail: str
@@ -23,7 +23,7 @@ class StageAdvanced:
 
 @dataclass(frozen=True)
 class StageDone:
-    """A stage ended well, after so many seconds; `detail` sums up what came out."""
+    """A stage ended without an error; `detail` sums up its result."""
 
     stage: str
     seconds: float
@@ -35,7 +35,7 @@ OnEvent = Callable[[Event], None]
 
 
 class Stage:
-    """Handle of a running stage: `advance` reports progress, `summary` is what the end will say."""
+    """Handle of a running stage: `advance` reports progress, `summary` becomes the detail of its end."""
 
     def __init__(self, name: str, on_event: OnEvent) -> None:
         self.name, self.on_event, self.summary = name, on_event, ""

@@ -1,4 +1,4 @@
-"""What the command shows of its results: tables and sentences, which `asapc.cli` renders."""
+"""Turns results into tables and sentences, which `asapc.cli` renders."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Grid:
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
-    """A number with so many decimals, or nothing."""
+    """Format a number with `digits` decimals, None as nothing."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
 def inspection(sites: list[dict[str, Any]]) -> Iterator[Grid | str]:
-    """Sites as `inspect` lists them, and where they stand in the code."""
+    """Show sites as `inspect` lists them, and where they stand in the code."""
     if not sites:
         return
     rows: list[Row] = [
@@ -56,14 +56,14 @@ def inspection(sites: list[dict[str, Any]]) -> Iterator[Grid | str]:
 
 
 def near_misses(misses: list[dict[str, Any]]) -> Iterator[str]:
-    """What came near and was turned down, with the reason."""
+    """Show the near misses, with the reason why each is none."""
     for miss in misses:
         where = f"{miss['source'] or 'no source line'} (node {miss['node']})"
         yield f"miss: {where}: {miss['reason']}; {miss['hint']}"
 
 
 def early_stops(data: dict[str, Any] | None) -> Iterator[str]:
-    """What capturing without the early stops of a model changes, where it has any."""
+    """Show what omitting the early stops of a model changes, where it has any."""
     from asapc.writing.report import early_stop_note
 
     if note := early_stop_note(data):
@@ -71,7 +71,7 @@ def early_stops(data: dict[str, Any] | None) -> Iterator[str]:
 
 
 def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
-    """The report of `compile`: tables, what they say in words, and where the files are."""
+    """Show the report of `compile`: tables, what they say in words, and where the files are."""
     fidelity, latency = data["fidelity"], data["latency"]
     yield choices_grid(data["sites"])
     yield bill_grid(data["sites"])
@@ -87,7 +87,7 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
 
 
 def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
-    """The fidelity of a compiled model on other samples, whole and site by site."""
+    """Show the fidelity of a compiled model on other samples, site by site and whole."""
     rows: list[Row] = [
         (
             site["name"],
@@ -108,7 +108,7 @@ def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
 
 
 def approximation(title: str, rows: list[dict[str, Any]]) -> Grid:
-    """The networks of `approx` beside what others make of as many weights or pieces."""
+    """Show the networks of `approx` beside other approximations of as many weights or pieces."""
     cells: list[Row] = [
         (
             row["name"],
@@ -124,13 +124,13 @@ def approximation(title: str, rows: list[dict[str, Any]]) -> Grid:
 
 
 def choices_grid(sites: list[dict[str, Any]]) -> Grid:
-    """Sites as `compile` shows them: what was chosen, and what it costs."""
+    """Show sites as `compile` lists them: the operator of each, and its errors."""
     rows: list[Row] = [
         (
             site["name"],
             size(site),
             f"{site['half_steps']} -> {site['choice']['half_steps']}",
-            named(site["choice"]),
+            label(site["choice"]),
             *site_errors(site),
         )
         for site in sites
@@ -140,23 +140,23 @@ def choices_grid(sites: list[dict[str, Any]]) -> Grid:
 
 
 def bill_grid(sites: list[dict[str, Any]]) -> Grid:
-    """What the neighbours of each choice would have cost and given; all of them stand in report.json."""
+    """Show cost and error of each choice and of its neighbours on the front; report.json has the whole front."""
     title = "What else there was, by estimate and on calibration samples"
     columns = ("site", "operator", "half-steps", "ms", "relc")
     return Grid(title, columns, ("site", "operator"), [bill(site) for site in sites])
 
 
 def bill(site: dict[str, Any]) -> list[Row]:
-    """The rows of one site in the bill."""
-    chosen = {key: value for key, value in site["choice"].items() if key not in ("reason", "front")}
+    """Make the rows of one site in that table."""
+    choice = {key: value for key, value in site["choice"].items() if key not in ("reason", "front")}
     front = site["choice"]["front"]
-    at = front.index(chosen) if chosen in front else len(front) - 1
+    at = front.index(choice) if choice in front else len(front) - 1
     near = front[max(at - 1, 0) : at + 2]
     near += [candidate for candidate in front[-1:] if candidate not in near]
     return [
         (
             "" if row else site["name"],
-            named(candidate) + ("  <- chosen" if candidate == chosen else ""),
+            label(candidate) + ("  <- chosen" if candidate == choice else ""),
             str(candidate["half_steps"]),
             fixed(candidate["estimated_ms"], 2),
             "" if candidate["calibration_relc"] is None else f"{candidate['calibration_relc']:.2g}",
@@ -166,7 +166,7 @@ def bill(site: dict[str, Any]) -> list[Row]:
 
 
 def latency_grid(data: dict[str, Any]) -> Grid:
-    """Latency and fidelity of every variant, a group for each batch size."""
+    """Show latency and fidelity of every variant, a group for each batch size."""
     latency, variants = data["latency"], data["fidelity"]["variants"]
     p50 = {(run["name"], run["batch"]): run["p50_ms"] for run in latency["runs"]}
     groups: dict[int, list[Row]] = {}
@@ -196,8 +196,8 @@ def comparison(latency: dict[str, Any]) -> str:
     )
 
 
-def named(candidate: dict[str, Any]) -> str:
-    """An operator with what sets it apart."""
+def label(candidate: dict[str, Any]) -> str:
+    """Name an operator and what sets it apart."""
     more = [f"{candidate['slices']} slices"] if candidate["slices"] else []
     more += ["hinges"] if "hinges" in candidate["features"] else []
     more += [candidate["side"]] if candidate["side"] else []
@@ -206,18 +206,18 @@ def named(candidate: dict[str, Any]) -> str:
 
 
 def size(site: dict[str, Any]) -> str:
-    """Queries by keys."""
+    """Format queries by keys."""
     return f"{site['queries']} x {site['keys']}"
 
 
 def site_errors(site: dict[str, Any]) -> tuple[str, str]:
-    """The two errors of a site, empty where it was not compared."""
+    """Format the two errors of a site, empty where it was not compared."""
     errors = site["fidelity"] or {"relc": None, "column_marginal_error": None}
     return fixed(errors["relc"]), fixed(errors["column_marginal_error"])
 
 
 def epsilon(site: dict[str, Any]) -> str:
-    """Temperature of a site, or the range of its heads' temperatures, or a dash where its scores are no q.k."""
+    """Format the temperature of a site: a range where heads differ, a dash where its scores are no q.k."""
     values = site["epsilon"]
     if values is None:
         return "-"

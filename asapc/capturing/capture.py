@@ -1,4 +1,4 @@
-"""Captures models as one graph, by the format that they came in."""
+"""Captures models as one graph, by their format."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -26,7 +26,7 @@ def capture_code(
     early_stop: EarlyStopRule = "bound",
     axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
 ) -> CapturedGraph:
-    """Export a module of Python with a dynamic batch axis.
+    """Capture a module of Python with a dynamic batch axis.
 
     Args:
         loaded: the model.
@@ -38,8 +38,8 @@ def capture_code(
 
     Raises:
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
-        CaptureError: the model has control flow that cannot be captured, returns more than tensors, does something
-            else for a batch of one, or stops early though that is to be refused.
+        CaptureError: the model has control flow that cannot be captured, returns more than tensors, differs for a
+            batch of one, or stops early where `early_stop` refuses that.
     """
     samples, example = prepare(loaded, samples)
     run(loaded.module, example, samples)
@@ -49,7 +49,7 @@ def capture_code(
     check_single(loaded.module, program, example, stops=bool(unconverged.questions))
     if not unconverged.questions:
         return CapturedGraph(program, example, axes=axes)
-    # What was only computed to be asked about is of no use any more.
+    # Values that only decided whether to stop are dead now.
     program.graph_module.graph.eliminate_dead_code()
     program.graph_module.recompile()
     stops = compare_stops(loaded.module, program, samples, unconverged.questions)
@@ -63,7 +63,7 @@ def capture_code(
 
 
 def capture_exported(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
-    """The graph of a torch.export archive, once the model has run on samples.
+    """Return the graph of a torch.export archive, once the model has run on samples.
 
     Raises:
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
@@ -77,15 +77,15 @@ def capture_exported(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
 
 
 def capture_onnx(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
-    """Export the module of an ONNX file, and note which node is which value of the file.
+    """Capture the module of an ONNX file, and note which node is which value of the file.
 
     Raises:
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
         CheckpointError: the model asks for more memory than there can be.
-        CaptureError: the model cannot be captured, or does something else for a batch of one.
+        CaptureError: the model cannot be captured, or differs for a batch of one.
     """
     samples, example = prepare(loaded, samples)
-    module = cast(OnnxModule, loaded.module)  # what `loading.onnx.module.load_onnx` gave
+    module = cast(OnnxModule, loaded.module)  # what `loading.onnx.module.load_onnx` returns
     check_memory(module, example)
     run(module, example, samples)
     graph = unmark(export(module, example.inputs), example, module)
@@ -94,6 +94,6 @@ def capture_onnx(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
 
 
 def prepare(loaded: LoadedModel, samples: Samples) -> tuple[Samples, Samples]:
-    """Samples in the order of the model's inputs, and those of them that it is captured with."""
+    """Return samples in the order of the model's inputs, and those of them that it is captured with."""
     samples = order_inputs(loaded, samples)
     return samples, samples[:EXAMPLE_BATCH]

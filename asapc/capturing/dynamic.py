@@ -1,8 +1,8 @@
 """Axes of the inputs that a compiled model leaves open, beside the batch: lengths of sequences, sides of images.
 
 Sites are found, and operators fitted, in a graph whose lengths are those of the samples. Then the model is captured
-again with open axes. It does the same operations in the same order, or branches on a length and cannot be compiled that
-way; so the sites are found again by their place.
+again with open axes. Either it does the same operations in the same order, so that the sites are found again by their
+place, or it branches on a length and cannot be compiled that way.
 """
 
 import re
@@ -27,7 +27,7 @@ FORM = "use batch=1:64, seq=16:2048 for the second axis of every input, or INPUT
 
 
 def parse_axes(text: str, samples: Samples) -> Axes:
-    """Axes by the input's name and their number, of a description such as "batch=1:64,seq=16:2048".
+    """Read axes, by the input's name and their number, from a description such as "batch=1:64,seq=16:2048".
 
     "batch" is the first axis of every input, "seq" the second of all that have one; others are named as "images.2".
 
@@ -54,13 +54,13 @@ def parse_axes(text: str, samples: Samples) -> Axes:
 
 
 def find_places(name: str, samples: Samples) -> list[tuple[str, int]]:
-    """Inputs and axes that a name stands for."""
+    """List the inputs and axes that a name stands for."""
     if name in ("batch", "seq"):
         axis = int(name == "seq")
         return [(of, axis) for of, value in samples.inputs.items() if value.dim() > axis]
     of, _, number = name.rpartition(".")
-    known = of in samples.inputs and number.isdigit() and 0 < int(number) < samples.inputs[of].dim()
-    return [(of, int(number))] if known else []
+    exists = of in samples.inputs and number.isdigit() and 0 < int(number) < samples.inputs[of].dim()
+    return [(of, int(number))] if exists else []
 
 
 def opens(axes: Axes) -> bool:
@@ -69,7 +69,7 @@ def opens(axes: Axes) -> bool:
 
 
 def at_longest(site: Site, axes: Axes, samples: Samples) -> Site:
-    """A site as it is where all axes are as long as they may be, as far as its sides grow with them."""
+    """Resize a site to its longest axes: both sides grow by the largest factor of any axis."""
     growth = [
         axis.high / samples.inputs[name].shape[number]
         for name, of_input in axes.items()
@@ -89,18 +89,18 @@ def reopen(
     sites: Sequence[Site],
     early_stop: EarlyStopRule,
 ) -> tuple[CapturedGraph, list[Site]]:
-    """The model captured with open axes, and the sites in that graph.
+    """Capture the model again with open axes, and locate the sites in that graph.
 
     Args:
         loaded: the model.
-        samples: what `graph` was captured with.
+        samples: those that `graph` was captured with.
         axes: the open axes.
         graph: the model with the lengths of the samples.
-        sites: what was found in that.
+        sites: the sites in `graph`.
         early_stop: as of `capture_code`.
 
     Raises:
-        CaptureError: the model cannot be captured that way, or does something else then.
+        CaptureError: the model cannot be captured that way, or then does other operations.
     """
     if loaded.format == "exported":
         raise CaptureError(
@@ -112,8 +112,8 @@ def reopen(
         raise CaptureError(
             f"the marginals of {uneven.name} differ from token to token, for one length alone", "omit --dynamic"
         )
-    opened = capture_code(loaded, samples, early_stop, axes)
-    before, after = made_tensors(graph.program.graph), made_tensors(opened.program.graph)
+    open_graph = capture_code(loaded, samples, early_stop, axes)
+    before, after = tensor_nodes(graph.program.graph), tensor_nodes(open_graph.program.graph)
     if [kind(node) for node in before] != [kind(node) for node in after]:
         raise CaptureError(
             "with dynamic axes the model does other operations than without",
@@ -123,23 +123,23 @@ def reopen(
     for node in graph.program.graph.nodes:
         if is_whole(node):
             names[node.name] = names[node.args[0].name]
-    return opened, [replace(site, wiring=site.wiring.renamed(names)) for site in sites]
+    return open_graph, [replace(site, wiring=site.wiring.renamed(names)) for site in sites]
 
 
-def made_tensors(graph: Graph) -> list[Node]:
-    """The nodes of a graph that stand for tensors, in order, but for slices of the whole."""
+def tensor_nodes(graph: Graph) -> list[Node]:
+    """List the nodes of a graph that stand for tensors, in order, except slices of the whole."""
     return [node for node in graph.nodes if isinstance(node.meta.get("val"), Tensor) and not is_whole(node)]
 
 
 def is_whole(node: Node) -> bool:
-    """Whether a node is a slice that leaves nothing out, as in `mask[:, None, None, :]`: open axes have none there."""
+    """Whether a node is a slice that omits nothing, as in `mask[:, None, None, :]`: graphs with open axes have none."""
     if node.target is not torch.ops.aten.slice.Tensor:
         return False
-    given = dict(zip(("start", "end", "step"), node.args[2:], strict=False)) | node.kwargs
+    arguments = dict(zip(("start", "end", "step"), node.args[2:], strict=False)) | node.kwargs
     whole = {"start": (None, 0), "end": (None, sys.maxsize), "step": (1,)}
-    return all(value in whole[name] for name, value in given.items() if name in whole)
+    return all(value in whole[name] for name, value in arguments.items() if name in whole)
 
 
 def kind(node: Node) -> tuple[str, str]:
-    """What a node does."""
+    """Return what a node does, whatever its name and inputs."""
     return node.op, str(node.target)

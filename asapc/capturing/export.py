@@ -18,8 +18,8 @@ from asapc.types.graph import BATCH_AXIS, DynamicAxis
 aten = torch.ops.aten
 # Where functions that a graph applies to sizes, and to tuples of tensors, come from.
 OF_SIZES = ("_operator", "math", "torch")
-# Composite operators that passes know as they are; casts are not among them, since the probe leaves them out.
-KEPT = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.chunk.default, aten.mT.default}
+# Composite operators that passes handle as they are; casts are not among them, since the probe ignores them.
+COMPOSITES = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.chunk.default, aten.mT.default}
 
 
 def export(
@@ -28,20 +28,23 @@ def export(
     axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
     dims: tuple[dict[int, Any], ...] | None = None,
 ) -> ExportedProgram:
-    """torch.export with the first axis of every input dynamic and called "batch", or with dynamic axes of one's own.
+    """Call torch.export with the first axis of every input dynamic and called "batch", or with other dynamic axes.
 
     Inputs reach the parameters of their names. The program's graph, and its module, take them by position, in the
-    order given.
+    order of `inputs`.
 
     Args:
         module: the model.
         inputs: example inputs.
         axes: open axes by the input's name and their number; None for the batch alone.
-        dims: dynamic shapes as torch.export takes them, in place of `axes`.
+        dims: dynamic shapes as torch.export takes them, instead of `axes`.
+
+    Raises:
+        CaptureError: torch.export cannot capture the model.
     """
     open_axes = {name: {0: BATCH_AXIS} for name in inputs} if axes is None else axes
-    known = {axis.name: axis for of_input in open_axes.values() for axis in of_input.values()}
-    symbols = {name: Dim(name, min=axis.low, max=axis.high) for name, axis in known.items()}
+    by_name = {axis.name: axis for of_input in open_axes.values() for axis in of_input.values()}
+    symbols = {name: Dim(name, min=axis.low, max=axis.high) for name, axis in by_name.items()}
     own = tuple({number: symbols[axis.name] for number, axis in open_axes[name].items()} for name in inputs)
     args, kwargs = arguments(module, inputs)
     try:
@@ -79,7 +82,8 @@ def is_plain(program: ExportedProgram) -> bool:
     """Whether another pass would change nothing that counts: no writes, regions, or views that it would name anew."""
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
     return all(
-        not target._schema.is_mutable and (not _is_cia_op(target) or _is_preservable_cia_op(target) or target in KEPT)
+        not target._schema.is_mutable
+        and (not _is_cia_op(target) or _is_preservable_cia_op(target) or target in COMPOSITES)
         if isinstance(target, OpOverload)
         else target.__module__ in OF_SIZES
         for target in targets
@@ -87,7 +91,7 @@ def is_plain(program: ExportedProgram) -> bool:
 
 
 def by_position(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> None:
-    """Let a program that was exported with keyword arguments take them by position, as its graph does."""
+    """Make a program that was exported with keyword arguments take them by position, as its graph does."""
     signature = program.module_call_graph[0].signature
     assert signature is not None  # the first is that of the whole program
     example: tuple[tuple[Tensor, ...], dict[str, Tensor]] = (tuple(inputs.values()), {})

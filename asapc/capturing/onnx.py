@@ -1,4 +1,4 @@
-"""A captured ONNX file: which node of the graph is which value of the file, exactly."""
+"""Relates a captured graph to its ONNX file: which node is which value of the file, exactly."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class OnnxGraph(CapturedGraph):
 
     Attributes:
         model: the file, a ModelProto.
-        values: names of the file's values, by the node of the graph that makes them. Some nodes make none: they are
-            steps inside a node of the file.
+        values: names of the file's values, by the node of the graph that computes them. Some nodes compute none: they
+            are steps inside a node of the file.
         initializers: names of the file's constants, by the buffer that holds them.
     """
 
@@ -33,7 +33,7 @@ class OnnxGraph(CapturedGraph):
     initializers: Mapping[str, str] | None = None
 
     def value_of(self, node: Node) -> str | None:
-        """Name of the file's value that a node of the graph makes; None where it makes none."""
+        """Return the name of the file's value that a node of the graph computes; None where it is not a value there."""
         if node.op == "placeholder":
             inputs = [other for other in node.graph.nodes if other.op == "placeholder"]
             return list(self.example.inputs)[inputs.index(node)]
@@ -58,9 +58,9 @@ def check_memory(module: OnnxModule, example: Samples) -> None:
 
 
 def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> OnnxGraph:
-    """Take the marks out of a program that was captured from an `OnnxModule`, and note what they say.
+    """Remove the marks from a program that was captured from an `OnnxModule`, and note what they say.
 
-    That a node is a step of this or that node of the file is noted in its metadata, which copies keep.
+    Which node of the file a node is a step of goes into its metadata, which copies keep.
     """
     graph = program.graph_module.graph
     place = module.path.name
@@ -69,14 +69,14 @@ def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> On
     steps: list[Node] = []
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.asapc.value.default:
-            made, name = node.args
-            values.setdefault(made.name, name)
+            result, name = node.args
+            values.setdefault(result.name, name)
             for step in steps:
                 step.meta.setdefault(SOURCE, labels[name])
-            made.meta[SOURCE] = labels[values[made.name]]
+            result.meta[SOURCE] = labels[values[result.name]]
             steps.clear()
-            node.replace_all_uses_with(made)
-            program.graph_signature.replace_all_uses(node.name, made.name)
+            node.replace_all_uses_with(result)
+            program.graph_signature.replace_all_uses(node.name, result.name)
             graph.erase_node(node)
         elif node.op == "call_function":
             steps.append(node)
@@ -86,7 +86,7 @@ def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> On
 
 
 def region_module(module: GraphModule, inputs: list[Node], body: list[Node], outputs: list[Node]) -> GraphModule:
-    """A part of a graph as a module of its own: from some nodes, which become its inputs, to others."""
+    """Copy a part of a graph into a module of its own: from some nodes, which become its inputs, to others."""
     part = torch.fx.Graph()
     copies: dict[Node, Node] = {node: part.placeholder(f"value_{i}") for i, node in enumerate(inputs)}
     for node in body:

@@ -1,4 +1,4 @@
-"""`asapc compile`: the line from a file to its compiled form, each step one stage, in the order in which they run."""
+"""`asapc compile`: from a file to its compiled form, one stage after the other."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ class Compiled:
     Attributes:
         operators: by the site's name.
         amortised: the teacher's graph with them, as a module.
-        activations: what replaces smooth activations; empty where they are left alone.
+        activations: what replaces smooth activations; empty where they are kept.
         program: the open graph with operators and activations, as it is exported.
         lowered: the same in the engine's precision; `program` where that is float32.
     """
@@ -62,7 +62,7 @@ class Compiled:
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """What is written of a compiled model: for ONNX Runtime, and what the engine is built from, often the same."""
+    """The ONNX files of a compiled model: for ONNX Runtime, and for the engine; often the same."""
 
     onnx: OnnxArtifact
     deployed: OnnxArtifact
@@ -92,7 +92,7 @@ def compile_model(
     path, config = Path(path), config or CompileConfig()
     out = Path(config.out or f"{path.stem}.asap")
     dump = Dump(None if config.dump is None else Path(config.dump))
-    # The folder is opened first: that it cannot be written must not show after minutes of work.
+    # The folder is opened first: whoever cannot write it should not learn so after minutes of work.
     with torch_threads(config.threads) as threads, output_folder(out, config.force) as folder:
         teacher = study(path, config, on_event=on_event, dump=dump)
         require_sites(teacher.findings, path)
@@ -116,7 +116,7 @@ def compile_model(
                 dump.onnx(file.path.stem, file)
             step.summary = f"{', '.join(path.name for path in files.by_path)}, opset {files.onnx.opset}"
 
-        # Before the rivals are exported: an engine that cannot be built is known soonest here.
+        # Before the rivals are exported, which takes long: a model without an engine fails early.
         with stage("engine", on_event) as step:
             path, axes = folder / "model.engine", teacher.open_graph.axes
             engine = try_engine(config.target, files.deployed, path, max(config.batches), axes)
@@ -129,7 +129,7 @@ def compile_model(
             step.summary = f"logits differ by {fidelity.logits_rel:.2%}"
             check_budget(fidelity, config.bounds(), share_of_exact(selection))
 
-        # Last of what takes time: a model that misses its budget is not worth measuring.
+        # After the budget: a model that misses it is not worth measuring.
         with stage("measure", on_event) as step:
             latency = measure_all(teacher, runners, config, threads, step)
             step.summary = f"{len(runners)} variants at batch {', '.join(map(str, config.batches))}"
@@ -146,7 +146,7 @@ def compile_model(
             environment(config.seed),
         )
         write_json(folder / "report.json", data)
-        write_manifest(folder, teacher.loaded.sha256, __version__)  # of all files, so that it comes last
+        write_manifest(folder, teacher.loaded.sha256, __version__)  # last, since it lists all files
     return CompileReport(out, data)
 
 
@@ -179,7 +179,7 @@ def write(teacher: Teacher, selection: Selection, compiled: Compiled, folder: Pa
 def variants(
     teacher: Teacher, selection: Selection, files: Files, config: CompileConfig, threads: int, step: Stage
 ) -> dict[str, Runner]:
-    """What is compared and timed, in ONNX Runtime: the rivals by name, and the compiled model last."""
+    """Open what is compared and timed in ONNX Runtime: the rivals by name, and the compiled model last."""
     modules = rivals(teacher.sites, selection, max(config.batches), config.wanted_lowering)
     runners = export_rivals(teacher, modules, threads, step.advance)
     return {**runners, "compiled": OnnxRuntimeRunner(files.onnx.path, threads, "compiled")}
@@ -188,7 +188,10 @@ def variants(
 def compare(
     teacher: Teacher, compiled: Compiled, files: Files, runners: Mapping[str, Runner], config: CompileConfig
 ) -> Fidelity:
-    """Fidelity on held-out samples: hop by hop, so that the hop that costs too much has a name, and site by site."""
+    """Measure fidelity on held-out samples, hop by hop and site by site.
+
+    Hops give a name to the step that costs most.
+    """
     hops: dict[str, Runner] = {
         "teacher": origin_of(teacher.loaded).reference(teacher.loaded),
         "capture": EagerRunner(teacher.graph.program.module()),
@@ -199,7 +202,7 @@ def compare(
     hops["export"] = runners["compiled"]
     if config.precision == "float16":
         hops["precision"] = OnnxRuntimeRunner(files.deployed.path)
-    elif config.precision == "bfloat16":  # of which ONNX Runtime has no products on the CPU
+    elif config.precision == "bfloat16":  # ONNX Runtime cannot multiply it on the CPU
         hops["precision"] = EagerRunner(compiled.lowered.program.module())
     of_sites = site_fidelity(teacher.graph, teacher.sites, compiled.operators, teacher.held_out)
     return verify(hops, runners, of_sites, teacher.held_out)
@@ -208,7 +211,7 @@ def compare(
 def measure_all(
     teacher: Teacher, runners: Mapping[str, Runner], config: CompileConfig, threads: int, step: Stage
 ) -> Latency:
-    """Latency of all variants at every batch size."""
+    """Measure the latency of all variants at every batch size."""
     runs = []
     for batch in config.batches:
         step.advance(f"batch {batch}")

@@ -18,7 +18,7 @@ def inspect_model(
 ) -> Findings:
     """Find the Sinkhorn attention of a checkpoint without compiling it.
 
-    Where there are no samples, example inputs do, random ones too: what is found does not depend on them.
+    Example inputs, even random ones, can replace samples: they do not change which loops there are.
 
     Raises:
         AsapcError: the checkpoint or the samples are at fault. Finding nothing is no error.
@@ -27,18 +27,18 @@ def inspect_model(
 
 
 def example_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples, Samples]:
-    """Inputs to look into a model with; nothing is fitted, so that none have to be held out."""
+    """Gather inputs to study a model with; nothing is fitted, so that none have to be held out."""
     samples = probe_samples(loaded, config)
     return samples, samples
 
 
 def require_sites(findings: Findings, path: Path, listed: bool = False) -> None:
-    """Raise NoSinkhornError if nothing was found, with a miss where there is one.
+    """Raise NoSinkhornError if there are no sites, quoting the first near miss.
 
     Args:
-        findings: what was found.
+        findings: sites and misses.
         path: the model, as the user named it.
-        listed: whether the misses were shown already.
+        listed: whether the user has seen the misses.
     """
     if findings.sites:
         return

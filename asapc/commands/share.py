@@ -1,4 +1,4 @@
-"""What all processes but the first do where torchrun started several."""
+"""The part of all processes but the first where torchrun started several."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from asapc.planning.propose import propose
 
 
 def share_calibration(path: str | Path, config: CompileConfig) -> None:
-    """Study the model, fit a share of its samples, and leave the rest to the first process.
+    """Study the model and fit a share of its samples; the first process does the rest.
 
     Raises:
         AsapcError: as of `compile_model`.

@@ -39,10 +39,10 @@ def study(
         config: options; those of loading, samples, capture and open axes matter here.
         gather: gives calibration and held-out samples.
         on_event: called with progress.
-        dump: writes the graph after capture and after its plans are built, and what was found.
+        dump: writes the graph after capture, the graph with its plans built, and the findings.
 
     Raises:
-        AsapcError: the model, its samples or an option are at fault. To find no loop is no error.
+        AsapcError: the model, its samples or an option is at fault. Finding no loop is not an error.
     """
     config, dump = config or CompileConfig(), dump or Dump()
     with stage("load", on_event) as step:
@@ -62,13 +62,13 @@ def study(
         step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}"
 
     with stage("find", on_event) as step:
-        # Plans that the code applies without building them have to be there before the finder looks for plans.
+        # The finder looks for plans, so that those which the code applies without building them come first.
         graph = build_plans(graph, calibration)
         findings = replace(find_with_evidence(graph, calibration), early_stops=graph.early_stops)
         dump.graph("build-plans", graph)
         dump.findings("find", findings)
         step.summary = f"{len(findings.sites)} Sinkhorn sites"
-        # Sites are found with lengths fixed, since shapes that are numbers tell axes apart, and then by their place.
+        # Sites are recognised with fixed lengths, since shapes that are numbers tell axes apart, then located by place.
         open_graph, open_sites = graph, list(findings.sites)
         if findings.sites and opens(axes):
             open_graph, open_sites = reopen(loaded, calibration, axes, graph, findings.sites, config.early_stop)

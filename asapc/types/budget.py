@@ -1,4 +1,4 @@
-"""The fidelity budget: metrics, terms and how they are read."""
+"""The fidelity budget: its metrics and terms, and how to read one."""
 
 import re
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Bound(NamedTuple):
     limit: float
 
     def met(self, value: float) -> bool:
-        """Whether a measured value keeps to this term; nan never does."""
+        """Whether a value keeps this term; NaN never does."""
         return value >= self.limit if METRICS[self.metric] == ">=" else value <= self.limit
 
     def __str__(self) -> str:
@@ -47,5 +47,5 @@ def parse_bound(text: str) -> Bound:
         raise OptionError(f"{match[3]!r} in the fidelity budget {text!r} is not a number", hint) from None
 
 
-# What a compiled model must keep where the user names no budget, as far as it can be judged.
+# Holds where the user names no budget, as far as it can be judged.
 DEFAULT_BUDGET = (Bound("agreement", 0.98), Bound("relc", 0.08))

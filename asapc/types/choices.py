@@ -1,4 +1,4 @@
-"""What can replace a site, and what was selected: frozen, and without logic of its own.
+"""Operators that can replace a site, and which were selected: data alone.
 
 Shapes as in `types.site`, and F features.
 """
@@ -34,13 +34,13 @@ class Regression:
 
 
 class FeatureSet(NamedTuple):
-    """What a dual is estimated from, beside a parabola for each coordinate and the mean of the other side.
+    """The features that a dual is estimated from, beside a parabola for each coordinate and the mean of the other side.
 
     Attributes:
         slices: number of coordinates whose exact potential is taken, by sorting.
         pieces: linear pieces that hinges give the first coordinates; 0 for no hinges.
         side: the points whose dual it is.
-        paired: whether products of two coordinates take part.
+        paired: whether products of two coordinates are features.
     """
 
     slices: int = 0
@@ -51,7 +51,7 @@ class FeatureSet(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SlicedDualParams:
-    """What the sliced-dual operator of one site needs.
+    """The parameters of the sliced-dual operator of one site.
 
     Attributes:
         query_basis, key_basis: (H, D, C) directions of C coordinates, so that (q @ query_basis).(k @ key_basis) is
@@ -77,21 +77,21 @@ class SlicedDualParams:
     def features(self) -> list[str]:
         """Names of the functions that the dual is estimated from."""
         optional = {"slices": self.slices > 0, "pairs": self.paired, "hinges": self.knots.numel() > 0}
-        return ["parabola", "mean", *(name for name, there in optional.items() if there)]
+        return ["parabola", "mean", *(name for name, present in optional.items() if present)]
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """An operator that could stand in the place of one site.
+    """An operator that could replace one site.
 
     Attributes:
         operator: "keep" leaves the site as it is, "exact" is the scaling form of the same half-steps,
             "truncated" the scaling form of fewer, "sliced_dual" the fitted approximation.
         half_steps: half-steps over the scores that the operator takes.
         cost: estimated milliseconds at the largest batch; infinite for a loop as it was written.
-        fidelity: on calibration samples that were not fitted; None where it was not looked at.
+        fidelity: on calibration samples that were not fitted; None where it was not measured.
         params: of a sliced dual, else None.
-        lowering: "materialised" makes the scores once, as a matrix, and works on that; "fused" goes through the
+        lowering: "materialised" computes the scores once, as a matrix, and works on that; "fused" calls the
             runtime's fused attention for each half-step, without a matrix (`ops.fused`).
     """
 
@@ -105,10 +105,10 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The operator that was selected for one site, and what else there was.
+    """The operator that was selected for one site, and the alternatives.
 
     Attributes:
-        candidate: what was chosen.
+        candidate: the operator.
         reason: why this one.
         front: the candidates that no other beats in both cost and error, cheapest first.
     """

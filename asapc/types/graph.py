@@ -10,7 +10,7 @@ from asapc.types.samples import Samples
 
 @dataclass(frozen=True, eq=False)
 class EarlyStops:
-    """The early stops that a captured model does without, and what that changes.
+    """The early stops that a captured model omits, and what that changes.
 
     Attributes:
         questions: the lines of code that ask whether to stop, by their "file:line".
@@ -47,7 +47,7 @@ class CapturedGraph:
     Attributes:
         program: the exported program.
         example: the inputs it was captured with, batch at least 2.
-        early_stops: the early stops that it does without; None where the model has none.
+        early_stops: the early stops that it omits; None where the model has none.
         axes: its open axes by the input's name and their number; None for the first of each, the batch, alone.
     """
 

@@ -1,4 +1,4 @@
-"""A model as it was loaded."""
+"""A loaded model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ Format = Literal["code", "exported", "onnx"]
 
 @dataclass(frozen=True)
 class InputType:
-    """What an exported model takes as one of its inputs.
+    """Shape and dtype of one input of an exported model.
 
     Attributes:
-        sizes: of its axes, None for those that are left open, as the first always is; None for nothing known.
+        sizes: of its axes, None for those that are left open, as the first always is; None where nothing is known.
         dtype: of its elements.
     """
 
@@ -37,8 +37,8 @@ class LoadedModel:
         sha256: hash of that file.
         parameters: number of parameters.
         calibration: samples for fitting, None where the file carries none.
-        held_out: samples that no stage may fit on, None where the file carries none.
-        program: the graph of a torch.export archive, free of writes in place; None where there is but the module.
+        held_out: samples that no stage fits on, None where the file carries none.
+        program: the graph of a torch.export archive, free of writes in place; None where there is only the module.
         inputs: what an exported model takes, by name and in its order; None for code, whose forward has parameters.
         example: inputs that are good enough to capture the model with, not to fit on; None for none.
         notes: what the user should know about how the file was read.

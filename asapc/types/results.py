@@ -8,7 +8,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class SiteFidelity:
-    """What the operator of one site costs in fidelity, alone, on the teacher's own held-out activations.
+    """The fidelity of one site's operator, alone, on the teacher's own held-out activations.
 
     Attributes:
         relc: error of the attention output over the norm of the token-centred teacher output.
@@ -25,7 +25,7 @@ class SiteFidelity:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric where labels were given, as shares in [0, 1], of the teacher and of the compiled model."""
+    """A metric on labels, in [0, 1], of the teacher and of the compiled model."""
 
     name: str
     teacher: float
@@ -37,9 +37,9 @@ class Hop:
     """The difference that one step of the compilation makes on held-out samples, to whichever output it is largest.
 
     Attributes:
-        name: "capture" (model as loaded to its graph), "amortisation" (that with operators in the place of loops),
-            "activations" (that with ReLU networks in the place of smooth activations, where asked for), "export" (that
-            to ONNX Runtime), or "precision" (that to the precision asked for).
+        name: "capture" (from the model as loaded to its graph), "amortisation" (operators replace loops), "activations"
+            (ReLU networks replace smooth activations, on request), "export" (to ONNX Runtime), or "precision" (to that
+            of the engine, where it is not float32).
         max_abs: largest absolute difference.
         rel: norm of the difference over the norm of the reference output.
         agreement: share of samples whose first output has the same argmax; None where it has no class axis.
@@ -101,7 +101,7 @@ class LatencyRun:
 
 @dataclass(frozen=True)
 class Latency:
-    """Interleaved runs of all variants on one device, with the threads that the runtime was given."""
+    """Interleaved runs of all variants on one device, and the threads of the runtime."""
 
     device: str
     threads: int
@@ -110,15 +110,15 @@ class Latency:
 
 @dataclass(frozen=True, eq=False)
 class FittedActivation:
-    """A stand-in for one function.
+    """A ReLU network that replaces one function.
 
     Attributes:
         name: as of `passes.rewrite.activations.activation`.
-        module: the stand-in.
+        module: the network.
         units: its hidden units.
         error: largest error on the range, as computed in the floats of the graph.
         low, high: the range.
-        nodes: how many nodes it stands in for.
+        nodes: how many nodes it replaces.
     """
 
     name: str

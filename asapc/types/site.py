@@ -1,6 +1,6 @@
-"""A Sinkhorn loop in a graph, and what was found of them.
+"""Sinkhorn loops in a graph.
 
-Compared by identity: sites hold tensors, which have no single answer to "equal".
+Compared by identity: sites hold tensors, for which == is not one answer.
 
 Shapes: B samples, H heads, N queries, M keys, D head size, L slices, F features. Scores and duals are in
 units of the temperature: the plan is exp(scores + f + g), scores = scale * q.k.
@@ -39,7 +39,7 @@ class Operand:
 
 @dataclass(frozen=True, eq=False)
 class Loop:
-    """The mathematics of a site: rows and columns of exp(scale * scores) scaled by turns to given masses.
+    """The mathematics of a site: rows and columns of exp(scale * scores) are scaled to fixed masses by turns.
 
     Attributes:
         half_steps: number of half-steps T, each normalising one axis.
@@ -146,7 +146,7 @@ class Wiring:
 
     @property
     def scores_are_product(self) -> bool:
-        """Whether the scores node is the product of queries and keys itself, so that an operator can make it anew."""
+        """Whether the scores node is the product of queries and keys itself, so that an operator can compute it."""
         return self.product is not None and self.product.is_scores
 
     @property
@@ -207,12 +207,12 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Miss:
-    """Something that looked like Sinkhorn attention and is not, or is not supported.
+    """A near miss: something like Sinkhorn attention that is none, or is not supported.
 
     Attributes:
         node: name of the node that ends the region.
         source: "file:line" of the user's code, or None.
-        reason: what was expected and what was seen.
+        reason: what was expected and what was observed.
         hint: what the user can change, or that there is nothing to change.
     """
 
@@ -224,13 +224,13 @@ class Miss:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What was found in a graph.
+    """Sites and near misses of a graph.
 
     Attributes:
         sites: in the order of the graph.
-        misses: what came near.
-        early_stops: those that capture left out; None where the model has none.
-        untold: nodes that loops read and that are the same everywhere on the samples looked at: others may tell more.
+        misses: the near misses.
+        early_stops: those that capture omitted; None where the model has none.
+        untold: nodes that loops read and that are the same everywhere on these samples: others may say more.
     """
 
     sites: tuple[Site, ...]

@@ -1,4 +1,4 @@
-"""A model as the compiler sees it: captured, its loops found, with samples to fit and to check on."""
+"""A model that has been studied: captured, its loops recognised, with samples to fit and to check on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from asapc.types.site import Findings, Site
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """What `commands.study.study` makes of a model; selection, rewrite and checks start from it.
+    """The result of `commands.study.study`, from which selection, rewrite and checks start.
 
     Attributes:
         loaded: the model.
         calibration: samples for fitting.
         held_out: samples to check on; no stage fits on them.
         graph: the model with the lengths of the samples, its plans built.
-        findings: the sites in that graph, and what came near.
-        open_graph: the model with all axes open that are to stay so; `graph` where that is the batch alone.
+        findings: the sites in that graph, and the near misses.
+        open_graph: the model with all its open axes; `graph` where the batch alone is open.
         open_sites: the sites in that graph, in the order of `sites`.
         longest_sites: the sites as they are where all axes are as long as they may be, which operators are selected
             for.

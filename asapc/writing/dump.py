@@ -12,7 +12,7 @@ from asapc.types.site import Findings, Site
 
 
 class Dump:
-    """Files that say what the program is after each stage; they stay where a later stage fails.
+    """Writes the program after each stage; the files stay where a later stage fails.
 
     Args:
         folder: where they go; None for nowhere.
@@ -31,18 +31,18 @@ class Dump:
                 raise OutputError(f"cannot write {folder}: {why}", "give another --dump") from None
 
     def graph(self, stage: str, graph: CapturedGraph) -> None:
-        """The graph as readable code, each line with the line of the user's code that it was traced from."""
+        """Write the graph as readable code, below each line of the user's code the nodes that were traced from it."""
         if self.folder is not None:
             self.text(stage, graph.program.graph_module.print_readable(print_output=False))
 
     def findings(self, stage: str, findings: Findings) -> None:
-        """Sites with their loops and nodes, and what came near."""
+        """Write the sites with their loops and nodes, and the near misses."""
         sites = [describe_site(site) for site in findings.sites]
         misses = [f"miss at {miss.source or miss.node}: {miss.reason}; {miss.hint}" for miss in findings.misses]
         self.text(stage, "\n".join([*sites, *misses]) or "nothing looks like attention")
 
     def selection(self, stage: str, selection: Selection) -> None:
-        """The operator of each site with its reason, and the front that it was chosen from."""
+        """Write the operator of each site with its reason, and the front that it was chosen from."""
         lines = []
         for name, choice in selection.choices.items():
             lines.append(f"{name}: {choice.candidate.operator}, {choice.reason}")
@@ -55,7 +55,7 @@ class Dump:
         self.text(stage, "\n".join(lines))
 
     def onnx(self, stage: str, artifact: OnnxArtifact) -> None:
-        """An ONNX file as it is and as text."""
+        """Write an ONNX file as it is and as text."""
         if self.folder is None:
             return
         import onnx
@@ -80,7 +80,7 @@ class Dump:
 
 
 def describe_site(site: Site) -> str:
-    """A site in a few lines: the mathematics, and the nodes with their axes."""
+    """Describe a site in a few lines: the mathematics, and the nodes with their axes."""
     loop, wiring = site.loop, site.wiring
     nodes: Mapping[str, object] = {
         "scores": wiring.scores,

@@ -1,4 +1,4 @@
-"""What a result depends on beside the model: versions and hardware."""
+"""Describes what a result depends on beside the model: versions and hardware."""
 
 import importlib.metadata
 import platform
@@ -19,19 +19,19 @@ PACKAGES = (
 
 
 def environment(seed: int) -> dict[str, object]:
-    """Versions of Python and of the packages that matter, names of CPU and GPUs, and the seed."""
+    """Collect versions of Python and of the packages that matter, names of CPU and GPUs, and the seed."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()}-{platform.machine()}",
-        "packages": {name: version for name in PACKAGES if (version := installed(name))},
+        "packages": {name: version for name in PACKAGES if (version := version_of(name))},
         "cpu": cpu_name(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "seed": seed,
     }
 
 
-def installed(package: str) -> str | None:
-    """Version of a package, None where it is not installed."""
+def version_of(package: str) -> str | None:
+    """Return the version of a package, None where it is not installed."""
     if package == "asapc":  # in a bare checkout it has no metadata
         from asapc.version import __version__
 
@@ -43,7 +43,7 @@ def installed(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """Marketing name of the CPU where the system tells it, else its architecture."""
+    """Return the marketing name of the CPU where the system reports it, else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""What differs by the format that a model came in: how it is captured, what it is compared with, how it is written."""
+"""Handles what differs by a model's format: how it is captured, what it is compared with, how it is written."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,13 +25,13 @@ from asapc.types.site import Site
 
 
 class Origin:
-    """A format that models come in; what is here holds for modules of Python."""
+    """A format that models come in; this class itself handles modules of Python."""
 
     def adapt(self, config: CompileConfig) -> CompileConfig:
-        """Options as they are for a model of this format.
+        """Adapt options to a model of this format.
 
         Raises:
-            OptionError: the format does not bear one of them.
+            OptionError: the format does not support one of them.
         """
         return config
 
@@ -40,7 +40,7 @@ class Origin:
         return capture_code(loaded, samples, early_stop)
 
     def reference(self, loaded: LoadedModel) -> Runner:
-        """The model as it came, to compare with."""
+        """Return a runner of the model as it came, to compare with."""
         return EagerRunner(loaded.module)
 
     def write(
@@ -57,7 +57,7 @@ class Origin:
         Args:
             graph: the model as it was captured.
             compiled: the same with the operators in it.
-            sites: what was found in `graph`.
+            sites: the sites in `graph`.
             modules: operators by the site's name.
             path: file to write; it appears whole or not at all.
             metadata: what the file says about its origin.
@@ -72,7 +72,7 @@ class Exported(Origin):
     """An archive of torch.export, which holds its graph."""
 
     def capture(self, loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
-        """The graph of the archive."""
+        """Return the graph of the archive."""
         return capture_exported(loaded, samples)
 
 
@@ -80,7 +80,7 @@ class OnnxFile(Origin):
     """An ONNX file, of which the loops alone are replaced."""
 
     def adapt(self, config: CompileConfig) -> CompileConfig:
-        """Keep operators to standard ONNX, as the file does; refuse what would change anything else of the file."""
+        """Keep operators to standard ONNX, as the file does; refuse options that would change the rest of the file."""
         if config.precision != "float32" or config.dynamic or config.relu_activations:
             raise OptionError(
                 "an ONNX file keeps its own precision, axes and activations",
@@ -90,11 +90,11 @@ class OnnxFile(Origin):
         return replace(config, lowering="materialised")
 
     def capture(self, loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
-        """The file as a graph of torch."""
+        """Capture the module that computes the file."""
         return capture_onnx(loaded, samples)
 
     def reference(self, loaded: LoadedModel) -> Runner:
-        """The file in ONNX Runtime."""
+        """Return the file in ONNX Runtime."""
         return OnnxRuntimeRunner(loaded.path)
 
     def write(
@@ -106,13 +106,14 @@ class OnnxFile(Origin):
         path: Path,
         metadata: Mapping[str, str],
     ) -> OnnxArtifact:
-        """Put the operators into the file; all else of it stays as it is, byte for byte."""
-        return splice_onnx(cast(OnnxGraph, graph), sites, modules, path, metadata)  # what `capture` gave
+        """Put the operators into the file; the rest of it stays as it is, byte for byte."""
+        onnx_graph = cast(OnnxGraph, graph)  # what `capture` returns
+        return splice_onnx(onnx_graph, sites, modules, path, metadata)
 
 
 ORIGINS: Mapping[Format, Origin] = {"code": Origin(), "exported": Exported(), "onnx": OnnxFile()}
 
 
 def origin_of(loaded: LoadedModel) -> Origin:
-    """What differs by the format of a model."""
+    """Return the origin of a model, by its format."""
     return ORIGINS[loaded.format]

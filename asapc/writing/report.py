@@ -20,11 +20,11 @@ SCHEMA = "asapc.report/2"
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What a compilation did, what it costs and what it gains.
+    """The report of a compilation: what it did, what it costs and what it gains.
 
     Attributes:
         folder: where the artefacts are.
-        data: the content of report.json; docs/report.schema.json says what stands where.
+        data: the content of report.json, which docs/report.schema.json describes.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ def report_data(
     artifacts: list[dict[str, Any]],
     environment: dict[str, object],
 ) -> dict[str, Any]:
-    """The content of report.json, plain types only."""
+    """Assemble the content of report.json, of plain types only."""
     loaded, findings = teacher.loaded, teacher.findings
     return {
         "schema": SCHEMA,
@@ -52,13 +52,13 @@ def report_data(
                 **site_data(site),
                 "choice": choice_data(selection.choices[site.name]),
                 "calibration_range": list(selection.ranges[site.name]),
-                "fidelity": None if (found := fidelity.sites.get(site.name)) is None else asdict(found),
+                "fidelity": asdict(fidelity.sites[site.name]) if site.name in fidelity.sites else None,
             }
             for site in findings.sites
         ],
         "misses": [miss_data(miss) for miss in findings.misses],
         "early_stops": early_stop_data(findings.early_stops),
-        "activations": [activation_data(found) for found in activations],
+        "activations": [activation_data(activation) for activation in activations],
         "fidelity": fidelity_data(fidelity),
         "budget": [str(bound) for bound in budget],
         "latency": latency_data(latency),
@@ -89,7 +89,7 @@ def site_data(site: Site) -> dict[str, Any]:
 
 
 def shorten(source: str | None) -> str | None:
-    """Give "file:line" relative to the working directory where it lies below."""
+    """Make "file:line" relative to the working directory where the file lies below it."""
     if source is None:
         return None
     path = Path(source)
@@ -101,14 +101,14 @@ def miss_data(miss: Miss) -> dict[str, Any]:
     return {**asdict(miss), "source": shorten(miss.source)}
 
 
-def activation_data(found: FittedActivation) -> dict[str, Any]:
-    """A ReLU network in the place of an activation, in the report."""
-    return {name: value for name, value in vars(found).items() if name != "module"}
+def activation_data(activation: FittedActivation) -> dict[str, Any]:
+    """A ReLU network that replaces an activation, in the report."""
+    return {name: value for name, value in vars(activation).items() if name != "module"}
 
 
 def activations_note(activations: Sequence[FittedActivation]) -> str:
-    """Say what stands in for smooth activations; empty where nothing does."""
-    return "".join(f"; {found.nodes} {found.name} in {found.units} ReLU units" for found in activations)
+    """Say what replaces smooth activations; empty where nothing does."""
+    return "".join(f"; {a.nodes} {a.name} in {a.units} ReLU units" for a in activations)
 
 
 def early_stop_data(early_stops: EarlyStops | None) -> dict[str, Any] | None:
@@ -133,8 +133,8 @@ def early_stop_note(data: Mapping[str, Any] | None) -> str:
 
 def selection_note(selection: Selection) -> str:
     """Say in one line what was selected."""
-    chosen = Counter(choice.candidate.operator for choice in selection.choices.values())
-    note = ", ".join(f"{count} {operator}" for operator, count in chosen.items())
+    counts = Counter(choice.candidate.operator for choice in selection.choices.values())
+    note = ", ".join(f"{count} {operator}" for operator, count in counts.items())
     return f"{note}; {selection.repairs} repairs" if selection.repairs else note
 
 
@@ -146,7 +146,7 @@ def engine_note(engine: EngineResult) -> str:
 
 
 def choice_data(choice: Choice) -> dict[str, Any]:
-    """A choice in the report, with what the others on its front would have given."""
+    """A choice in the report, with the other candidates on its front."""
     return {
         **candidate_data(choice.candidate),
         "reason": choice.reason,
@@ -170,7 +170,7 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
 
 
 def fidelity_data(fidelity: Fidelity) -> dict[str, Any]:
-    """End-to-end fidelity, hop by hop, with all variants beside it; site by site it stands with the sites."""
+    """End-to-end fidelity in the report, with hops and variants; that of each site stands with the site."""
     data = asdict(fidelity)
     del data["sites"]
     data["hops"] = list(data["hops"])
@@ -178,7 +178,7 @@ def fidelity_data(fidelity: Fidelity) -> dict[str, Any]:
 
 
 def latency_data(latency: Latency) -> dict[str, Any]:
-    """Runs, and the ratios at the largest batch: above 1 in a speedup, the compiled model is the faster."""
+    """Runs in the report, and ratios at the largest batch: a speedup above 1 says that the compiled model is faster."""
     batch = max(run.batch for run in latency.runs)
     p50 = {run.name: run.p50_ms for run in latency.runs if run.batch == batch}
     return {

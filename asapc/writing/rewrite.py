@@ -1,4 +1,4 @@
-"""Puts operators into a captured graph and writes it as ONNX."""
+"""Puts operators into a captured graph, and exports the rivals of a compiled model."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ def rewrite(
     precision: torch.dtype = torch.float32,
     activations: Mapping[str, nn.Module] | None = None,
 ) -> CapturedGraph:
-    """A copy of the graph with operators in the place of the sites that have one.
+    """Return a copy of the graph in which operators replace their sites.
 
     Args:
         graph: the graph.
@@ -34,10 +34,10 @@ def rewrite(
         modules: operators by the site's name.
         precision: of the graph's layers and products, by torch's rules of automatic casts, and of the products that
             operators make; outputs keep their dtype.
-        activations: what stands in for smooth activations, by their names in `passes.rewrite.activations`.
+        activations: replacements of smooth activations, by their names in `passes.rewrite.activations`.
 
     Raises:
-        InternalError: the rewritten graph cannot be exported. The user's model was, so that it is not at fault.
+        InternalError: the rewritten graph cannot be exported. The user's model could be, so it is not at fault.
     """
     if not modules and not activations and precision == torch.float32:
         return graph
@@ -61,7 +61,14 @@ def export_rivals(
     threads: int,
     advance: Callable[[str], None],
 ) -> dict[str, Runner]:
-    """Sessions of what a compiled model is compared with, in the same runtime."""
+    """Export what a compiled model is compared with, and open it in the same runtime.
+
+    Args:
+        teacher: the model.
+        variants: modules by the site's name, by the name of the rival.
+        threads: of each session.
+        advance: called with a line about the progress.
+    """
     origin, graph, sites = origin_of(teacher.loaded), teacher.graph, teacher.sites
     runners: dict[str, Runner] = {}
     with tempfile.TemporaryDirectory() as scratch:

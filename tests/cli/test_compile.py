@@ -141,3 +141,15 @@ def test_compile_quiet_prints_nothing(compiled, small, monkeypatch):
 
 def test_quiet_still_prints_errors():
     assert_user_error(run("compile", "missing.pt", "--quiet"))
+
+
+def test_a_dump_keeps_the_stages_that_ran_where_a_later_one_fails(small, monkeypatch):
+    def refuse(*args):
+        raise FidelityError("missed", "try again")
+
+    monkeypatch.setattr(asapc.commands.compile, "choose", refuse)
+    assert_user_error(run("compile", small, "--dump", "stages", *QUICK), code=3)
+    files = sorted(str(path) for path in Path().rglob("*.txt"))
+    assert files == ["stages/01-capture.txt", "stages/02-build-plans.txt", "stages/03-find.txt"]
+    assert "blocks.0.attention" in Path(files[-1]).read_text()
+    assert [path.name for path in Path().iterdir()] == ["stages"]
