@@ -42,6 +42,9 @@ EXIT_CODES = "Exit codes: 0 done, 1 input at fault, 2 usage, 3 fidelity budget m
 KEYWORD_ONLY = reflection.Parameter.KEYWORD_ONLY
 READS = [OPTIONS[name] for name in ("model", "model_args", "inputs", "input_shape", "unsafe_load")]
 CONFIG_FILE = Option("--config", "Options in TOML; the command line wins.", metavar="FILE", name="config", kind=Path)
+TRUST_CONFIG = Option(
+    "--trust-config", "Let the file of --config name code to run: --model, --unsafe-load.", name="trust", kind=bool
+)
 
 
 @contextmanager
@@ -84,14 +87,14 @@ def command(*examples: str, takes: Collection[Option] = ()) -> Callable[[Callabl
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in reflection.signature(function).parameters.values() if p.name != "options"]
-        parameters = [parameter(option) for option in (*takes, CONFIG_FILE)] if takes else []
+        parameters = [parameter(option) for option in (*takes, CONFIG_FILE, TRUST_CONFIG)] if takes else []
 
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
             with exit_codes(), temporary_files():
                 if takes:
                     values = {option.name: arguments.pop(option.name) for option in takes}
-                    arguments["options"] = options_of(arguments.pop("config"), values)
+                    arguments["options"] = options_of(arguments.pop("config"), arguments.pop("trust"), values)
                 function(**arguments)
 
         # Typer reads parameters off the signature.
@@ -129,9 +132,9 @@ ModelFile = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 
-def options_of(config: Path | None, values: dict[str, Any]) -> CompileConfig:
+def options_of(config: Path | None, trust: bool | None, values: dict[str, Any]) -> CompileConfig:
     """The options of a TOML file, overwritten by those on the command line: values that are neither None nor empty."""
-    base = CompileConfig() if config is None else CompileConfig.from_toml(config)
+    base = CompileConfig() if config is None else CompileConfig.from_toml(config, bool(trust))
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     changes: dict[str, Any] = {name: value for name, value in (values | lists).items() if value not in (None, ())}
     return replace(base, **changes)

@@ -5,16 +5,19 @@ import tomllib
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated, Any
 
 from asapc.errors import OptionError
 from asapc.types.budget import DEFAULT_BUDGET, METRICS, Bound, parse_bound
 from asapc.types.options import EarlyStopRule, Level, Lowering, LoweringRule, Option, Precision, Range, Target, declared
+from asapc.types.plain import check_plain
 
 # More only wait for each other, and far more crash ONNX Runtime for want of memory, without an error to catch.
 MAX_THREADS = 4 * (os.cpu_count() or 1)
 # Activations grow with the batch: a slip of the keyboard here would take all memory, and the process with it.
 MAX_BATCH = 4096
+MAX_TOML_BYTES = 2**20  # of a file of options; all of them take two thousand
 
 READING = "Reading the model"
 OPERATORS = "Operators and export"
@@ -69,6 +72,7 @@ class CompileConfig:
             "importable.",
             READING,
             metavar="MODULE:FACTORY",
+            code=True,
         ),
     ] = None
     model_args: Annotated[
@@ -101,6 +105,7 @@ class CompileConfig:
             "Read a pickled module or other Python objects. This runs code that stands in the file, with your rights: "
             "only for files that you would run as a program.",
             READING,
+            code=True,
         ),
     ] = False
     early_stop: Annotated[
@@ -232,19 +237,18 @@ class CompileConfig:
         return None if self.lowering == "auto" else self.lowering
 
     @classmethod
-    def from_toml(cls, path: Path) -> "CompileConfig":
+    def from_toml(cls, path: Path, trusted: bool = False) -> "CompileConfig":
         """Read options from a TOML file, under the names of their flags or of the attributes above.
 
+        Args:
+            path: the file.
+            trusted: whether it may set options that make code run.
+
         Raises:
-            OptionError: the file cannot be read, or holds a key or a type that asapc does not know.
+            OptionError: the file cannot be read, holds a key or a type that asapc does not know, or would make code
+                run without being trusted.
         """
-        try:
-            content: dict[str, Any] = tomllib.loads(path.read_text())
-        except OSError as error:
-            why = (error.strerror or "it is no file").lower()
-            raise OptionError(f"cannot read {path}: {why}", "give a TOML file of options") from None
-        except ValueError as error:  # no TOML, no text, or no path
-            raise OptionError(f"cannot read {path}: {error}", "give a TOML file of options") from None
+        content = read_toml(path)
         options = {key: option for option in OPTIONS.values() for key in (option.key, option.name)}
         values: dict[str, Any] = {}
         for key, value in content.items():
@@ -252,10 +256,39 @@ class CompileConfig:
                 keys = ", ".join(option.key for option in OPTIONS.values())
                 raise OptionError(f"{path} sets `{key}`, which is no option", f"options: {keys}")
             option = options[key]
+            if option.code and not trusted:
+                raise OptionError(
+                    f"{path} sets `{key}`, which makes code run",
+                    f"give {option.flag} on the command line, or add --trust-config if you trust the file",
+                )
             if option.name in values:
                 raise OptionError(f"{path} sets both `{option.key}` and `{option.name}`", "keep one: they are the same")
             values[option.name] = option.read(key, value)
         return cls(**values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        OptionError: it is not a regular file, is too long or is not TOML, nests too deeply, or has long integers.
+    """
+    hint = "give a TOML file of options"
+    try:
+        status = path.stat()
+        if not S_ISREG(status.st_mode):
+            raise OptionError(f"cannot read {path}: it is not a regular file", hint)
+        if status.st_size > MAX_TOML_BYTES:
+            raise OptionError(f"cannot read {path}: it has {status.st_size:,} bytes", hint)
+        content = tomllib.loads(path.read_text())
+        check_plain(content)
+    except RecursionError:
+        raise OptionError(f"cannot read {path}: it nests too deeply", hint) from None
+    except OSError as error:
+        raise OptionError(f"cannot read {path}: {(error.strerror or 'no such file').lower()}", hint) from None
+    except ValueError as error:  # no TOML, no text, or no path
+        raise OptionError(f"cannot read {path}: {str(error)[:300]}", hint) from None
+    return content
 
 
 OPTIONS = declared(CompileConfig)
@@ -267,8 +300,9 @@ PAGE_HEAD = """\
 
 All options of `asapc compile`; `asapc inspect` and `asapc verify` take those that apply to them. In a TOML file for
 `--config` an option has the name of its flag without dashes (`input-shape = "x=2,197,64"`, `O = 1`) or its name in
-Python, and one that repeats takes one value or a list. The command line wins over the file. In Python options are
-arguments of `asapc.CompileConfig`.
+Python, and one that repeats takes one value or a list. The command line wins over the file. `--model` and
+`--unsafe-load` make code run, and stand in the file only where `--trust-config` says that you trust it. In Python
+options are arguments of `asapc.CompileConfig`.
 
 This page is the output of `asapc.config.options_page()`."""
 

@@ -18,8 +18,7 @@ from helpers.paths import ROOT
 ARROWS = {
     "cli": "showing commands planning relu writing process models config types errors events version",
     "showing": "writing",
-    "commands": "planning fidelity relu writing backends capturing loading passes config types errors events hashes "
-    "version",
+    "commands": "planning fidelity relu writing backends capturing loading passes config types errors events version",
     "planning": "fidelity backends passes ops config types errors",
     "writing": "backends capturing passes process config types errors hashes version",
     "relu": "backends capturing passes types errors version",

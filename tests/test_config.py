@@ -1,5 +1,6 @@
 """Options: what they take, and what they refuse with a message instead of a traceback."""
 
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -117,6 +118,7 @@ def toml(folder: Path, text: str) -> Path:
 EVERY_OPTION = """
 out = "folder"
 force = true
+dump = "stages"
 calib = "samples.npz"
 fidelity = ["agreement>=0.9", "relc<=0.1"]
 model = "my_models:build"
@@ -147,10 +149,11 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
         text, count = re.subn(rf"^(\[?){option.name}\b", rf"\g<1>{getattr(option, spelling)}", text, flags=re.MULTILINE)
         assert count == 1
     path = toml(tmp_path, text)
-    config = CompileConfig.from_toml(path)
+    config = CompileConfig.from_toml(path, trusted=True)
     assert config == CompileConfig(
         out=Path("folder"),
         force=True,
+        dump=Path("stages"),
         calib=Path("samples.npz"),
         fidelity=("agreement>=0.9", "relc<=0.1"),
         model="my_models:build",
@@ -194,7 +197,7 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
     ],
 )
 def test_a_toml_file_takes_the_names_of_flags_and_of_attributes_and_one_value_for_a_list(line, name, value, tmp_path):
-    assert CompileConfig.from_toml(toml(tmp_path, line)) == CompileConfig(**{name: value})
+    assert CompileConfig.from_toml(toml(tmp_path, line), trusted=True) == CompileConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -280,4 +283,36 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path):
 def test_a_missing_file_of_options_is_refused(tmp_path):
     for path in (tmp_path / "missing.toml", tmp_path):
         with pytest.raises(OptionError, match="cannot read"):
+            CompileConfig.from_toml(path)
+
+
+@pytest.mark.parametrize("line", ['model = "os:system"', "unsafe-load = true", "unsafe_load = false"])
+def test_a_toml_file_makes_no_code_run_unless_it_is_trusted(line, tmp_path):
+    with pytest.raises(OptionError, match="makes code run") as caught:
+        CompileConfig.from_toml(toml(tmp_path, line))
+    assert "--trust-config" in caught.value.hint
+    CompileConfig.from_toml(toml(tmp_path, line), trusted=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "slices = " + "[" * 3000 + "]" * 3000,
+        "model-args = " + "{a = " * 200 + "1" + "}" * 200,
+        "seed = 1" + "0" * 100_000,
+        "seed = 0x1" + "0" * 100_000,
+        "model-args = {depth = 0x1" + "0" * 100_000 + "}",
+        "# " + "x" * 2**21,
+    ],
+)
+def test_a_toml_file_that_nests_deeply_or_has_long_integers_is_refused(text, tmp_path):
+    with pytest.raises(OptionError, match=r"cannot read") as caught:
+        CompileConfig.from_toml(toml(tmp_path, text))
+    assert len(str(caught.value)) < 1000
+
+
+def test_what_is_not_a_file_is_never_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    for path in (tmp_path / "pipe.toml", Path("/dev/zero")):
+        with pytest.raises(OptionError, match="not a regular file"):
             CompileConfig.from_toml(path)

@@ -49,6 +49,7 @@ def test_the_files_that_the_library_reads_are_package_data():
     assert (ROOT / "asapc" / "py.typed").is_file()
     assert (ROOT / "asapc" / "planning" / "costs.json").is_file()
     assert data["asapc"] == ["py.typed"]
+    assert data["asapc.loading"] == ["*.schema.json"]
     assert data["asapc.planning"] == ["costs.json"]
     assert "data/*" in data["asapc.models"]
     assert (ROOT / "models" / "data" / "digits.npz").is_file()

@@ -1,6 +1,5 @@
 """`asapc verify`: the fidelity of a compiled model on other samples, against its teacher or its stored outputs."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import inf
@@ -12,14 +11,15 @@ from torch import Tensor
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.commands.study import study
 from asapc.config import CompileConfig
-from asapc.errors import CheckpointError, OptionError, SamplesError
+from asapc.errors import CheckpointError, OptionError, SamplesError, first_line
 from asapc.fidelity.budget import check_budget, seen_of
 from asapc.fidelity.outputs import verify
 from asapc.fidelity.sites import site_fidelity
-from asapc.hashes import sha256
+from asapc.loading.folder import COMPILE, MODEL, OPERATORS, read_folder
 from asapc.loading.inputs import order_inputs
 from asapc.loading.model import load_model
 from asapc.loading.samples import load_samples
+from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_safetensors
 from asapc.planning.operators import operators
 from asapc.planning.ranges import score_ranges, wide_sites
@@ -32,7 +32,6 @@ from asapc.writing.origins import origin_of
 from asapc.writing.report import fidelity_data
 
 Show = Callable[["Verification"], None]
-COMPILE = "compile the model again"
 # A site has left the range of its calibration where more than this share of the samples lies outside of it, widened
 # by so much of its width at either end.
 MAX_OUTSIDE, WIDENED = 0.05, 0.1
@@ -117,7 +116,7 @@ def verify_outputs(
         )
     report = read_folder(folder)
     samples, stored = load_samples(data), load_samples(outputs)
-    runner = OnnxRuntimeRunner(folder / "model.onnx")
+    runner = OnnxRuntimeRunner(folder / MODEL)
     check_stored(data, samples, outputs, stored, runner)
     fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
     verification = Verification(fidelity, config.bounds() or budget_of(report, fidelity), {})
@@ -158,10 +157,13 @@ def verify_model(
 
     Raises:
         CheckpointError: the folder is not whole, or the teacher is another one.
+        OptionError: `unsafe_load` without a teacher.
         SamplesError: the samples do not fit the model.
         FidelityError: the budget is missed: that of `config`, else what the model was compiled to keep.
     """
     config = config or CompileConfig()
+    if config.unsafe_load and teacher is None:
+        raise OptionError("--unsafe-load would run a file that the folder names", "name it yourself, with --teacher")
     report = read_folder(folder)
     loaded = load_model(teacher or Path(report["model"]["path"]), config)
     if loaded.sha256 != report["model"]["sha256"]:
@@ -172,12 +174,18 @@ def verify_model(
     sites = studied.sites
     if [site.name for site in sites] != [site["name"] for site in report["sites"]]:
         raise CheckpointError(f"{folder} lists other sites than those found in {loaded.path}", COMPILE)
-    tensors = read_safetensors(folder / "operator.safetensors", CheckpointError)
+    parameters = Source.at(folder / OPERATORS, CheckpointError)
+    tensors = read_safetensors(parameters.path, CheckpointError)
     ranges = score_ranges(studied.graph, sites, samples)
-    choices = {s.name: Choice(read_choice(s, of, tensors), "") for s, of in zip(sites, report["sites"], strict=True)}
-    modules = operators(sites, Selection(choices, wide_sites(ranges)))
-    hops = {"teacher": origin_of(loaded).reference(loaded), "compiled": OnnxRuntimeRunner(folder / "model.onnx")}
-    fidelity = verify(hops, {}, site_fidelity(studied.graph, sites, modules, samples), samples)
+    pairs = zip(sites, report["sites"], strict=True)
+    choices = {site.name: Choice(read_choice(parameters, site, of, tensors), "") for site, of in pairs}
+    hops = {"teacher": origin_of(loaded).reference(loaded), "compiled": OnnxRuntimeRunner(folder / MODEL)}
+    try:
+        modules = operators(sites, Selection(choices, wide_sites(ranges)))
+        of_sites = site_fidelity(studied.graph, sites, modules, samples)
+    except (RuntimeError, IndexError, ValueError) as error:  # shapes that torch cannot bring together
+        raise parameters.refuse(f"its parameters do not fit the model: {first_line(error)}", COMPILE) from error
+    fidelity = verify(hops, {}, of_sites, samples)
     calibrated = {site["name"]: site["calibration_range"] for site in report["sites"]}
     outside = {name: share_outside(scores.deviations, *calibrated[name]) for name, scores in ranges.items()}
     return judge(Verification(fidelity, config.bounds() or budget_of(report, fidelity), outside), show)
@@ -199,38 +207,33 @@ def budget_of(report: Mapping[str, Any], fidelity: Fidelity) -> tuple[Bound, ...
     return tuple(bound for bound in map(parse_bound, report.get("budget", ())) if bound.metric in told)
 
 
-def read_folder(folder: Path) -> dict[str, Any]:
-    """The report of a folder whose files are what its manifest says.
+def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Candidate:
+    """The operator that a report and the parameters beside it, those of `source`, describe.
 
     Raises:
-        CheckpointError: a file is missing, or has changed since it was written.
+        CheckpointError: it has more half-steps than the site, or lacks parameters.
     """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        files = {name: facts["sha256"] for name, facts in manifest["files"].items()}
-        changed = [name for name, digest in files.items() if sha256(folder / name) != digest]
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{folder} is no folder that `asapc compile` wrote, or not whole", COMPILE) from None
-    if changed:
-        raise CheckpointError(f"{', '.join(changed)} in {folder} changed since it was written", COMPILE)
-    return report
-
-
-def read_choice(site: Site, report: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Candidate:
-    """The operator that a report and the parameters beside it describe."""
     choice = report["choice"]
+    if choice["half_steps"] > site.loop.half_steps:
+        raise source.refuse(f"{site.name} has fewer half-steps than the operator that replaced it", COMPILE)
     params = None
     if choice["operator"] == "sliced_dual":
-        weights = [tensors[f"{site.name}.weights.{i}"] for i in range(choice["half_steps"] // 2)]
-        of = {name: tensors[f"{site.name}.{name}"] for name in ("query_basis", "key_basis", "knots")}
+        parts = ("query_basis", "key_basis", "knots", *(f"weights.{i}" for i in range(choice["half_steps"] // 2)))
+        for part in parts:
+            if f"{site.name}.{part}" not in tensors:
+                raise source.refuse(f"it lacks {part} of {site.name}", COMPILE)
+        query_basis, key_basis, knots, *weights = (tensors[f"{site.name}.{part}"] for part in parts)
         params = SlicedDualParams(
-            **of,
+            query_basis,
+            key_basis,
             slices=choice["slices"],
+            knots=knots,
             weights=tuple(weights),
-            side=choice["side"],
+            side=choice["side"] or "keys",
             paired="pairs" in choice["features"],
         )
+        if query_basis.shape != key_basis.shape or params.slices > query_basis.shape[-1]:
+            raise source.refuse(f"its bases do not fit {site.name}", COMPILE)
     return Candidate(choice["operator"], choice["half_steps"], inf, None, params, choice["lowering"])
 
 

@@ -1,7 +1,6 @@
 """Builds the model that the user names with `--model package.module:factory`: the user's own, trusted code."""
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from asapc.errors import OptionError, first_line
 from asapc.loading.untrusted.source import Source
+from asapc.loading.untrusted.texts import parse_json
 
 MAX_ARGS_BYTES = 2**20  # of a JSON file of arguments; a configuration takes a few thousand
 
@@ -109,10 +109,9 @@ def read_arguments(args: str | Mapping[str, Any] | None) -> dict[str, Any]:
         except UnicodeDecodeError:
             raise OptionError(f"{args} is not JSON", hint) from None
     try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        why = "it nests too deeply" if isinstance(error, RecursionError) else first_line(error)
-        raise OptionError(f"cannot read the model's arguments {args[:80]!r}: {why}", hint) from None
+        arguments = parse_json(text)
+    except ValueError as error:
+        raise OptionError(f"cannot read the model's arguments {args[:80]!r}: {error}", hint) from None
     if not isinstance(arguments, dict):
         raise OptionError(f"the model's arguments {args[:80]!r} are not a JSON object", hint)
     return arguments

@@ -64,6 +64,7 @@ class Option:
         metavar: stands for the value in usage; without one choices stand for themselves.
         default_text: the default in words, where the field's own says too little.
         range: numbers that are allowed.
+        code: whether it makes code run that the value names or that stands in a file.
         name: of the field.
         kind: the type of one value.
         many: whether there may be several values, as a tuple.
@@ -78,6 +79,7 @@ class Option:
     metavar: str = ""
     default_text: str = ""
     range: Range | None = None
+    code: bool = False
     name: str = ""
     kind: type = str
     many: bool = False

@@ -58,6 +58,18 @@ def read_onnx(source: Source) -> Any:
     return model
 
 
+def check_self_contained(source: Source) -> None:
+    """Refuse a file that refers to others: ONNX Runtime would read them.
+
+    Raises:
+        CheckpointError: it does, or is damaged.
+    """
+    with source.reading():
+        model = onnx.load_model_from_string(source.path.read_bytes())
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors_in(source, model)):
+        raise source.refuse("its data lies in other files")
+
+
 def check_versions(source: Source, model: Any) -> None:
     """Refuse what is not a model, and versions of ONNX that asapc does not read."""
     if not model.graph.node or not model.graph.input or not model.graph.output:
