@@ -39,13 +39,13 @@ def list_files(folder: Path) -> set[str]:
     try:
         entries = sorted(folder.iterdir())
     except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is no folder that `asapc compile` wrote", COMPILE) from None
+        raise CheckpointError(f"{folder} was not written by `asapc compile`", COMPILE) from None
     for entry in entries:
         if entry.is_symlink() or not entry.is_file():
             raise refusal(entry, "it is not a regular file")
     names = {entry.name for entry in entries}
     if MANIFEST not in names:
-        raise CheckpointError(f"{folder} is no folder that `asapc compile` wrote, or not whole", COMPILE)
+        raise CheckpointError(f"{folder} was not written by `asapc compile`, or is incomplete", COMPILE)
     return names
 
 
