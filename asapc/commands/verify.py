@@ -22,7 +22,7 @@ from asapc.loading.samples import load_samples
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_safetensors
 from asapc.planning.operators import operators
-from asapc.planning.ranges import score_ranges, wide_sites
+from asapc.planning.ranges import score_ranges
 from asapc.types.budget import SITE_METRICS, Bound, parse_bound
 from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 from asapc.types.results import Fidelity
@@ -181,7 +181,9 @@ def verify_model(
     choices = {site.name: Choice(read_choice(parameters, site, of, tensors), "") for site, of in pairs}
     hops = {"teacher": origin_of(loaded).reference(loaded), "compiled": OnnxRuntimeRunner(folder / MODEL)}
     try:
-        modules = operators(sites, Selection(choices, wide_sites(ranges)))
+        # As it was compiled, whatever the spread of these samples.
+        wide = frozenset(site["name"] for site in report["sites"] if site["wide"])
+        modules = operators(sites, Selection(choices, wide))
         of_sites = site_fidelity(studied.graph, sites, modules, samples)
     except (RuntimeError, IndexError, ValueError) as error:  # shapes that torch cannot bring together
         raise parameters.refuse(f"its parameters do not fit the model: {first_line(error)}", COMPILE) from error

@@ -52,6 +52,7 @@ def report_data(
                 **site_data(site),
                 "choice": choice_data(selection.choices[site.name]),
                 "calibration_range": list(selection.ranges[site.name]),
+                "wide": site.name in selection.wide,
                 "fidelity": asdict(fidelity.sites[site.name]) if site.name in fidelity.sites else None,
             }
             for site in findings.sites

@@ -6,10 +6,12 @@ from math import nan
 
 import pytest
 from helpers.fitted import cached_teacher, site, sound
+from helpers.tolerances import FLOAT32, difference
 
 from asapc.config import CompileConfig
+from asapc.ops.sinkhorn import sinkhorn_plan_ref
 from asapc.planning.choose import MARGIN, check, choose, choose_operator, decide, front, next_step, repair
-from asapc.planning.operators import build, rivals
+from asapc.planning.operators import build, operators, rivals
 from asapc.planning.propose import TRUNCATED, feature_sets, propose
 from asapc.types.choices import Candidate, Choice, Selection
 from asapc.types.results import SiteFidelity
@@ -88,6 +90,21 @@ def test_level_one_and_zero_do_not_approximate(teacher):
         config = CompileConfig(level=level)
         chosen = choose(teacher.studied, config)
         assert chosen.choices[teacher.site.name].candidate.operator == operator
+
+
+@pytest.mark.parametrize("factor", [0.1, 1, 3, 10, 30])
+def test_level_one_is_the_loop_at_any_scale_of_the_scores(teacher, factor):
+    selection = choose(teacher.studied, CompileConfig(level=1))
+    assert selection.wide == {teacher.site.name}
+    scores, *points, values = teacher.inputs
+    scores = factor * scores
+    output = operators([teacher.site], selection)[teacher.site.name](scores, *points, values)
+    expected = sinkhorn_plan_ref(scores, teacher.site.loop.half_steps) @ values.double()
+    assert difference(output, expected) < FLOAT32
+
+
+def test_fused_passes_that_are_asked_for_stay_fused_at_level_one(teacher):
+    assert choose(teacher.studied, CompileConfig(level=1, lowering="fused")).wide == frozenset()
 
 
 def test_candidates_are_the_exact_form_its_truncations_and_sliced_duals_of_every_feature_set(teacher):

@@ -101,7 +101,7 @@ def test_a_report_keeps_to_its_schema_as_json() -> None:
 def test_what_inspect_prints_is_described_as_it_is_in_the_report() -> None:
     inspect = json.loads((ROOT / "docs" / "inspect.schema.json").read_text())
     of_report, of_inspect = (schema["$defs"]["site"] for schema in (SCHEMA, inspect))
-    added = {"choice", "fidelity", "calibration_range"}
+    added = {"choice", "fidelity", "calibration_range", "wide"}
     assert set(of_inspect["required"]) == set(of_report["required"]) - added == set(site_data(matching("a")))
     assert of_inspect["properties"].items() <= of_report["properties"].items()
     for name in ("misses", "early_stops"):
