@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers.command import assert_user_error, run, write_checkpoint
 
+from asapc.commands import verify as verify_module
 from asapc.commands.compile import compile_model
 from asapc.commands.verify import budget_of, share_outside, verify_model, verify_outputs
 from asapc.config import CompileConfig
-from asapc.errors import CheckpointError, SamplesError
+from asapc.errors import CheckpointError, FidelityError, SamplesError
 from asapc.loading.model import load_model
 from asapc.types.budget import Bound
 from asapc.types.results import Fidelity
@@ -67,6 +68,25 @@ def test_the_budget_is_that_of_the_report_as_far_as_the_samples_tell(compiled, t
     assert budget_of({"budget": outputs}, whole) == (Bound("agreement", 0.5),)
     assert budget_of({}, whole) == ()  # that of a folder which says nothing is the default
     assert verify_model(compiled / "out", compiled / "same.npz").budget == (Bound("relc", 1), Bound("agreement", 0))
+
+
+def test_a_missed_budget_fails_in_python_as_in_the_command_after_it_was_shown(compiled):
+    displays = []
+    config = CompileConfig(fidelity=("relc<=1e-9",))
+    with pytest.raises(FidelityError, match="relc"):
+        verify_model(compiled / "out", compiled / "same.npz", config=config, show=displays.append)
+    [verification] = displays
+    assert verification.budget == config.bounds()
+
+
+def test_operators_are_rated_as_they_were_compiled(compiled, monkeypatch):
+    selections = []
+    monkeypatch.setattr(verify_module, "operators", lambda sites, selection: selections.append(selection) or {})
+    for data in ("same.npz", "sharp.npz"):
+        verify_model(compiled / "out", compiled / data)
+    narrow, sharp = (selection.wide for selection in selections)
+    [site] = json.loads((compiled / "out" / "report.json").read_text())["sites"]
+    assert narrow == sharp == ({site["name"]} if site["wide"] else frozenset())
 
 
 def test_data_of_another_kind_is_out_of_range(compiled):
