@@ -95,3 +95,11 @@ def test_a_missed_budget_names_the_step_that_costs_most_and_what_to_do_about_it(
         check_budget(of(0.3, 0.1, 0.0), [Bound("relc", 0.04)])
     assert "capture" not in str(caught.value)
     assert "-O1" in caught.value.hint
+
+
+def test_a_missed_budget_speaks_of_the_compiled_model_and_of_its_cost_where_that_is_known():
+    # `asapc verify` knows no cost, and has selected nothing.
+    for cost, end in ((None, "outside the budget relc<=0.04"), (0.25, "25% of the exact forms' time, as estimated")):
+        with pytest.raises(FidelityError, match=r"^the compiled model has relc 0\.05 on 4 samples, ") as caught:
+            check_budget(fidelity(), [Bound("relc", 0.04)], cost)
+        assert str(caught.value).endswith(end)
