@@ -128,6 +128,7 @@ unsafe_load = true
 early_stop = "refuse"
 level = 1
 lowering = "fused"
+target = "onnx"
 precision = "float16"
 relu_activations = 1e-3
 dynamic = "seq=16:64"
@@ -164,6 +165,7 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
         early_stop="refuse",
         level=1,
         lowering="fused",
+        target="onnx",
         precision="float16",
         relu_activations=1e-3,
         dynamic="seq=16:64",

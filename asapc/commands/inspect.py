@@ -23,7 +23,10 @@ def inspect_model(
     Raises:
         AsapcError: the checkpoint or the samples are at fault. Finding nothing is no error.
     """
-    return study(path, config, example_samples, on_event).findings
+    config = config or CompileConfig()
+    drawn = bool(config.input_shape) and config.calib is None
+    notes = (f"probed with random inputs, seed {config.seed}",) if drawn else ()
+    return study(path, config, example_samples, on_event, notes=notes).findings
 
 
 def example_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples, Samples]:

@@ -31,6 +31,7 @@ def study(
     gather: Gather = gather_samples,
     on_event: OnEvent = lambda event: None,
     dump: Dump | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Teacher:
     """Load a model, gather its samples, capture it as a graph, build its plans and find its Sinkhorn loops.
 
@@ -40,6 +41,7 @@ def study(
         gather: gives calibration and held-out samples.
         on_event: called with progress.
         dump: writes the graph after capture, the graph with its plans built, and the findings.
+        notes: what the caller has to say about the samples.
 
     Raises:
         AsapcError: the model, its samples or an option is at fault. Finding no loop is not an error.
@@ -49,7 +51,7 @@ def study(
         loaded = model if isinstance(model, LoadedModel) else load_model(model, config)
         calibration, held_out = gather(loaded, config)
         counts = f"{loaded.parameters:,} parameters, {len(calibration)} + {len(held_out)} samples"
-        step.summary = "; ".join((counts, *loaded.notes))
+        step.summary = "; ".join((counts, *loaded.notes, *notes))
 
     with stage("capture", on_event) as step:
         origin = origin_of(loaded)

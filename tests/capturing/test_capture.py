@@ -121,7 +121,7 @@ class Returns(nn.Module):
         (lambda x: {"logits": x * 2, "n": 3}, ["['n']", "int"]),
         (lambda x: (x * 2, {"deep": [x, "text"]}), ["[1]['deep'][1]", "str"]),
         (lambda x: (x * 2, x.shape[0]), ["[1]", "int"]),
-        (lambda x: 2.0, ["what it returns", "float"]),
+        (lambda x: 2.0, ["the model's output is", "float"]),
         (lambda x: None, ["returns nothing"]),
     ],
 )

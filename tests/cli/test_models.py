@@ -67,5 +67,7 @@ def test_inspect_takes_its_options_from_a_file_too(small):
     name, _, model, _, args = weights_alone(small)
     table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in json.loads(args).items())
     text = f'model = "{model}"\nmodel_args = {{{table}}}\ninput_shape = ["images=2,4,4"]\n'
-    result = run("inspect", name, "--config", written(Path("o.toml"), text.encode()))
+    options = written(Path("o.toml"), text.encode())
+    assert "--trust-config" in assert_user_error(run("inspect", name, "--config", options))[1]
+    result = run("inspect", name, "--config", options, "--trust-config")
     assert result.exit_code == 0, result.stderr
