@@ -208,7 +208,7 @@ def test_the_operators_parameters_are_there_for_every_site(report):
     for site in report.data["sites"]:
         heads, size, name = site["heads"], site["head_dim"], site["name"]
         coordinates = min(size, COORDINATES)
-        assert tensors[f"{name}.scale"].shape == (heads,)
+        assert tensors[f"{name}.score_scale"].shape == (heads,)
         assert tensors[f"{name}.query_basis"].shape == (heads, size, coordinates)
         assert tensors[f"{name}.key_basis"].shape == (heads, size, coordinates)
         sets = site["choice"]["half_steps"] // 2

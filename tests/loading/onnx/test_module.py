@@ -222,7 +222,7 @@ def test_a_loop_of_onnx_with_a_known_number_of_turns(tmp_path):
 
 def test_loops_on_data_and_loops_without_end_are_refused(tmp_path):
     inputs = Samples({"x": torch.randn(4, 6, 4)})
-    with pytest.raises(CheckpointError, match="more than 1000 turns"):
+    with pytest.raises(CheckpointError, match="runs for more than 1000 iterations"):
         capture_onnx(load_model(looped(tmp_path, 10**6)), inputs)
     model = onnx.load(looped(tmp_path, 5))
     nodes = [helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0), helper.make_node("Cast", ["top"], ["n"], to=7)]
