@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import random
 import struct
 import zipfile
@@ -95,6 +96,62 @@ def damage_header(data: bytes, rng: random.Random) -> bytes:
     header = json.dumps(change_json(json.loads(data[8 : 8 + length]), rng)).encode()
     claimed = len(header) if rng.random() < 0.8 else abs(rng.choice(NUMBERS)) % 2**64
     return struct.pack("<Q", claimed) + header + data[8 + length :]
+
+
+def second_directory(data: bytes) -> bytes:
+    """An archive whose record at the end leads to one directory, and whose locator of large archives to another."""
+    other = archive({"whole/data.pkl": pickle.dumps({"other": 1})})
+    start, end = len(data), len(data) + len(other) - 22
+    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, end - start - 60, start + 60)
+    return data[:-22] + other[:-22] + record + struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1) + data[-22:]
+
+
+def last_header(data: bytes) -> int:
+    """Where the header of an archive's last member begins."""
+    return data.rindex(b"PK\x03\x04")
+
+
+def other_sizes(data: bytes) -> bytes:
+    """An archive of which one header claims another size than the directory."""
+    at = last_header(data) + 18
+    return data[:at] + struct.pack("<L", 7) + data[at + 4 :]
+
+
+def second_field(data: bytes) -> bytes:
+    """An archive of which the last member's header has a field for large sizes once more, with other sizes."""
+    at, field = last_header(data), struct.pack("<2H2Q", 1, 16, 7, 7)
+    name, extra = struct.unpack("<2H", data[at + 26 : at + 30])
+    behind, start = at + 30 + name + extra, int.from_bytes(data[-6:-2], "little") + 2 * len(field)
+    header = data[at : at + 28] + struct.pack("<H", extra + 2 * len(field)) + data[at + 30 : behind]
+    return data[:at] + header + 2 * field + data[behind:-6] + struct.pack("<LH", start, 0)
+
+
+def other_name(data: bytes) -> bytes:
+    """An archive of which one header has another name than the directory."""
+    at = last_header(data) + 30
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def gap(data: bytes) -> bytes:
+    """An archive with bytes between its members and its directory."""
+    start = int.from_bytes(data[-6:-2], "little")
+    return data[:start] + b"between" + data[start:-6] + struct.pack("<LH", start + 7, 0)
+
+
+# Archives that two readers could read in two ways.
+AMBIGUOUS: tuple[Callable[[bytes], bytes], ...] = (
+    lambda data: data + b"after",
+    lambda data: data[:-2] + b"\x05\x00after",
+    lambda data: b"PK\x03\x04before" + data,
+    lambda data: data + data,
+    lambda data: data[:-22] + data[-22:] * 2,
+    lambda data: data[:-12] + bytes([data[-12] ^ 1]) + data[-11:],
+    gap,
+    second_directory,
+    second_field,
+    other_sizes,
+    other_name,
+)
 
 
 def survive(path: Path, data: bytes, read: Callable[[Path], object]) -> bool:

@@ -60,7 +60,7 @@ def end_of_members(file: IO[bytes], members: list[zipfile.ZipInfo]) -> int | Non
     """Return where the last member of an archive ends, None where members leave gaps or differ from the directory.
 
     Raises:
-        struct.error: a record is cut off.
+        struct.error: a record or a field is cut off, or a field comes twice.
     """
     end = 0
     for member in sorted(members, key=lambda member: member.header_offset):
@@ -117,19 +117,27 @@ def is_directory(file: IO[bytes], start: int, size: int, count: int) -> bool:
 
 
 def widened(facts: list[int], extra: bytes) -> tuple[int, ...]:
-    """Return checksum and sizes of a header, those of eight bytes taken from its extra field."""
+    """Return checksum and sizes of a header; a size that stands in eight bytes is taken from the extra field."""
     checksum, packed, unpacked = facts
     wide = fields(extra).get(ZIP64_FIELD, b"")
-    if WIDE in (packed, unpacked) and len(wide) == 16:  # in a header always both, the unpacked first
-        unpacked, packed = struct.unpack("<2Q", wide)
+    if len(wide) == 16:  # in a header always both, the unpacked first
+        sizes = struct.unpack("<2Q", wide)
+        pairs = zip((unpacked, packed), sizes, strict=True)
+        unpacked, packed = (long if short == WIDE else short for short, long in pairs)
     return checksum, packed, unpacked
 
 
 def fields(extra: bytes) -> dict[int, bytes]:
-    """Return the contents of an extra field by their numbers."""
-    contents = {}
+    """Return the contents of an extra field by their numbers.
+
+    Raises:
+        struct.error: one is cut off, or comes twice, of which readers might take either.
+    """
+    contents: dict[int, bytes] = {}
     while len(extra) >= 4:
         number, length = struct.unpack("<2H", extra[:4])
+        if number in contents or length > len(extra) - 4:
+            raise struct.error
         contents[number], extra = extra[4 : 4 + length], extra[4 + length :]
     return contents
 
