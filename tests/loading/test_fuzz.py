@@ -4,47 +4,21 @@ import random
 import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from helpers.damage import DAMAGE, damage_graph, damage_header, damage_member, survive, swap_members
-from helpers.hostile import Tiny, export
-from safetensors.torch import save_file
+from helpers.whole import whole_files
 
 from asapc.config import CompileConfig
 from asapc.loading.model import load_model
 from asapc.loading.samples import load_samples
 
 TINY = CompileConfig(model="helpers.hostile:Tiny")
-VIT = {"size": 2, "classes": 2, "width": 4, "depth": 1, "heads": 1, "epsilon": 0.5, "iterations": 2}
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".pt2", ".onnx", ".npz", "")
-
-
-def checkpoint() -> dict:
-    from asapc.models.vit import VisionTransformer
-
-    return {
-        "format": "asapc.checkpoint/1",
-        "model": "asapc.models.vit:VisionTransformer",
-        "model_args": VIT,
-        "state_dict": VisionTransformer(**VIT).state_dict(),
-        "held_out": {"inputs": {"images": torch.rand(2, 2, 2)}, "labels": torch.arange(2)},
-    }
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, bytes]:
-    """Good files by kind."""
-    folder = tmp_path_factory.mktemp("whole")
-    torch.save(checkpoint(), folder / "checkpoint.pt")
-    torch.save({"epoch": 3, "model": Tiny().state_dict()}, folder / "weights.pt")
-    torch.save(Tiny().state_dict(), folder / "legacy.pt", _use_new_zipfile_serialization=False)
-    save_file(Tiny().state_dict(), folder / "weights.safetensors")
-    np.savez(folder / "arrays.npz", x=np.zeros((3, 4), dtype=np.float32), labels=np.arange(3))
-    np.savez_compressed(folder / "packed.npz", x=np.zeros((3, 4), dtype=np.float32), labels=np.arange(3))
-    torch.save({"x": torch.zeros(3, 4), "labels": torch.arange(3)}, folder / "samples.pt")
-    export(folder / "program.pt2")
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return whole_files(tmp_path_factory.mktemp("whole"))
 
 
 def read_weights(path: Path) -> object:
