@@ -19,6 +19,7 @@ from asapc.types.choices import Selection
 from asapc.types.site import Site
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST = 2**20  # bytes; of the handful of files that asapc writes it has some hundreds
 # Of the hidden folders beside an output in which it grows.
 PREFIX = ".asapc."
 # In such a folder: the earlier output, under its name, while the new one takes its place.
@@ -82,13 +83,9 @@ def check_ours(path: Path) -> None:
     """Raise OutputError if `path` exists and is anything but a folder with the files that its manifest lists."""
     if not os.path.lexists(path):
         return
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
-        manifest = None
-    if not isinstance(manifest, dict) or not str(manifest.get("schema", "")).startswith("asapc.manifest/"):
+    listed = listed_files(path / MANIFEST)
+    if listed is None:
         raise OutputError(f"{path} was not written by asapc, and is not replaced", "give another --out")
-    listed = {MANIFEST, *(manifest.get("files") or ())}
     others = sorted(
         entry.name for entry in os.scandir(path) if entry.name not in listed or entry.is_dir(follow_symlinks=False)
     )
@@ -98,6 +95,20 @@ def check_ours(path: Path) -> None:
             f"{path} holds what asapc did not write, and is not replaced: {shown}",
             "move it elsewhere, or give another --out",
         )
+
+
+def listed_files(manifest: Path) -> set[str] | None:
+    """Return the names that a manifest lists, its own among them; None if it is not one of asapc's."""
+    try:
+        # A pipe would never end, and no manifest is as large as a link to a device.
+        if manifest.is_symlink() or not manifest.is_file() or manifest.stat().st_size > MAX_MANIFEST:
+            return None
+        content = json.loads(manifest.read_text())
+        if not content["schema"].startswith("asapc.manifest/"):
+            return None
+        return {manifest.name, *content["files"]}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def check_no_folder(path: Path) -> None:

@@ -245,3 +245,35 @@ def test_json_is_never_written_with_numbers_that_json_does_not_have(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "report.json", {"value": float("nan")})
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        "{}",
+        '{"schema": 3, "files": []}',
+        '{"schema": "asapc.manifest/1"}',
+        '{"schema": "asapc.manifest/1", "files": 7}',
+        '{"schema": "asapc.manifest/1", "files": [["a"]]}',
+        "[" * 100_000,
+        "7" * 100_000,
+    ],
+)
+def test_a_folder_with_a_manifest_of_another_shape_is_kept(manifest, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text(manifest)
+    with pytest.raises(OutputError, match="was not written by asapc"), output_folder(out, force=True):
+        pass
+    assert (out / "manifest.json").read_text() == manifest
+
+
+@pytest.mark.timeout(60)
+def test_a_manifest_that_is_a_pipe_or_a_device_is_not_opened(tmp_path):
+    for name, make in {"pipe": os.mkfifo, "device": lambda path: os.symlink("/dev/zero", path)}.items():
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "manifest.json")
+        with pytest.raises(OutputError, match="was not written by asapc"), output_folder(tmp_path / name, force=True):
+            pass

@@ -133,7 +133,7 @@ def test_a_loop_is_found_and_replaced_and_all_else_stays(name, legacy, tmp_path)
     findings = find_with_evidence(graph, Samples(inputs))
     sites = CASES[name].sites
     assert [(site.loop.half_steps, site.loop.last) for site in findings.sites] == [
-        (s.loop.half_steps, s.loop.last) for s in sites
+        (s.half_steps, s.last) for s in sites
     ]
     names = {node.name for node in model.graph.node}
     assert all(str(site.source).removeprefix("model.onnx: ") in names for site in findings.sites)
