@@ -113,7 +113,17 @@ def reopen(
             f"the marginals of {uneven.name} differ from token to token, for one length alone", "omit --dynamic"
         )
     open_graph = capture_code(loaded, samples, early_stop, axes)
-    before, after = tensor_nodes(graph.program.graph), tensor_nodes(open_graph.program.graph)
+    names = node_names(graph, open_graph)
+    return open_graph, [replace(site, wiring=site.wiring.renamed(names)) for site in sites]
+
+
+def node_names(graph: CapturedGraph, other: CapturedGraph) -> dict[str, str]:
+    """Return what the nodes of a graph are called in another of the same model, captured at other lengths.
+
+    Raises:
+        CaptureError: the model does other operations there.
+    """
+    before, after = tensor_nodes(graph.program.graph), tensor_nodes(other.program.graph)
     if [kind(node) for node in before] != [kind(node) for node in after]:
         raise CaptureError(
             "with dynamic axes the model does other operations than without",
@@ -123,7 +133,7 @@ def reopen(
     for node in graph.program.graph.nodes:
         if is_whole(node):
             names[node.name] = names[node.args[0].name]
-    return open_graph, [replace(site, wiring=site.wiring.renamed(names)) for site in sites]
+    return names
 
 
 def tensor_nodes(graph: Graph) -> list[Node]:

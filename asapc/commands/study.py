@@ -8,6 +8,7 @@ from torch import nn
 
 from asapc.backends.eager.runner import EagerRunner
 from asapc.capturing.dynamic import at_longest, opens, parse_axes, reopen
+from asapc.commands.lengths import check_lengths, find_at_lengths
 from asapc.config import CompileConfig
 from asapc.events import OnEvent, stage
 from asapc.fidelity.outputs import check_labels
@@ -66,7 +67,12 @@ def study(
     with stage("find", on_event) as step:
         # The finder looks for plans, so that those which the code applies without building them come first.
         graph = build_plans(graph, calibration)
-        findings = replace(find_with_evidence(graph, calibration), early_stops=graph.early_stops)
+        findings = (
+            find_at_lengths(loaded, calibration, axes, graph, config.early_stop)
+            if opens(axes)
+            else find_with_evidence(graph, calibration)
+        )
+        findings = replace(findings, early_stops=graph.early_stops)
         dump.graph("build-plans", graph)
         dump.findings("find", findings)
         step.summary = f"{len(findings.sites)} Sinkhorn sites"
@@ -74,8 +80,11 @@ def study(
         open_graph, open_sites = graph, list(findings.sites)
         if findings.sites and opens(axes):
             open_graph, open_sites = reopen(loaded, calibration, axes, graph, findings.sites, config.early_stop)
-    longest_sites = [at_longest(site, axes, calibration) for site in findings.sites]
-    return Teacher(loaded, calibration, held_out, graph, findings, open_graph, open_sites, longest_sites)
+        longest_sites = [at_longest(site, axes, calibration) for site in findings.sites]
+        teacher = Teacher(loaded, calibration, held_out, graph, findings, open_graph, open_sites, longest_sites)
+        if findings.sites and opens(axes):
+            check_lengths(teacher, axes)
+    return teacher
 
 
 def study_module(

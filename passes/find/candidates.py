@@ -16,9 +16,9 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from asapc.passes.find.kinds import (
-    EXTREMES,
     LAYERS,
     SAME_VALUES,
+    STATISTICS,
     depends_on,
     is_constant,
     is_cut,
@@ -181,9 +181,9 @@ def inside_loop(plan: Node, region: set[Node]) -> set[Node]:
 
 
 def is_sum(node: Node) -> bool:
-    """Return whether a node may be a step of a loop: it sums over axes and is no extreme and no score product."""
-    extreme = getattr(node.target, "overloadpacket", None) in EXTREMES
-    return is_mixing(node) and not extreme and not makes_scores(node)
+    """Return whether a node may be a step of a loop: it sums over axes and is no statistic and no score product."""
+    statistic = getattr(node.target, "overloadpacket", None) in STATISTICS
+    return is_mixing(node) and not statistic and not makes_scores(node)
 
 
 def scaling_inputs(operand: Node) -> set[Node]:

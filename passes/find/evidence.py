@@ -1,6 +1,6 @@
 """Chooses the samples that the finder looks at: few, since it is thorough, and such that they show what a loop does."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +15,15 @@ from asapc.types.site import Findings
 MAX_SAMPLES, BATCH = 256, 32  # samples searched where two do not show enough, and how many at once
 
 
-def find_with_evidence(graph: CapturedGraph, samples: Samples) -> Findings:
+def find_with_evidence(graph: CapturedGraph, samples: Samples, skipped: Collection[str] = ()) -> Findings:
     """Run `find_sinkhorn` on two samples, and again on more where a loop reads what does not vary on these two.
 
     A mask that the model computes itself, from token ids say, shows only in the values of the graph.
     """
     pair = most_different(samples)
-    findings = find_sinkhorn(graph, samples[pair])
+    findings = find_sinkhorn(graph, samples[pair], skipped)
     more = varying(graph, findings.untold, samples)
-    return find_sinkhorn(graph, samples[[*pair, *more]]) if more else findings
+    return find_sinkhorn(graph, samples[[*pair, *more]], skipped) if more else findings
 
 
 def most_different(samples: Samples) -> list[int]:

@@ -64,7 +64,11 @@ SIZES_ONLY = {
     aten.new_full,
     aten.new_empty,
 }
-EXTREMES = {aten.amax, aten.amin, aten.max, aten.min}  # taken off scores before an exp
+# What scores may be shifted or scaled by before a loop, but no step of one.
+STATISTICS = {
+    *(aten.amax, aten.amin, aten.max, aten.min, aten.var, aten.std, aten.var_mean, aten.std_mean),
+    *(aten.any, aten.all, aten.isclose),
+}
 
 
 def makes_scores(node: Node) -> bool:

@@ -10,7 +10,7 @@ Equal scores give the outer product of the marginals, so the marginals are read 
 region is a function here: nothing in this file depends on graphs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
@@ -23,17 +23,17 @@ from asapc.ops.scaling import MIN_LIVE
 from asapc.ops.sinkhorn import sinkhorn_duals, sinkhorn_iterates
 from asapc.types.site import Axis, Loop
 
-MAX_HALF_STEPS = 200
+MAX_HALF_STEPS = 200  # where no structure says how many there can be
 # Relative, in float64: another order of the same operations stays far below these, another algorithm far above.
 DECOMPOSITION_TOLERANCE = 1e-6
 ROUNDING = 1e-12
 MARGINAL_TOLERANCE = 1e-6
+EXACT_TOLERANCE, DISTINCT = 1e-6, 10.0  # of plans of random scores, and how many times that tells two plans apart
 # On the real scores: leaves room for small constants in the divisors.
 PLAN_TOLERANCE = 1e-5
-# On random scores such constants can weigh more. A number of half-steps is accepted where its plan comes within
-# EXACT_TOLERANCE, or within CLOSE_TOLERANCE if every other number is off by DISTINCT times as much.
-EXACT_TOLERANCE, CLOSE_TOLERANCE, DISTINCT = 1e-6, 1e-2, 10.0
-SHARPNESS = (4.0, 8.0, 16.0, 32.0)  # standard deviations of the random scores
+SHARPNESS = (4.0, 32.0)  # standard deviations of the random scores
+# Scores that fall into two groups of rows and columns, this far apart, converge slowly: many half-steps show.
+BLOCKS = (1.5, 2.5, 3.5, 4.5, 5.5)
 MAX_COUNTED_HEADS = 2  # this many heads are enough to count half-steps
 NOTHING = "there is nothing to change"
 PLAIN_LOOP = (
@@ -155,7 +155,14 @@ def find_live(plan: Tensor) -> Live:
     return live
 
 
-def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Callable[[Tensor], Tensor]) -> Loop:
+def probe(
+    scores: Tensor,
+    plan: Tensor,
+    scale: Tensor,
+    live: Live,
+    respond: Callable[[Tensor], Tensor],
+    most: int = MAX_HALF_STEPS,
+) -> Loop:
     """Run the second test, after `find_scale`: count half-steps, and read off axes and marginals.
 
     Args:
@@ -164,12 +171,13 @@ def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Call
         scale: from `find_scale`.
         live: from `find_scale`.
         respond: the region, scores to plan.
+        most: no loop of more half-steps is looked for.
 
     Raises:
         NotSinkhorn: no loop gives these plans.
     """
     cells, factor = live.cells, scale[:, None, None]
-    (half_steps, last), masses = respond_to_noise(scores, factor, live, respond)
+    (half_steps, last), masses = respond_to_noise(scores, factor, live, respond, most)
     mass = masses[0] if last == "rows" else masses[1]
     if mass is None:
         raise NotSinkhorn(f"the sums of the plan's {last} differ between samples or heads", PLAIN_LOOP, 2)
@@ -190,15 +198,19 @@ def probe(scores: Tensor, plan: Tensor, scale: Tensor, live: Live, respond: Call
 
 
 def respond_to_noise(
-    scores: Tensor, factor: Tensor, live: Live, respond: Callable[[Tensor], Tensor]
+    scores: Tensor, factor: Tensor, live: Live, respond: Callable[[Tensor], Tensor], most: int
 ) -> tuple[tuple[int, Axis], Masses]:
-    """Count half-steps on ever sharper random scores, and read the masses off the response to equal ones.
+    """Count half-steps on random scores, and read the masses off the response to equal ones.
+
+    A converged loop looks alike for many counts, one that still moves does not: after scores of two kinds come others
+    on which loops converge ever more slowly, until the count is certain.
 
     Args:
         scores: real scores (B, H, N, M), which stay where they are masked.
         factor: scale (H, 1, 1).
         live: rows and columns that hold mass.
         respond: the region, scores to plan.
+        most: no loop of more half-steps is looked for.
 
     Returns:
         Number of half-steps and last axis, and the masses of rows and columns as `marginals` gives them.
@@ -207,39 +219,62 @@ def respond_to_noise(
         NotSinkhorn: no loop gives these plans.
     """
     cells = live.cells
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(scores.shape, generator=generator, dtype=torch.float64)
-    # Among the samples that are not wholly masked, scores are noise in one, and equal in another for the marginals.
-    alive = cells.flatten(1).any(dim=1).nonzero().flatten().tolist()
-    noisy, flat = alive[0], alive[-1]
-    if flat != noisy:
-        noise[flat] = 0
-    sample_and_heads = slice(noisy, noisy + 1), slice(0, MAX_COUNTED_HEADS)
+    # Scores are random in the sample with most cells, and equal, for the marginals, in that with the next most.
+    fullest = cells.flatten(1).sum(dim=1).argsort(descending=True, stable=True).tolist()
+    noisy = fullest[0]
+    flat = fullest[1] if len(fullest) > 1 and bool(cells[fullest[1]].any()) else noisy
+    sample, counted = slice(noisy, noisy + 1), slice(0, MAX_COUNTED_HEADS)
     count: tuple[int, Axis] | None = None
+    certain = False
     masses: Masses = (None, None)
-    for sharpness in SHARPNESS:
-        sharp = torch.where(cells, sharpness * noise, scores * factor)
-        response = respond(torch.where(cells, sharpness * noise / factor, scores))
+    seen: list[tuple[Tensor, Tensor]] = []
+    for noise, mild in noises(scores.shape):
+        if certain and not mild:
+            break
+        if flat != noisy:
+            noise[flat] = 0
+        response = respond(torch.where(cells, noise / factor, scores))
         if not bool(torch.isfinite(response).all()):
-            break  # the region's own form leaves the range of float64
-        if masses == (None, None):
+            continue  # the region's own form leaves the range of float64
+        if not seen:
             equal = response if flat != noisy else respond(torch.where(cells, 0.0, scores))
             masses = marginals(equal, live, slice(flat, flat + 1))
-        random_scores = torch.where(cells, sharp, -inf)[sample_and_heads]
-        match = count_half_steps(random_scores, response[sample_and_heads], masses)
-        if match is None:
-            break
-        count, still_moving = match
-        if still_moving:
-            break  # a converged loop looks alike for many counts, one that moves does not
+        random_scores = torch.where(cells, noise, -inf)[sample]
+        seen.append((random_scores, response[sample]))
+        if not certain:
+            match = count_half_steps(random_scores[:, counted], response[sample, counted], masses, most)
+            if match is None:
+                raise no_loop(most)
+            (steps, last), certain = match
+            if count is None or certain or steps > count[0]:
+                count = steps, last
     if count is None:
-        raise NotSinkhorn(
-            "log(plan) has the right form, but no loop of up to "
-            f"{MAX_HALF_STEPS} half-steps gives this plan for other scores",
-            PLAIN_LOOP,
-            nearness=2,
-        )
+        raise no_loop(most)
+    for random_scores, response in seen:
+        duals = sinkhorn_duals(random_scores, *count, *masses)
+        if difference(plan_of(random_scores, *duals), response) > EXACT_TOLERANCE:
+            raise no_loop(most)
     return count, masses
+
+
+def noises(shape: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
+    """Yield random scores of a shape (B, H, N, M), and whether loops are to be tried on them in any case."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    for sharpness in SHARPNESS:
+        yield sharpness * noise, True
+    signs = [1.0 - 2.0 * (torch.arange(size, dtype=torch.float64) % 2) for size in shape[-2:]]
+    for distance in BLOCKS:
+        yield distance * torch.outer(*signs) + noise, False
+
+
+def no_loop(most: int) -> NotSinkhorn:
+    """Return the reason for a region that has the right form only."""
+    return NotSinkhorn(
+        f"log(plan) has the right form, but no loop of up to {most} half-steps gives this plan for other scores",
+        PLAIN_LOOP,
+        nearness=2,
+    )
 
 
 def marginals(response: Tensor, live: Live, sample: slice) -> Masses:
@@ -269,22 +304,16 @@ def marginals(response: Tensor, live: Live, sample: slice) -> Masses:
     return mass(rows, live.rows, -1), mass(columns, live.columns, -2)
 
 
-def count_half_steps(scores: Tensor, plan: Tensor, masses: Masses) -> tuple[tuple[int, Axis], bool] | None:
+def count_half_steps(scores: Tensor, plan: Tensor, masses: Masses, most: int) -> tuple[tuple[int, Axis], bool] | None:
     """Return the first (T, last axis) that gives a plan, and whether the loop still moves there: T is certain then."""
     axes: tuple[Axis, Axis] = ("rows", "columns")
-    closest: list[tuple[float, int, Axis]] = []
     for first in axes:
         loop = enumerate(sinkhorn_iterates(scores, first, *masses), start=1)
-        for step, (axis, f, g) in islice(loop, MAX_HALF_STEPS):
-            error = difference(plan_of(scores, f, g), plan)
-            closest.append((error, step, axis))
-            if error < EXACT_TOLERANCE:
+        for step, (axis, f, g) in islice(loop, most):
+            if difference(plan_of(scores, f, g), plan) < EXACT_TOLERANCE:
                 next(loop)  # two half-steps later the same axis is the last
                 _, (_, f, g) = next(loop)
                 return (step, axis), difference(plan_of(scores, f, g), plan) > DISTINCT * EXACT_TOLERANCE
-    (error, step, axis), second = sorted(closest)[:2]
-    if error < CLOSE_TOLERANCE and second[0] > DISTINCT * error:
-        return (step, axis), True
     return None
 
 

@@ -34,17 +34,28 @@ class Region:
         self.closed = end in nodes and inputs <= values.keys()
         self.inputs = {n: double(values[n]) for n in inputs if n in values}
 
-    def __call__(self, value: Tensor) -> Tensor:
+    def __call__(
+        self,
+        value: Tensor,
+        arguments: Mapping[Node, tuple[Any, ...]] | None = None,
+        inputs: Mapping[Node, Any] | None = None,
+    ) -> Tensor:
         """Compute the value of the end from another value of the start.
+
+        Args:
+            value: of the start.
+            arguments: what some nodes are given in the place of their own positional arguments.
+            inputs: values of some inputs in the place of their own.
 
         Raises:
             OpenRegionError: the end does not depend on the start alone.
         """
         if not self.closed:
             raise OpenRegionError
-        env: dict[Node, Any] = {**self.inputs, self.start: value}
+        arguments = arguments or {}
+        env: dict[Node, Any] = {**self.inputs, **(inputs or {}), self.start: value}
         for node in self.nodes:
-            args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+            args, kwargs = map_arg((arguments.get(node, node.args), node.kwargs), env.__getitem__)
             # A cast to another floating type would round what has to stay exact, so it is skipped. A view was
             # traced for contiguous tensors; these may be transposed, which takes a reshape.
             operator: Any = torch.reshape if node.target is aten.view.default else node.target

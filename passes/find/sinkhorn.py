@@ -8,7 +8,9 @@ in numbers. Names of classes, modules and functions play no part; they only labe
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count
 from typing import Any
 
@@ -18,9 +20,19 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from asapc.passes.find.candidates import Candidate, propose
 from asapc.passes.find.describe import describe, module_path, source_line
+from asapc.passes.find.explain import Explanation, explain, foreign_inputs, name_of
 from asapc.passes.find.frames import Frame, frames
 from asapc.passes.find.kinds import is_constant
-from asapc.passes.find.probe import MASKED_LATER, NotSinkhorn, amount, difference, find_scale, probe
+from asapc.passes.find.probe import (
+    MASKED_LATER,
+    PLAN_TOLERANCE,
+    Live,
+    NotSinkhorn,
+    amount,
+    difference,
+    find_scale,
+    probe,
+)
 from asapc.passes.find.products import as_product
 from asapc.passes.find.regions import OpenRegionError, Region
 from asapc.types.graph import CapturedGraph
@@ -30,23 +42,33 @@ from asapc.types.site import Findings, Miss, Site
 # Relative difference that the plan of the model may have from the loop in float64: rounding of a long loop in float32.
 # Beyond it the result depends on rounding, as with masks of -1e9, beside which float32 loses the scores.
 PRECISION_TOLERANCE = 1e-2
+UNEXPLAINED = 5  # nearness of a start after which comes what is no step of a loop
+# Scores are multiplied by these where the plan's smallest entries are zero even in float64.
+MILD = (0.1, 0.01)
 
 
-def find_sinkhorn(graph: CapturedGraph, samples: Samples) -> Findings:
+def find_sinkhorn(graph: CapturedGraph, samples: Samples, skipped: Collection[str] = ()) -> Findings:
     """Find the Sinkhorn attention sites of a graph.
 
     Args:
         graph: the captured model; it is not changed.
         samples: two real inputs or more, for the probe on real scores.
+        skipped: names of nodes that no loop is to start from.
 
     Returns:
         The sites in the order of the graph, and the reason for each candidate that was rejected.
     """
     module = graph.program.module()
-    finder = Finder(module, list(propose(module.graph)), len(samples))
+    candidates = [without(candidate, skipped) for candidate in propose(module.graph)]
+    finder = Finder(module, candidates, len(samples))
     with torch.no_grad():
         finder.run(*samples.inputs.values(), enable_io_processing=False)
     return finder.findings()
+
+
+def without(candidate: Candidate, skipped: Collection[str]) -> Candidate:
+    """Return a candidate without some of its starts."""
+    return replace(candidate, starts=tuple(start for start in candidate.starts if start.name not in skipped))
 
 
 class Finder(Interpreter):
@@ -176,16 +198,42 @@ class Trial:
         candidate, start, frame = self.candidate, self.start, self.frame
         scores = frame.arrange(self.value.log() if self.exponential else self.value)
         plan = self.arrange_plan(self.plan)
-        scale, live = find_scale(scores, plan)
-        loop = probe(scores, plan, scale, live, self.respond)
+        scale, live = self.find_scale(scores, plan)
+        explanation = explain(self.region)
+        try:
+            loop = probe(
+                scores, plan, scale, live, partial(self.respond, ideal=explanation.ideal), explanation.reductions
+            )
+        except NotSinkhorn:
+            require_steps(explanation)  # what acts on sharper scores
+            raise
         require_evidence(candidate, values)
+        require_steps(explanation)
+        require_own(self.region, self.value, self.plan)
         require_precision(values[candidate.plan].double(), self.plan)
         return describe(candidate, start, frame, loop, values, self.exponential, self.logarithm)
 
-    def respond(self, scores: Tensor) -> Tensor:
-        """Return the plan that the loop makes of other scores, both (B, H, N, M) in float64."""
+    def find_scale(self, scores: Tensor, plan: Tensor) -> tuple[Tensor, Live]:
+        """Return what `probe.find_scale` says; where entries of the plan underflow to zero, of milder scores."""
+        try:
+            return find_scale(scores, plan)
+        except NotSinkhorn as reason:
+            failure = reason
+        if bool((plan == 0).any()):
+            for factor in MILD:
+                with suppress(NotSinkhorn):
+                    return find_scale(factor * scores, self.respond(factor * scores))
+        raise failure
+
+    def respond(self, scores: Tensor, ideal: Mapping[Node, tuple[Any, ...]] | None = None) -> Tensor:
+        """Return the plan that the loop makes of other scores, both (B, H, N, M) in float64.
+
+        Args:
+            scores: the scores.
+            ideal: arguments of nodes, as in `explain.Explanation`.
+        """
         value = self.frame.restore(scores)
-        return self.arrange_plan(self.region(value.exp() if self.exponential else value))
+        return self.arrange_plan(self.region(value.exp() if self.exponential else value, ideal))
 
     def arrange_plan(self, value: Tensor) -> Tensor:
         """Return the plan (B, H, N, M) from a value of its node."""
@@ -222,8 +270,8 @@ def identify(candidate: Candidate, values: Mapping[Node, Any], batch: int) -> Si
         nearness=-1,
     )
     for exponential in (False, True):
-        if exponential and failure.nearness != MASKED_LATER:
-            break  # exp(scores) may start the loop only where a mask on the kernel is what stood in the way
+        if exponential and failure.nearness not in (MASKED_LATER, UNEXPLAINED):
+            break  # exp(scores) may start the loop only where what is done to the kernel stood in the way
         for trial in trials(candidate, values, batch, exponential):
             try:
                 return trial.judge(values)
@@ -242,6 +290,32 @@ def require_precision(plan: Tensor, exact: Tensor) -> None:
         )
 
 
+def require_steps(explanation: Explanation) -> None:
+    """Raise NotSinkhorn if a node of the region is no step of a loop: on other samples it may act."""
+    if explanation.unexplained is not None:
+        raise NotSinkhorn(
+            f"{name_of(explanation.unexplained)} is no step of a Sinkhorn loop: it does not show on the samples, but "
+            "may on others",
+            "leave it out, or apply it to the scores before the loop",
+            nearness=UNEXPLAINED,
+        )
+
+
+def require_own(region: Region, value: Tensor, plan: Tensor) -> None:
+    """Raise NotSinkhorn if the plan depends on more that changes with the model's inputs than scores and masks.
+
+    Terms of rows or columns that the loop takes off again may be read: other ones give the same plan.
+    """
+    for node in foreign_inputs(region):
+        if difference(region(value, inputs={node: unlike(region.inputs[node])}), plan) > PLAN_TOLERANCE:
+            raise NotSinkhorn(
+                f"the loop reads {name_of(node)}, which changes with the model's inputs and is neither its scores nor "
+                "a mask",
+                "let what comes from the inputs scale or shift the scores before the loop",
+                nearness=UNEXPLAINED,
+            )
+
+
 def require_evidence(candidate: Candidate, values: Mapping[Node, Any]) -> None:
     """Raise NotSinkhorn if the loop reads an input, such as a mask, that is constant on the samples.
 
@@ -256,6 +330,15 @@ def require_evidence(candidate: Candidate, values: Mapping[Node, Any]) -> None:
             nearness=4,
             untold=tuple(node.name for node in constant),
         )
+
+
+def unlike(value: Tensor) -> Tensor:
+    """Return a tensor of the same shape with other values of about the same size."""
+    if not value.is_floating_point():
+        return ~value if value.dtype == torch.bool else value + 1
+    size = value.abs().nan_to_num(posinf=0.0).mean()
+    ramp = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).reshape(value.shape)
+    return -2 * value.flip(list(range(value.dim()))) + (1 + size) * ramp
 
 
 def is_same_everywhere(value: Any) -> bool:

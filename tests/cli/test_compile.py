@@ -25,7 +25,7 @@ def test_a_missed_budget_exits_with_3_and_leaves_no_folder(small):
 
 def test_a_missed_budget_leaves_an_earlier_output_as_it_was(small, monkeypatch):
     out = folder(Path("out"))
-    written(out / "manifest.json", b'{"schema": "asapc.manifest/1"}')
+    written(out / "manifest.json", b'{"schema": "asapc.manifest/1", "files": {}}')
 
     def refuse(*args, **options):
         raise FidelityError("missed", "try again")

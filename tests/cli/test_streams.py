@@ -1,5 +1,6 @@
 """Standard streams that are closed, full, or read by nobody: no defect, and a result is whole."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ cli.main()
 def spin(shell: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run a command that writes a file and then prints, in a shell line where $RUN stands for it."""
     Path("spinning.py").write_text(COMMAND)
-    run = " ".join([sys.executable, "-m", "spinning", "spin", *arguments])
+    run = shlex.join([sys.executable, "-m", "spinning", "spin", *arguments])
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", shell.replace("$RUN", run)], capture_output=True, text=True, check=False
     )

@@ -114,11 +114,6 @@ def test_samples_that_are_masked_altogether_do_not_count(whole):
     assert difference(found.row_mass, torch.ones(1)) < FLOAT64
 
 
-def test_small_constants_in_the_divisors_are_overlooked():
-    found = ask(lambda s: divide(s.exp(), 6, "rows", added=1e-9), normal(0, 2, HEADS, 6, 6))
-    assert (found.half_steps, found.last) == (6, "rows")
-
-
 def test_a_loop_in_scaling_form_that_leaves_its_range_on_sharp_scores_is_told_from_milder_ones():
     def respond(scores):
         kernel = (30 * scores).exp()

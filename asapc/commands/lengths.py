@@ -1,0 +1,188 @@
+"""Holds models with open axes to what they are at other lengths than those of their samples."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from asapc.capturing.capture import capture_code
+from asapc.capturing.compare import run
+from asapc.capturing.dynamic import Axes, node_names
+from asapc.errors import CaptureError, SamplesError
+from asapc.passes.find.build import build_plans
+from asapc.passes.find.evidence import find_with_evidence
+from asapc.passes.find.probe import difference
+from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
+from asapc.planning.operators import exact_operator
+from asapc.types.graph import CapturedGraph
+from asapc.types.model import LoadedModel
+from asapc.types.options import EarlyStopRule
+from asapc.types.samples import Samples
+from asapc.types.site import Findings, Loop
+from asapc.types.teacher import Teacher
+
+# Relative. The scale of a loop is read off in float64 from scores in float32.
+SCALE_TOLERANCE = 1e-5
+OUTPUT_TOLERANCE = 1e-3  # of outputs in float32, from loops of many half-steps
+COMPARED = 2  # samples, at each length
+HINT = "let the length scale or shift the scores before the loop and nothing else, or omit --dynamic"
+
+Lengths = Mapping[str, int]  # of open axes, by name
+
+
+@dataclass(frozen=True)
+class OpenAxis:
+    """An open axis of the inputs: its least and largest length, and that of the samples."""
+
+    low: int
+    high: int
+    own: int
+
+    @property
+    def other(self) -> int:
+        """Another length: half the samples', or twice it where that is too short."""
+        return max(self.low, self.own // 2) if self.own > self.low else min(self.high, 2 * self.own)
+
+    @property
+    def between(self) -> int:
+        """A length between the least and the largest."""
+        return (self.low + self.high) // 2
+
+
+def open_axes(axes: Axes, samples: Samples) -> dict[str, OpenAxis]:
+    """Return the open axes but the batch, by name."""
+    return {
+        axis.name: OpenAxis(axis.low, axis.high, samples.inputs[name].shape[number])
+        for name, of_input in axes.items()
+        for number, axis in of_input.items()
+        if number > 0 and axis.high is not None
+    }
+
+
+def resized(samples: Samples, axes: Axes, lengths: Lengths) -> Samples:
+    """Return samples whose open axes have other lengths: entries at equal distances are taken, or repeated.
+
+    So padding stays padding, and keeps its share.
+    """
+    inputs = {}
+    for name, value in samples.inputs.items():
+        for number, axis in axes[name].items():
+            if axis.name in lengths:
+                length = lengths[axis.name]
+                value = value.index_select(number, torch.arange(length) * value.shape[number] // length)
+        inputs[name] = value
+    return Samples(inputs)
+
+
+def find_at_lengths(
+    loaded: LoadedModel, samples: Samples, axes: Axes, graph: CapturedGraph, early_stop: EarlyStopRule
+) -> Findings:
+    """Find sites whose loops are the same at another length; what follows the length comes in with their scores.
+
+    Args:
+        loaded: the model.
+        samples: those that `graph` was captured with.
+        axes: the open axes.
+        graph: the model with the lengths of the samples, its plans built.
+        early_stop: as of `capture_code`.
+
+    Raises:
+        CaptureError: a loop is another one there, or the model cannot be captured, or does other operations.
+    """
+    first = findings = find_with_evidence(graph, samples)
+    if not first.sites:
+        return first
+    lengths = {name: axis.other for name, axis in open_axes(axes, samples).items()}
+    others = resized(samples, axes, lengths)
+    try:
+        captured = capture_code(loaded, others, early_stop)
+    except SamplesError as error:
+        raise too_far(lengths, error) from error
+    other = build_plans(captured, others)
+    names = node_names(graph, other)
+    skipped: set[str] = set()
+    while following := starts_that_follow(findings, find_with_evidence(other, others, renamed(skipped, names)), names):
+        skipped |= following
+        findings = find_with_evidence(graph, samples, skipped)
+    kept = {site.wiring.plan.node for site in findings.sites}
+    for site in first.sites:
+        if site.wiring.plan.node not in kept:
+            raise CaptureError(f"the temperature of {site.name} ({site.source}) follows the length in its loop", HINT)
+    return findings
+
+
+def renamed(nodes: Collection[str], names: Mapping[str, str]) -> set[str]:
+    """Return what nodes are called in another graph."""
+    return {names[node] for node in nodes}
+
+
+def starts_that_follow(findings: Findings, others: Findings, names: Mapping[str, str]) -> set[str]:
+    """Return the nodes from which loops start whose scale is another at another length.
+
+    Args:
+        findings: at the one length.
+        others: at the other.
+        names: of nodes in the second graph by those in the first.
+
+    Raises:
+        CaptureError: a loop is another one, or none.
+    """
+    twins = {site.wiring.plan.node: site for site in others.sites}
+    following = set()
+    for site in findings.sites:
+        twin = twins.get(names[site.wiring.plan.node])
+        if twin is None or not same(site.loop, twin.loop):
+            raise CaptureError(f"{site.name} ({site.source}) is another loop at other lengths", HINT)
+        if not torch.allclose(site.loop.scale, twin.loop.scale, rtol=SCALE_TOLERANCE):
+            following.add(site.wiring.scores.node)
+    return following
+
+
+def same(one: Loop, other: Loop) -> bool:
+    """Return whether two loops have the same half-steps and masses."""
+    if not one.uniform:
+        return True  # `dynamic.reopen` says why such a loop has one length
+    if not other.uniform or (one.half_steps, one.last) != (other.half_steps, other.last):
+        return False
+    # That of the other axis matters up to a factor, which is nothing where it is one number.
+    last, twin = (loop.row_mass if loop.last == "rows" else loop.column_mass for loop in (one, other))
+    return torch.allclose(last, twin, rtol=SCALE_TOLERANCE)
+
+
+def too_far(lengths: Lengths, error: SamplesError) -> CaptureError:
+    """Return the error for lengths that a model does not take."""
+    return CaptureError(f"with {told(lengths)}, as --dynamic declares, {error}", "declare lengths that the model takes")
+
+
+def told(lengths: Lengths) -> str:
+    """Name lengths in a message."""
+    return ", ".join(f"{name}={length}" for name, length in lengths.items())
+
+
+def check_lengths(teacher: Teacher, axes: Axes) -> None:
+    """Compare the exact form of all sites with the model: at the ends of the open axes, and in between.
+
+    Raises:
+        CaptureError: they differ, or the model does not run at such a length.
+    """
+    operators = {site.name: exact_operator(site, wide=True) for site in teacher.open_sites}
+    module = teacher.open_graph.program.module()
+    exact = RewriteSinkhorn(teacher.open_sites, operators)(module).program
+    stops = teacher.open_graph.early_stops
+    # A loop that stops early is taken to its bound: the graph is what the model is by then.
+    reference = teacher.loaded.module if stops is None else teacher.open_graph.program.module()
+    ranges = open_axes(axes, teacher.calibration)
+    for end in ("low", "between", "high"):
+        lengths = {name: getattr(axis, end) for name, axis in ranges.items()}
+        samples = resized(teacher.calibration[:COMPARED], axes, lengths)
+        try:
+            expected, actual = run(reference, samples, samples), run(exact, samples, samples)
+        except SamplesError as error:
+            raise too_far(lengths, error) from error
+        errors = [difference(a, b) if a.shape == b.shape else 1.0 for a, b in zip(actual, expected, strict=True)]
+        if errors and max(errors) > OUTPUT_TOLERANCE:
+            raise CaptureError(
+                f"with {told(lengths)}, as --dynamic declares, the outputs differ by {max(errors):.1%} from the "
+                "model's: something in it follows the length",
+                HINT,
+            )

@@ -1,0 +1,84 @@
+"""What follows the length of the inputs is carried along at every length that is declared, or refused."""
+
+import pytest
+import torch
+from helpers.relowering import outputs, worst
+from torch import nn
+
+from asapc.commands.study import study_module
+from asapc.config import CompileConfig
+from asapc.errors import CaptureError
+from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
+from asapc.planning.operators import exact_operator
+from asapc.types.samples import Samples
+
+STEPS, WIDTH, LENGTH = 10, 16, 16
+
+
+def loop(scores):
+    for step in range(STEPS):
+        scores = scores.log_softmax(dim=-2 + step % 2)
+    return scores.exp()
+
+
+def distances(scores):
+    places = torch.arange(scores.shape[-1])
+    return (places[:, None] - places).abs()
+
+
+class Attention(nn.Module):
+    def __init__(self, plan, longest=64):
+        super().__init__()
+        self.plan, self.position = plan, nn.Parameter(torch.randn(longest, WIDTH))
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (
+            layer(x + self.position[: x.shape[1]]).unflatten(-1, (2, 8)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        return (self.plan(q @ k.mT) @ v).transpose(1, 2).flatten(2)
+
+
+def study(plan, dynamic="seq=8:64", **sizes):
+    torch.manual_seed(0)
+    module = Attention(plan, **sizes).eval()
+    samples = Samples({"x": torch.randn(4, LENGTH, WIDTH)})
+    return study_module(module, samples, config=CompileConfig(dynamic=dynamic)), module
+
+
+CARRIED = {
+    "none": loop,
+    "inverse": lambda s: loop(s * (16 / s.shape[-1])),
+    "root": lambda s: loop(s * s.shape[-1] ** 0.5),
+    "bias": lambda s: loop(s - distances(s) / s.shape[-1]),
+}
+REFUSED = {
+    "window": (lambda s: loop(s - 3.0 * (distances(s) > 20)), "seq=36.*the outputs differ"),
+    "masses": (lambda s: loop(s) * s.shape[-1], "another loop at other lengths"),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_scale_that_follows_the_length_comes_in_with_the_scores(name):
+    teacher, module = study(CARRIED[name])
+    [site] = teacher.open_sites
+    assert site.loop.half_steps == STEPS
+    graph = teacher.open_graph.program.module()
+    changed = RewriteSinkhorn([site], {site.name: exact_operator(site, wide=True)})(graph).program
+    for length in (8, 23, 64):
+        inputs = {"x": torch.randn(3, length, WIDTH)}
+        assert worst(outputs(changed, inputs), outputs(module, inputs)) < 1e-4
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_follows_the_length_otherwise_is_refused(name):
+    plan, words = REFUSED[name]
+    with pytest.raises(CaptureError, match=words) as caught:
+        study(plan)
+    assert "--dynamic" in caught.value.hint
+
+
+def test_a_length_that_the_model_does_not_take_is_named():
+    with pytest.raises(CaptureError, match="seq=64"):
+        study(loop, longest=48)
