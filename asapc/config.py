@@ -57,7 +57,7 @@ class CompileConfig:
             f"Term of the fidelity budget: {', '.join(f'{name}{sign}X' for name, sign in METRICS.items())} "
             "(metric-drop in percentage points). Quote it in a shell: 'agreement>=0.99'. Repeat to add.",
             metavar="TERM",
-            default_text=" and ".join(map(str, DEFAULT_BUDGET)),
+            default_text="{}, or {} without classes, and {}".format(*DEFAULT_BUDGET),
         ),
     ] = ()
     level: Annotated[

@@ -73,6 +73,8 @@ def early_stops(data: dict[str, Any] | None) -> Iterator[str]:
 def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     """Show the report of `compile`: tables, what they say in words, and where the files are."""
     fidelity, latency = data["fidelity"], data["latency"]
+    yield data["verdict"]["headline"]
+    yield output_errors(fidelity)
     yield choices_grid(data["sites"])
     yield bill_grid(data["sites"])
     yield latency_grid(data)
@@ -88,6 +90,9 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
 
 def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
     """Show the fidelity of a compiled model on other samples, site by site and whole."""
+    yield data["verdict"]["headline"]
+    if data["sites_note"]:
+        yield data["sites_note"]
     rows: list[Row] = [
         (
             site["name"],
@@ -100,11 +105,19 @@ def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
         columns = ("site", "relc", "col error", "outside calibration")
         yield Grid("Sinkhorn attention", columns, ("site",), [rows])
     fidelity = data["fidelity"]
-    yield f"{fidelity['samples']} samples: logits differ by {fidelity['logits_rel']:.2%}"
+    yield f"{fidelity['samples']} samples: {output_errors(fidelity)}"
     if fidelity["agreement"] is not None:
         yield f"agreement with the teacher {fidelity['agreement']:.4f}"
     if (metric := fidelity["metric"]) is not None:
         yield f"{metric['name']} {metric['compiled']:.4f}, of the teacher {metric['teacher']:.4f}"
+
+
+def output_errors(fidelity: dict[str, Any]) -> str:
+    """Say by how much each output differs from the teacher's, the worst first."""
+    worst_first = sorted(fidelity["outputs"].items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} by {error:.2%}" for name, error in worst_first[:4])
+    more = f" and {len(worst_first) - 4} more by less" if len(worst_first) > 4 else ""
+    return f"outputs differ from the teacher's: {shown}{more}"
 
 
 def approximation(title: str, rows: list[dict[str, Any]]) -> Grid:

@@ -110,6 +110,11 @@ def compile_model(
                 dump.graph(f"rewrite-{config.precision}", compiled.lowered)
             step.summary = f"{len(compiled.program.program.graph.nodes)} nodes{activations_note(compiled.activations)}"
 
+        # Before anything is exported or built, which takes long: in torch, a miss shows already.
+        with stage("check", on_event) as step:
+            check_budget(compare_in_torch(teacher, compiled), config.bounds(), share_of_exact(selection))
+            step.summary = f"{len(teacher.held_out)} held-out samples in PyTorch"
+
         with stage("export", on_event) as step:
             files = write(teacher, selection, compiled, folder, config)
             for file in files.by_path.values():
@@ -126,8 +131,8 @@ def compile_model(
             runners = variants(teacher, selection, files, config, threads, step)
             step.advance(f"{len(teacher.held_out)} held-out samples")
             fidelity = compare(teacher, compiled, files, runners, config)
-            step.summary = f"logits differ by {fidelity.logits_rel:.2%}"
-            check_budget(fidelity, config.bounds(), share_of_exact(selection))
+            verdict = check_budget(fidelity, config.bounds(), share_of_exact(selection))
+            step.summary = verdict.headline
 
         # After the budget: a model that misses it is not worth measuring.
         with stage("measure", on_event) as step:
@@ -139,7 +144,7 @@ def compile_model(
             selection,
             compiled.activations,
             fidelity,
-            config.bounds(),
+            verdict,
             latency,
             engine,
             list_artifacts(folder, [files.onnx, files.deployed], engine.artifact),
@@ -185,6 +190,12 @@ def variants(
     return {**runners, "compiled": OnnxRuntimeRunner(files.onnx.path, threads, "compiled")}
 
 
+def compare_in_torch(teacher: Teacher, compiled: Compiled) -> Fidelity:
+    """Measure fidelity on held-out samples, hop by hop as far as no file is needed, and site by site."""
+    of_sites = site_fidelity(teacher.graph, teacher.sites, compiled.operators, teacher.held_out)
+    return verify(hops_in_torch(teacher, compiled), {}, of_sites, teacher.held_out)
+
+
 def compare(
     teacher: Teacher, compiled: Compiled, files: Files, runners: Mapping[str, Runner], config: CompileConfig
 ) -> Fidelity:
@@ -192,13 +203,7 @@ def compare(
 
     Hops give a name to the step that costs most.
     """
-    hops: dict[str, Runner] = {
-        "teacher": origin_of(teacher.loaded).reference(teacher.loaded),
-        "capture": EagerRunner(teacher.graph.program.module()),
-        "amortisation": EagerRunner(compiled.amortised),
-    }
-    if compiled.activations:
-        hops["activations"] = EagerRunner(compiled.program.program.module())
+    hops = hops_in_torch(teacher, compiled)
     hops["export"] = runners["compiled"]
     if config.precision == "float16":
         hops["precision"] = OnnxRuntimeRunner(files.deployed.path)
@@ -206,6 +211,18 @@ def compare(
         hops["precision"] = EagerRunner(compiled.lowered.program.module())
     of_sites = site_fidelity(teacher.graph, teacher.sites, compiled.operators, teacher.held_out)
     return verify(hops, runners, of_sites, teacher.held_out)
+
+
+def hops_in_torch(teacher: Teacher, compiled: Compiled) -> dict[str, Runner]:
+    """Open the model as loaded, and after each step of the compilation that leaves it in torch."""
+    hops: dict[str, Runner] = {
+        "teacher": origin_of(teacher.loaded).reference(teacher.loaded),
+        "capture": EagerRunner(teacher.graph.program.module()),
+        "amortisation": EagerRunner(compiled.amortised),
+    }
+    if compiled.activations:
+        hops["activations"] = EagerRunner(compiled.program.program.module())
+    return hops
 
 
 def measure_all(

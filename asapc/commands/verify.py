@@ -11,8 +11,8 @@ from torch import Tensor
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.commands.study import study
 from asapc.config import CompileConfig
-from asapc.errors import CheckpointError, OptionError, SamplesError, first_line
-from asapc.fidelity.budget import check_budget, seen_of
+from asapc.errors import CaptureError, CheckpointError, OptionError, SamplesError, first_line
+from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.loading.folder import COMPILE, MODEL, OPERATORS, read_folder
@@ -23,18 +23,22 @@ from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_safetensors
 from asapc.planning.operators import operators
 from asapc.planning.ranges import score_ranges
-from asapc.types.budget import SITE_METRICS, Bound, parse_bound
+from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS, Bound, Verdict, parse_bound
 from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
-from asapc.types.results import Fidelity
+from asapc.types.model import LoadedModel
+from asapc.types.results import Fidelity, SiteFidelity
 from asapc.types.samples import Samples
 from asapc.types.site import Site
 from asapc.writing.origins import origin_of
-from asapc.writing.report import fidelity_data
+from asapc.writing.report import fidelity_data, site_data, verdict_data
 
 Show = Callable[["Verification"], None]
 # A site has left the range of its calibration where more than this share of the samples lies outside of it, widened
 # by so much of its width at either end.
 MAX_OUTSIDE, WIDENED = 0.05, 0.1
+# Without a term of its own, the error of outputs may grow to so many times what it was when the model was compiled, or
+# to the default limit: equal classes alone do not say that outputs are still those of the teacher.
+MAX_GROWTH = 4.0
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,18 @@ class Verification:
         budget: what the model was compiled to keep, as far as it can be judged here; empty for the default.
         outside: by the site's name the share of samples whose scores spread less, or more, than any in calibration;
             empty where there are only outputs to compare.
+        note: why sites are not rated; empty where they are.
     """
 
     fidelity: Fidelity
     budget: tuple[Bound, ...]
     outside: Mapping[str, float]
+    note: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The budget, judged."""
+        return judge(self.fidelity, self.budget)
 
     @property
     def shifted(self) -> list[str]:
@@ -69,7 +80,13 @@ class Verification:
             }
             for name, share in self.outside.items()
         ]
-        return {"schema": "asapc.verify/1", "fidelity": fidelity_data(self.fidelity), "sites": sites}
+        return {
+            "schema": "asapc.verify/1",
+            "verdict": verdict_data(self.verdict),
+            "fidelity": fidelity_data(self.fidelity),
+            "sites": sites,
+            "sites_note": self.note,
+        }
 
 
 class StoredOutputs:
@@ -120,7 +137,7 @@ def verify_outputs(
     check_stored(data, samples, outputs, stored, runner)
     fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
     verification = Verification(fidelity, config.bounds() or budget_of(report, fidelity), {})
-    return judge(verification, show)
+    return hold(verification, show)
 
 
 def check_stored(data: Path, samples: Samples, outputs: Path, stored: Samples, runner: OnnxRuntimeRunner) -> None:
@@ -158,7 +175,7 @@ def verify_model(
     Raises:
         CheckpointError: the folder is not whole, or the teacher is another one.
         OptionError: `unsafe_load` without a teacher.
-        SamplesError: the samples do not fit the model.
+        SamplesError: the samples do not fit the model, or do not show what a term of `config` is about.
         FidelityError: the budget is missed: that of `config`, else what the model was compiled to keep.
     """
     config = config or CompileConfig()
@@ -169,31 +186,58 @@ def verify_model(
     if loaded.sha256 != report["model"]["sha256"]:
         raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
     samples = order_inputs(loaded, load_samples(data))
-    # Nothing is fitted here, so that no samples have to be held out.
-    studied = study(loaded, config, lambda loaded, config: (samples, samples))
-    sites = studied.sites
-    if [site.name for site in sites] != [site["name"] for site in report["sites"]]:
-        raise CheckpointError(f"{folder} lists other sites than those found in {loaded.path}", COMPILE)
+    sites, outside, note = rate_sites(folder, report, loaded, samples, config)
+    if note and (of_sites := [str(bound) for bound in config.bounds() if bound.metric in SITE_METRICS]):
+        raise SamplesError(f"{', '.join(of_sites)} cannot be judged: {note}", "use other samples, or omit these terms")
+    hops = {"teacher": origin_of(loaded).reference(loaded), "compiled": OnnxRuntimeRunner(folder / MODEL)}
+    fidelity = verify(hops, {}, sites, samples)
+    return hold(Verification(fidelity, config.bounds() or budget_of(report, fidelity), outside, note), show)
+
+
+def rate_sites(
+    folder: Path, report: Mapping[str, Any], loaded: LoadedModel, samples: Samples, config: CompileConfig
+) -> tuple[dict[str, SiteFidelity], dict[str, float], str]:
+    """Rate each operator alone, in the teacher's graph on other samples.
+
+    Returns:
+        Fidelity by the site's name, the share of samples outside the calibrated range, and why there are none: samples
+        on which the loops do not show as they did in calibration, say without padding, are good for all else.
+
+    Raises:
+        CheckpointError: the parameters in the folder are not those of the report.
+    """
+    # A graph is captured with two samples or more. Nothing is fitted, so that none have to be held out.
+    several = samples if len(samples) > 1 else samples[[0, 0]]
+    try:
+        studied = study(loaded, config, lambda loaded, config: (several, several))
+    except (CaptureError, SamplesError) as error:
+        return {}, {}, f"sites are not rated, since on these samples {error}"
+    sites, stored = studied.sites, report["sites"]
+    if [facts(site_data(site)) for site in sites] != [facts(site) for site in stored]:
+        return {}, {}, "sites are not rated, since their loops do not show on these samples as they did in calibration"
     parameters = Source.at(folder / OPERATORS, CheckpointError)
     tensors = read_safetensors(parameters.path, CheckpointError)
-    ranges = score_ranges(studied.graph, sites, samples)
-    pairs = zip(sites, report["sites"], strict=True)
+    pairs = zip(sites, stored, strict=True)
     choices = {site.name: Choice(read_choice(parameters, site, of, tensors), "") for site, of in pairs}
-    hops = {"teacher": origin_of(loaded).reference(loaded), "compiled": OnnxRuntimeRunner(folder / MODEL)}
     try:
         # As it was compiled, whatever the spread of these samples.
-        wide = frozenset(site["name"] for site in report["sites"] if site["wide"])
+        wide = frozenset(site["name"] for site in stored if site["wide"])
         modules = operators(sites, Selection(choices, wide))
-        of_sites = site_fidelity(studied.graph, sites, modules, samples)
+        rated = site_fidelity(studied.graph, sites, modules, samples)
     except (RuntimeError, IndexError, ValueError) as error:  # shapes that torch cannot bring together
         raise parameters.refuse(f"its parameters do not fit the model: {first_line(error)}", COMPILE) from error
-    fidelity = verify(hops, {}, of_sites, samples)
-    calibrated = {site["name"]: site["calibration_range"] for site in report["sites"]}
+    ranges = score_ranges(studied.graph, sites, samples)
+    calibrated = {site["name"]: site["calibration_range"] for site in stored}
     outside = {name: share_outside(scores.deviations, *calibrated[name]) for name, scores in ranges.items()}
-    return judge(Verification(fidelity, config.bounds() or budget_of(report, fidelity), outside), show)
+    return dict(rated), outside, ""
 
 
-def judge(verification: Verification, show: Show) -> Verification:
+def facts(site: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a site in a report says about its loop."""
+    return tuple(site[name] for name in ("name", "half_steps", "last", "heads", "masked"))
+
+
+def hold(verification: Verification, show: Show) -> Verification:
     """Show a result, then hold it to its budget."""
     show(verification)
     check_budget(verification.fidelity, verification.budget)
@@ -201,12 +245,19 @@ def judge(verification: Verification, show: Show) -> Verification:
 
 
 def budget_of(report: Mapping[str, Any], fidelity: Fidelity) -> tuple[Bound, ...]:
-    """The budget that a report states, less what these samples cannot tell."""
-    seen = seen_of(fidelity)
-    told = {
-        metric for metric, value in seen.items() if value is not None and (fidelity.sites or metric not in SITE_METRICS)
-    }
-    return tuple(bound for bound in map(parse_bound, report.get("budget", ())) if bound.metric in told)
+    """Return the budget that a report states, less what these samples cannot tell, and a limit for all outputs."""
+    metrics = reached(fidelity)
+    bounds = [parse_bound(term) for term in report["budget"]]
+    told = [
+        bound
+        for bound in bounds
+        if metrics[bound.metric] is not None and (fidelity.sites or bound.metric not in SITE_METRICS)
+    ]
+    if not any(bound.metric == "output-error" for bound in told):
+        compiled = max(report["fidelity"]["outputs"].values(), default=0.0)
+        default = next(bound.limit for bound in DEFAULT_BUDGET if bound.metric == "output-error")
+        told.append(Bound("output-error", max(default, MAX_GROWTH * compiled)))
+    return tuple(told)
 
 
 def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Candidate:

@@ -6,7 +6,7 @@ from typing import Any
 
 from asapc.errors import FidelityError, OptionError
 from asapc.fidelity.outputs import worst
-from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS, Bound
+from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS, Bound, Term, Verdict
 from asapc.types.results import Fidelity, Hop
 
 # What to do where a hop of the compilation costs too much.
@@ -20,38 +20,49 @@ HINTS = {
 }
 
 
-def missed(fidelity: Fidelity, budget: Sequence[Bound]) -> list[Bound]:
-    """List the terms of a budget that a compiled model misses; without terms DEFAULT_BUDGET holds where it applies.
+def judge(fidelity: Fidelity, budget: Sequence[Bound]) -> Verdict:
+    """Judge the terms of a budget that are in force.
 
     Raises:
         OptionError: a term of `budget` cannot be judged: agreement without classes, a metric without labels.
     """
-    values = seen_of(fidelity)
-    terms = budget or [bound for bound in DEFAULT_BUDGET if values[bound.metric] is not None]
+    values = reached(fidelity)
+    terms = tuple(budget) or default_budget(fidelity)
     for bound in terms:
         if values[bound.metric] is None:
             raise OptionError(
                 f"the budget {bound} cannot be judged: the samples have no labels, or the output no classes",
-                "add labels to the --calib file, or use a budget on relc",
+                "add labels to the --calib file, or use a budget on output-error or relc",
             )
-    return [bound for bound in terms if not bound.met(values[bound.metric])]
+    return Verdict(tuple(Term(bound, values[bound.metric]) for bound in terms))
 
 
-def seen_of(fidelity: Fidelity) -> dict[str, Any]:
-    """Return the metrics of a compiled model that a budget can name, None for one that cannot be judged."""
+def default_budget(fidelity: Fidelity) -> tuple[Bound, ...]:
+    """Return the terms that hold where the user names none: of outputs by their classes, or else by their error."""
+    of_outputs = "output-error" if fidelity.agreement is None else "agreement"
+    return tuple(bound for bound in DEFAULT_BUDGET if bound.metric in (of_outputs, *SITE_METRICS))
+
+
+def reached(fidelity: Fidelity) -> dict[str, Any]:
+    """Return the metrics of a compiled model that a budget can name, None for one that cannot be judged.
+
+    The difference that capture makes counts at the sites too: they are compared in the captured graph.
+    """
     metric = fidelity.metric
+    capture = next((hop.rel for hop in fidelity.hops if hop.name == "capture"), 0.0)
     return {
         "agreement": fidelity.agreement,
         "metric-drop": None if metric is None else 100 * (metric.teacher - metric.compiled),
+        "output-error": worst(list(fidelity.outputs.values())),
         **{
-            name: worst([getattr(site, field) for site in fidelity.sites.values()])
+            name: worst([getattr(site, field) for site in fidelity.sites.values()]) + capture
             for name, field in SITE_METRICS.items()
         },
     }
 
 
-def check_budget(fidelity: Fidelity, budget: Sequence[Bound], cost: float | None = None) -> None:
-    """Hold a compiled model to its budget; without terms DEFAULT_BUDGET holds, as far as it can be judged.
+def check_budget(fidelity: Fidelity, budget: Sequence[Bound], cost: float | None = None) -> Verdict:
+    """Hold a compiled model to its budget; without terms `default_budget` holds.
 
     Args:
         fidelity: of the model.
@@ -67,18 +78,18 @@ def check_budget(fidelity: Fidelity, budget: Sequence[Bound], cost: float | None
         # The hop from the teacher to the compiled file, which `asapc verify` has alone, is no step of a compilation.
         step = f", from the step of {culprit.name} on" if culprit is not None and culprit.name in HINTS else ""
         raise FidelityError(
-            f"the compiled model returns NaN or infinity on some samples{step}",
+            f"FAILED: the compiled model returns NaN or infinity on some samples{step}",
             "ask for the exact form with -O1, and report the model",
         )
-    for bound in missed(fidelity, budget):
-        hop = worst_hop(fidelity, bound)
+    verdict = judge(fidelity, budget)
+    if not verdict.passed:
+        hop = worst_hop(fidelity, verdict.missed[0].bound)
         step = f"; of all steps {hop.name} changes the outputs most, by {hop.rel:.1e} relative" if hop else ""
         step += "" if cost is None else f"; its operators take {cost:.0%} of the exact forms' time, as estimated"
         raise FidelityError(
-            f"the compiled model has {bound.metric} {seen_of(fidelity)[bound.metric]:.4g} on "
-            f"{fidelity.samples} samples, outside the budget {bound}{step}",
-            HINTS[hop.name if hop else "amortisation"],
+            f"FAILED: {verdict.told}, on {fidelity.samples} samples{step}", HINTS[hop.name if hop else "amortisation"]
         )
+    return verdict
 
 
 def worst_hop(fidelity: Fidelity, bound: Bound) -> Hop | None:

@@ -33,14 +33,16 @@ def verify(
     names = list(hops)
     firsts: dict[str, Tensor] = {}
     # Of other outputs only sums are kept: they may be the maps of all layers.
-    sums: dict[str, Tensor] = {}
+    sums: dict[tuple[str, str], Tensor] = {}
+    end_to_end = names[0], names[-1]
     for batch in samples.batches(BATCH):
         outputs = {name: floating_outputs(runner, batch) for name, runner in hops.items()}
         for name in names:
             firsts[name] = torch.cat([*([firsts[name]] if name in firsts else []), outputs[name][0]])
-        for before, after in pairwise(names):
-            of_batch = torch.stack([errors(*pair) for pair in zip(outputs[before], outputs[after], strict=True)])
-            sums[after] = add_errors(sums[after], of_batch) if after in sums else of_batch
+        for pair in {end_to_end, *pairwise(names)}:
+            before, after = pair
+            of_batch = torch.stack([errors(*both) for both in zip(outputs[before], outputs[after], strict=True)])
+            sums[pair] = add_errors(sums[pair], of_batch) if pair in sums else of_batch
     teacher, compiled = firsts[names[0]], firsts[names[-1]]
     labelled = samples.labels is not None
     total = compare("total", teacher, compiled, labelled)
@@ -50,8 +52,9 @@ def verify(
         logits_rel=total.rel,
         agreement=total.agreement,
         metric=metric(teacher, compiled, samples.labels),
+        outputs=dict(zip(output_names(hops[names[-1]], samples), relative_errors(sums[end_to_end]), strict=True)),
         hops=tuple(
-            to_hop(after, sums[after], agreement(firsts[before], firsts[after], labelled))
+            to_hop(after, sums[before, after], agreement(firsts[before], firsts[after], labelled))
             for before, after in pairwise(names)
         ),
         variants={
@@ -109,8 +112,20 @@ def add_errors(one: Tensor, other: Tensor) -> Tensor:
 
 def to_hop(name: str, rows: Tensor, agree: float | None) -> Hop:
     """Make a hop of the `errors` of all outputs, of which the worst counts."""
-    relative = [relative_error(difference, norm, finite) for difference, norm, finite, _ in rows.tolist()]
-    return Hop(name, max_abs=worst(rows[:, 3].tolist()), rel=worst(relative), agreement=agree)
+    return Hop(name, max_abs=worst(rows[:, 3].tolist()), rel=worst(relative_errors(rows)), agreement=agree)
+
+
+def relative_errors(rows: Tensor) -> list[float]:
+    """Return the relative error of each output from their `errors`."""
+    return [relative_error(difference, norm, finite) for difference, norm, finite, _ in rows.tolist()]
+
+
+def output_names(runner: Runner, samples: Samples) -> list[str]:
+    """Return the names of what `floating_outputs` compares, by their number where the runtime knows none."""
+    outputs = runner(samples[:1])
+    names = getattr(runner, "outputs", None) or [f"output {number}" for number in range(len(outputs))]
+    floating = [name for name, output in zip(names, outputs, strict=True) if output.is_floating_point()]
+    return floating or names
 
 
 def relative_error(difference: float, norm: float, finite: float) -> float:

@@ -6,7 +6,7 @@ from math import inf, isnan
 
 from asapc.backends.eager.runner import EagerRunner
 from asapc.config import CompileConfig
-from asapc.fidelity.budget import missed
+from asapc.fidelity.budget import judge as judge_budget
 from asapc.fidelity.outputs import verify
 from asapc.fidelity.sites import candidate_fidelity, site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
@@ -94,7 +94,7 @@ def decide(
         if level is None or level == levels[-1]:
             break  # `repair` checks this one itself
         advance(f"checking the whole model, relc {level:.3g}")
-        if not missed(check(teacher, selection), config.bounds()):
+        if judge_budget(check(teacher, selection), config.bounds()).passed:
             return selection
     return repair(teacher, selection, config, advance)
 
@@ -196,7 +196,7 @@ def repair(teacher: Teacher, selection: Selection, config: CompileConfig, advanc
     while True:
         advance(f"checking the whole model, {selection.repairs} repairs")
         fidelity = check(teacher, selection)
-        if not missed(fidelity, config.bounds()):
+        if judge_budget(fidelity, config.bounds()).passed:
             return selection
         culprits = sites_that_miss(teacher.sites, fidelity, config)
         steps = {name: step for name in culprits if (step := next_step(selection.choices[name])) is not None}

@@ -1,6 +1,7 @@
 """The fidelity budget: its metrics and terms, and how to read one."""
 
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from asapc.errors import OptionError
@@ -8,6 +9,7 @@ from asapc.errors import OptionError
 METRICS = {
     "agreement": ">=",
     "metric-drop": "<=",
+    "output-error": "<=",
     "relc": "<=",
     "column-marginal": "<=",
 }
@@ -29,23 +31,80 @@ class Bound(NamedTuple):
         return f"{self.metric}{METRICS[self.metric]}{self.limit:g}"
 
 
+@dataclass(frozen=True)
+class Term:
+    """A term of a budget, and what a model reached."""
+
+    bound: Bound
+    reached: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the model keeps it."""
+        return self.bound.met(self.reached)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The terms of a budget that were in force, judged."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all are met."""
+        return all(term.met for term in self.terms)
+
+    @property
+    def missed(self) -> list[Term]:
+        """The terms that are not."""
+        return [term for term in self.terms if not term.met]
+
+    @property
+    def told(self) -> str:
+        """What was reached of each term, missed ones first."""
+        terms = [*self.missed, *(term for term in self.terms if term.met)]
+        marks = {True: "", False: " missed"}
+        return ", ".join(f"{term.bound.metric} {term.reached:.4g} ({term.bound}{marks[term.met]})" for term in terms)
+
+    @property
+    def headline(self) -> str:
+        """Whether the budget is kept, in one line with what was reached."""
+        return f"{'PASSED' if self.passed else 'FAILED'}: {self.told}"
+
+
 def parse_bound(text: str) -> Bound:
     """Read one term of a fidelity budget, e.g. "agreement>=0.99".
 
     Raises:
-        OptionError: not of that form, an unknown metric, or the comparison points the wrong way.
+        OptionError: not of that form, an unknown metric, the comparison points the wrong way, or a limit that no model
+            can miss or none can keep.
     """
-    match = re.fullmatch(r"\s*([a-z-]+)\s*(>=|<=)\s*([0-9.eE+-]+)\s*", text)
+    match = re.fullmatch(r"\s*([a-z-]+)\s*(>=|<=)\s*([0-9.eE+-]+)\s*(%?)\s*", text)
     terms = ", ".join(f"{name}{op}VALUE" for name, op in METRICS.items())
     # Bash turns an unquoted agreement>=0.99 into "agreement", and its output into a file named "=0.99".
     hint = f"use one of {terms}, in quotes since shells redirect at > and <: --fidelity 'agreement>=0.99'"
     if match is None or METRICS.get(match[1]) != match[2]:
         raise OptionError(f"cannot read the fidelity budget {text!r}", hint)
     try:
-        return Bound(match[1], float(match[3]))
+        limit = float(match[3])
     except ValueError:
         raise OptionError(f"{match[3]!r} in the fidelity budget {text!r} is not a number", hint) from None
+    metric, percent = match[1], bool(match[4])
+    if metric == "metric-drop":
+        if not abs(limit) <= 100 or percent:
+            raise OptionError(
+                f"the fidelity budget {text!r} cannot be: a drop is between -100 and 100 percentage points",
+                "give points without a sign, metric-drop<=0.5 for half a point",
+            )
+    elif not 0 <= limit <= 1 or percent:
+        meant = limit / 100 if 1 < limit <= 100 or percent else None
+        raise OptionError(
+            f"the fidelity budget {text!r} cannot be: {metric} is between 0 and 1",
+            hint if meant is None else f"give {Bound(metric, meant)} if you mean {limit:g} %",
+        )
+    return Bound(metric, limit)
 
 
-# Holds where the user names no budget, as far as it can be judged.
-DEFAULT_BUDGET = (Bound("agreement", 0.98), Bound("relc", 0.08))
+# Holds where the user names no budget: agreement where the first output has classes, the error of outputs elsewhere.
+DEFAULT_BUDGET = (Bound("agreement", 0.98), Bound("output-error", 0.05), Bound("relc", 0.08))

@@ -70,6 +70,7 @@ class Fidelity:
     Attributes:
         samples: number of held-out samples.
         logits_rel, agreement, metric: end to end, from the model as loaded to the compiled ONNX file.
+        outputs: the relative error of every floating output end to end, by its name.
         hops: the same difference step by step.
         variants: all variants whose latency is measured, end to end, by name.
         sites: each operator alone, by the site's name; sites that were kept have none.
@@ -79,6 +80,7 @@ class Fidelity:
     logits_rel: float
     agreement: float | None
     metric: Metric | None
+    outputs: Mapping[str, float]
     hops: tuple[Hop, ...]
     variants: Mapping[str, VariantFidelity]
     sites: Mapping[str, SiteFidelity]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asapc.types.artifacts import EngineResult
-from asapc.types.budget import Bound
+from asapc.types.budget import Verdict
 from asapc.types.choices import Candidate, Choice, Selection
 from asapc.types.graph import EarlyStops
 from asapc.types.results import Fidelity, FittedActivation, Latency
@@ -36,7 +36,7 @@ def report_data(
     selection: Selection,
     activations: Sequence[FittedActivation],
     fidelity: Fidelity,
-    budget: Sequence[Bound],
+    verdict: Verdict,
     latency: Latency,
     engine: EngineResult,
     artifacts: list[dict[str, Any]],
@@ -61,7 +61,8 @@ def report_data(
         "early_stops": early_stop_data(findings.early_stops),
         "activations": [activation_data(activation) for activation in activations],
         "fidelity": fidelity_data(fidelity),
-        "budget": [str(bound) for bound in budget],
+        "budget": [str(term.bound) for term in verdict.terms],
+        "verdict": verdict_data(verdict),
         "latency": latency_data(latency),
         "engine": {"status": engine.status, "reason": engine.reason, "node": engine.node},
         "artifacts": artifacts,
@@ -176,6 +177,15 @@ def fidelity_data(fidelity: Fidelity) -> dict[str, Any]:
     del data["sites"]
     data["hops"] = list(data["hops"])
     return data
+
+
+def verdict_data(verdict: Verdict) -> dict[str, Any]:
+    """A verdict in the report: whether the budget is kept, and for each term what was reached."""
+    terms = [
+        {"term": str(term.bound), "reached": term.reached if isfinite(term.reached) else None, "met": term.met}
+        for term in verdict.terms
+    ]
+    return {"passed": verdict.passed, "headline": verdict.headline, "terms": terms}
 
 
 def latency_data(latency: Latency) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from asapc.errors import FidelityError
 
 
 def test_a_missed_budget_exits_with_3_and_leaves_no_folder(small):
-    error, _ = assert_user_error(run("compile", small, "--fidelity", "agreement>=1.1", *QUICK), code=3)
-    assert "agreement>=1.1" in error
+    error, _ = assert_user_error(run("compile", small, "--fidelity", "output-error<=0", *QUICK), code=3)
+    assert "output-error<=0" in error
     assert list(Path.cwd().iterdir()) == []
 
 
@@ -79,7 +79,7 @@ def test_compile_writes_beside_the_caller_under_the_models_name(compiled):
 def test_compile_shows_stages_with_their_times_on_stderr(compiled):
     _, result = compiled
     lines = [line.split() for line in result.stderr.splitlines()]
-    stages = ["load", "capture", "find", "select", "rewrite", "export", "engine", "verify", "measure"]
+    stages = ["load", "capture", "find", "select", "rewrite", "check", "export", "engine", "verify", "measure"]
     assert [line[0] for line in lines] == stages
     for line in lines:
         assert float(line[1]) >= 0

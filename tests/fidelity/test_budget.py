@@ -6,7 +6,7 @@ import pytest
 
 from asapc.errors import FidelityError, OptionError
 from asapc.fidelity.budget import check_budget
-from asapc.types.budget import Bound
+from asapc.types.budget import Bound, parse_bound
 from asapc.types.results import Fidelity, Hop, Metric, SiteFidelity
 
 
@@ -16,6 +16,7 @@ def fidelity(**changes) -> Fidelity:
         "logits_rel": 0.01,
         "agreement": 0.99,
         "metric": Metric("accuracy", 0.96, 0.955),
+        "outputs": {"logits": 0.01, "features": 0.03},
         "hops": (),
         "variants": {},
         "sites": {"a": SiteFidelity(0.03, 0.0, 0.0, 0.01), "b": SiteFidelity(0.05, 0.0, 0.0, 0.02)},
@@ -30,6 +31,7 @@ def fidelity(**changes) -> Fidelity:
         (Bound("metric-drop", 0.51), Bound("metric-drop", 0.49)),  # percentage points: 96 - 95.5
         (Bound("relc", 0.05), Bound("relc", 0.04)),  # the worst site counts
         (Bound("column-marginal", 0.02), Bound("column-marginal", 0.015)),
+        (Bound("output-error", 0.03), Bound("output-error", 0.029)),  # the worst output counts
     ],
 )
 def test_a_budget_is_met_or_missed(met, missed):
@@ -50,8 +52,47 @@ def test_without_a_budget_the_default_holds():
             check_budget(worse, ())
 
 
-def test_the_default_budget_asks_nothing_that_cannot_be_judged():
-    check_budget(fidelity(agreement=None, metric=None), ())
+def test_without_classes_the_default_is_about_the_error_of_outputs():
+    verdict = check_budget(fidelity(agreement=None, metric=None), ())
+    assert [term.bound.metric for term in verdict.terms] == ["output-error", "relc"]
+    with pytest.raises(FidelityError, match="output-error"):
+        check_budget(fidelity(agreement=None, outputs={"a": 0.01, "b": 0.06}), ())
+
+
+def test_the_verdict_says_first_what_is_missed_and_what_was_reached():
+    verdict = check_budget(fidelity(), ())
+    assert verdict.headline == "PASSED: agreement 0.99 (agreement>=0.98), relc 0.05 (relc<=0.08)"
+    with pytest.raises(FidelityError) as caught:
+        check_budget(fidelity(), [Bound("agreement", 0.9), Bound("relc", 0.04)])
+    assert str(caught.value).startswith("FAILED: relc 0.05 (relc<=0.04 missed), agreement 0.99 (agreement>=0.9)")
+
+
+def test_what_capture_changes_counts_at_the_sites_too():
+    off = fidelity(hops=(Hop("capture", 0.1, 0.1, 1.0),))
+    for bound in (Bound("relc", 0.1), Bound("column-marginal", 0.1)):
+        check_budget(fidelity(), [bound])
+        with pytest.raises(FidelityError):
+            check_budget(off, [bound])
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("agreement>=99", "agreement>=0.99"),
+        ("agreement>=99%", "agreement>=0.99"),
+        ("agreement>=0.5%", "agreement>=0.005"),
+        ("relc<=8", "relc<=0.08"),
+        ("output-error<=5", "output-error<=0.05"),
+        ("relc<=-1", "--fidelity"),
+        ("agreement>=1e9", "--fidelity"),
+        ("metric-drop<=101", "metric-drop<=0.5"),
+        ("metric-drop<=1%", "metric-drop<=0.5"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused_with_what_was_meant(text, meant):
+    with pytest.raises(OptionError, match="cannot be") as caught:
+        parse_bound(text)
+    assert meant in caught.value.hint
 
 
 @pytest.mark.parametrize("changes", [{"metric": None}, {"agreement": None}], ids=["no labels", "no classes"])
@@ -90,16 +131,16 @@ def test_a_missed_budget_names_the_step_that_costs_most_and_what_to_do_about_it(
         ) as caught:
             check_budget(of(*hops), ())
         assert hint in caught.value.hint
-    # The error of an operator is seen on the graph's own activations: no other step has a part in it.
+    # The error of an operator is seen on the graph's own activations: but for capture no step has a part in it.
     with pytest.raises(FidelityError) as caught:
-        check_budget(of(0.3, 0.1, 0.0), [Bound("relc", 0.04)])
-    assert "capture" not in str(caught.value)
+        check_budget(of(0.0, 0.1, 0.3), [Bound("relc", 0.04)])
+    assert "export" not in str(caught.value)
     assert "-O1" in caught.value.hint
 
 
 def test_a_missed_budget_speaks_of_the_compiled_model_and_of_its_cost_where_that_is_known():
     # `asapc verify` knows no cost, and has selected nothing.
-    for cost, end in ((None, "outside the budget relc<=0.04"), (0.25, "25% of the exact forms' time, as estimated")):
-        with pytest.raises(FidelityError, match=r"^the compiled model has relc 0\.05 on 4 samples, ") as caught:
+    for cost, end in ((None, "on 4 samples"), (0.25, "25% of the exact forms' time, as estimated")):
+        with pytest.raises(FidelityError, match=r"^FAILED: relc 0\.05 \(relc<=0\.04 missed\), on 4 samples") as caught:
             check_budget(fidelity(), [Bound("relc", 0.04)], cost)
         assert str(caught.value).endswith(end)

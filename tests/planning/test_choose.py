@@ -194,7 +194,7 @@ def test_where_no_site_misses_a_limit_of_its_own_the_step_that_helps_most_for_it
         return check(studied, selection)
 
     monkeypatch.setattr("asapc.planning.choose.check", check_and_note)
-    config = CompileConfig(fidelity=("agreement>=1.1",))  # which nothing keeps
+    config = CompileConfig(fidelity=("output-error<=0",))  # which nothing keeps
     repaired = repair(teacher.studied, start, config, lambda detail: None)
     first, second = (s.loop.half_steps for s in teacher.sites)
     assert checked == [[2, second - 1], [2, second], [first, second]]
@@ -205,7 +205,8 @@ def test_a_budget_on_the_whole_model_alone_lets_sites_go_as_far_as_it_does(teach
     name = teacher.site.name
     exact = replace(EXACT, half_steps=teacher.site.loop.half_steps)
     candidates = {name: [exact, *(candidate("truncated", t, 0.8 / t, half_steps=t) for t in (2, 3, 4, 6))]}
-    for budget, expected in (("agreement>=0", 2), ("relc<=9", 2), ("agreement>=1.1", exact.half_steps)):
+    # With two half-steps this site's relc is above 1, which no budget allows.
+    for budget, expected in (("agreement>=0", 2), ("relc<=1", 3), ("output-error<=0", exact.half_steps)):
         config = CompileConfig(fidelity=(budget,))
         made = decide(teacher.studied, candidates, Selection({}), config)
         assert made.choices[name].candidate.half_steps == expected

@@ -10,7 +10,7 @@ from helpers.fitted import changed
 from helpers.paths import ROOT
 
 from asapc.types.artifacts import EngineResult
-from asapc.types.budget import Bound
+from asapc.types.budget import Bound, Term, Verdict
 from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 from asapc.types.graph import EarlyStops
 from asapc.types.results import (
@@ -65,6 +65,7 @@ def report() -> dict:
         logits_rel=0.1,
         agreement=0.9,
         metric=Metric("accuracy", 0.9, 0.8),
+        outputs={"logits": 0.1},
         hops=(Hop("capture", 0.0, 0.0, 1.0), Hop("amortisation", 0.1, 0.1, 0.9), Hop("export", 0.0, 0.0, 1.0)),
         variants={name: VariantFidelity(None if name == "truncated" else 0.1, None, None) for name in VARIANTS},
         sites={"a": SiteFidelity(0.1, 0.1, 0.0, 0.1)},
@@ -78,7 +79,7 @@ def report() -> dict:
     artifacts = [{"kind": "onnx", "path": "model.onnx", "sha256": "0" * 64, "builder": "b", "targets": []}]
     stops = EarlyStops({"sinkhorn.py:7": "if err.item() < self.tol:"}, 1e-3, taken=True)
     findings = Findings(sites, (Miss("node", None, "why", "what to do"),), stops)
-    budget, latency = (Bound("relc", 0.2),), Latency("cpu", 2, tuple(runs))
+    verdict, latency = Verdict((Term(Bound("relc", 0.2), 0.1),)), Latency("cpu", 2, tuple(runs))
     samples = Samples({"x": torch.zeros(4, 1)})
     teacher = fitted.studied(torch.nn.Identity(), None, findings, samples)
     return report_data(
@@ -86,7 +87,7 @@ def report() -> dict:
         selection,
         (lowered,),
         fidelity,
-        budget,
+        verdict,
         latency,
         EngineResult("omitted"),
         artifacts,

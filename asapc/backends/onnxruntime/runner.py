@@ -38,6 +38,7 @@ class OnnxRuntimeRunner:
         except Exception as error:  # ONNX Runtime's own, which share no base
             raise BuildError(f"ONNX Runtime refuses {self.name}: {first_line(error)}", "report the model") from error
         self.names = [value.name for value in self.session.get_inputs()]
+        self.outputs = [value.name for value in self.session.get_outputs()]
 
     def __call__(self, samples: Samples) -> list[Tensor]:
         """Return all outputs for one batch.
