@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FAR = 30  # times the samples' scores: models seldom get there
 # The cells of a table's row.
 Row = tuple[str, ...]
 
@@ -53,6 +54,16 @@ def inspection(sites: list[dict[str, Any]]) -> Iterator[Grid | str]:
     for site in sites:
         kind = "" if site["ends_in"] == "attention" else ", a plan alone,"
         yield f"{site['name']}{kind} stands at {site['source']}"
+        yield from reach(site)
+
+
+def reach(site: dict[str, Any]) -> Iterator[str]:
+    """Say where constants in a loop's divisors act, if it is not far from the samples."""
+    if site["reach"] is not None and site["reach"] < FAR:
+        yield (
+            f"{site['name']} adds constants to its divisors, which the compiled model leaves out: they change the plan "
+            f"on scores of more than {site['reach']:g} times the samples'"
+        )
 
 
 def near_misses(misses: list[dict[str, Any]]) -> Iterator[str]:
@@ -76,6 +87,8 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     yield data["verdict"]["headline"]
     yield output_errors(fidelity)
     yield choices_grid(data["sites"])
+    for site in data["sites"]:
+        yield from reach(site)
     yield bill_grid(data["sites"])
     yield latency_grid(data)
     yield from early_stops(data["early_stops"])

@@ -8,6 +8,7 @@ units of the temperature: the plan is exp(scores + f + g), scores = scale * q.k.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Literal
 
 import torch
@@ -49,6 +50,8 @@ class Loop:
         row_mass, column_mass: (1,) or (N,) and (1,) or (M,), float64: what rows and columns of the plan are scaled
             to. That of the last axis is what its sums are, the other's matters up to a factor.
         masked: whether entries below `ops.scaling.MIN_LIVE` are left out: key padding, and padded queries.
+        reach: up to how many times the samples' scores the model computes this loop. Beyond, constants that it adds to
+            divisors act, which are no part of the loop; infinite where there are none.
     """
 
     half_steps: int
@@ -60,6 +63,7 @@ class Loop:
     row_mass: Tensor
     column_mass: Tensor
     masked: bool
+    reach: float = inf
 
     @property
     def uniform(self) -> bool:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
+from math import inf
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ PRECISION_TOLERANCE = 1e-2
 UNEXPLAINED = 5  # nearness of a start after which comes what is no step of a loop
 # Scores are multiplied by these where the plan's smallest entries are zero even in float64.
 MILD = (0.1, 0.01)
+# Multiples of the samples' scores on which constants in divisors are tried, and by how much they may change the plan.
+REACHES, REACH_TOLERANCE = (3.0, 10.0, 30.0), 1e-4
 
 
 def find_sinkhorn(graph: CapturedGraph, samples: Samples, skipped: Collection[str] = ()) -> Findings:
@@ -211,6 +214,7 @@ class Trial:
         require_steps(explanation)
         require_own(self.region, self.value, self.plan)
         require_precision(values[candidate.plan].double(), self.plan)
+        loop = replace(loop, reach=self.reach(scores, explanation.ideal))
         return describe(candidate, start, frame, loop, values, self.exponential, self.logarithm)
 
     def find_scale(self, scores: Tensor, plan: Tensor) -> tuple[Tensor, Live]:
@@ -224,6 +228,16 @@ class Trial:
                 with suppress(NotSinkhorn):
                     return find_scale(factor * scores, self.respond(factor * scores))
         raise failure
+
+    def reach(self, scores: Tensor, ideal: Mapping[Node, tuple[Any, ...]]) -> float:
+        """Return up to how many times these scores constants in divisors make no difference; see `Loop.reach`."""
+        reached = 1.0 if ideal else inf
+        for factor in REACHES if ideal else ():
+            plans = (self.respond(factor * scores, nodes) for nodes in ({}, ideal))
+            if difference(*plans) > REACH_TOLERANCE:
+                break
+            reached = factor
+        return reached
 
     def respond(self, scores: Tensor, ideal: Mapping[Node, tuple[Any, ...]] | None = None) -> Tensor:
         """Return the plan that the loop makes of other scores, both (B, H, N, M) in float64.

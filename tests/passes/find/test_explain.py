@@ -126,8 +126,14 @@ def test_a_step_that_is_none_of_a_loop_is_named(name):
     ],
 )
 def test_constants_that_keep_divisors_from_zero_belong_to_the_loop(guard):
-    [site] = find(Attention(lambda s: kernel_loop(s.exp(), guard))).sites
+    [site] = find(Attention(lambda s: kernel_loop((4 * (s - s.amax(-1, keepdim=True))).exp(), guard))).sites
     assert (site.loop.half_steps, site.loop.last) == (STEPS, "rows")
+    assert 1 <= site.loop.reach < 30  # at thirty times these scores, sums of columns are as small
+
+
+def test_a_loop_without_such_constants_reaches_any_scores():
+    [site] = find(Attention(loop)).sites
+    assert site.loop.reach == math.inf
 
 
 class FromTheBatch(Attention):
