@@ -40,7 +40,7 @@ err = Console(file=cast(IO[str], Stream("stderr", required=False)), highlight=Fa
 
 EXIT_CODES = "Exit codes: 0 done, 1 input at fault, 2 usage, 3 fidelity budget missed, 70 defect, 130 interrupted."
 KEYWORD_ONLY = reflection.Parameter.KEYWORD_ONLY
-READS = [OPTIONS[name] for name in ("model", "model_args", "inputs", "input_shape", "unsafe_load")]
+READS = [OPTIONS[name] for name in ("model", "model_args", "weights", "inputs", "input_shape", "unsafe_load")]
 CONFIG_FILE = Option("--config", "Options in TOML; the command line wins.", metavar="FILE", name="config", kind=Path)
 TRUST_CONFIG = Option(
     "--trust-config", "Let the file of --config name code to run: --model, --unsafe-load.", name="trust", kind=bool
@@ -215,7 +215,7 @@ def inspect(
     "asapc verify model.asap --data samples.npz --fidelity 'relc<=0.05' --json",
     takes=(
         replace(OPTIONS["fidelity"], default_text="what the model was compiled to keep"),
-        *(OPTIONS[name] for name in ("model", "model_args", "unsafe_load")),
+        *(OPTIONS[name] for name in ("model", "model_args", "weights", "unsafe_load")),
     ),
 )
 def verify(

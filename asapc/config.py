@@ -79,6 +79,16 @@ class CompileConfig:
         str | dict[str, Any] | None,
         Option("--model-args", "Keyword arguments of --model: a JSON object, or a file with one.", READING, "JSON"),
     ] = None
+    weights: Annotated[
+        str | None,
+        Option(
+            "--weights",
+            "Which weights of the file, where several fit the model: the keys that lead to them, or what their names "
+            "begin with.",
+            READING,
+            metavar="PLACE",
+        ),
+    ] = None
     inputs: Annotated[
         str | Path | None,
         Option(

@@ -122,6 +122,7 @@ dump = "stages"
 calib = "samples.npz"
 fidelity = ["agreement>=0.9", "relc<=0.1"]
 model = "my_models:build"
+weights = "ema"
 inputs = "inputs.npz"
 input_shape = ["x=2,3", "ids=2,5:int64:0..9"]
 unsafe_load = true
@@ -158,6 +159,7 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
         calib=Path("samples.npz"),
         fidelity=("agreement>=0.9", "relc<=0.1"),
         model="my_models:build",
+        weights="ema",
         model_args={"depth": 4},
         inputs=Path("inputs.npz"),
         input_shape=("x=2,3", "ids=2,5:int64:0..9"),

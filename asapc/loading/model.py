@@ -28,8 +28,8 @@ def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedM
 
     Args:
         path: the file.
-        config: options; those that say how to read the file are `model`, `model_args`, `inputs`, `input_shape` and
-            `unsafe_load`.
+        config: options; those that say how to read the file are `model`, `model_args`, `weights`, `inputs`,
+            `input_shape` and `unsafe_load`.
 
     Raises:
         CheckpointError: the file is missing, truncated, of an unknown format, would run code, or its weights are not
@@ -91,8 +91,8 @@ def load_content(source: Source, content: Any, unsafe: bool, config: CompileConf
     if isinstance(content, Mapping) and content.get("format") == FORMAT:
         calibration, held_out = (checkpoint_samples(source, content, key) for key in ("calibration", "held_out"))
     if config.model is not None:
-        module = build_model(config.model, config.model_args)
-        notes += load_weights(source, config.model, module, content)
+        module = unwrapped(build_model(config.model, config.model_args))
+        notes += load_weights(source, config.model, module, content, config.weights)
     elif isinstance(content, Mapping) and content.get("format") == FORMAT:
         module = build_checkpoint(source, content)
     elif match := next(find_modules(content), None):
@@ -113,6 +113,14 @@ def load_content(source: Source, content: Any, unsafe: bool, config: CompileConf
         held_out=held_out,
         notes=tuple(notes),
     )
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside what torch.compile and the data-parallel wrappers return."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while (inner := getattr(module, "module" if isinstance(module, wrappers) else "_orig_mod", None)) is not None:
+        module = inner
+    return module
 
 
 def find_modules(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, nn.Module]]:

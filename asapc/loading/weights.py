@@ -1,59 +1,105 @@
 """Finds a model's weights in a checkpoint's content, by structure, and loads them into the model."""
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from asapc.errors import CheckpointError
+from asapc.errors import CheckpointError, OptionError
 from asapc.loading.samples import has_nan, is_finite
 from asapc.loading.untrusted.source import Source
+from asapc.loading.untrusted.tensors import METADATA
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 ONE_RUN = "the weights and the model's arguments must be from the same training run"
 COMPILED = "_orig_mod."  # of torch.compile
 MAX_DEPTH = 4  # {"model": {...}}, and what trainers put around that
+MAX_NAMES = 20  # of the model's weights, by which prefixes are found
 
 
 class Candidate(NamedTuple):
-    """A mapping of tensors in a file.
+    """Tensors in a file that may be a model's weights.
 
     Attributes:
-        place: the keys that lead to it, "" for the file itself.
-        removed: what was removed from the names of its tensors.
-        weights: the tensors, by the names that remain.
+        place: the keys that lead to them, "" for the file itself.
+        removed: what was removed from the names of tensors.
+        weights: the tensors, by the names that remain, with the versions of modules as torch keeps them.
+        left: names of tensors beside them that belong to other modules.
     """
 
     place: str
     removed: tuple[str, ...]
-    weights: Mapping[str, Any]
+    weights: "OrderedDict[str, Any]"
+    left: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """What the user calls it: the keys that lead to the tensors, and the beginning of their names."""
+        prefix = "".join(part for part in self.removed if part != COMPILED)
+        return f"{self.place}.{prefix}".strip(".") or "."
 
 
-def load_weights(source: Source, name: str, module: nn.Module, content: Any) -> list[str]:
-    """Find the weights of a model in a file's content, compare them with the model, and load them into it.
+def load_weights(source: Source, name: str, module: nn.Module, content: Any, wanted: str | None = None) -> list[str]:
+    """Find the weights of a model in a file's content, and load them into it.
+
+    Those are taken that cover the model: that its own strict `load_state_dict`, hooks and all, accepts.
 
     Args:
         source: the file, for messages.
         name: of the model, for messages.
         module: the model.
         content: of the file: nested mappings, one of which holds the weights.
+        wanted: the label of those to take, where there are several.
 
     Returns:
         Notes for the user: where the weights were found, and what was done to them.
 
     Raises:
-        CheckpointError: there are none, or they do not fit.
+        CheckpointError: there are none, they do not fit, or several do that differ.
+        OptionError: there are none of that label.
     """
     expected = module.state_dict()
-    candidates = [strip(place, weights, expected) for place, weights in tensor_mappings(content)]
+    candidates = [c for place, weights in tensor_mappings(content) for c in read_in_ways(place, weights, expected)]
     if not candidates:
         raise CheckpointError(f"{source} holds no weights", "save model.state_dict()")
-    best = max(candidates, key=lambda candidate: shared(candidate.weights, expected))
-    most = shared(best.weights, expected)
-    rivals = [c.place for c in candidates if c is not best and shared(c.weights, expected) == most]
+    if wanted is not None:
+        labels = {candidate.label: None for candidate in candidates}
+        candidates = [candidate for candidate in candidates if candidate.label == wanted]
+        if not candidates:
+            raise OptionError(f"{source} holds no weights {wanted!r}", f"give one of {', '.join(labels)}")
+    fitting = [candidate for candidate in candidates if covers(source, name, module, candidate)]
+    if not fitting:
+        best = max(candidates, key=lambda candidate: shared(candidate.weights, expected))
+        give_weights(source, name, module, best.weights)  # says what is wrong
+    best, *others = fitting or [best]
+    rivals = [candidate.label for candidate in others if not equal(candidate.weights, best.weights)]
+    if rivals:
+        raise CheckpointError(
+            f"{source} holds several weights that fit {name}, and they differ: {', '.join([best.label, *rivals])}",
+            f"say which with --weights: {best.label}, for one",
+        )
     give_weights(source, name, module, best.weights)
-    return [*place_notes(best, rivals), *dtype_notes(best.weights, expected)]
+    return [*place_notes(best), *dtype_notes(best.weights, expected)]
+
+
+def covers(source: Source, name: str, module: nn.Module, candidate: Candidate) -> bool:
+    """Return whether weights are those of a model, tried on a copy."""
+    if not shared(candidate.weights, module.state_dict()):
+        return False
+    try:
+        give_weights(source, name, copy.deepcopy(module), candidate.weights)
+    except CheckpointError:
+        return False
+    return True
+
+
+def equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two sets of weights are the same."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def tensor_mappings(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -67,27 +113,51 @@ def tensor_mappings(content: Any, place: str = "", depth: int = 0) -> Iterator[t
             yield from tensor_mappings(value, f"{place}.{key}" if place else key, depth + 1)
 
 
-def strip(place: str, weights: Mapping[str, Any], expected: Mapping[str, Any]) -> Candidate:
-    """Remove from the names of weights what wrappers put there.
+def read_in_ways(place: str, weights: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Candidate]:
+    """Yield the ways to read a mapping as weights of a model, by the prefixes that its names may have.
 
     torch.compile puts "_orig_mod." somewhere, DataParallel "module." and trainers the name of their attribute at the
-    front of all; averaging adds a counter.
+    front; averaging adds a counter. What does not begin so, or belongs to modules that the model lacks, is left over:
+    a loss, a metric, another model.
     """
     named = {key.replace(COMPILED, ""): value for key, value in weights.items() if isinstance(key, str)}
     if len(named) < len(weights):  # two names became one, or a name is not a string: the comparison names it
-        return Candidate(place, (), weights)
+        yield Candidate(place, (), OrderedDict(weights), ())
+        return
     if "n_averaged" not in expected:
         named.pop("n_averaged", None)
-    removed = (COMPILED,) if named.keys() - weights.keys() else ()
-    best, prefix = Candidate(place, removed, named), ""
-    for part in next(iter(named), "").split(".")[:-1]:
-        prefix += f"{part}."
-        if not all(key.startswith(prefix) for key in named):
-            break
-        shorter = {key.removeprefix(prefix): value for key, value in named.items()}
-        if shared(shorter, expected) > shared(best.weights, expected):
-            best = Candidate(place, (*removed, prefix), shorter)
-    return best
+    removed = (COMPILED,) if any(COMPILED in key for key in weights) else ()
+    for prefix in prefixes(named, expected):
+        inner = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
+        kept = {key: value for key, value in inner.items() if is_own(key, value, expected)}
+        state = OrderedDict(kept)
+        setattr(state, METADATA, rename_modules(getattr(weights, METADATA, {}), prefix))
+        left = sorted(key for key in named if not key.startswith(prefix) or key.removeprefix(prefix) not in kept)
+        yield Candidate(place, (*removed, prefix) if prefix else removed, state, tuple(left))
+
+
+def is_own(key: str, value: Any, expected: Mapping[str, Any]) -> bool:
+    """Return whether an entry has to be a model's: by its name, or as a tensor of the model itself or its modules."""
+    module, dot, _ = key.partition(".")
+    return key in expected or (
+        isinstance(value, Tensor) and (not dot or any(e.startswith(module + dot) for e in expected))
+    )
+
+
+def prefixes(named: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Return what names of tensors may begin with before those of a model's weights; nothing at all among it."""
+    found = {"": None}
+    for name in islice(expected, MAX_NAMES):
+        found |= {key[: -len(name)]: None for key in named if key.endswith(f".{name}")}
+    return list(found)
+
+
+def rename_modules(versions: Mapping[str, Any], prefix: str) -> "OrderedDict[str, Any]":
+    """Return the versions of modules by their names without a prefix, as `Candidate.weights` are named."""
+    named = {f"{name}.".lstrip(".").replace(COMPILED, ""): value for name, value in versions.items()}
+    return OrderedDict(
+        (name.removeprefix(prefix).rstrip("."), value) for name, value in named.items() if name.startswith(prefix)
+    )
 
 
 def shared(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
@@ -99,7 +169,8 @@ def shared(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
 def compare_weights(source: Source, name: str, module: nn.Module, weights: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming the first offender, unless the weights are those of the model, and finite.
 
-    A tied weight may come under one of its names only, and a buffer that the model does not save may come too.
+    A tied weight may come under one of its names only, and a buffer that the model does not save may come too, if it is
+    the same.
     """
     state = module.state_dict()
     expected = {key: value for key, value in state.items() if isinstance(value, Tensor)}
@@ -113,6 +184,7 @@ def compare_weights(source: Source, name: str, module: nn.Module, weights: Mappi
     for key, value in weights.items():
         if key in expected:
             compare_weight(source, name, key, value, expected[key])
+    compare_unsaved(source, name, module, weights)
     for keys in groups:
         compare_tied(source, name, {key: weights[key] for key in sorted(keys & weights.keys())})
 
@@ -165,29 +237,50 @@ def ties(weights: Mapping[str, Tensor]) -> list[set[str]]:
     return [keys for keys in groups.values() if len(keys) > 1]
 
 
+def compare_unsaved(source: Source, name: str, module: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a buffer that the model does not save has other values in the file."""
+    state = module.state_dict()
+    for key, buffer in module.named_buffers():
+        value = weights.get(key)
+        if key not in state and value is not None and not (isinstance(value, Tensor) and torch.equal(value, buffer)):
+            raise CheckpointError(f"{source}: {key} is not what {name} has, which neither saves nor loads it", ONE_RUN)
+
+
 def give_weights(source: Source, name: str, module: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Load the weights into a model, and nothing else.
+    """Load weights into a model as its own strict `load_state_dict` does, and nothing else.
 
     Raises:
         CheckpointError: they are not the model's.
     """
-    compare_weights(source, name, module, weights)
     expected = module.state_dict()
+    unsaved = dict(module.named_buffers()).keys() - expected.keys()
+    state = OrderedDict((key, value) for key, value in weights.items() if key not in unsaved)
+    for keys in ties({key: value for key, value in expected.items() if isinstance(value, Tensor)}):
+        present = sorted(keys & state.keys())
+        state.update({key: state[present[0]] for key in keys - state.keys() if present})
+    setattr(state, METADATA, getattr(weights, METADATA, None))
+    # Before: afterwards, what is expected holds the weights of the file. Shapes are left to the model, and its hooks.
+    for key, value in weights.items():
+        if isinstance(value, Tensor) and isinstance(expected.get(key), Tensor) and value.shape == expected[key].shape:
+            compare_weight(source, name, key, value, expected[key])
     try:
-        # Not strict, since a tied weight need only come under one of its names.
-        module.load_state_dict({key: value for key, value in weights.items() if key in expected}, strict=False)
-    except Exception as error:  # of the model's own hooks
+        module.load_state_dict(state)
+    except Exception as error:  # of torch, or of the model's own hooks
+        compare_weights(source, name, module, weights)  # says it in fewer words, where it can
         raise CheckpointError(f"{source}: {name} refuses its weights: {str(error).strip()[:300]}", ONE_RUN) from error
+    compare_unsaved(source, name, module, weights)
+    for keys in ties({key: value for key, value in expected.items() if isinstance(value, Tensor)}):
+        compare_tied(source, name, {key: weights[key] for key in sorted(keys & weights.keys())})
 
 
-def place_notes(best: Candidate, rivals: list[str]) -> Iterator[str]:
+def place_notes(best: Candidate) -> Iterator[str]:
     """Say where the weights were found, unless that goes without saying."""
     if best.place:
         yield f"weights found at {best.place!r}"
     if best.removed:
         yield f"{' and '.join(map(repr, best.removed))} removed from their names"
-    if rivals:
-        yield f"those at {', '.join(map(repr, rivals))} would fit too"
+    if best.left:
+        yield f"left over: {first_of(best.left)}"
 
 
 def dtype_notes(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:

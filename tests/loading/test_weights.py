@@ -1,6 +1,9 @@
 """Plain weights with `--model`: found by structure, compared, and given to the model that the user names."""
 
 import json
+import sys
+from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,11 +103,118 @@ def test_weights_are_found_by_structure_and_where_is_said(name, tmp_path):
     assert all(word in "; ".join(loaded.notes) for word in words)
 
 
-def test_the_first_of_several_is_taken_and_the_others_are_named(tmp_path):
-    first = weights()
-    loaded = load_model(saved(tmp_path / "w.pt", {"model": first, "ema": weights()}), TINY)
-    assert same(loaded, first)
-    assert "'ema'" in loaded.notes[-1]
+def test_of_several_that_differ_the_user_says_which(tmp_path):
+    first, second = weights(), weights()
+    path = saved(tmp_path / "w.pt", {"model": first, "ema": {"shadow": prefixed("module.")(second)}})
+    error = assert_refused(CheckpointError, lambda path: load_model(path, TINY), path)
+    assert "model, ema.shadow.module" in error
+    for label, expected in (("model", first), ("ema.shadow.module", second)):
+        assert same(load_model(path, replace(TINY, weights=label)), expected)
+    with pytest.raises(OptionError, match="'optimizer'") as caught:
+        load_model(path, replace(TINY, weights="optimizer"))
+    assert "ema.shadow.module" in caught.value.hint
+
+
+@pytest.mark.parametrize("prefix", ["student.", "online_model.", "model."])
+def test_one_of_several_models_in_one_flat_mapping(prefix, tmp_path):
+    first, second = weights(), weights()
+    path = saved(tmp_path / "w.pt", {**prefixed(prefix)(first), **prefixed("teacher.")(second)})
+    error = assert_refused(CheckpointError, lambda path: load_model(path, TINY), path)
+    assert f"{prefix.rstrip('.')}, teacher" in error
+    assert same(load_model(path, replace(TINY, weights=prefix.rstrip("."))), first)
+
+
+def test_several_that_are_the_same_are_one(tmp_path):
+    expected = weights()
+    path = saved(tmp_path / "w.pt", {"model": expected, "best": {k: v.clone() for k, v in expected.items()}})
+    assert same(load_model(path, TINY), expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, prefixed("model."), lambda w: {"state_dict": prefixed("model.")(w)}])
+def test_what_belongs_to_other_modules_is_left_over_and_said(wrap, tmp_path):
+    expected = weights()
+    content = wrap({**expected})
+    inner = content.get("state_dict", content)
+    inner |= {"criterion.pos_weight": torch.ones(3), "metrics.accuracy.total": torch.tensor(3)}
+    loaded = load_model(saved(tmp_path / "w.pt", {**content, "ema_state": {"other.weight": torch.ones(2)}}), TINY)
+    assert same(loaded, expected)
+    assert any(note.startswith("left over: criterion.pos_weight and ") for note in loaded.notes)
+
+
+class Migrates(nn.Module):
+    """Stores its temperature as a logarithm, since version 2."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_temperature = nn.Parameter(torch.zeros(1))
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if (metadata.get("version") or 1) < 2:
+            state[f"{prefix}log_temperature"] = state[f"{prefix}log_temperature"].log()
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    def forward(self, x):
+        return x * self.log_temperature.exp()
+
+
+def migrating() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), Migrates())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model.state_dict(),
+        lambda model: {"model": model.state_dict()},
+        lambda model: nn.DataParallel(model).state_dict(),
+        lambda model: torch.compile(model).state_dict(),
+        lambda model: {"state_dict": nn.ModuleDict({"net": model, "criterion": nn.BatchNorm1d(2)}).state_dict()},
+    ],
+    ids=["bare", "nested", "data parallel", "compiled", "trainer"],
+)
+def test_modules_see_the_version_that_their_weights_were_saved_with(wrap, here, tmp_path):
+    model = migrating()
+    model[1].log_temperature.data.fill_(0.7)
+    loaded = load_model(saved(tmp_path / "w.pt", wrap(model)), CompileConfig(model="test_weights:migrating"))
+    assert same(loaded, model.state_dict())
+
+
+def test_weights_of_an_older_version_are_migrated(here, tmp_path):
+    content = {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2), "1.log_temperature": torch.full((1,), 2.0)}
+    loaded = load_model(saved(tmp_path / "w.pt", content), CompileConfig(model="test_weights:migrating"))
+    assert loaded.module[1].log_temperature.item() == pytest.approx(torch.tensor(2.0).log().item())
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.BatchNorm1d(2))
+
+
+def test_load_hooks_of_the_model_run(here, tmp_path):
+    """Weight norm as torch stored it before parametrisations, and a batch norm without its counter."""
+    model = normalised()
+    content = OrderedDict(
+        {
+            "0.bias": model[0].bias.detach() + 1,
+            "0.weight_g": model[0].parametrizations.weight.original0.detach() + 1,
+            "0.weight_v": model[0].parametrizations.weight.original1.detach() + 1,
+            **{f"1.{name}": value for name, value in model[1].state_dict().items() if name != "num_batches_tracked"},
+        }
+    )
+    loaded = load_model(saved(tmp_path / "w.pt", content), CompileConfig(model="test_weights:normalised"))
+    model.load_state_dict(content)
+    assert same(loaded, model.state_dict())
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["torch.compile", "DataParallel"])
+def test_a_factory_may_return_a_wrapped_model(wrap, here, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "wrapped", lambda: wrap(Tiny()), raising=False)
+    monkeypatch.setitem(sys.modules, "test_weights", sys.modules[__name__])
+    expected = weights()
+    loaded = load_model(saved(tmp_path / "w.pt", expected), CompileConfig(model="test_weights:wrapped"))
+    assert same(loaded, expected)
+    assert isinstance(loaded.module, Tiny)
 
 
 def test_weights_of_half_precision_are_read_and_said(tmp_path):
@@ -175,9 +285,13 @@ def test_tied_weights_that_differ_are_refused(here, tmp_path):
     )
 
 
-def test_buffers_that_the_model_does_not_save_may_come_too(tmp_path):
+def test_buffers_that_the_model_does_not_save_may_come_too_where_they_are_the_same(tmp_path):
     expected = weights()
-    assert same(load_model(saved(tmp_path / "w.pt", {**expected, "mask": torch.ones(3, 3)}), TINY), expected)
+    own = Tiny().mask
+    assert same(load_model(saved(tmp_path / "w.pt", {**expected, "mask": own}), TINY), expected)
+    assert "mask" in assert_refused(
+        CheckpointError, lambda path: load_model(path, TINY), saved(tmp_path / "o.pt", {**expected, "mask": own + 1})
+    )
 
 
 # The model that the user names.

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from collections import OrderedDict
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +14,7 @@ from asapc.loading.untrusted.pickles import MAX_PICKLE_BYTES, check_pickle
 from asapc.loading.untrusted.source import Refusal, Source
 from asapc.loading.untrusted.zips import check_zip
 
+METADATA = "_metadata"  # where torch keeps the versions of modules, beside the weights of a state dict
 MAX_DEPTH = 100  # levels of containers; a checkpoint has fewer than ten
 # Views that overlap (tied weights, expanded masks) may claim more than the file holds, up to this many times its size.
 MAX_VIEWS_RATIO, MAX_VIEWS_BYTES = 8, 2**28
@@ -92,8 +94,10 @@ class Plain:
             self.count(value)
             self.copies[id(value)] = value.detach()
         elif isinstance(value, dict):
-            entries = self.copies[id(value)] = {}
+            entries = self.copies[id(value)] = OrderedDict()
             entries.update((key, self.copy(item, depth + 1)) for key, item in dict.items(value))
+            if versions := module_versions(value):
+                setattr(entries, METADATA, versions)
         else:
             items = self.copies[id(value)] = []
             items += [self.copy(item, depth + 1) for item in value]
@@ -111,6 +115,21 @@ class Plain:
         size = self.source.size
         if self.stored > size or self.claimed > max(MAX_VIEWS_RATIO * size, MAX_VIEWS_BYTES):
             raise self.source.refuse(f"its tensors claim more bytes than its {size:,} can hold")
+
+
+def module_versions(value: dict[Any, Any]) -> dict[str, dict[str, int]]:
+    """Return the versions of modules that torch keeps beside the weights of a state dict; empty where there are none.
+
+    Modules look at them when they load weights of an older kind.
+    """
+    metadata = getattr(value, "__dict__", {}).get(METADATA)
+    if not isinstance(metadata, dict):
+        return {}
+    return {
+        name: {"version": entry["version"]}
+        for name, entry in dict.items(metadata)
+        if isinstance(name, str) and isinstance(entry, dict) and isinstance(dict.get(entry, "version"), int)
+    }
 
 
 def read_safetensors(path: Path, error: Refusal) -> dict[str, Tensor]:
