@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 
 import torch
-from helpers.compositions import GUARDED, POISONS, Composed, inputs_of, pick
+from helpers.compositions import GUARDED, Composed, inputs_of, pick
 from helpers.relowering import PROBED, captured, outputs
 
 from asapc.passes.find.sinkhorn import find_sinkhorn
@@ -44,9 +44,9 @@ class Verdict:
 
 
 def drawn(number, seed=0):
-    """Random model `number` of a seed: true loops and near-misses in turn, of these each family in its turn."""
+    """Random model `number` of a seed: true loops and near-misses in turn."""
     generator = random.Random(f"{seed}-{number}")
-    return pick(generator, poisoned=False) if number % 2 == 0 else pick(generator, poisoned=True)
+    return pick(generator, poisoned=bool(number % 2))
 
 
 def judged(composition):

@@ -32,6 +32,15 @@ LIMITS = {
     "where": lambda t, low, high: torch.where(t > high, high, t),
     "nan_to_num": lambda t, low, high: t.nan_to_num(nan=0.0, posinf=high, neginf=low),
 }
+# The same by steps that a loop is made of.
+DISGUISED = {
+    "where_of_a_difference": lambda t, low, high: torch.where(t - high > 0, high, t),
+    "absolute_difference": lambda t, low, high: (t + high - (t - high).abs()) / 2,
+    "root_of_a_square": lambda t, low, high: (t + high - (t - high).square().sqrt()) / 2,
+    "smallest_of_a_stack": lambda t, low, high: torch.stack([t, torch.full_like(t, high)]).amin(0),
+    "logaddexp": lambda t, low, high: -torch.logaddexp(-t, torch.full_like(t, -high)),
+    "gate_by_softmax": lambda t, low, high: t * torch.stack([torch.full_like(t, high), t]).softmax(0)[0],
+}
 SOFT = {
     "tanh": lambda t, low, high: high * torch.tanh(t / high),
     "softplus": lambda t, low, high: below(t, high),
@@ -60,6 +69,18 @@ def of_vectors(limit):
 def of_steps(limit):
     """In the log domain, after each half-step."""
     return lambda p, s: p.log_plan(s, after=lambda i, plan: limit(plan, -p.limit, p.limit))
+
+
+def by_count(count):
+    """A power of each sum that is the number of samples, in one way or another."""
+    return lambda p, s: p.log_plan(s, total=lambda i, plan: plan.logsumexp(p.dims[i], keepdim=True) * count(p.x) / 2)
+
+
+def later_samples_otherwise(p, s):
+    """Damping from the third sample of a batch on: the finder sees two."""
+    place = torch.arange(p.x.shape[0])[:, None, None, None].expand(-1, p.c.heads, 1, 1)
+    damping = p.model.laid_out(torch.where(place > 1, 0.9, 1.0), p.x.shape[0])
+    return p.log_plan(s, total=lambda i, plan: damping * plan.logsumexp(p.dims[i], keepdim=True))
 
 
 def of_plan(change):
@@ -281,7 +302,12 @@ FAMILIES = {
     "series": series,
     # Of what a loop keeps.
     **{f"{name}_of_vectors": of_vectors(limit) for name, limit in LIMITS.items()},
-    **{f"{name}_of_potentials": of_potentials(limit) for name, limit in (LIMITS | SOFT).items() if name != "huber"},
+    "soft_cap_of_vectors": lambda p, s: p.vector_plan(s, lambda u: u / (1 + math.exp(-p.limit) * u)),
+    **{
+        f"{name}_of_potentials": of_potentials(limit)
+        for name, limit in (LIMITS | DISGUISED | SOFT).items()
+        if name != "huber"
+    },
     **{f"{name}_of_steps": of_steps(limit) for name, limit in LIMITS.items() if name not in ("minimum", "maximum")},
     # Of divisors.
     "added_constant": guard(lambda total, constant: total + constant),
@@ -299,6 +325,11 @@ FAMILIES = {
             plan.logsumexp(p.dims[i], keepdim=True), tensor(math.log(p.constant)).to(plan)
         ),
     ),
+    # Of the batch.
+    "samples_by_sum": by_count(lambda x: torch.ones_like(x[:, 0, 0]).sum()),
+    "samples_by_fill": by_count(lambda x: torch.full_like(x[0, 0, 0], x.shape[0])),
+    "samples_by_scalar": by_count(lambda x: torch.scalar_tensor(x.shape[0])),
+    "later_samples_otherwise": later_samples_otherwise,
     # Other loops.
     "weakest_damping": lambda p, s: p.damped(s, 1 - p.constant),
     "part_of_a_sum": part_of_a_sum,
