@@ -5,6 +5,18 @@ else.
 """
 
 from .choices import CHOICES, POISONS, Composition, consistent, pick
+from .families import FAMILIES, GUARDED, LONG
 from .models import Composed, inputs_of
 
-__all__ = ["CHOICES", "POISONS", "Composed", "Composition", "consistent", "inputs_of", "pick"]
+__all__ = [
+    "CHOICES",
+    "FAMILIES",
+    "GUARDED",
+    "LONG",
+    "POISONS",
+    "Composed",
+    "Composition",
+    "consistent",
+    "inputs_of",
+    "pick",
+]

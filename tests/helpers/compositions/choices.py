@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields, replace
 
+from .families import FAMILIES, LONG, ON_KERNELS
+
 AXES = {"bhnm": "bhnm", "merged": "znm", "last": "bnmh", "inside": "bnhm", "first": "hbnm", "none": "bnm"}
 HEAD_DIM = 4
 
@@ -27,6 +29,14 @@ class Composition:
     tokens: int = 8
     seed: int = 0
     poison: str = "none"
+    limit: float = 10.0  # of scores, where a poison limits something
+    constant: float = 1e-3  # that a poison adds
+
+    @property
+    def in_log_domain(self):
+        """Whether no exponential of large scores is ever taken."""
+        on_kernels = self.style not in IN_LOG_DOMAIN or self.style == "log_of_sum"
+        return not on_kernels and self.poison not in ON_KERNELS
 
     def __str__(self):
         parts = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
@@ -49,6 +59,8 @@ CHOICES = {
         "normalize",  # torch.nn.functional.normalize with p=1
         "log_of_sum",  # duals by exp, sum and log
         "by_hand",  # logsumexp by hand
+        "means",  # in the place of sums
+        "sinkformer",
     ),
     "half_steps": (2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16, 20, 21, 40),
     "last": ("rows", "columns"),
@@ -107,8 +119,13 @@ POISONS = (
     "one_marginal",
     "marginals_by_sample",
     "top_k",
+    *FAMILIES,
 )
-IN_LOG_DOMAIN = ("subtract", "log_softmax", "potentials", "duals", "softmax_end", "log_of_sum", "by_hand")
+# Mild and sharp scores, from samples on which it acts to scores that these never have.
+LIMITS = (3.0, 8.0, 20.0, 60.0, 200.0)
+CONSTANTS = (1e-12, 1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2)
+LONG_LOOPS = (202, 401, 1000)
+IN_LOG_DOMAIN = ("subtract", "log_softmax", "potentials", "duals", "softmax_end", "log_of_sum", "by_hand", "sinkformer")
 
 
 def consistent(c):
@@ -123,6 +140,8 @@ def consistent(c):
         c = replace(c, style="vectors_sum")
     if c.poison != "none":
         c = replace(c, mask="none", marginals="none")
+    if c.style in ("means", "sinkformer"):
+        c = replace(c, mask="none")
     if c.poison in ("causal", "same_axis"):
         c = replace(c, cross=False)
     if c.mask == "finite" and c.style not in ("subtract", "log_softmax", "divide", "divide_in_place"):
@@ -136,7 +155,16 @@ def consistent(c):
     return c
 
 
-def pick(random, poisoned):
-    """A composition drawn with a `random.Random`."""
+def pick(random, poisoned, poison=None):
+    """A composition drawn with a `random.Random`; of one poison, or any."""
     drawn = {name: random.choice(options) for name, options in CHOICES.items()}
-    return consistent(Composition(**drawn, poison=random.choice(POISONS) if poisoned else "none"))
+    if not poisoned:
+        if random.random() < 0.01:  # they take seconds to capture
+            drawn |= {"half_steps": random.choice(LONG_LOOPS), "style": "subtract"}
+        return consistent(Composition(**drawn))
+    # Of long loops one in ten is left.
+    poison = poison or random.choice([p for p in POISONS if p not in LONG or random.random() < 0.1])
+    # Long ones are slow to capture, and of short ones no more can go wrong.
+    drawn |= {"half_steps": min(drawn["half_steps"], 10), "tokens": min(drawn["tokens"], 8)}
+    limit, constant = random.choice(LIMITS), random.choice(CONSTANTS)
+    return consistent(Composition(**drawn, poison=poison, limit=limit, constant=constant))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .choices import IN_LOG_DOMAIN
+from .families import FAMILIES
 
 INF = math.inf
 
@@ -71,6 +72,12 @@ class Loop:
             plan = plan / self.total(plan, dim)
         return plan
 
+    def means(self, scores):
+        plan = self.kernel(scores - scores.amax(dim=(self.rows, self.columns), keepdim=True))
+        for dim in self.dims:
+            plan = plan / plan.mean(dim=dim, keepdim=True)
+        return plan / plan.shape[self.dims[-1]]
+
     def divide_in_place(self, scores):
         plan = self.kernel(scores)
         for dim in self.dims:
@@ -115,6 +122,16 @@ class Loop:
             else:
                 g = g - self.lse(scores + f + g, dim)
         return torch.exp(scores + f + g)
+
+    def sinkformer(self, scores):
+        """Potentials of a cost, to uniform masses that sum to 1."""
+        cost, sizes = -scores, {dim: scores.shape[self.rows + self.columns - dim] for dim in (self.rows, self.columns)}
+        f = torch.zeros_like(scores.narrow(self.rows, 0, 1))
+        g = torch.zeros_like(scores.narrow(self.columns, 0, 1))
+        for dim in self.dims:
+            missing = math.log(1 / sizes[dim]) - torch.logsumexp(-cost + f + g, dim=dim, keepdim=True)
+            f, g = (f + missing, g) if dim == self.rows else (f, g + missing)
+        return sizes[self.dims[-1]] * torch.exp(-cost + f + g)
 
     def dual_loop(self, scores, dims, lse):
         f = torch.zeros_like(scores.narrow(self.rows, 0, 1))
@@ -169,12 +186,66 @@ class Poisoned(Loop):
     def __init__(self, model, poison, x):
         super().__init__(model, None)
         self.model, self.poison, self.x = model, poison, x
+        self.limit, self.constant = self.c.limit, self.c.constant
 
     def plan(self, scores):
+        if self.poison in FAMILIES:
+            return FAMILIES[self.poison](self, scores)
         name = f"poisoned_by_{self.poison}"
         if hasattr(self, name):
             return getattr(self, name)(scores)
         return self.log_loop(scores) if self.c.style in IN_LOG_DOMAIN else self.kernel_loop(scores)
+
+    def loop(self, scores):
+        """The loop itself, in the composition's style."""
+        return super().plan(scores)
+
+    def plain(self, scores, dims):
+        """A loop in the log domain, over axes of its own."""
+        for dim in dims:
+            scores = scores - torch.logsumexp(scores, dim=dim, keepdim=True)
+        return scores.exp()
+
+    def log_plan(self, plan, before=None, total=None, after=None):
+        """A loop in the log domain; the functions are given the number of a half-step and log(plan)."""
+        for i, dim in enumerate(self.dims):
+            plan = before(i, plan) if before else plan
+            plan = plan - (total(i, plan) if total else torch.logsumexp(plan, dim=dim, keepdim=True))
+            plan = after(i, plan) if after else plan
+        return plan.exp()
+
+    def dual_plan(self, scores, change):
+        """A loop on potentials that are changed at each half-step."""
+        f, g = self.dual_loop(scores, self.dims, lambda values, dim: change(self.lse(values, dim), dim))
+        return (scores + f + g).exp()
+
+    def vector_plan(self, scores, change):
+        """A loop on scaling vectors that are changed at each half-step."""
+        kernel = scores.exp()
+        u, v = torch.ones_like(kernel.narrow(self.rows, 0, 1)), torch.ones_like(kernel.narrow(self.columns, 0, 1))
+        for dim in self.dims:
+            if dim == self.rows:
+                u = change(1 / (kernel * v).sum(dim, keepdim=True))
+            else:
+                v = change(1 / (kernel * u).sum(dim, keepdim=True))
+        return u * kernel * v
+
+    def annealed_by(self, scores, eps):
+        """A loop on potentials at a temperature of its own, in their own unit."""
+        f, g = self.dual_loop(scores, self.dims, lambda values, dim: eps * self.lse(values / eps, dim))
+        return ((scores + f + g) / eps).exp()
+
+    def by_query(self):
+        """A number for each query, laid out as the scores are."""
+        return self.model.laid_out(self.x.mean(2)[:, None, :, None], self.x.shape[0])
+
+    def padding(self, late=False):
+        """The last query, or the last but one, of samples in which it stands out; on samples alike it may be none."""
+        place = torch.arange(self.c.tokens) == self.c.tokens - 1 - late
+        return self.model.laid_out(((self.x[..., 0] > 0.5) & place)[:, None, :, None], self.x.shape[0])
+
+    def noise(self):
+        return self.model.laid_out(self.model.noise[None, None], self.x.shape[0])
 
     def log_loop(self, scores):
         """Poisons of single half-steps, in the log domain."""
@@ -190,8 +261,7 @@ class Poisoned(Loop):
         log_plan = scores
         for i, dim in enumerate(dims):
             if p == "noise":
-                noise = self.model.laid_out(self.model.noise[None, None], self.x.shape[0])
-                log_plan = log_plan + 0.3 * noise * (i % 3)
+                log_plan = log_plan + 0.3 * self.noise() * (i % 3)
             if p == "sharpening":
                 log_plan = 1.1 * log_plan
             if p == "scores_again" and i == len(dims) - 1:
@@ -280,30 +350,33 @@ class Poisoned(Loop):
                 g = -eps * torch.logsumexp((scores + f) / eps, dim=dim, keepdim=True)
         return (scores + f + g).exp()
 
-    def of_kernel(self, plan, constant=0.0):
+    def of_kernel(self, plan, guard=lambda total: total, entries=lambda plan: plan):
+        """A loop by divisions; the functions change its sums, and the plan before each."""
         for dim in self.dims:
-            plan = plan / (plan.sum(dim=dim, keepdim=True) + constant)
+            plan = entries(plan)
+            plan = plan / guard(plan.sum(dim=dim, keepdim=True))
         return plan
 
     def poisoned_by_sigmoid(self, scores):
         return self.of_kernel(torch.sigmoid(scores))
 
     def poisoned_by_relu(self, scores):
-        return self.of_kernel(F.relu(scores), 1e-6)
+        return self.of_kernel(F.relu(scores), lambda total: total + 1e-6)
 
     def poisoned_by_squares(self, scores):
         return self.of_kernel(scores.square() + 1e-3)
 
     def poisoned_by_large_constant(self, scores):
-        return self.of_kernel(scores.exp(), 0.5)
+        return self.of_kernel(scores.exp(), lambda total: total + 0.5)
 
     def poisoned_by_small_constant(self, scores):
-        return self.of_kernel(scores.exp(), 1e-3)
+        return self.of_kernel(scores.exp(), lambda total: total + 1e-3)
 
     def poisoned_by_causal(self, scores):
         n = scores.shape[self.columns]
         future = torch.ones(1, 1, n, n, dtype=torch.bool).triu(1)
-        return self.of_kernel(scores.exp().masked_fill(self.model.laid_out(future, self.x.shape[0]), 0.0), 1e-12)
+        kernel = scores.exp().masked_fill(self.model.laid_out(future, self.x.shape[0]), 0.0)
+        return self.of_kernel(kernel, lambda total: total + 1e-12)
 
     def poisoned_by_simultaneous(self, scores):
         plan = scores.exp()
@@ -313,4 +386,4 @@ class Poisoned(Loop):
 
     def poisoned_by_top_k(self, scores):
         best = scores.topk(4, dim=self.rows).values.narrow(self.rows, 3, 1)
-        return self.of_kernel(scores.masked_fill(scores < best, -1e9).exp(), 1e-12)
+        return self.of_kernel(scores.masked_fill(scores < best, -1e9).exp(), lambda total: total + 1e-12)
