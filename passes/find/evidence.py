@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from asapc.ops.scaling import MIN_LIVE
-from asapc.passes.find.sinkhorn import find_sinkhorn, is_same_everywhere
+from asapc.passes.find.sinkhorn import find_sinkhorn, is_same_in_all
 from asapc.passes.record import record
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -55,10 +55,11 @@ def marks(value: Tensor) -> Tensor:
 def varying(graph: CapturedGraph, names: Sequence[str], samples: Samples) -> list[int]:
     """Return indices of samples: for each named node two on which it is not constant, where such exist."""
     module = graph.program.module()
+    nodes = {node.name: node for node in module.graph.nodes}
     numbers: list[int] = []
 
     def varies(name: str, part: list[int]) -> bool:
-        return len(part) > 1 and not is_same_everywhere(record(module, samples[part], [name])[name])
+        return len(part) > 1 and not is_same_in_all(nodes[name], record(module, samples[part], [name])[name])
 
     for name in names:
         if varies(name, numbers):  # on the samples of an earlier node

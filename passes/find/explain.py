@@ -7,7 +7,7 @@ that agree around random scores agree everywhere.
 """
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -22,38 +22,34 @@ from asapc.passes.find.kinds import SIZES_ONLY, is_constant, is_mixing, is_view
 from asapc.passes.find.regions import Region
 
 aten = torch.ops.aten
+JOINS = {aten.cat, aten.stack}
 PRODUCTS = {aten.matmul, aten.mv, aten.mm, aten.bmm, aten.baddbmm, aten.einsum}
+# Sums of exponentials that stay in range whatever the scores.
+LOG_SUMS = {aten.logsumexp, aten.log_softmax, aten._log_softmax}
+NORMS = {aten.norm, aten.linalg_vector_norm}
 SMOOTH = {
-    *(aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.reciprocal, aten.pow, aten.sqrt, aten.rsqrt),
-    *(aten.square, aten.exp, aten.exp2, aten.log, aten.log2, aten.logaddexp, aten.true_divide),
-    *(aten.sum, aten.mean, aten.logsumexp, aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax),
-    *(aten.norm, aten.linalg_vector_norm, aten.outer, *PRODUCTS),
+    *(aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.reciprocal, aten.exp, aten.exp2, aten.log),
+    *(aten.log2, aten.true_divide, aten.sum, aten.mean, aten.softmax, aten._softmax, aten.outer, *LOG_SUMS, *PRODUCTS),
 }
 # They move entries about, or put others in their place.
 MOVING = {
-    *(
-        aten.index,
-        aten.index_put,
-        aten.index_select,
-        aten.gather,
-        aten.constant_pad_nd,
-        aten.slice_scatter,
-        aten.select_scatter,
-    ),
-    *(aten.copy, aten.where, aten.masked_fill, aten.nan_to_num, aten.alias, aten.detach, aten.expand_as, aten.fill),
-    *(aten.diag_embed, aten.diag, aten.diagonal, aten.constant_pad_nd),
-    *(aten.lift_fresh_copy, aten.cat, aten.stack, aten.repeat, aten.tile, aten.zeros_like, aten.full_like),
+    *(aten.index, aten.index_put, aten.index_select, aten.gather, aten.slice_scatter, aten.select_scatter, aten.fill),
+    *(aten.copy, aten.where, aten.masked_fill, aten.alias, aten.detach, aten.expand_as, aten.constant_pad_nd),
+    *(aten.diag_embed, aten.diag, aten.diagonal, aten.lift_fresh_copy, *JOINS, aten.repeat, aten.tile),
 }
-# What is taken off scores; numbers show whether that is all that is done with it.
-SHIFTS = {aten.amax, aten.amin, aten.max, aten.min, aten.abs}
+EXTREMES = {aten.amax, aten.amin, aten.max, aten.min}
 CONDITIONS = {
     *(aten.isinf, aten.isnan, aten.isfinite, aten.isneginf, aten.isposinf, aten.any, aten.all),
     *(aten.logical_not, aten.logical_and, aten.logical_or, aten.bitwise_not, aten.bitwise_and, aten.bitwise_or),
 }
 COMPARISONS = {aten.eq, aten.ne, aten.gt, aten.ge, aten.lt, aten.le}
-DIVISIONS = {aten.reciprocal, aten.rsqrt, aten.log, aten.log2}
+DIVISIONS = {aten.reciprocal, aten.log, aten.log2}
+# What leaves a logarithm one, or a positive number one, apart from constants that it adds.
+OF_LOGARITHMS = {aten.add, aten.sub, aten.rsub, aten.neg, aten.where, aten.masked_fill, aten.nan_to_num, aten.index_put}
+OF_POSITIVES = {aten.mul, aten.div, aten.reciprocal, aten.where, aten.masked_fill, aten.nan_to_num, *EXTREMES}
 MAX_GUARD = 1e-4  # of a constant that keeps a divisor from zero
 BOUNDLESS = 1e6  # duals as large are those of masked entries
+FACTORIES = {aten.zeros, aten.ones, aten.full, aten.empty, aten.eye}
 # In the place of a guard: no sum is as small, so that only divisions of zero by zero still see it.
 TINY = 1e-290
 
@@ -65,27 +61,64 @@ class Explanation:
     Attributes:
         ideal: arguments of the nodes that keep a divisor from zero, by node, with TINY for their constant.
         reductions: how many of its nodes sum over a matrix or vector: no fewer than it has half-steps.
+        in_range: whether it stays in range on any scores, since it takes logarithms of sums at once.
         unexplained: the first node that is no step of a loop; None where there is none.
     """
 
     ideal: Mapping[Node, tuple[Any, ...]]
     reductions: int
+    in_range: bool
     unexplained: Node | None
 
 
 def explain(region: Region) -> Explanation:
     """Explain a region node by node."""
     ideal = {node: args for node in region.nodes if (args := without_guard(node, region.inputs)) is not None}
-    unexplained = (node for node in region.nodes if node not in ideal and not is_step(node, region.inputs))
-    reductions = sum(is_mixing(node) or packet_of(node) in PRODUCTS for node in region.nodes)
-    return Explanation(ideal, reductions, next(unexplained, None))
+    unexplained = (node for node in region.nodes if node not in ideal and not is_step(node, region))
+    sums = [node for node in region.nodes if is_mixing(node) or packet_of(node) in PRODUCTS]
+    in_range = all(packet_of(node) in LOG_SUMS | EXTREMES for node in sums)
+    return Explanation(ideal, len(sums), in_range, next(unexplained, None))
 
 
 def foreign_inputs(region: Region) -> Iterator[Node]:
     """Yield what a region reads that changes with the model's inputs, or with their number, and is no mask."""
     for node, value in sorted(region.inputs.items()):
-        if isinstance(value, Tensor) and not is_constant(node) and not is_mask(value):
+        if isinstance(value, Tensor) and not is_fixed(node) and not (is_mask(value) and not is_constant(node)):
             yield node
+
+
+def is_fixed(node: Node) -> bool:
+    """Return whether a node's values are the same whatever the model's inputs, and however many they are."""
+    if not is_constant(node):
+        return False
+    stack, visited = [node], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in visited or node.op != "call_function":
+            continue
+        visited.add(node)
+        packet = packet_of(node)
+        sizes = [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), Tensor)]
+        if packet in SIZES_ONLY | FACTORIES:
+            if any(isinstance(argument, Node) for argument in fill_values(node)):
+                return False
+        elif (sizes and not is_view(node)) or (is_mixing(node) and any(has_open_axis(n) for n in node.all_input_nodes)):
+            return False
+        else:
+            stack += [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    return True
+
+
+def fill_values(node: Node) -> tuple[Any, ...]:
+    """Return the arguments of a node that makes a tensor by its size which are no sizes."""
+    sizes = 2 if "new_" in str(node.target) else 1
+    return (*node.args[sizes:], *(value for name, value in node.kwargs.items() if name == "fill_value"))
+
+
+def has_open_axis(node: Node) -> bool:
+    """Return whether an axis of a node's value has a length that the model leaves open."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(not isinstance(size, int) for size in value.shape)
 
 
 def is_mask(value: Tensor) -> bool:
@@ -97,24 +130,71 @@ def is_mask(value: Tensor) -> bool:
     return bool(((value == 0) | (value == 1)).all()) or bool(((value == 0) | (value < MIN_LIVE)).all())
 
 
-def is_step(node: Node, inputs: Mapping[Node, Any]) -> bool:
+def is_step(node: Node, region: Region) -> bool:
     """Return whether a node is a step of a Sinkhorn loop, as far as it alone shows."""
     if not isinstance(node.meta.get("val"), Tensor | tuple | list):
         return True  # a size
     packet = packet_of(node)
     if packet in COMPARISONS:
-        return is_check(node, inputs)
+        return is_check(node, region)
     if packet in SMOOTH:
         # A number that follows the inputs' sizes is one number for this batch alone.
         return all(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
-    known = SHIFTS | MOVING | CONDITIONS | SIZES_ONLY
-    return packet in known or node.target is operator.getitem or is_view(node)
+    if packet in NORMS:
+        return len(node.args) > 1 and bool(node.args[1] == 1)  # of positive numbers: their sum
+    if packet is aten.pow:
+        return bool(node.args[1] == -1)
+    if packet in EXTREMES:  # numbers show whether they are taken off scores; a limit that is joined to them hides
+        return len(node.all_input_nodes) == 1 and packet_of(origin(node.all_input_nodes[0])) not in JOINS
+    if packet is aten.logaddexp:
+        return all(n in region.nodes for n in node.all_input_nodes)
+    if packet is aten.nan_to_num:  # a kernel out of range is not made a large number
+        return packet_of(origin(node.all_input_nodes[0])) is not aten.exp
+    if packet in SIZES_ONLY:
+        return not any(isinstance(argument, Node) for argument in fill_values(node))
+    return packet in MOVING | CONDITIONS or node.target is operator.getitem or is_view(node)
 
 
-def is_check(node: Node, inputs: Mapping[Node, Any]) -> bool:
-    """Return whether a comparison asks for what is zero or masked, and for no other threshold."""
-    limit = constant_of(node.args[1], inputs)
-    return limit is not None and (limit in (0.0, -inf, inf) or limit <= MIN_LIVE or limit >= BOUNDLESS)
+def is_check(node: Node, region: Region) -> bool:
+    """Return whether a comparison asks for what is zero, infinite or masked, and for no other threshold."""
+    limit, compared = constant_of(node.args[1], region.inputs), node.args[0]
+    if limit is None or not isinstance(compared, Node):
+        return False
+    if limit in (-inf, inf):
+        return True
+    if limit == 0:
+        return comes_from(compared, region, OF_POSITIVES, {aten.exp, aten.softmax, aten._softmax, aten.sum, *PRODUCTS})
+    far = limit <= MIN_LIVE or limit >= BOUNDLESS
+    return far and comes_from(compared, region, OF_LOGARITHMS | {aten.mul, aten.div}, LOG_SUMS | {aten.log})
+
+
+def comes_from(node: Node, region: Region, through: Collection[Any], sources: Collection[Any]) -> bool:
+    """Return whether all that a node is computed from in its region are nodes of some kinds, by steps of others.
+
+    The start counts as a logarithm: it holds scores.
+    """
+    stack, visited = [node], set[Node]()
+    while stack:
+        node = stack.pop()
+        packet = packet_of(node)
+        if node in visited or packet in sources or (node not in region.nodes and node is not region.start):
+            continue
+        visited.add(node)
+        if node is region.start:
+            if aten.log not in sources:
+                return False
+        elif is_view(node) or packet in through or packet in SIZES_ONLY or node.target is operator.getitem:
+            stack += node.all_input_nodes
+        else:
+            return False
+    return True
+
+
+def origin(node: Node) -> Node:
+    """Return the node whose entries a chain of views passes on."""
+    while is_view(node) and packet_of(node) not in JOINS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def without_guard(node: Node, inputs: Mapping[Node, Any]) -> tuple[Any, ...] | None:
@@ -152,9 +232,7 @@ def constant_of(argument: Any, inputs: Mapping[Node, Any]) -> float | None:
 
 def is_total(node: Node) -> bool:
     """Return whether a node is a sum over an axis, seen through views."""
-    while is_view(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return is_mixing(node)
+    return is_mixing(origin(node))
 
 
 def is_divisor(node: Node) -> bool:
@@ -172,9 +250,7 @@ def divides(user: Node, node: Node) -> bool:
     packet = packet_of(user)
     if packet is aten.div:
         return user.args[1] is node and user.args[0] is not node
-    if packet is aten.pow:
-        return user.args[0] is node and isinstance(user.args[1], int | float) and user.args[1] < 0
-    return packet in DIVISIONS
+    return packet in DIVISIONS or (packet is aten.pow and user.args[0] is node and bool(user.args[1] == -1))
 
 
 def name_of(node: Node) -> str:

@@ -32,6 +32,7 @@ EXACT_TOLERANCE, DISTINCT = 1e-6, 10.0  # of plans of random scores, and how man
 # On the real scores: leaves room for small constants in the divisors.
 PLAN_TOLERANCE = 1e-5
 SHARPNESS = (4.0, 32.0)  # standard deviations of the random scores
+FAR_SHARPNESS, SHIFTS = (300.0, 3000.0), (-250.0, 250.0)
 # Scores that fall into two groups of rows and columns, this far apart, converge slowly: many half-steps show.
 BLOCKS = (1.5, 2.5, 3.5, 4.5, 5.5)
 MAX_COUNTED_HEADS = 2  # this many heads are enough to count half-steps
@@ -162,6 +163,7 @@ def probe(
     live: Live,
     respond: Callable[[Tensor], Tensor],
     most: int = MAX_HALF_STEPS,
+    in_range: bool = False,
 ) -> Loop:
     """Run the second test, after `find_scale`: count half-steps, and read off axes and marginals.
 
@@ -172,12 +174,13 @@ def probe(
         live: from `find_scale`.
         respond: the region, scores to plan.
         most: no loop of more half-steps is looked for.
+        in_range: whether the region stays in range on any scores.
 
     Raises:
         NotSinkhorn: no loop gives these plans.
     """
     cells, factor = live.cells, scale[:, None, None]
-    (half_steps, last), masses = respond_to_noise(scores, factor, live, respond, most)
+    (half_steps, last), masses = respond_to_noise(scores, factor, live, respond, most, in_range)
     mass = masses[0] if last == "rows" else masses[1]
     if mass is None:
         raise NotSinkhorn(f"the sums of the plan's {last} differ between samples or heads", PLAIN_LOOP, 2)
@@ -198,7 +201,7 @@ def probe(
 
 
 def respond_to_noise(
-    scores: Tensor, factor: Tensor, live: Live, respond: Callable[[Tensor], Tensor], most: int
+    scores: Tensor, factor: Tensor, live: Live, respond: Callable[[Tensor], Tensor], most: int, in_range: bool
 ) -> tuple[tuple[int, Axis], Masses]:
     """Count half-steps on random scores, and read the masses off the response to equal ones.
 
@@ -211,6 +214,7 @@ def respond_to_noise(
         live: rows and columns that hold mass.
         respond: the region, scores to plan.
         most: no loop of more half-steps is looked for.
+        in_range: whether the region stays in range on any scores.
 
     Returns:
         Number of half-steps and last axis, and the masses of rows and columns as `marginals` gives them.
@@ -228,13 +232,15 @@ def respond_to_noise(
     certain = False
     masses: Masses = (None, None)
     seen: list[tuple[Tensor, Tensor]] = []
-    for noise, mild in noises(scores.shape):
-        if certain and not mild:
+    for noise, always in noises(scores.shape, in_range):
+        if certain and not always:
             break
         if flat != noisy:
             noise[flat] = 0
         response = respond(torch.where(cells, noise / factor, scores))
         if not bool(torch.isfinite(response).all()):
+            if in_range:
+                raise no_loop(most)
             continue  # the region's own form leaves the range of float64
         if not seen:
             equal = response if flat != noisy else respond(torch.where(cells, 0.0, scores))
@@ -257,12 +263,18 @@ def respond_to_noise(
     return count, masses
 
 
-def noises(shape: Sequence[int]) -> Iterator[tuple[Tensor, bool]]:
-    """Yield random scores of a shape (B, H, N, M), and whether loops are to be tried on them in any case."""
+def noises(shape: Sequence[int], in_range: bool) -> Iterator[tuple[Tensor, bool]]:
+    """Yield random scores of a shape (B, H, N, M), and whether loops are to be tried on them in any case.
+
+    What acts on large scores only, or on large duals, shows on far larger ones: as far as floats go, sharper scores
+    where the region stays in range on any, and else scores that are all small or all large.
+    """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
-    for sharpness in SHARPNESS:
+    for sharpness in (*SHARPNESS, *(FAR_SHARPNESS if in_range else ())):
         yield sharpness * noise, True
+    for shift in () if in_range else SHIFTS:
+        yield SHARPNESS[-1] * noise + shift, True
     signs = [1.0 - 2.0 * (torch.arange(size, dtype=torch.float64) % 2) for size in shape[-2:]]
     for distance in BLOCKS:
         yield distance * torch.outer(*signs) + noise, False

@@ -38,7 +38,7 @@ from asapc.passes.find.products import as_product
 from asapc.passes.find.regions import OpenRegionError, Region
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
-from asapc.types.site import Findings, Miss, Site
+from asapc.types.site import Findings, Loop, Miss, Site
 
 # Relative difference that the plan of the model may have from the loop in float64: rounding of a long loop in float32.
 # Beyond it the result depends on rounding, as with masks of -1e9, beside which float32 loses the scores.
@@ -204,15 +204,15 @@ class Trial:
         scale, live = self.find_scale(scores, plan)
         explanation = explain(self.region)
         try:
-            loop = probe(
-                scores, plan, scale, live, partial(self.respond, ideal=explanation.ideal), explanation.reductions
-            )
+            respond = partial(self.respond, ideal=explanation.ideal)
+            loop = probe(scores, plan, scale, live, respond, explanation.reductions, explanation.in_range)
         except NotSinkhorn:
             require_steps(explanation)  # what acts on sharper scores
             raise
         require_evidence(candidate, values)
         require_steps(explanation)
         require_own(self.region, self.value, self.plan)
+        require_uniform(self.region, loop)
         require_precision(values[candidate.plan].double(), self.plan)
         loop = replace(loop, reach=self.reach(scores, explanation.ideal))
         return describe(candidate, start, frame, loop, values, self.exponential, self.logarithm)
@@ -335,7 +335,7 @@ def require_evidence(candidate: Candidate, values: Mapping[Node, Any]) -> None:
 
     Its effect does not show then, and a rewrite could leave it out.
     """
-    constant = [n for n in sorted(candidate.side_inputs) if is_same_everywhere(values.get(n)) and not is_constant(n)]
+    constant = [n for n in sorted(candidate.side_inputs) if is_same_in_all(n, values.get(n)) and not is_constant(n)]
     if constant:
         raise NotSinkhorn(
             f"the loop reads {constant[0].name}, which depends on the model's inputs but is constant on the samples, "
@@ -343,6 +343,17 @@ def require_evidence(candidate: Candidate, values: Mapping[Node, Any]) -> None:
             "use samples on which it varies: for a mask, some with padding",
             nearness=4,
             untold=tuple(node.name for node in constant),
+        )
+
+
+def require_uniform(region: Region, loop: Loop) -> None:
+    """Raise NotSinkhorn if masses that differ by row or column could come from what changes with the inputs."""
+    varying = [node for node in sorted(region.inputs) if not is_constant(node)]
+    if varying and not loop.uniform:
+        raise NotSinkhorn(
+            f"the masses of rows or columns may depend on {name_of(varying[0])}, which changes with the model's inputs",
+            "take masses from parameters alone",
+            nearness=UNEXPLAINED,
         )
 
 
@@ -358,6 +369,15 @@ def unlike(value: Tensor) -> Tensor:
 def is_same_everywhere(value: Any) -> bool:
     """Return whether a value is a tensor of several entries that are all equal."""
     return isinstance(value, Tensor) and value.numel() > 1 and bool((value == value.flatten()[0]).all())
+
+
+def is_same_in_all(node: Node, value: Any) -> bool:
+    """Return whether a node's value is a tensor that is the same for all samples."""
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
+        return False
+    open_axes = [axis for axis, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)]
+    axis = open_axes[0] if open_axes else 0
+    return bool((value == value.narrow(axis, 0, 1)).all())
 
 
 def unique(name: str, others: Collection[str]) -> str:

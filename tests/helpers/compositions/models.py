@@ -184,5 +184,7 @@ def inputs_of(c, batch, seed, padded=True):
     if c.mask != "none":
         lengths = torch.randint(3, keys + 1, (batch, 1), generator=generator)
         lengths[0].clamp_(max=keys - 1)  # else there would be no padding to see, now and then
+        if batch > 1 and lengths[0] == lengths[1]:
+            lengths[1] += 1  # nor would padding that all samples share tell a mask from another pattern
         inputs["mask"] = torch.arange(keys) < (lengths if padded else torch.full_like(lengths, keys))
     return inputs

@@ -85,6 +85,15 @@ REFUSED = {
     "minimum_of_potentials": (lambda s: potentials(s, lambda f: torch.minimum(f, torch.tensor(90.0))), "minimum"),
     "cap_of_potentials": (lambda s: potentials(s, lambda f: 1e4 * torch.tanh(f / 1e4)), "tanh"),
     "threshold_in_the_loop": (lambda s: potentials(s, lambda f: torch.where(f > 70, 70.0, f)), "gt"),
+    "large_vectors": (lambda s: vectors(s, lambda u: torch.where(u > 1e8, 1e8, u)), "gt"),
+    "limit_behind_a_zero": (lambda s: potentials(s, lambda f: torch.where(f - 60 > 0, 60.0, f)), "gt"),
+    "clamp_by_an_absolute_value": (lambda s: potentials(s, lambda f: (f + 60 - (f - 60).abs()) / 2), "abs"),
+    "clamp_by_a_root": (lambda s: potentials(s, lambda f: (f + 60 - (f - 60).square().sqrt()) / 2), "square"),
+    "clamp_by_a_least": (
+        lambda s: potentials(s, lambda f: torch.stack([f, torch.full_like(f, 60.0)]).amin(0)),
+        "amin",
+    ),
+    "soft_clamp": (lambda s: potentials(s, lambda f: -torch.logaddexp(-f, torch.tensor(-60.0))), "logaddexp"),
     "large_guard": (lambda s: kernel_loop(s.exp(), lambda total: total.clamp_min(1e-3)), "clamp_min"),
     "guard_from_above": (lambda s: kernel_loop(s.exp(), lambda total: total.clamp(1e-9, 1e9)), "clamp"),
 }
@@ -113,6 +122,37 @@ def test_a_step_that_is_none_of_a_loop_is_named(name):
     findings = find(Attention(plan))
     assert findings.sites == ()
     assert any(miss.reason.startswith(f"{word} at ") for miss in findings.misses), findings.misses
+
+
+def between(steps, change):
+    """A loop on a kernel that does something else before each half-step."""
+
+    def plan(scores):
+        kernel = scores.exp()
+        for axis in AXES[:steps]:
+            kernel = change(kernel)
+            kernel = kernel / kernel.sum(dim=DIMS[axis], keepdim=True)
+        return kernel
+
+    return plan
+
+
+# Made of the steps of loops, and analytic: they act on far larger scores than those of the samples.
+HIDDEN = {
+    "soft_clamp_by_hand": lambda s: potentials(s, lambda f: f - (1 + (f - 60).exp()).log()),
+    "soft_clamp_by_softmax": lambda s: potentials(
+        s, lambda f: f * torch.stack([torch.full_like(f, 60.0), f]).softmax(0)[0]
+    ),
+    "saturating_vectors": lambda s: vectors(s, lambda u: u / (1 + 1e-20 * u)),
+    "constants_in_the_kernel": between(4, lambda kernel: kernel + 1e-12),
+    "tiny_constants_in_the_kernel": between(4, lambda kernel: kernel + 1e-20),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_acts_on_far_larger_scores_only_is_no_loop(name):
+    torch.manual_seed(0)
+    assert find(Attention(HIDDEN[name])).sites == ()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +206,35 @@ def marginals_of_the_batch(scores, x):
     return plan.exp()
 
 
-@pytest.mark.parametrize("plan", [marginals_of_the_batch, annealed])
+def later_samples_otherwise(scores, x):
+    place = torch.arange(x.shape[0])[:, None, None, None]
+    for axis in AXES:
+        scores = scores - scores.logsumexp(DIMS[axis], keepdim=True) * torch.where(place > 2, 0.9, 1.0)
+    return scores.exp()
+
+
+def of_the_number(count):
+    """Damped by the number of samples, which is 3 where the finder looks."""
+
+    def plan(scores, x):
+        for axis in AXES:
+            scores = scores - scores.logsumexp(DIMS[axis], keepdim=True) * count(scores, x) / 3
+        return scores.exp()
+
+    return plan
+
+
+NUMBERS = [
+    lambda s, x: torch.ones_like(x[:, 0, 0]).sum(),
+    lambda s, x: torch.ones(x.shape[0]).sum(),
+    lambda s, x: torch.full_like(s[:1, :1, :1, :1], x.shape[0]),
+    lambda s, x: torch.scalar_tensor(x.shape[0]),
+]
+
+
+@pytest.mark.parametrize(
+    "plan", [marginals_of_the_batch, annealed, later_samples_otherwise, *map(of_the_number, NUMBERS)]
+)
 def test_a_loop_that_reads_the_batch_is_no_site(plan):
     torch.manual_seed(0)
     assert find(FromTheBatch(plan)).sites == ()
@@ -234,6 +302,25 @@ def test_a_plan_whose_smallest_entries_underflow_is_recognised():
     [site] = find(module, x=torch.randn(3, QUERIES, 16, dtype=torch.float64)).sites
     assert (site.loop.half_steps, site.loop.masked) == (STEPS, False)
     assert site.epsilon == pytest.approx([1e-3, 1e-3], rel=1e-6)
+
+
+class ByKind(Attention):
+    """Queries of one kind get less mass than others: the mask of kinds is none of padding."""
+
+    def forward(self, x, kind):
+        q, k, v = (self.heads(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+        scores = q @ k.mT
+        for axis in AXES:
+            scores = scores.log_softmax(dim=DIMS[axis])
+            scores = torch.where(kind[:, None, :, None], scores, scores - 0.7) if axis == "rows" else scores
+        return (scores.exp() @ v).transpose(1, 2).flatten(2)
+
+
+def test_a_mask_that_is_the_same_in_all_samples_tells_nothing():
+    kind = (torch.arange(QUERIES) < 2).expand(3, -1).clone()
+    findings = find(ByKind(None), x=torch.randn(3, QUERIES, 16), kind=kind)
+    assert findings.sites == ()
+    assert any("kind" in miss.reason for miss in findings.misses)
 
 
 class Padded(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.compositions import CHOICES, POISONS, Composed, Composition, consistent, inputs_of
 from helpers.relowering import examined
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 WRONG = 1e-4  # relative, float32: rounding of long loops stays below, another function does not
@@ -15,7 +15,8 @@ poisoned = st.builds(
     lambda chosen, poison: consistent(Composition(**chosen, poison=poison)), drawn, st.sampled_from(POISONS)
 )
 reproducible = settings(
-    max_examples=20,
+    max_examples=12,
+    phases=(Phase.generate,),  # a failure names its composition: to shrink it would take ten minutes
     deadline=None,
     derandomize=True,
     database=None,
