@@ -1,18 +1,18 @@
 """Fixtures that several test files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 from helpers.paths import ROOT
+from helpers.rivals import without_rivals
 from hypothesis import settings
 
 import asapc
 from asapc.config import CompileConfig
 from asapc.models.pointset import PointTransformer
-from asapc.writing.rewrite import export_rivals
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +31,13 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture
+def no_rivals() -> Iterator[None]:
+    """See `helpers.rivals`."""
+    with without_rivals():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
@@ -38,10 +45,7 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def point_model(tmp_path_factory):
-    """A small teacher on sets of 24 points, and a function that compiles it exactly, with options.
-
-    Rivals are the teacher under other names: to export each takes longer than all that options change.
-    """
+    """A small teacher on sets of 24 points, and a function that compiles it exactly, with options."""
     folder = tmp_path_factory.mktemp("points")
     sizes = {"width": 16, "heads": 2, "depth": 1, "iterations": 2}
     generator = torch.Generator().manual_seed(0)
@@ -52,13 +56,9 @@ def point_model(tmp_path_factory):
     fixed = {"model": "asapc.models.pointset:PointTransformer", "model_args": sizes, "calib": folder / "samples.pt"}
     quick = {"level": 1, "batches": (1,), "seconds": 0.1, "threads": 1}
 
-    def teachers(studied, variants, threads, advance):
-        (runner,) = export_rivals(studied, {"teacher": {}}, threads, advance).values()
-        return dict.fromkeys(variants, runner)
-
     def compile_it(**options):
         out = tmp_path_factory.mktemp("compiled") / "out"
-        with patch("asapc.commands.compile.export_rivals", teachers):
+        with without_rivals():
             return asapc.compile_model(folder / "model.pt", CompileConfig(out=out, **fixed, **quick, **options))
 
     return teacher, compile_it

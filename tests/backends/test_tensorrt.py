@@ -130,7 +130,23 @@ class InPrecision(nn.Module):
         return self.operator((q @ k.transpose(-1, -2)).float(), q, k, v).float()
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+# Of operators that differ in one respect only, the one with more of it; a compiler takes seconds for each.
+DYNAMIC = (
+    "sliced dual with slices",
+    "sliced dual with hinges",
+    "masked sliced dual",
+    "sliced dual that ends on columns",
+    "projected Sinkhorn, turned",
+    "projected Sinkhorn, wide",
+    "fused sliced dual with slices",
+    "masked fused sliced dual",
+    "masked fused Sinkhorn",
+    "masked Sinkhorn",
+    "Sinkhorn with masses",
+)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
 def test_an_engine_is_built_for_every_operator_with_a_dynamic_batch(name, ahead_of_time, tmp_path):
     artifact = exported(OPERATORS[name](), tmp_path / "model.onnx")
     # A profile from 1 to 5 builds only if the batch is dynamic.
@@ -143,8 +159,8 @@ def test_an_engine_is_built_for_every_operator_with_a_dynamic_batch(name, ahead_
 
 
 HALVES = [
-    *(("float16", name) for name in ("sliced dual with hinges", "fused sliced dual", "Sinkhorn")),
-    *(("bfloat16", name) for name in ("sliced dual with slices", "fused Sinkhorn")),
+    *(("float16", name) for name in ("fused sliced dual", "Sinkhorn")),
+    ("bfloat16", "sliced dual with slices"),
 ]
 
 
@@ -155,7 +171,7 @@ def test_an_engine_is_built_in_half_precision(name, precision, ahead_of_time, tm
     assert {"SM80", "SM86", "SM89"} <= set(engine.targets)
 
 
-@pytest.mark.parametrize("name", ["sliced dual with hinges", "fused sliced dual", "masked Sinkhorn"])
+@pytest.mark.parametrize("name", ["fused sliced dual", "masked Sinkhorn"])
 def test_an_engine_is_built_for_a_range_of_lengths(name, ahead_of_time, tmp_path):
     open_axes = {0: DynamicAxis("batch", 1, 4), 2: DynamicAxis("seq", 2, 6000)}  # more than TensorRT sorts
     axes = dict.fromkeys(("queries", "keys", "values"), open_axes)

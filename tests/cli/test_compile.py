@@ -16,6 +16,8 @@ import asapc.commands.compile
 from asapc.config import CompileConfig
 from asapc.errors import FidelityError
 
+pytestmark = pytest.mark.usefixtures("no_rivals")
+
 
 def test_a_missed_budget_exits_with_3_and_leaves_no_folder(small):
     error, _ = assert_user_error(run("compile", small, "--fidelity", "output-error<=0", *QUICK), code=3)

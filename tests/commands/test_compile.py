@@ -10,7 +10,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers import documents
+from helpers.command import write_checkpoint
 from helpers.paths import ROOT
+from helpers.rivals import without_rivals
 from helpers.tolerances import FLOAT32, LOGITS
 from safetensors.numpy import load_file
 
@@ -225,7 +228,8 @@ def from_file(shipped, tmp_path_factory):
     config = CompileConfig(
         out=folder / "out", calib=folder / "samples.npz", level=1, batches=(1, 2), seconds=0.2, threads=1
     )
-    return asapc.compile_model(shipped, config)
+    with without_rivals():
+        return asapc.compile_model(shipped, config)
 
 
 def test_samples_from_a_file_are_used_and_a_quarter_of_them_held_out(from_file):
@@ -241,3 +245,21 @@ def test_the_first_level_rewrites_exactly_and_its_engine_builds(from_file):
     assert from_file.data["fidelity"]["logits_rel"] < FLOAT32
     engine = next(artifact for artifact in from_file.data["artifacts"] if artifact["kind"] == "engine")
     assert engine["targets"]
+
+
+COMMAND = "import sys; from asapc.cli import main; sys.argv = ['asapc', 'compile', 'small.pt', *{}]; main()"
+LIBRARY = "import asapc; asapc.compile_model('small.pt', asapc.CompileConfig(out='library', target='onnx', **{}))"
+
+
+def test_the_command_and_the_library_give_the_same_bytes(tmp_path):
+    """In two processes with two hash seeds, so that the order of a set cannot hide."""
+    write_checkpoint(tmp_path / "small.pt")
+    arguments = ["--out", "command", "--target", "onnx", "--batch", "1", "--seconds", "0.05", "--threads", "1"]
+    options = {"batches": (1,), "seconds": 0.05, "threads": 1}
+    for seed, code in (("1", COMMAND.format(arguments)), ("12345", LIBRARY.format(options))):
+        body = "\n    ".join(code.split("; "))
+        program = f"from helpers.rivals import without_rivals\nwith without_rivals():\n    {body}"
+        documents.run(["-c", program], tmp_path, PYTHONHASHSEED=seed, PYTHONPATH=str(ROOT / "tests"))
+    for name in ("operator.safetensors", "model.onnx"):
+        one, other = (tmp_path / folder / name for folder in ("command", "library"))
+        assert one.read_bytes() == other.read_bytes(), name

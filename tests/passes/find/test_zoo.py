@@ -103,17 +103,6 @@ def test_samples_do_not_see_each_other(case):
     assert difference(alone, together) < 1e-4
 
 
-@by_name([case for case in CASES if not case.early_stop])
-def test_what_does_not_branch_on_data_exports_with_a_dynamic_batch(case):
-    module, arguments = build(case), inputs(case, batch=2)
-    batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} for _ in arguments)
-    with torch.no_grad():
-        program = torch.export.export(module, tuple(arguments.values()), dynamic_shapes=shapes, strict=False)
-    more = inputs(case, batch=5)
-    assert difference(outputs(program.module(), more), outputs(module, more)) < 1e-4
-
-
 @by_name([case for case in POSITIVES if case.early_stop])
 def test_loose_tolerances_stop_the_loop_for_some_inputs_and_tight_ones_for_none(case):
     module, full = build(case), never_stopping(case, build(case))
