@@ -16,7 +16,7 @@ from torch import Tensor
 from asapc.ops.features import live_mask
 from asapc.ops.sliced_dual import SlicedDual, target_dual
 from asapc.passes.record import record
-from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
+from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn, operator_node
 from asapc.planning.activations import Activations, activation
 from asapc.planning.bases import COORDINATES, balanced_bases
 from asapc.planning.distributed import share, total
@@ -86,11 +86,16 @@ def activation_stream(graph: CapturedGraph, sites: Sequence[Site]) -> Callable[[
     # Exact forms replace the loops: what the sites see is the same up to rounding, in a tenth of the time.
     exact = {site.name: exact_operator(site, wide=True) for site in sites}
     module = RewriteSinkhorn(sites, exact)(graph.program.module()).program
-    names = {operand.node for site in sites for operand in site.wiring.operands}
+    # What one site reads may be what another gives, as in plan @ (other_plan @ v): an operator's result by now.
+    results = {site.wiring.result.node: operator_node(site) for site in sites}
+    nodes = {
+        operand.node: results.get(operand.node, operand.node) for site in sites for operand in site.wiring.operands
+    }
 
     def activations(samples: Samples) -> Iterator[Activations]:
         for batch in share(samples).batches(BATCH):
-            values = record(module, batch, names)
+            recorded = record(module, batch, nodes.values())
+            values = {name: recorded[node] for name, node in nodes.items()}
             yield {site.name: activation(site, values) for site in sites}
 
     return activations

@@ -80,6 +80,11 @@ def multiplied(site: Site, form: Form) -> set[Operand]:
     return operands
 
 
+def operator_node(site: Site) -> str:
+    """Return the name of the node that replaces a site's result, and of the operator that it calls."""
+    return f"asapc_{site.wiring.result.node}"
+
+
 class RewriteSinkhorn(GraphPass[GraphModule]):
     """Replaces sites by operators, see `ops`, in place.
 
@@ -93,9 +98,7 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
         self, sites: Sequence[Site], operators: Mapping[str, nn.Module], precision: torch.dtype | None = None
     ) -> None:
         self.precision = precision
-        self.operators = {
-            f"asapc_{site.wiring.result.node}": (site, operators[site.name]) for site in sites if site.name in operators
-        }
+        self.operators = {operator_node(site): (site, operators[site.name]) for site in sites if site.name in operators}
 
     def requires(self, program: GraphModule) -> None:
         """Check that the graph holds every site, or its operator."""

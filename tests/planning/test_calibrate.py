@@ -7,6 +7,7 @@ from helpers.fitted import DIM, HEADS, SCALE, TOKENS, cached_teacher, site, soun
 from helpers.points import activations, correlated_points, normal, scores_of
 from helpers.tolerances import FLOAT32, FLOAT64, SOLVE, difference
 
+from asapc.commands.study import study_module
 from asapc.ops.c_transform import column_step, row_step
 from asapc.ops.features import dual_features, project
 from asapc.ops.sinkhorn import Sinkhorn
@@ -15,6 +16,7 @@ from asapc.planning.bases import balanced_bases
 from asapc.planning.calibrate import Fitted, calibrate, regressions
 from asapc.planning.hinges import count_places
 from asapc.types.choices import SIDES, FeatureSet, SlicedDualParams
+from asapc.types.samples import Samples
 
 NO_KNOTS = torch.zeros(HEADS, 0, 0, dtype=torch.float64)
 KEY = Fitted("attention", FeatureSet())
@@ -196,3 +198,38 @@ def test_a_fit_gives_in_float32_what_it_gives_in_float64(change):
     scores, queries, keys, values = teacher.inputs
     expected = sliced_dual_plan_ref(scores, queries, keys, fitted) @ values.double()
     assert difference(SlicedDual(fitted)(*teacher.inputs), expected) < FLOAT32
+
+
+class Pivots(torch.nn.Module):
+    """Attention by way of a few points: the values of one plan are what the other gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(6, 8) for _ in range(3))
+        self.pivots = torch.nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x):
+        pivots = self.pivots.expand(x.shape[0], -1, -1)
+        return self.plan(self.q(x) @ pivots.mT) @ (self.plan(pivots @ self.k(x).mT) @ self.v(x))
+
+    def plan(self, scores):
+        for dim in (-2, -1, -2, -1):
+            scores = scores.log_softmax(dim=dim)
+        return scores.exp()
+
+
+def test_a_site_may_read_what_another_gives():
+    torch.manual_seed(0)
+    samples = Samples({"x": torch.randn(12, 7, 6)})
+    teacher = study_module(Pivots(), samples)
+    assert len(teacher.sites) == 2
+    features = FeatureSet()
+    fitted = calibrate(
+        teacher.graph,
+        {s.name: [features] for s in teacher.sites},
+        teacher.sites,
+        samples[:8],
+        samples[8:],
+        closure_steps=0,
+    )
+    assert {fit.site for fit in fitted} == {s.name for s in teacher.sites}
