@@ -79,6 +79,8 @@ def read_checked(path: Path) -> dict[str, Any]:
 def check_report(folder: Path, report: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     """Refuse a report that does not fit the manifest, or whose budget cannot be read."""
     sites = [site["name"] for site in report["sites"]]
+    if not sites:
+        raise refusal(folder / REPORT, "it lists no sites, and no model without any is compiled")
     if len(set(sites)) < len(sites):
         raise refusal(folder / REPORT, "two sites have the same name")
     if report["model"]["sha256"] != manifest["model_sha256"]:

@@ -76,7 +76,9 @@ def explain(region: Region) -> Explanation:
     ideal = {node: args for node in region.nodes if (args := without_guard(node, region.inputs)) is not None}
     unexplained = (node for node in region.nodes if node not in ideal and not is_step(node, region))
     sums = [node for node in region.nodes if is_mixing(node) or packet_of(node) in PRODUCTS]
-    in_range = all(packet_of(node) in LOG_SUMS | EXTREMES for node in sums)
+    # Where a comparison tells masked entries by their size, live ones must not get as small.
+    compared = any(packet_of(node) in COMPARISONS for node in region.nodes)
+    in_range = not compared and all(packet_of(node) in LOG_SUMS | EXTREMES for node in sums)
     return Explanation(ideal, len(sums), in_range, next(unexplained, None))
 
 

@@ -239,8 +239,6 @@ def respond_to_noise(
             noise[flat] = 0
         response = respond(torch.where(cells, noise / factor, scores))
         if not bool(torch.isfinite(response).all()):
-            if in_range:
-                raise no_loop(most)
             continue  # the region's own form leaves the range of float64
         if not seen:
             equal = response if flat != noisy else respond(torch.where(cells, 0.0, scores))
