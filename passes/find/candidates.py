@@ -28,6 +28,7 @@ from asapc.passes.find.kinds import (
     is_reduction,
     is_view,
     makes_scores,
+    packet_of,
     size_of,
 )
 from asapc.passes.find.products import Product, as_product, shape_of
@@ -182,8 +183,7 @@ def inside_loop(plan: Node, region: set[Node]) -> set[Node]:
 
 def is_sum(node: Node) -> bool:
     """Return whether a node may be a step of a loop: it sums over axes and is no statistic and no score product."""
-    statistic = getattr(node.target, "overloadpacket", None) in STATISTICS
-    return is_mixing(node) and not statistic and not makes_scores(node)
+    return is_mixing(node) and packet_of(node) not in STATISTICS and not makes_scores(node)
 
 
 def scaling_inputs(operand: Node) -> set[Node]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from asapc.ops.scaling import MIN_LIVE
-from asapc.passes.find.describe import source_line
-from asapc.passes.find.kinds import SIZES_ONLY, is_constant, is_mixing, is_view
+from asapc.passes.find.describe import maker, source_line
+from asapc.passes.find.kinds import SIZES_ONLY, is_constant, is_mixing, is_view, packet_of
 from asapc.passes.find.regions import Region
 
 aten = torch.ops.aten
@@ -147,11 +147,11 @@ def is_step(node: Node, region: Region) -> bool:
     if packet is aten.pow:
         return bool(node.args[1] == -1)
     if packet in EXTREMES:  # numbers show whether they are taken off scores; a limit that is joined to them hides
-        return len(node.all_input_nodes) == 1 and packet_of(origin(node.all_input_nodes[0])) not in JOINS
+        return len(node.all_input_nodes) == 1 and packet_of(maker(node.all_input_nodes[0])) not in JOINS
     if packet is aten.logaddexp:
         return all(n in region.nodes for n in node.all_input_nodes)
     if packet is aten.nan_to_num:  # a kernel out of range is not made a large number
-        return packet_of(origin(node.all_input_nodes[0])) is not aten.exp
+        return packet_of(maker(node.all_input_nodes[0])) is not aten.exp
     if packet in SIZES_ONLY:
         return not any(isinstance(argument, Node) for argument in fill_values(node))
     return packet in MOVING | CONDITIONS or node.target is operator.getitem or is_view(node)
@@ -192,13 +192,6 @@ def comes_from(node: Node, region: Region, through: Collection[Any], sources: Co
     return True
 
 
-def origin(node: Node) -> Node:
-    """Return the node whose entries a chain of views passes on."""
-    while is_view(node) and packet_of(node) not in JOINS and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
 def without_guard(node: Node, inputs: Mapping[Node, Any]) -> tuple[Any, ...] | None:
     """Return the arguments of a node that keeps a divisor from zero, with TINY for its constant; None for others."""
     packet = packet_of(node)
@@ -217,11 +210,6 @@ def without_guard(node: Node, inputs: Mapping[Node, Any]) -> tuple[Any, ...] | N
     return None
 
 
-def packet_of(node: Node) -> Any:
-    """Return the operator that a node calls, whichever its overload; None for what is none of torch's."""
-    return getattr(node.target, "overloadpacket", None)
-
-
 def constant_of(argument: Any, inputs: Mapping[Node, Any]) -> float | None:
     """Return the number that an argument is, as it stands or as a constant tensor of one; None for anything else."""
     if isinstance(argument, Node):
@@ -234,7 +222,7 @@ def constant_of(argument: Any, inputs: Mapping[Node, Any]) -> float | None:
 
 def is_total(node: Node) -> bool:
     """Return whether a node is a sum over an axis, seen through views."""
-    return is_mixing(origin(node))
+    return is_mixing(maker(node))
 
 
 def is_divisor(node: Node) -> bool:

@@ -1,5 +1,7 @@
 """Tells apart the kinds of nodes that matter to the search for plans."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -115,9 +117,14 @@ def is_view(node: Node) -> bool:
     return bool(getattr(node.target, "is_view", False)) or node.target in UNTAGGED | SAME_VALUES
 
 
+def packet_of(node: Node) -> Any:
+    """Return the operator that a node calls, whichever its overload; None for what is none of torch's."""
+    return getattr(node.target, "overloadpacket", None)
+
+
 def is_reduction(node: Node) -> bool:
     """Return whether a node reduces over axes."""
-    return getattr(node.target, "overloadpacket", None) in REDUCTIONS
+    return packet_of(node) in REDUCTIONS
 
 
 def is_mixing(node: Node) -> bool:
@@ -146,7 +153,7 @@ def is_constant(node: Node) -> bool:
         node = stack.pop()
         if node.op == "placeholder":
             return False
-        if node not in visited and getattr(node.target, "overloadpacket", None) not in SIZES_ONLY:
+        if node not in visited and packet_of(node) not in SIZES_ONLY:
             visited.add(node)
             stack += node.all_input_nodes
     return True
