@@ -35,8 +35,11 @@ def verify(
     # Of other outputs only sums are kept: they may be the maps of all layers.
     sums: dict[tuple[str, str], Tensor] = {}
     end_to_end = names[0], names[-1]
+    told: list[str] = []
     for batch in samples.batches(BATCH):
-        outputs = {name: floating_outputs(runner, batch) for name, runner in hops.items()}
+        raw = {name: runner(batch) for name, runner in hops.items()}
+        outputs = {name: floating(of_hop) for name, of_hop in raw.items()}
+        told = told or output_names(hops[names[-1]], raw[names[-1]])
         for name in names:
             firsts[name] = torch.cat([*([firsts[name]] if name in firsts else []), outputs[name][0]])
         for pair in {end_to_end, *pairwise(names)}:
@@ -52,7 +55,7 @@ def verify(
         logits_rel=total.rel,
         agreement=total.agreement,
         metric=metric(teacher, compiled, samples.labels),
-        outputs=dict(zip(output_names(hops[names[-1]], samples), relative_errors(sums[end_to_end]), strict=True)),
+        outputs=dict(zip(told, relative_errors(sums[end_to_end]), strict=True)),
         hops=tuple(
             to_hop(after, sums[before, after], agreement(firsts[before], firsts[after], labelled))
             for before, after in pairwise(names)
@@ -80,15 +83,14 @@ def worst(errors: Sequence[float]) -> float:
     return inf if any(isnan(error) for error in errors) else max(errors, default=0.0)
 
 
-def floating_outputs(runner: Runner, batch: Samples) -> list[Tensor]:
-    """Return the floating outputs of a model for one batch, all outputs where none is floating, in float64."""
-    outputs = runner(batch)
+def floating(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return those outputs of a model that are floating, all where none is, in float64."""
     return [output.double() for output in outputs if output.is_floating_point()] or [o.double() for o in outputs]
 
 
 def first_output(runner: Runner, samples: Samples) -> Tensor:
     """Return the first floating output on all samples, (samples, ...): the logits, where it is a classifier."""
-    return torch.cat([floating_outputs(runner, batch)[0] for batch in samples.batches(BATCH)])
+    return torch.cat([floating(runner(batch))[0] for batch in samples.batches(BATCH)])
 
 
 def errors(reference: Tensor, candidate: Tensor) -> Tensor:
@@ -120,12 +122,10 @@ def relative_errors(rows: Tensor) -> list[float]:
     return [relative_error(difference, norm, finite) for difference, norm, finite, _ in rows.tolist()]
 
 
-def output_names(runner: Runner, samples: Samples) -> list[str]:
-    """Return the names of what `floating_outputs` compares, by their number where the runtime knows none."""
-    outputs = runner(samples[:1])
+def output_names(runner: Runner, outputs: Sequence[Tensor]) -> list[str]:
+    """Return the names of the outputs that `floating` keeps, by their number where the runtime knows none."""
     names = getattr(runner, "outputs", None) or [f"output {number}" for number in range(len(outputs))]
-    floating = [name for name, output in zip(names, outputs, strict=True) if output.is_floating_point()]
-    return floating or names
+    return [name for name, output in zip(names, outputs, strict=True) if output.is_floating_point()] or names
 
 
 def relative_error(difference: float, norm: float, finite: float) -> float:
