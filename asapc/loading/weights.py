@@ -72,10 +72,8 @@ def load_weights(source: Source, name: str, module: nn.Module, content: Any, wan
         if not candidates:
             raise OptionError(f"{source} holds no weights {wanted!r}", f"give one of {', '.join(labels)}")
     fitting = [candidate for candidate in candidates if covers(source, name, module, candidate)]
-    if not fitting:
-        best = max(candidates, key=lambda candidate: shared(candidate.weights, expected))
-        give_weights(source, name, module, best.weights)  # says what is wrong
-    best, *others = fitting or [best]
+    # Where none fits, the nearest says what is wrong.
+    best, *others = fitting or [max(candidates, key=lambda candidate: shared(candidate.weights, expected))]
     rivals = [candidate.label for candidate in others if not equal(candidate.weights, best.weights)]
     if rivals:
         raise CheckpointError(
@@ -91,7 +89,11 @@ def covers(source: Source, name: str, module: nn.Module, candidate: Candidate) -
     if not shared(candidate.weights, module.state_dict()):
         return False
     try:
-        give_weights(source, name, copy.deepcopy(module), candidate.weights)
+        trial = copy.deepcopy(module)
+    except RuntimeError:  # it holds results of operations, as old weight norm does; those taken overwrite a trial
+        trial = module
+    try:
+        give_weights(source, name, trial, candidate.weights)
     except CheckpointError:
         return False
     return True
@@ -167,15 +169,13 @@ def shared(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
 
 
 def compare_weights(source: Source, name: str, module: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Raise CheckpointError, naming the first offender, unless the weights are those of the model, and finite.
+    """Raise CheckpointError, naming the first offender, where weights that a model refuses differ from its own.
 
-    A tied weight may come under one of its names only, and a buffer that the model does not save may come too, if it is
-    the same.
+    A tied weight may come under one of its names only, and a buffer that the model does not save may come too.
     """
     state = module.state_dict()
     expected = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    groups = ties(expected)
-    tied = {key for keys in groups if keys & weights.keys() for key in keys}
+    tied = {key for keys in ties(expected) if keys & weights.keys() for key in keys}
     missing = expected.keys() - weights.keys() - tied
     unknown = weights.keys() - state.keys() - dict(module.named_buffers()).keys()
     for problem, keys in (("lacks", missing), ("has unknown", unknown)):
@@ -184,9 +184,6 @@ def compare_weights(source: Source, name: str, module: nn.Module, weights: Mappi
     for key, value in weights.items():
         if key in expected:
             compare_weight(source, name, key, value, expected[key])
-    compare_unsaved(source, name, module, weights)
-    for keys in groups:
-        compare_tied(source, name, {key: weights[key] for key in sorted(keys & weights.keys())})
 
 
 def first_of(keys: Iterable[Any]) -> str:
@@ -253,9 +250,10 @@ def give_weights(source: Source, name: str, module: nn.Module, weights: Mapping[
         CheckpointError: they are not the model's.
     """
     expected = module.state_dict()
+    groups = ties({key: value for key, value in expected.items() if isinstance(value, Tensor)})
     unsaved = dict(module.named_buffers()).keys() - expected.keys()
     state = OrderedDict((key, value) for key, value in weights.items() if key not in unsaved)
-    for keys in ties({key: value for key, value in expected.items() if isinstance(value, Tensor)}):
+    for keys in groups:
         present = sorted(keys & state.keys())
         state.update({key: state[present[0]] for key in keys - state.keys() if present})
     setattr(state, METADATA, getattr(weights, METADATA, None))
@@ -269,7 +267,7 @@ def give_weights(source: Source, name: str, module: nn.Module, weights: Mapping[
         compare_weights(source, name, module, weights)  # says it in fewer words, where it can
         raise CheckpointError(f"{source}: {name} refuses its weights: {str(error).strip()[:300]}", ONE_RUN) from error
     compare_unsaved(source, name, module, weights)
-    for keys in ties({key: value for key, value in expected.items() if isinstance(value, Tensor)}):
+    for keys in groups:
         compare_tied(source, name, {key: weights[key] for key in sorted(keys & weights.keys())})
 
 

@@ -207,6 +207,20 @@ def test_load_hooks_of_the_model_run(here, tmp_path):
     assert same(loaded, model.state_dict())
 
 
+def weight_normed() -> nn.Module:
+    return nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_model_that_cannot_be_copied_is_given_its_weights(here, tmp_path):
+    """Old weight norm keeps the result of an operation, which deepcopy refuses."""
+    model = weight_normed()
+    loaded = load_model(
+        saved(tmp_path / "w.pt", {"model": model.state_dict()}), CompileConfig(model="test_weights:weight_normed")
+    )
+    assert same(loaded, model.state_dict())
+
+
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["torch.compile", "DataParallel"])
 def test_a_factory_may_return_a_wrapped_model(wrap, here, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "wrapped", lambda: wrap(Tiny()), raising=False)
