@@ -8,7 +8,7 @@ place, or it branches on a length and cannot be compiled that way.
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,20 +63,38 @@ def find_places(name: str, samples: Samples) -> list[tuple[str, int]]:
     return [(of, int(number))] if exists else []
 
 
-def opens(axes: Axes) -> bool:
-    """Whether any axis but the batch is open."""
-    return any(axis > 0 for of_input in axes.values() for axis in of_input)
+@dataclass(frozen=True)
+class OpenAxis:
+    """An open axis of the inputs: its least and largest length, and that of the samples."""
+
+    low: int
+    high: int
+    own: int
+
+    @property
+    def other(self) -> int:
+        """Another length: half the samples', or twice it where that is too short."""
+        return max(self.low, self.own // 2) if self.own > self.low else min(self.high, 2 * self.own)
+
+    @property
+    def between(self) -> int:
+        """A length between the least and the largest."""
+        return (self.low + self.high) // 2
+
+
+def open_axes(axes: Axes, samples: Samples) -> dict[str, OpenAxis]:
+    """Return the open axes but the batch, by name."""
+    return {
+        axis.name: OpenAxis(axis.low, axis.high, samples.inputs[name].shape[number])
+        for name, of_input in axes.items()
+        for number, axis in of_input.items()
+        if number > 0 and axis.high is not None
+    }
 
 
 def at_longest(site: Site, axes: Axes, samples: Samples) -> Site:
     """Resize a site to its longest axes: both sides grow by the largest factor of any axis."""
-    growth = [
-        axis.high / samples.inputs[name].shape[number]
-        for name, of_input in axes.items()
-        for number, axis in of_input.items()
-        if number > 0 and axis.high is not None
-    ]
-    longest = max(growth, default=1.0)
+    longest = max((axis.high / axis.own for axis in open_axes(axes, samples).values()), default=1.0)
     loop = replace(site.loop, queries=round(site.loop.queries * longest), keys=round(site.loop.keys * longest))
     return replace(site, loop=loop)
 
@@ -102,11 +120,7 @@ def reopen(
     Raises:
         CaptureError: the model cannot be captured that way, or then does other operations.
     """
-    if loaded.format == "exported":
-        raise CaptureError(
-            f"{loaded.path} is an exported model, whose axes are as they were exported",
-            "export it with dynamic axes, or compile the checkpoint with --model",
-        )
+    require_code(loaded)
     uneven = next((site for site in sites if not site.loop.uniform), None)
     if uneven is not None:
         raise CaptureError(
@@ -115,6 +129,15 @@ def reopen(
     open_graph = capture_code(loaded, samples, early_stop, axes)
     names = node_names(graph, open_graph)
     return open_graph, [replace(site, wiring=site.wiring.renamed(names)) for site in sites]
+
+
+def require_code(loaded: LoadedModel) -> None:
+    """Raise CaptureError where a model is a graph, which cannot be captured at other lengths than its own."""
+    if loaded.format == "exported":
+        raise CaptureError(
+            f"{loaded.path} is an exported model, whose axes are as they were exported",
+            "export it with dynamic axes, or compile the checkpoint with --model",
+        )
 
 
 def node_names(graph: CapturedGraph, other: CapturedGraph) -> dict[str, str]:

@@ -1,13 +1,12 @@
 """Holds models with open axes to what they are at other lengths than those of their samples."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 
 from asapc.capturing.capture import capture_code
 from asapc.capturing.compare import run
-from asapc.capturing.dynamic import Axes, node_names
+from asapc.capturing.dynamic import Axes, node_names, open_axes, require_code
 from asapc.errors import CaptureError, SamplesError
 from asapc.passes.find.build import build_plans
 from asapc.passes.find.evidence import find_with_evidence
@@ -30,35 +29,6 @@ HINT = "let the length scale or shift the scores before the loop and nothing els
 Lengths = Mapping[str, int]  # of open axes, by name
 
 
-@dataclass(frozen=True)
-class OpenAxis:
-    """An open axis of the inputs: its least and largest length, and that of the samples."""
-
-    low: int
-    high: int
-    own: int
-
-    @property
-    def other(self) -> int:
-        """Another length: half the samples', or twice it where that is too short."""
-        return max(self.low, self.own // 2) if self.own > self.low else min(self.high, 2 * self.own)
-
-    @property
-    def between(self) -> int:
-        """A length between the least and the largest."""
-        return (self.low + self.high) // 2
-
-
-def open_axes(axes: Axes, samples: Samples) -> dict[str, OpenAxis]:
-    """Return the open axes but the batch, by name."""
-    return {
-        axis.name: OpenAxis(axis.low, axis.high, samples.inputs[name].shape[number])
-        for name, of_input in axes.items()
-        for number, axis in of_input.items()
-        if number > 0 and axis.high is not None
-    }
-
-
 def resized(samples: Samples, axes: Axes, lengths: Lengths) -> Samples:
     """Return samples whose open axes have other lengths: entries at equal distances are taken, or repeated.
 
@@ -77,7 +47,9 @@ def resized(samples: Samples, axes: Axes, lengths: Lengths) -> Samples:
 def find_at_lengths(
     loaded: LoadedModel, samples: Samples, axes: Axes, graph: CapturedGraph, early_stop: EarlyStopRule
 ) -> Findings:
-    """Find sites whose loops are the same at another length; what follows the length comes in with their scores.
+    """Find sites; with open axes, those whose loops are the same at another length too.
+
+    A scale that follows the length comes in with the scores.
 
     Args:
         loaded: the model.
@@ -90,9 +62,10 @@ def find_at_lengths(
         CaptureError: a loop is another one there, or the model cannot be captured, or does other operations.
     """
     first = findings = find_with_evidence(graph, samples)
-    if not first.sites:
-        return first
     lengths = {name: axis.other for name, axis in open_axes(axes, samples).items()}
+    if not first.sites or not lengths:
+        return first
+    require_code(loaded)
     others = resized(samples, axes, lengths)
     try:
         captured = capture_code(loaded, others, early_stop)
@@ -101,7 +74,10 @@ def find_at_lengths(
     other = build_plans(captured, others)
     names = node_names(graph, other)
     skipped: set[str] = set()
-    while following := starts_that_follow(findings, find_with_evidence(other, others, renamed(skipped, names)), names):
+    while True:
+        twins = find_with_evidence(other, others, {names[node] for node in skipped})
+        if not (following := starts_that_follow(findings, twins, names)):
+            break
         skipped |= following
         findings = find_with_evidence(graph, samples, skipped)
     kept = {site.wiring.plan.node for site in findings.sites}
@@ -109,11 +85,6 @@ def find_at_lengths(
         if site.wiring.plan.node not in kept:
             raise CaptureError(f"the temperature of {site.name} ({site.source}) follows the length in its loop", HINT)
     return findings
-
-
-def renamed(nodes: Collection[str], names: Mapping[str, str]) -> set[str]:
-    """Return what nodes are called in another graph."""
-    return {names[node] for node in nodes}
 
 
 def starts_that_follow(findings: Findings, others: Findings, names: Mapping[str, str]) -> set[str]:

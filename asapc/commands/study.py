@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from asapc.backends.eager.runner import EagerRunner
-from asapc.capturing.dynamic import at_longest, opens, parse_axes, reopen
+from asapc.capturing.dynamic import at_longest, open_axes, parse_axes, reopen
 from asapc.commands.lengths import check_lengths, find_at_lengths
 from asapc.config import CompileConfig
 from asapc.events import OnEvent, stage
@@ -15,7 +15,6 @@ from asapc.fidelity.outputs import check_labels
 from asapc.loading.model import load_model
 from asapc.loading.split import gather_samples
 from asapc.passes.find.build import build_plans
-from asapc.passes.find.evidence import find_with_evidence
 from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
 from asapc.types.teacher import Teacher
@@ -67,22 +66,19 @@ def study(
     with stage("find", on_event) as step:
         # The finder looks for plans, so that those which the code applies without building them come first.
         graph = build_plans(graph, calibration)
-        findings = (
-            find_at_lengths(loaded, calibration, axes, graph, config.early_stop)
-            if opens(axes)
-            else find_with_evidence(graph, calibration)
-        )
+        findings = find_at_lengths(loaded, calibration, axes, graph, config.early_stop)
         findings = replace(findings, early_stops=graph.early_stops)
         dump.graph("build-plans", graph)
         dump.findings("find", findings)
         step.summary = f"{len(findings.sites)} Sinkhorn sites"
         # Sites are recognised with fixed lengths, since shapes that are numbers tell axes apart, then located by place.
         open_graph, open_sites = graph, list(findings.sites)
-        if findings.sites and opens(axes):
+        is_open = bool(findings.sites and open_axes(axes, calibration))
+        if is_open:
             open_graph, open_sites = reopen(loaded, calibration, axes, graph, findings.sites, config.early_stop)
         longest_sites = [at_longest(site, axes, calibration) for site in findings.sites]
         teacher = Teacher(loaded, calibration, held_out, graph, findings, open_graph, open_sites, longest_sites)
-        if findings.sites and opens(axes):
+        if is_open:
             check_lengths(teacher, axes)
     return teacher
 

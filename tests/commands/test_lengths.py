@@ -5,6 +5,7 @@ import torch
 from helpers.relowering import outputs, worst
 from torch import nn
 
+from asapc.commands.study import study as open_study
 from asapc.commands.study import study_module
 from asapc.config import CompileConfig
 from asapc.errors import CaptureError
@@ -77,6 +78,15 @@ def test_what_follows_the_length_otherwise_is_refused(name):
     with pytest.raises(CaptureError, match=words) as caught:
         study(plan)
     assert "--dynamic" in caught.value.hint
+
+
+def test_an_exported_model_is_told_that_its_axes_are_fixed(tmp_path):
+    module, x = Attention(loop).eval(), torch.randn(32, LENGTH, WIDTH)
+    batch = torch.export.Dim("batch")
+    torch.export.save(torch.export.export(module, (x[:2],), dynamic_shapes=({0: batch},)), tmp_path / "model.pt2")
+    torch.save({"x": x}, tmp_path / "samples.pt")
+    with pytest.raises(CaptureError, match="axes are as they were exported"):
+        open_study(tmp_path / "model.pt2", CompileConfig(dynamic="seq=8:64", calib=tmp_path / "samples.pt"))
 
 
 def test_a_length_that_the_model_does_not_take_is_named():
