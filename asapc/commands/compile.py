@@ -20,7 +20,7 @@ from asapc.config import CompileConfig
 from asapc.events import OnEvent, Stage, stage
 from asapc.fidelity.budget import check_budget
 from asapc.fidelity.latency import measure
-from asapc.fidelity.outputs import verify
+from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.choose import choose
@@ -194,7 +194,8 @@ def variants(
 def compare_in_torch(teacher: Teacher, compiled: Compiled) -> Fidelity:
     """Measure fidelity on held-out samples, hop by hop as far as no file is needed, and site by site."""
     of_sites = site_fidelity(teacher.graph, teacher.sites, compiled.operators, teacher.held_out)
-    return verify(hops_in_torch(teacher, compiled), {}, of_sites, teacher.held_out)
+    size = teacher.graph.samples_at_once(BATCH)
+    return verify(hops_in_torch(teacher, compiled), {}, of_sites, teacher.held_out, size)
 
 
 def compare(
@@ -215,7 +216,7 @@ def compare(
         hops["precision"] = OnnxRuntimeRunner(files.deployed.path)
     elif config.precision == "bfloat16":  # ONNX Runtime cannot multiply it on the CPU
         hops["precision"] = EagerRunner(compiled.lowered.program.module())
-    return verify(hops, runners, of_sites, teacher.held_out)
+    return verify(hops, runners, of_sites, teacher.held_out, teacher.graph.samples_at_once(BATCH))
 
 
 def hops_in_torch(teacher: Teacher, compiled: Compiled) -> dict[str, Runner]:

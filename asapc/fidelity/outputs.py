@@ -20,6 +20,7 @@ def verify(
     variants: Mapping[str, Runner],
     sites: Mapping[str, SiteFidelity],
     samples: Samples,
+    batch_size: int = BATCH,
 ) -> Fidelity:
     """Run everything on held-out samples and compare.
 
@@ -29,6 +30,7 @@ def verify(
         variants: other ways to run the model, each compared with the model as loaded.
         sites: the result of `site_fidelity`.
         samples: held-out samples, with labels where there are any.
+        batch_size: samples at once.
     """
     names = list(hops)
     firsts: dict[str, Tensor] = {}
@@ -36,7 +38,7 @@ def verify(
     sums: dict[tuple[str, str], Tensor] = {}
     end_to_end = names[0], names[-1]
     told: list[str] = []
-    for batch in samples.batches(BATCH):
+    for batch in samples.batches(batch_size):
         raw = {name: runner(batch) for name, runner in hops.items()}
         outputs = {name: floating(of_hop) for name, of_hop in raw.items()}
         told = told or output_names(hops[names[-1]], raw[names[-1]])
@@ -61,7 +63,7 @@ def verify(
             for before, after in pairwise(names)
         ),
         variants={
-            name: variant_fidelity(teacher, first_output(runner, samples), samples.labels)
+            name: variant_fidelity(teacher, first_output(runner, samples, batch_size), samples.labels)
             for name, runner in variants.items()
         },
         sites=sites,
@@ -88,9 +90,9 @@ def floating(outputs: Sequence[Tensor]) -> list[Tensor]:
     return [output.double() for output in outputs if output.is_floating_point()] or [o.double() for o in outputs]
 
 
-def first_output(runner: Runner, samples: Samples) -> Tensor:
+def first_output(runner: Runner, samples: Samples, batch_size: int = BATCH) -> Tensor:
     """Return the first floating output on all samples, (samples, ...): the logits, where it is a classifier."""
-    return torch.cat([floating(runner(batch))[0] for batch in samples.batches(BATCH)])
+    return torch.cat([floating(runner(batch))[0] for batch in samples.batches(batch_size)])
 
 
 def errors(reference: Tensor, candidate: Tensor) -> Tensor:

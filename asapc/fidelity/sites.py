@@ -39,7 +39,7 @@ def candidate_fidelity(
     module = graph.program.module()
     names = {operand.node for site in sites for operand in (*site.wiring.operands, site.wiring.plan)}
     sums = {site.name: dict.fromkeys(candidates[site.name], NO_ERRORS) for site in sites}
-    for batch in samples.batches(BATCH):
+    for batch in samples.batches(graph.samples_at_once(BATCH)):
         values = record(module, batch, names)
         for site in sites:
             for key, operator in candidates[site.name].items():

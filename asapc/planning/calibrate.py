@@ -2,8 +2,8 @@
 
 The first pass sums the covariances that balanced bases are computed from, the second counts where hinges go. Each pass
 after them sums the Gram matrices of one linear map, which `fit` solves in closed form. Maps are fitted in order, since
-a closure step works on the outputs of the maps before it. Only sums are kept, in float64: memory does not grow with the
-number of samples, and several processes can share the samples (`distributed`).
+a closure step works on the outputs of the maps before it. Only sums are kept, in float64, and the duals to regress on,
+which take no more memory than the samples; several processes can share the samples (`distributed`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,9 @@ from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Site
 
-BATCH = 16  # samples; a pass holds the scores of every site for so many
+BATCH = 16  # samples, where they are short; a pass holds the scores of every site for so many
+
+Targets = dict[tuple[str, Side], tuple[Tensor, Tensor]]  # of one batch, as `centred_target` returns them
 
 
 class Fitted(NamedTuple):
@@ -71,11 +73,13 @@ def calibrate(
         for site in sites
         for features in feature_sets[site.name]
     }
+    of_fitting: list[Targets] = []
+    of_selection: list[Targets] = []
     for step in range(1 + closure_steps):
         advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
-        problems = regressions(sites, params, activations(fitting))
+        problems = regressions(sites, params, activations(fitting), of_fitting)
         # The penalty is chosen on other samples: on its own the smallest always fits best.
-        others = regressions(sites, params, activations(selection))
+        others = regressions(sites, params, activations(selection), of_selection)
         params = {key: add_map(params[key], fit(problems[key], others[key])) for key in params}
     dtypes = {site.name: site.wiring.dtype for site in sites}
     return {key: to_dtype(of_set, dtypes[key.site]) for key, of_set in params.items()}
@@ -83,22 +87,35 @@ def calibrate(
 
 def activation_stream(graph: CapturedGraph, sites: Sequence[Site]) -> Callable[[Samples], Iterator[Activations]]:
     """Return a function that runs the teacher on this process's share of samples and yields what the sites see."""
-    # Exact forms replace the loops: what the sites see is the same up to rounding, in a tenth of the time.
+    operands = operand_stream(graph, sites)
+
+    def activations(samples: Samples) -> Iterator[Activations]:
+        for values in operands(share(samples)):
+            yield {site.name: activation(site, values) for site in sites}
+
+    return activations
+
+
+def operand_stream(graph: CapturedGraph, sites: Sequence[Site]) -> Callable[[Samples], Iterator[dict[str, Tensor]]]:
+    """Return a function that runs the teacher on samples and yields the values of all operands by their nodes' names.
+
+    Exact forms replace the loops: what the sites see is the same up to rounding, in a tenth of the time.
+    """
     exact = {site.name: exact_operator(site, wide=True) for site in sites}
     module = RewriteSinkhorn(sites, exact)(graph.program.module()).program
+    size = graph.samples_at_once(BATCH)
     # What one site reads may be what another gives, as in plan @ (other_plan @ v): an operator's result by now.
     results = {site.wiring.result.node: operator_node(site) for site in sites}
     nodes = {
         operand.node: results.get(operand.node, operand.node) for site in sites for operand in site.wiring.operands
     }
 
-    def activations(samples: Samples) -> Iterator[Activations]:
-        for batch in share(samples).batches(BATCH):
+    def operands(samples: Samples) -> Iterator[dict[str, Tensor]]:
+        for batch in samples.batches(size):
             recorded = record(module, batch, nodes.values())
-            values = {name: recorded[node] for name, node in nodes.items()}
-            yield {site.name: activation(site, values) for site in sites}
+            yield {name: recorded[node] for name, node in nodes.items()}
 
-    return activations
+    return operands
 
 
 def without_maps(
@@ -127,19 +144,31 @@ def add_map(params: SlicedDualParams, weights: Tensor) -> SlicedDualParams:
 
 
 def regressions(
-    sites: Sequence[Site], params: Mapping[Fitted, SlicedDualParams], activations: Iterator[Activations]
+    sites: Sequence[Site],
+    params: Mapping[Fitted, SlicedDualParams],
+    activations: Iterator[Activations],
+    targets: list[Targets],
 ) -> dict[Fitted, Regression]:
-    """Statistics of the next linear map of each sliced dual: its vectors so far against `target_dual`."""
+    """Statistics of the next linear map of each sliced dual: its vectors so far against `target_dual`.
+
+    Args:
+        sites: the sites.
+        params: the sliced duals.
+        activations: batches of samples.
+        targets: those of the batches, which are added where they are missing: they take as long as the loops to
+            compute, and are the same for every map and for all feature sets of one side.
+    """
     problems: dict[Fitted, Regression] = {}
-    for batch in activations:
+    for number, batch in enumerate(activations):
+        if number == len(targets):
+            targets.append({})
         for site in sites:
             of_site = {key: of_set for key, of_set in params.items() if key.site == site.name}
-            # Feature sets of one side share their target, which takes as long as the loop to compute.
-            targets = {
-                side: centred_target(site, side, batch[site.name][0]) for side in {p.side for p in of_site.values()}
-            }
             for key, of_set in of_site.items():
-                statistics = regression(site, of_set, batch[site.name], *targets[of_set.side])
+                place = site.name, of_set.side
+                if place not in targets[number]:
+                    targets[number][place] = centred_target(site, of_set.side, batch[site.name][0])
+                statistics = regression(site, of_set, batch[site.name], *targets[number][place])
                 problems[key] = add(problems[key], statistics) if key in problems else statistics
     return {key: add_processes(statistics) for key, statistics in problems.items()}
 

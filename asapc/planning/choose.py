@@ -7,12 +7,12 @@ from math import inf, isnan
 from asapc.backends.eager.runner import EagerRunner
 from asapc.config import CompileConfig
 from asapc.fidelity.budget import judge as judge_budget
-from asapc.fidelity.outputs import verify
+from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import candidate_fidelity, site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.costs import estimate
 from asapc.planning.operators import build, lower, operators
-from asapc.planning.propose import propose, split, why_not_sliced
+from asapc.planning.propose import enough, propose, split, why_not_sliced
 from asapc.planning.ranges import limits, score_ranges, wide_sites
 from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS
 from asapc.types.choices import Candidate, Choice, Selection
@@ -58,7 +58,7 @@ def choose(teacher: Teacher, config: CompileConfig, advance: Callable[[str], Non
         return Selection(loops, wide, limits(ranges))
     candidates = propose(teacher, config, advance)
     advance(f"comparing {sum(map(len, candidates.values()))} candidates")
-    choosing, _ = split(teacher.calibration)  # fidelity on samples that were fitted would flatter the sliced duals
+    choosing, _ = split(enough(teacher))  # fidelity on samples that were fitted would flatter the sliced duals
     candidates = judge(teacher.graph, sites, candidates, wide, choosing, max(config.batches), config.wanted_lowering)
     return decide(teacher, candidates, Selection({}, wide, limits(ranges)), config, advance)
 
@@ -223,7 +223,8 @@ def check(teacher: Teacher, selection: Selection) -> Fidelity:
     # In torch, without export: whether a selection is close enough does not depend on the runtime.
     compiled = RewriteSinkhorn(sites, modules)(graph.program.module()).program
     hops = {"teacher": EagerRunner(graph.program.module()), "amortisation": EagerRunner(compiled)}
-    return verify(hops, {}, site_fidelity(graph, sites, modules, held_out), held_out)
+    of_sites = site_fidelity(graph, sites, modules, held_out)
+    return verify(hops, {}, of_sites, held_out, graph.samples_at_once(BATCH))
 
 
 def next_step(choice: Choice) -> Candidate | None:

@@ -41,12 +41,17 @@ def share(samples: Samples) -> Samples:
     """
     if not several.get():
         return samples
-    if len(samples) < dist.get_world_size():
+    if len(samples) < processes_sharing():
         raise SamplesError(
-            f"{dist.get_world_size()} processes cannot share {len(samples)} samples",
+            f"{processes_sharing()} processes cannot share {len(samples)} samples",
             "give more samples, or start fewer processes",
         )
-    return samples[dist.get_rank() :: dist.get_world_size()]
+    return samples[dist.get_rank() :: processes_sharing()]
+
+
+def processes_sharing() -> int:
+    """Return how many processes share the samples."""
+    return dist.get_world_size() if several.get() else 1
 
 
 def total(sums: Tensor) -> Tensor:

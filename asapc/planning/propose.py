@@ -8,6 +8,7 @@ from math import inf
 from asapc.config import CompileConfig
 from asapc.ops.sliced_dual import first_half_steps
 from asapc.planning.calibrate import Fitted, calibrate
+from asapc.planning.distributed import processes_sharing
 from asapc.types.choices import SIDES, Candidate, FeatureSet, SlicedDualParams
 from asapc.types.samples import Samples
 from asapc.types.site import Site
@@ -18,6 +19,8 @@ MAX_EXACT_HALF_STEPS = 3  # an estimate is followed by as many, so that a loop t
 TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
 # TensorRT sorts no more than this many elements; longer sites get no slices.
 MAX_SORT = 3840
+# Fits and choices look at so many scores of the largest site, and at no fewer samples.
+MAX_SCORES, LEAST_SAMPLES = 2**27, 4
 SELECTION_SHARE = 4  # one in so many calibration samples chooses between candidates and is not fitted on
 
 
@@ -39,7 +42,7 @@ def propose(
     if not sliceable:
         return candidates
     advance(f"fitting {len(sliceable)} sites")
-    choosing, fitting = split(teacher.calibration)
+    choosing, fitting = split(enough(teacher))
     fits = calibrate(teacher.graph, sets, sliceable, fitting, choosing, MAX_CLOSURE_STEPS, advance)
     for site in sliceable:
         for features in sets[site.name]:
@@ -54,6 +57,12 @@ def sliced_duals(site: Site, features: FeatureSet, params: SlicedDualParams) -> 
         half_steps = first + 2 * steps
         if half_steps < site.loop.half_steps:
             yield Candidate("sliced_dual", half_steps, inf, None, truncate(params, steps))
+
+
+def enough(teacher: Teacher) -> Samples:
+    """Return as many calibration samples as a fit needs: few long ones, each of which has as many points as tokens."""
+    most = max(LEAST_SAMPLES, MAX_SCORES // teacher.graph.entries) * processes_sharing()
+    return teacher.calibration[:most]
 
 
 def split(samples: Samples) -> tuple[Samples, Samples]:

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from asapc.ops.scaling import MAX_SPREAD
 from asapc.ops.sinkhorn import kernel_spread
-from asapc.passes.record import record
 from asapc.planning.activations import masked_scores
-from asapc.planning.calibrate import BATCH
+from asapc.planning.calibrate import operand_stream
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Site
@@ -31,12 +30,9 @@ class ScoreRange(NamedTuple):
 
 def score_ranges(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) -> dict[str, ScoreRange]:
     """Measure ranges by the site's name, in one pass over the samples."""
-    module = graph.program.module()
-    names = {operand.node for site in sites for operand in site.wiring.operands}
     spreads: dict[str, list[float]] = {site.name: [] for site in sites}
     deviations: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-    for batch in samples.batches(BATCH):
-        values = record(module, batch, names)
+    for values in operand_stream(graph, sites)(samples):
         for site in sites:
             scores = masked_scores(site, values)
             spreads[site.name].append(kernel_spread(scores))

@@ -1,9 +1,14 @@
 """A model as one graph."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from asapc.types.samples import Samples
 
@@ -38,6 +43,7 @@ class DynamicAxis:
 
 
 BATCH_AXIS = DynamicAxis("batch", 1, None)
+MAX_ENTRIES = 2**25  # of the largest value that a batch may have: 128 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,3 +61,36 @@ class CapturedGraph:
     example: Samples
     early_stops: EarlyStops | None = None
     axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None
+
+    @property
+    def entries(self) -> int:
+        """Entries of the largest value that the graph has for one sample: for long sequences, the scores."""
+        values = (node.meta.get("val") for node in self.program.graph.nodes)
+        sizes = (prod(map(hint, value.shape)) for value in values if isinstance(value, Tensor))
+        return max(1, max(sizes, default=1) // len(self.example))
+
+    def samples_at_once(self, most: int) -> int:
+        """Return how many samples, at most so many, a batch may have so that its values stay below MAX_ENTRIES."""
+        return max(1, min(most, MAX_ENTRIES // self.entries))
+
+
+def hint(size: Any) -> int:
+    """Return a size, of an open axis that of the example."""
+    return size if isinstance(size, int) else int(size.node.hint or 1)
+
+
+def with_graph(
+    program: ExportedProgram, module: GraphModule, kind: type[ExportedProgram] = ExportedProgram
+) -> ExportedProgram:
+    """Return a program with the same weights, inputs and outputs, and another graph in between."""
+    return kind(
+        root=module,
+        graph=module.graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=program.state_dict,
+        range_constraints=dict(program.range_constraints),
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )

@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -20,7 +19,7 @@ from asapc.passes.find.kinds import SIZE
 from asapc.passes.find.products import SHAPE
 from asapc.passes.find.unbuilt import Scaling, Unbuilt, find_unbuilt, find_unbuilt_equation
 from asapc.passes.layout import align, loosen_views
-from asapc.types.graph import CapturedGraph
+from asapc.types.graph import CapturedGraph, with_graph
 from asapc.types.samples import Samples
 
 OF_VALUES = ("val", "tensor_meta", SHAPE, SIZE)  # metadata that describes a node's value, not its origin
@@ -44,21 +43,6 @@ def build_plans(graph: CapturedGraph, samples: Samples) -> CapturedGraph:
         products = {product for product, plan in build.plans.items() if plan in plans}
         if products == set(build.plans):
             return rebuilt
-
-
-def with_graph(program: ExportedProgram, module: GraphModule) -> ExportedProgram:
-    """Return a program with the same weights, inputs and outputs, and another graph in between."""
-    return ExportedProgram(
-        root=module,
-        graph=module.graph,
-        graph_signature=copy.deepcopy(program.graph_signature),
-        state_dict=program.state_dict,
-        range_constraints=dict(program.range_constraints),
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
 
 
 class BuildPlan(GraphPass[GraphModule]):

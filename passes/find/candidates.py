@@ -58,6 +58,7 @@ class Candidate:
         region: what the plan depends on, back to layers and to products that compute scores.
         side_inputs: what the region reads and no start contributes to: masks, biases, temperatures.
         uses: what consumes it.
+        cut: whether its matrices are only a part of those of the model, see `crop.py`.
     """
 
     plan: Node
@@ -65,6 +66,7 @@ class Candidate:
     region: frozenset[Node]
     side_inputs: frozenset[Node]
     uses: tuple[Use, ...]
+    cut: bool = False
 
     @property
     def evidence(self) -> set[Node]:

@@ -54,7 +54,7 @@ def marks(value: Tensor) -> Tensor:
 
 def varying(graph: CapturedGraph, names: Sequence[str], samples: Samples) -> list[int]:
     """Return indices of samples: for each named node two on which it is not constant, where such exist."""
-    module = graph.program.module()
+    module, size = graph.program.module(), max(2, graph.samples_at_once(BATCH))
     nodes = {node.name: node for node in module.graph.nodes}
     numbers: list[int] = []
 
@@ -65,7 +65,7 @@ def varying(graph: CapturedGraph, names: Sequence[str], samples: Samples) -> lis
         if varies(name, numbers):  # on the samples of an earlier node
             continue
         indices = list(range(len(samples)))[:MAX_SAMPLES]
-        parts = (indices[start : start + BATCH] for start in range(0, len(indices), BATCH))
+        parts = (indices[start : start + size] for start in range(0, len(indices), size))
         part = next((part for part in parts if varies(name, part)), [])
         while len(part) > 2:
             one, other = part[: len(part) // 2], part[len(part) // 2 :]

@@ -31,6 +31,9 @@ MARGINAL_TOLERANCE = 1e-6
 EXACT_TOLERANCE, DISTINCT = 1e-6, 10.0  # of plans of random scores, and how many times that tells two plans apart
 # On the real scores: leaves room for small constants in the divisors.
 PLAN_TOLERANCE = 1e-5
+# Relative difference that the plan of the model may have from the loop in float64: rounding of a long loop in float32.
+# Beyond it the result depends on rounding, as with masks of -1e9, beside which float32 loses the scores.
+PRECISION_TOLERANCE = 1e-2
 SHARPNESS = (4.0, 32.0)  # standard deviations of the random scores
 FAR_SHARPNESS, SHIFTS = (300.0, 3000.0), (-250.0, 250.0)
 # Scores that fall into two groups of rows and columns, this far apart, converge slowly: many half-steps show.
@@ -276,6 +279,16 @@ def noises(shape: Sequence[int], in_range: bool) -> Iterator[tuple[Tensor, bool]
     signs = [1.0 - 2.0 * (torch.arange(size, dtype=torch.float64) % 2) for size in shape[-2:]]
     for distance in BLOCKS:
         yield distance * torch.outer(*signs) + noise, False
+
+
+def require_precision(plan: Tensor, exact: Tensor) -> None:
+    """Raise NotSinkhorn if the plan of the model differs from that of its loop in float64."""
+    if (error := difference(plan, exact)) > PRECISION_TOLERANCE:
+        raise NotSinkhorn(
+            f"in the model's precision the plan differs by {amount(error)} from the plan in float64",
+            "mask with -inf, and leave masked entries out of every step",
+            nearness=3,
+        )
 
 
 def no_loop(most: int) -> NotSinkhorn:

@@ -8,7 +8,7 @@ in numbers. Names of classes, modules and functions play no part; they only labe
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from asapc.passes.find.candidates import Candidate, propose
+from asapc.passes.find.crop import CutDown, WholeNeededError, confirm, cut_down, whole_where_it_fails
 from asapc.passes.find.describe import describe, module_path, source_line
 from asapc.passes.find.explain import Explanation, explain, foreign_inputs, name_of
 from asapc.passes.find.frames import Frame, frames
@@ -29,10 +30,10 @@ from asapc.passes.find.probe import (
     PLAN_TOLERANCE,
     Live,
     NotSinkhorn,
-    amount,
     difference,
     find_scale,
     probe,
+    require_precision,
 )
 from asapc.passes.find.products import as_product
 from asapc.passes.find.regions import OpenRegionError, Region
@@ -40,9 +41,6 @@ from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Findings, Loop, Miss, Site
 
-# Relative difference that the plan of the model may have from the loop in float64: rounding of a long loop in float32.
-# Beyond it the result depends on rounding, as with masks of -1e9, beside which float32 loses the scores.
-PRECISION_TOLERANCE = 1e-2
 UNEXPLAINED = 5  # nearness of a start after which comes what is no step of a loop
 # Scores are multiplied by these where the plan's smallest entries are zero even in float64.
 MILD = (0.1, 0.01)
@@ -63,10 +61,12 @@ def find_sinkhorn(graph: CapturedGraph, samples: Samples, skipped: Collection[st
     """
     module = graph.program.module()
     candidates = [without(candidate, skipped) for candidate in propose(module.graph)]
-    finder = Finder(module, candidates, len(samples))
-    with torch.no_grad():
-        finder.run(*samples.inputs.values(), enable_io_processing=False)
-    return finder.findings()
+    if cut := cut_down(candidates, graph):
+        with suppress(WholeNeededError):
+            findings = Finder(module, candidates, len(samples), cut).find(samples)
+            confirm(module, findings.sites, samples[:1])
+            return findings
+    return Finder(module, candidates, len(samples)).find(samples)
 
 
 def without(candidate: Candidate, skipped: Collection[str]) -> Candidate:
@@ -77,9 +77,12 @@ def without(candidate: Candidate, skipped: Collection[str]) -> Candidate:
 class Finder(Interpreter):
     """Runs a graph once and judges each candidate as soon as its plan is computed, so that few values are kept."""
 
-    def __init__(self, module: GraphModule, candidates: Sequence[Candidate], batch: int) -> None:
+    def __init__(
+        self, module: GraphModule, candidates: Sequence[Candidate], batch: int, cut: CutDown | None = None
+    ) -> None:
         super().__init__(module)
-        self.batch = batch
+        self.batch, self.cut = batch, cut or CutDown()
+        self.whole = {node for c in candidates if c.plan.name not in self.cut.candidates for node in c.evidence}
         # Candidates are judged at the operand of a use, those nearest to it first: the others lie before them.
         self.candidates: dict[Node, list[Candidate]] = {}
         for candidate in candidates:
@@ -99,13 +102,20 @@ class Finder(Interpreter):
         self.misses: list[tuple[Candidate, Miss]] = []
         self.untold: list[str] = []
 
+    def find(self, samples: Samples) -> Findings:
+        """Run the graph on samples and return what was found."""
+        with torch.no_grad():
+            self.run(*samples.inputs.values(), enable_io_processing=False)
+        return self.findings()
+
     def run_node(self, n: Node) -> Any:
         """Run one node; judge the candidates whose use begins at it."""
         start = time.perf_counter()
         value = super().run_node(n)
         self.seconds[n] = time.perf_counter() - start
         if n in self.last_use:
-            self.values[n] = value
+            self.values |= {n: value} if n in self.whole else {}
+            self.values |= self.cut.values(n, value)
         for candidate in sorted(self.candidates.get(n, ()), key=lambda c: c.plan, reverse=True):
             if candidate.plan not in self.verdicts:
                 self.verdicts[candidate.plan] = self.judge(candidate)
@@ -113,15 +123,19 @@ class Finder(Interpreter):
                 break  # the candidates before a plan are stages of its loop
         for node in self.releases.get(n, ()):
             self.values.pop(node, None)
+            self.values.pop(self.cut.nodes.get(node.name, node), None)
         return value
 
     def judge(self, candidate: Candidate) -> bool:
         """Add a candidate to the sites, or to the misses where it looks like attention; return whether it is a site."""
+        seen = self.cut.candidates.get(candidate.plan.name, candidate)
         try:
-            self.sites.append((candidate, identify(candidate, self.values, self.batch)))
+            with nullcontext() if seen is candidate else whole_where_it_fails():
+                site = self.cut.whole(identify(seen, self.values, self.batch))
+            self.sites.append((candidate, site))
         except NotSinkhorn as reason:
             self.untold += reason.untold
-            plan = self.values[candidate.plan]
+            plan = self.values[seen.plan]
             # A matrix with negative entries, or one that no product reads, looks like no attention.
             if bool((plan >= 0).all()) and any(as_product(use.user) for use in candidate.uses):
                 user = candidate.uses[0].user
@@ -213,7 +227,8 @@ class Trial:
         require_steps(explanation)
         require_own(self.region, self.value, self.plan)
         require_uniform(self.region, loop)
-        require_precision(values[candidate.plan].double(), self.plan)
+        if not candidate.cut:  # of a part, the model has computed no plan
+            require_precision(values[candidate.plan].double(), self.plan)
         loop = replace(loop, reach=self.reach(scores, explanation.ideal))
         return describe(candidate, start, frame, loop, values, self.exponential, self.logarithm)
 
@@ -292,16 +307,6 @@ def identify(candidate: Candidate, values: Mapping[Node, Any], batch: int) -> Si
             except NotSinkhorn as reason:
                 failure = max(failure, reason, key=lambda error: error.nearness)  # the first of equals
     raise failure
-
-
-def require_precision(plan: Tensor, exact: Tensor) -> None:
-    """Raise NotSinkhorn if the plan of the model differs from that of its loop in float64."""
-    if (error := difference(plan, exact)) > PRECISION_TOLERANCE:
-        raise NotSinkhorn(
-            f"in the model's precision the plan differs by {amount(error)} from the plan in float64",
-            "mask with -inf, and leave masked entries out of every step",
-            nearness=3,
-        )
 
 
 def require_steps(explanation: Explanation) -> None:

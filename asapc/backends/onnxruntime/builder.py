@@ -1,24 +1,28 @@
 """Exports a captured graph to an ONNX file."""
 
 import contextlib
+import copy
 import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OperatorBase
+from torch.export import ExportedProgram
 
 from asapc.backends.base import temporary
+from asapc.capturing.export import is_plain
 from asapc.errors import BuildError, first_line
 from asapc.passes.base import PassManager
 from asapc.passes.onnx.cleanup import OnnxCleanup
 from asapc.passes.onnx.standard_attention import StandardAttention
 from asapc.types.artifacts import OnnxArtifact
-from asapc.types.graph import CapturedGraph
+from asapc.types.graph import CapturedGraph, with_graph
 
 OPSET = 18  # what current runtimes read, TensorRT 10 and ONNX Runtime 1.14 among them
 
@@ -63,7 +67,8 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
             program = program.run_decompositions({torch.ops.asapc.attention.default: multi_head_attention})
         try:
             exported = torch.onnx.export(
-                program,
+                # A copy, since the exporter changes what it is given.
+                with_graph(program, copy.deepcopy(program.graph_module), Decomposed) if is_plain(program) else program,
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
@@ -81,6 +86,17 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
             ) from error
     assert exported is not None  # with dynamo=True the exporter always returns one
     return exported.model_proto
+
+
+class Decomposed(ExportedProgram):
+    """A program that the exporter decomposes only where that changes it: tracing it anew takes half of an export."""
+
+    def run_decompositions(self, decomp_table: dict[OperatorBase, Callable[..., Any]] | None = None) -> ExportedProgram:
+        """Decompose the operators of a table."""
+        if decomp_table is None or any(node.target in decomp_table for node in self.graph.nodes):
+            decomposed: ExportedProgram = super().run_decompositions(decomp_table)
+            return decomposed
+        return self
 
 
 def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
