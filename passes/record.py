@@ -1,12 +1,17 @@
 """Runs a graph and keeps the values of a few of its nodes."""
 
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from asapc.types.samples import Samples
+
+
+class AllRecorded(Exception):  # it ends a run early: what comes after the last value is not computed
+    """All values that were asked for are known."""
 
 
 class Recorder(Interpreter):
@@ -22,12 +27,14 @@ class Recorder(Interpreter):
         value = super().run_node(n)
         if n.name in self.names:
             self.values[n.name] = value
+            if len(self.values) == len(self.names):
+                raise AllRecorded
         return value
 
 
 def record(module: GraphModule, samples: Samples, names: Collection[str]) -> dict[str, Any]:
     """Return the values of the named nodes, by name, when the module runs on the samples in one batch."""
     recorder = Recorder(module, names)
-    with torch.no_grad():
+    with torch.no_grad(), suppress(AllRecorded):
         recorder.run(*samples.inputs.values(), enable_io_processing=False)
     return recorder.values

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from helpers.paths import ROOT
 from helpers.rivals import without_rivals
 from hypothesis import settings
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import asapc
 from asapc.config import CompileConfig
@@ -24,6 +26,9 @@ def shipped() -> Path:
 # The same examples in every run: whether a change passes must not hang on the draw. Fuzzing proper is a benchmark.
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
+
+# The exporter registers its functions anew for every file, which takes a second; they are always the same.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 # Tests keep all cores busy, and small operations then lose most of their time to threads that wait for each other, in
 # the processes that tests start too.

@@ -1,6 +1,7 @@
 """Measures how close each operator comes to its loop, alone, on the teacher's own activations."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,9 @@ def candidate_fidelity(
     for batch in samples.batches(graph.samples_at_once(BATCH)):
         values = record(module, batch, names)
         for site in sites:
+            reference = Reference.of(site, values)
             for key, operator in candidates[site.name].items():
-                sums[site.name][key] = add(sums[site.name][key], site_errors(site, operator, values))
+                sums[site.name][key] = add(sums[site.name][key], site_errors(site, operator, reference))
     return {name: {key: means(errors) for key, errors in of_site.items()} for name, of_site in sums.items()}
 
 
@@ -82,45 +84,81 @@ def means(errors: SiteErrors) -> SiteFidelity:
     return SiteFidelity(relc, total_variation / rows, row_mass / rows, column_mass / rows)
 
 
-def site_errors(site: Site, operator: nn.Module, values: Mapping[str, Tensor]) -> SiteErrors:
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What the loop of a site makes of one batch, to compare operators with; wide are float32 or the model's own type.
+
+    Attributes:
+        inputs: scores, queries and keys, and the values where there are any, in the precision of the model.
+        plan: (B, H, N, M), wide; of a plan that stays a logarithm, its exp.
+        output: plan @ values (B, H, N, E), or the plan, float64.
+        rows, columns: which of them are live, (B, H, N, 1) and (B, H, 1, M).
+        row_mass, column_mass: the plan's own sums of rows; what columns are held to; float64.
+    """
+
+    inputs: Sequence[Tensor | None]
+    plan: Tensor
+    output: Tensor
+    rows: Tensor
+    columns: Tensor
+    row_mass: Tensor
+    column_mass: Tensor
+
+    @classmethod
+    def of(cls, site: Site, values: Mapping[str, Tensor]) -> "Reference":
+        """Read the loop off the values of the site's operands and of its plan, by the node's name."""
+        wiring, loop = site.wiring, site.loop
+        operands = [values[operand.node] for operand in wiring.operands]
+        # In the precision of the model, as the compiled model runs it.
+        inputs = site_inputs(site, operands, score_factor(site, wiring.dtype))
+        plan = widen(arrange(values[wiring.plan.node], wiring.plan.axes, "nm", wiring.groups, loop.heads))
+        plan = plan.exp() if wiring.logarithm else plan
+        output = plan.double() if inputs[-1] is None else plan.double() @ inputs[-1].double()
+        # Masked rows and columns are zero in the teacher's plan, whatever the code masks with.
+        rows, columns = (plan.amax(dim=dim, keepdim=True) > 0 for dim in (-1, -2))
+        row_mass, column_mass = (plan.sum(dim=dim, keepdim=True).double() for dim in (-1, -2))
+        if loop.uniform:
+            # Columns are held to uniform masses: their own are off too after a last step on rows.
+            column_mass = row_mass.sum(dim=-2, keepdim=True) / columns.sum(dim=-1, keepdim=True).clamp_min(1)
+        return cls(inputs, plan, output, rows, columns, row_mass, column_mass)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 where its own type is narrower."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def site_errors(site: Site, operator: nn.Module, loop: Reference) -> SiteErrors:
     """Compare an operator with its loop on one batch.
 
     Args:
-        site: the loop.
+        site: the site.
         operator: takes scores, queries, keys and, unless the plan itself is asked for, values.
-        values: of the site's operands and of its plan, by the node's name.
+        loop: what it is compared with.
     """
-    wiring, loop = site.wiring, site.loop
-    operands = [values[operand.node] for operand in wiring.operands]
-    # In the precision of the model, as the compiled model runs it; only what is compared is float64.
-    scores, queries, keys, applied = site_inputs(site, operands, score_factor(site, wiring.dtype))
-    plan = arrange(values[wiring.plan.node].double(), wiring.plan.axes, "nm", wiring.groups, loop.heads)
+    scores, queries, keys, applied = loop.inputs
     with torch.no_grad():
-        compiled_plan = operator(scores, queries, keys).double()
-        # The output is not computed from that plan: fused operators have a path of their own for values.
-        compiled = compiled_plan if applied is None else operator(scores, queries, keys, applied).double()
-    if wiring.logarithm:
-        plan, compiled_plan, compiled = plan.exp(), compiled_plan.exp(), compiled.exp()
-    output = plan if applied is None else plan @ applied.double()
-    # Masked rows and columns are zero in the teacher's plan, whatever the code masks with.
-    live = plan > 0
-    rows, columns = live.any(dim=-1, keepdim=True), live.any(dim=-2, keepdim=True)
-    row_mass, compiled_row_mass = (p.sum(dim=-1, keepdim=True) for p in (plan, compiled_plan))
-    # Columns are held to uniform masses where the loop has them: its own are off too after a last step on rows.
-    count = columns.sum(dim=-1, keepdim=True).clamp_min(1)
-    share = plan.sum(dim=(-1, -2), keepdim=True) / count
-    column_mass = share if loop.uniform else plan.sum(dim=-2, keepdim=True)
-    off = torch.where(columns, (compiled_plan.sum(dim=-2, keepdim=True) / column_mass - 1).abs(), 0.0)
-    off = off.sum(dim=-1, keepdim=True) / count
+        plan = widen(operator(scores, queries, keys))
+        if applied is None:
+            output = plan
+        elif getattr(operator, "lowering", None) == "materialised":
+            output = plan @ applied.to(plan.dtype)
+        else:  # fused operators have a path of their own for values
+            output = operator(scores, queries, keys, applied)
+    if site.wiring.logarithm:
+        plan, output = plan.exp(), output.exp()
+    count = loop.columns.sum(dim=-1, keepdim=True).clamp_min(1)
+    row_mass, column_mass = (plan.sum(dim=dim, keepdim=True).double() for dim in (-1, -2))
+    off = torch.where(loop.columns, (column_mass / loop.column_mass - 1).abs(), 0.0).sum(dim=-1, keepdim=True) / count
     # The largest row sum, since masked rows and those of other marginals sum to less.
-    typical = plan.sum(dim=-1).amax().clamp_min(torch.finfo(torch.float64).tiny)
+    typical = loop.row_mass.amax().clamp_min(torch.finfo(torch.float64).tiny)
     return SiteErrors(
-        output=((compiled - output) * rows).square().sum(),
-        norm=centre(output, rows).square().sum(),
-        total_variation=((compiled_plan - plan) * rows).abs().sum() / 2 / typical,
-        row_mass=((compiled_row_mass - row_mass) * rows).abs().sum() / typical,
-        column_mass=(off * rows).sum(),
-        rows=rows.sum().double(),
+        output=((output.double() - loop.output) * loop.rows).square().sum(),
+        norm=centre(loop.output, loop.rows).square().sum(),
+        total_variation=((plan - loop.plan) * loop.rows).abs_().sum(dim=-1).double().sum() / 2 / typical,
+        row_mass=((row_mass - loop.row_mass) * loop.rows).abs().sum() / typical,
+        column_mass=(off * loop.rows).sum(),
+        rows=loop.rows.sum().double(),
     )
 
 

@@ -23,6 +23,8 @@ from asapc.types.site import Axis
 
 # Like `scaling.MAX_SPREAD`, but for float64 and scaling vectors too: their products stay within its range of 745.
 MAX_SPREAD_FLOAT64 = 200.0
+# Least sums of rows and columns of a kernel below which its entries, from 1e-308 on, could have lost what counts.
+MIN_SUMS_FLOAT64 = 1e-200, 1e-80
 
 
 def other(axis: Axis) -> Axis:
@@ -95,6 +97,33 @@ def scaled_duals(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> 
         return sinkhorn_duals(scores, half_steps, last)
     f, g = f.squeeze(-2), g.squeeze(-2)
     return (g.expand(scores.shape[:-1]), f) if turned else (f, g.expand_as(scores[..., 0, :]))
+
+
+def scaled_closures(scores: torch.Tensor, duals: torch.Tensor) -> torch.Tensor:
+    """Take two half-steps from several estimates of the columns' dual at once: rows to 1, then columns to 1.
+
+    All are products with one kernel. Where these leave the range of float64 it falls back to the log domain.
+
+    Args:
+        scores: (B, H, N, M), -inf where masked, float64.
+        duals: (B, H, S, M), S estimates.
+
+    Returns:
+        (B, H, S, M), 0 for columns that are wholly masked.
+    """
+    largest = scores.amax(dim=-1, keepdim=True)
+    kernel = torch.exp(scores - largest.clamp_min(torch.finfo(scores.dtype).min))  # masked rows stay -inf
+    live_rows = (largest > -torch.inf).transpose(-1, -2)
+    live_columns = kernel.amax(dim=-2, keepdim=True) > 0
+    shift = torch.where(live_columns, duals, -torch.inf).amax(dim=-1, keepdim=True)
+    sums = torch.where(live_columns, torch.exp(duals - shift), 0.0) @ kernel.transpose(-1, -2)
+    of_columns = torch.where(live_rows, 1 / sums, 0.0) @ kernel
+    least = torch.where(live_rows, sums, 1.0).amin(), torch.where(live_columns, of_columns, 1.0).amin()
+    # What underflowed in the kernel, or beside it, is far below such sums. NaN compares as false.
+    if bool(least[0] > MIN_SUMS_FLOAT64[0]) and bool(least[1] > MIN_SUMS_FLOAT64[1]):
+        return torch.where(live_columns, shift - torch.log(of_columns), 0.0)
+    ones = scores.new_ones(1)
+    return torch.stack([column_step(scores, row_step(scores, d), ones) for d in duals.unbind(dim=-2)], dim=-2)
 
 
 def sinkhorn_plan_ref(

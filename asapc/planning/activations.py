@@ -19,16 +19,21 @@ def activation(site: Site, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     Raises:
         ValueError: the site has no queries and keys.
     """
-    _, queries, keys, _ = float64_inputs(site, values)
-    if queries is None or keys is None:
+    scores, queries, keys, _ = float64_inputs(site, values)
+    if scores is None or queries is None or keys is None:
         raise ValueError(f"site {site.name} has no queries and keys to fit on")
-    return masked_scores(site, values), queries, keys
+    return masked(site, scores), queries, keys
 
 
 def masked_scores(site: Site, values: Mapping[str, Tensor]) -> Tensor:
     """Return scores (B, H, N, M) of a site in units of the temperature, -inf where masked, in float64."""
     scores, *_ = float64_inputs(site, values)
     assert scores is not None
+    return masked(site, scores)
+
+
+def masked(site: Site, scores: Tensor) -> Tensor:
+    """Return scores with -inf where they are masked."""
     # Code masks with numbers from -1e9 to -inf; one value for all keeps statistics free of theirs.
     return scores.masked_fill(scores < MIN_LIVE, -inf) if site.loop.masked else scores
 

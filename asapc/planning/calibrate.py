@@ -2,18 +2,20 @@
 
 The first pass sums the covariances that balanced bases are computed from, the second counts where hinges go. Each pass
 after them sums the Gram matrices of one linear map, which `fit` solves in closed form. Maps are fitted in order, since
-a closure step works on the outputs of the maps before it. Only sums are kept, in float64, and the duals to regress on,
-which take no more memory than the samples; several processes can share the samples (`distributed`).
+a closure step works on the outputs of the maps before it. Only sums are kept, in float64, and a few vectors over the
+points, which take no more memory than the samples; several processes can share the samples (`distributed`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from asapc.ops.features import live_mask
+from asapc.ops.sinkhorn import scaled_closures
 from asapc.ops.sliced_dual import SlicedDual, target_dual
 from asapc.passes.record import record
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn, operator_node
@@ -29,8 +31,6 @@ from asapc.types.samples import Samples
 from asapc.types.site import Site
 
 BATCH = 16  # samples, where they are short; a pass holds the scores of every site for so many
-
-Targets = dict[tuple[str, Side], tuple[Tensor, Tensor]]  # of one batch, as `centred_target` returns them
 
 
 class Fitted(NamedTuple):
@@ -73,8 +73,8 @@ def calibrate(
         for site in sites
         for features in feature_sets[site.name]
     }
-    of_fitting: list[Targets] = []
-    of_selection: list[Targets] = []
+    of_fitting: list[Seen] = []
+    of_selection: list[Seen] = []
     for step in range(1 + closure_steps):
         advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
         problems = regressions(sites, params, activations(fitting), of_fitting)
@@ -143,11 +143,24 @@ def add_map(params: SlicedDualParams, weights: Tensor) -> SlicedDualParams:
     return replace(params, weights=(*params.weights, weights))
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is known of a batch from the maps that were fitted before, since it takes long to compute.
+
+    Attributes:
+        targets: what `centred_target` returns, by the site's name and the side.
+        closures: of the estimates of each sliced dual so far, each (B, H, 1, N).
+    """
+
+    targets: dict[tuple[str, Side], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    closures: dict[Fitted, list[Tensor]] = field(default_factory=dict)
+
+
 def regressions(
     sites: Sequence[Site],
     params: Mapping[Fitted, SlicedDualParams],
     activations: Iterator[Activations],
-    targets: list[Targets],
+    seen: list[Seen] | None = None,
 ) -> dict[Fitted, Regression]:
     """Statistics of the next linear map of each sliced dual: its vectors so far against `target_dual`.
 
@@ -155,22 +168,53 @@ def regressions(
         sites: the sites.
         params: the sliced duals.
         activations: batches of samples.
-        targets: those of the batches, which are added where they are missing: they take as long as the loops to
-            compute, and are the same for every map and for all feature sets of one side.
+        seen: of the batches, where they were seen before; brought up to date.
     """
     problems: dict[Fitted, Regression] = {}
+    seen = [] if seen is None else seen
     for number, batch in enumerate(activations):
-        if number == len(targets):
-            targets.append({})
-        for site in sites:
-            of_site = {key: of_set for key, of_set in params.items() if key.site == site.name}
-            for key, of_set in of_site.items():
-                place = site.name, of_set.side
-                if place not in targets[number]:
-                    targets[number][place] = centred_target(site, of_set.side, batch[site.name][0])
-                statistics = regression(site, of_set, batch[site.name], *targets[number][place])
-                problems[key] = add(problems[key], statistics) if key in problems else statistics
+        if number == len(seen):
+            seen.append(Seen())
+        for site, side in product(sites, SIDES):
+            of_side = {key: p for key, p in params.items() if key.site == site.name and p.side == side}
+            if of_side:
+                for key, statistics in of_batch(site, side, of_side, batch[site.name], seen[number]).items():
+                    problems[key] = add(problems[key], statistics) if key in problems else statistics
     return {key: add_processes(statistics) for key, statistics in problems.items()}
+
+
+def of_batch(
+    site: Site,
+    side: Side,
+    params: Mapping[Fitted, SlicedDualParams],
+    activations: tuple[Tensor, Tensor, Tensor],
+    seen: Seen,
+) -> dict[Fitted, Regression]:
+    """Statistics of one batch for the next linear maps of a site's sliced duals of one side."""
+    scores = activations[0]
+    if (site.name, side) not in seen.targets:
+        seen.targets[site.name, side] = centred_target(site, side, scores)
+    target, live = seen.targets[site.name, side]
+    features = {key: features_of(site, of_set, activations) for key, of_set in params.items()}
+    closures = {key: seen.closures.setdefault(key, []) for key in params}
+    while pending := [key for key, of_set in params.items() if len(closures[key]) < len(of_set.weights)]:
+        # All at once: the kernel is the same for all.
+        duals = torch.cat([dual_of(params[key], features[key], closures[key]) for key in pending], dim=-2)
+        closed = scaled_closures(scores.transpose(-1, -2) if side == "queries" else scores, duals)
+        for key, closure in zip(pending, closed.unbind(dim=-2), strict=True):
+            closures[key].append(closure.unsqueeze(-2))
+    return {key: regression(torch.cat([features[key], *closures[key]], dim=-2), target, live) for key in params}
+
+
+def features_of(site: Site, params: SlicedDualParams, activations: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Features (B, H, F, N) of a sliced dual."""
+    return SlicedDual(replace(params, weights=()), site.loop.last, site.loop.masked).vectors(*activations)
+
+
+def dual_of(params: SlicedDualParams, features: Tensor, closures: Sequence[Tensor]) -> Tensor:
+    """Estimate (B, H, 1, N) that the map after these closures makes."""
+    vectors = torch.cat([features, *closures], dim=-2)
+    return torch.einsum("hf,bhfn->bhn", params.weights[len(closures)], vectors).unsqueeze(-2)
 
 
 def centred_target(site: Site, side: Side, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,13 +224,9 @@ def centred_target(site: Site, side: Side, scores: Tensor) -> tuple[Tensor, Tens
     return centre(target, live), live
 
 
-def regression(
-    site: Site, params: SlicedDualParams, activations: tuple[Tensor, Tensor, Tensor], target: Tensor, live: Tensor
-) -> Regression:
-    """Statistics of one batch for the next linear map of one sliced dual."""
-    # Wide, since that form is stable for scores of any spread.
-    operator = SlicedDual(params, site.loop.last, site.loop.masked, wide=True)
-    vectors = centre(operator.vectors(*activations), live)
+def regression(vectors: Tensor, target: Tensor, live: Tensor) -> Regression:
+    """Statistics of one batch: of vectors (B, H, F, N) against a centred target (B, H, 1, N)."""
+    vectors = centre(vectors, live)
     return Regression(
         gram=torch.einsum("bhfn,bhen->hfe", vectors, vectors),
         moment=torch.einsum("bhfn,bhen->hf", vectors, target),

@@ -47,7 +47,7 @@ def choose(teacher: Teacher, config: CompileConfig, advance: Callable[[str], Non
     """
     advance("range of the scores")
     sites = teacher.longest_sites
-    ranges = score_ranges(teacher.graph, sites, teacher.calibration)
+    ranges = score_ranges(teacher.graph, sites, enough(teacher))
     wide = wide_sites(ranges)
     if config.level == 1 and config.lowering != "fused":
         # -O1 promises the loop on all inputs, not only on scores that spread like those of calibration. Fused passes

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,12 @@ def try_engine(
 
 
 def build_engine(
-    onnx: OnnxArtifact, path: Path, largest_batch: int, axes: Axes | None = None, target: Target = "auto"
+    onnx: OnnxArtifact,
+    path: Path,
+    largest_batch: int,
+    axes: Axes | None = None,
+    target: Target = "auto",
+    architectures: Sequence[str] | None = None,
 ) -> EngineArtifact:
     """Build an engine for batches from 1 to `largest_batch`, fastest at the largest.
 
@@ -62,6 +67,7 @@ def build_engine(
         largest_batch: largest size of the first axis of every input, unless `axes` has one.
         axes: dynamic axes by input name and axis number; the engine is fastest where they are longest.
         target: the builder, or "auto" for whichever there is.
+        architectures: of GPUs, like "SM89", where it is built ahead of time; None for all that the builder knows.
 
     Returns:
         The engine, with the GPU targets that it runs on and the reasons why others were refused.
@@ -79,6 +85,7 @@ def build_engine(
     request = {
         "package": package,
         "target": "SM{}{}".format(*torch.cuda.get_device_capability()) if package == "tensorrt" else None,
+        "architectures": architectures,
         "onnx": str(onnx.path),
         "engine": str(temporary(path)),
         "largest_batch": largest_batch,
