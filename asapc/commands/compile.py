@@ -25,7 +25,7 @@ from asapc.fidelity.sites import site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.choose import choose
 from asapc.planning.costs import share_of_exact
-from asapc.planning.operators import operators, rivals
+from asapc.planning.operators import alike, operators, rivals
 from asapc.relu.stand_ins import fit_activations
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import Selection
@@ -129,7 +129,7 @@ def compile_model(
             step.summary = engine_note(engine)
 
         with stage("verify", on_event) as step:
-            runners = variants(teacher, selection, files, config, threads, step)
+            runners = variants(teacher, selection, compiled, files, config, threads, step)
             step.advance(f"{len(teacher.held_out)} held-out samples")
             fidelity = compare(teacher, compiled, checked.sites, files, runners, config)
             verdict = check_budget(fidelity, config.bounds(), share_of_exact(selection))
@@ -183,12 +183,22 @@ def write(teacher: Teacher, selection: Selection, compiled: Compiled, folder: Pa
 
 
 def variants(
-    teacher: Teacher, selection: Selection, files: Files, config: CompileConfig, threads: int, step: Stage
+    teacher: Teacher,
+    selection: Selection,
+    compiled: Compiled,
+    files: Files,
+    config: CompileConfig,
+    threads: int,
+    step: Stage,
 ) -> dict[str, Runner]:
     """Open what is compared and timed in ONNX Runtime: the rivals by name, and the compiled model last."""
     modules = rivals(teacher.sites, selection, max(config.batches), config.wanted_lowering)
-    runners = export_rivals(teacher, modules, threads, step.advance)
-    return {**runners, "compiled": OnnxRuntimeRunner(files.onnx.path, threads, "compiled")}
+    own = OnnxRuntimeRunner(files.onnx.path, threads, "compiled")
+    # Of two that are the same, one is exported.
+    same = {name for name in modules if not compiled.activations and alike(modules[name], compiled.operators)}
+    others = {name: of_sites for name, of_sites in modules.items() if name not in same}
+    runners = export_rivals(teacher, others, threads, step.advance)
+    return {**{name: own if name in same else runners[name] for name in modules}, "compiled": own}
 
 
 def compare_in_torch(teacher: Teacher, compiled: Compiled) -> Fidelity:

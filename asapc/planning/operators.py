@@ -1,6 +1,7 @@
 """Builds the modules of candidates and selections, and the rivals that a compiled model is compared with."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -91,6 +92,18 @@ def operators(sites: Sequence[Site], selection: Selection) -> dict[str, Operator
         for site in sites
         if candidates[site.name].operator != "keep"
     }
+
+
+def alike(one: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -> bool:
+    """Whether the same operators stand at all sites."""
+    return one.keys() == other.keys() and all(settings_of(one[name]) == settings_of(other[name]) for name in one)
+
+
+def settings_of(operator: nn.Module) -> dict[str, Any]:
+    """What tells an operator from others: its kind, its attributes and its tensors."""
+    attributes = {name: value for name, value in vars(operator).items() if not name.startswith("_")}
+    tensors = {name: tensor.tolist() for name, tensor in operator.state_dict().items()}
+    return {"kind": type(operator), **attributes, **tensors}
 
 
 def rivals(

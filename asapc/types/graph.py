@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from asapc.types.samples import Samples
 
@@ -83,10 +83,18 @@ def with_graph(
     program: ExportedProgram, module: GraphModule, kind: type[ExportedProgram] = ExportedProgram
 ) -> ExportedProgram:
     """Return a program with the same weights, inputs and outputs, and another graph in between."""
+    signature = copy.deepcopy(program.graph_signature)
+    # A copy of a graph renames nodes that have the name of a function of Python, as "input".
+    for spec, node in zip(signature.input_specs, module.graph.find_nodes(op="placeholder"), strict=True):
+        spec.arg.name = node.name
+    outputs: Any = module.graph.output_node().args[0]
+    for spec, value in zip(signature.output_specs, outputs, strict=True):
+        if isinstance(value, Node):
+            spec.arg.name = value.name
     return kind(
         root=module,
         graph=module.graph,
-        graph_signature=copy.deepcopy(program.graph_signature),
+        graph_signature=signature,
         state_dict=program.state_dict,
         range_constraints=dict(program.range_constraints),
         module_call_graph=program.module_call_graph,

@@ -35,10 +35,11 @@ def spin(shell: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("arguments", [(), ("--json",)], ids=["table", "json"])
-@pytest.mark.parametrize("shell", ["$RUN | head -n 1", "$RUN | true", "$RUN >&-", "$RUN 2>&-", "$RUN 2>/dev/full"])
-def test_a_stream_that_nobody_reads_ends_no_run(shell, arguments):
-    result = spin(shell, *arguments)
+@pytest.mark.parametrize(
+    "shell", ["$RUN | head -n 1", "$RUN --json | true", "$RUN >&-", "$RUN 2>&-", "$RUN 2>/dev/full"]
+)
+def test_a_stream_that_nobody_reads_ends_no_run(shell):
+    result = spin(shell)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert "Exception" not in result.stderr

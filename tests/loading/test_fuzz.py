@@ -35,7 +35,7 @@ def read_weights(path: Path) -> object:
         ("arrays.npz", load_samples, (*DAMAGE, damage_member, swap_members), 300),
         ("packed.npz", load_samples, (*DAMAGE, damage_member, swap_members), 200),
         ("samples.pt", load_samples, (*DAMAGE, damage_member, damage_member, swap_members), 300),
-        ("program.pt2", load_model, (*DAMAGE, damage_member, damage_graph, damage_graph, swap_members), 150),
+        ("program.pt2", load_model, (*DAMAGE, damage_member, damage_graph, damage_graph, swap_members), 60),
     ],
 )
 def test_a_damaged_file_is_read_or_refused(name, read, makers, count, whole, tmp_path):

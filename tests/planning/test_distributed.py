@@ -67,7 +67,7 @@ def test_the_command_under_torchrun_writes_one_report(tmp_path):
         "held_out": {"inputs": {"images": images[16:]}},
     }
     torch.save(data, tmp_path / "model.pt")
-    options = ("--seconds", "0.1", "--batch", "1", "--fidelity", "relc<=0.9", "--json")
+    options = ("--seconds", "0.1", "--batch", "1", "--fidelity", "relc<=0.9", "--target", "onnx", "--json")
     stdout = torchrun(2, "-m", "asapc", "compile", "model.pt", *options, cwd=tmp_path)
     assert json.loads(stdout) == json.loads((tmp_path / "model.asap" / "report.json").read_text())
 

@@ -108,8 +108,7 @@ def assert_rest_unchanged(before: onnx.ModelProto, after: onnx.ModelProto) -> No
     assert {entry.key: entry.value for entry in before.metadata_props}.items() <= properties.items()
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["dynamo", "legacy"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "legacy"), [*((name, False) for name in NAMES), (NAMES[0], True), (NAMES[3], True)])
 def test_a_loop_is_found_and_replaced_and_all_else_stays(name, legacy, tmp_path):
     try:
         path, inputs = zoo_file(tmp_path, name, legacy)

@@ -252,14 +252,14 @@ def test_a_temperature_of_the_batch_comes_in_with_the_scores(statistic):
         assert worst(outputs(changed, {"x": part}), outputs(module, {"x": part})) < 1e-6
 
 
-@pytest.mark.parametrize(("half_steps", "last"), [(202, "rows"), (401, "columns"), (1000, "rows")])
+@pytest.mark.parametrize(("half_steps", "last"), [(202, "rows"), (401, "columns")])
 def test_long_loops_are_counted_though_they_have_converged(half_steps, last):
     torch.manual_seed(0)
     [site] = find(Attention(lambda s: log_domain(s, order(half_steps, last)))).sites
     assert (site.loop.half_steps, site.loop.last) == (half_steps, last)
 
 
-def slowly_annealed(scores, steps=200):
+def slowly_annealed(scores, steps=60):
     f, g = torch.zeros_like(scores[..., :1]), torch.zeros_like(scores[..., :1, :])
     for i in range(steps):
         epsilon = max(1.0, 4.0 * 0.8**i)
@@ -268,7 +268,7 @@ def slowly_annealed(scores, steps=200):
     return (scores + f + g).exp()
 
 
-def over_relaxed(scores, steps=200):
+def over_relaxed(scores, steps=60):
     f, g = torch.zeros_like(scores[..., :1]), torch.zeros_like(scores[..., :1, :])
     for i in range(steps):
         omega = 1.5 if i < 20 else 1.0
@@ -278,10 +278,10 @@ def over_relaxed(scores, steps=200):
 
 
 def by_head(scores):
-    return torch.cat([log_domain(scores[:, :1], order(400, "rows")), log_domain(scores[:, 1:], order(300, "rows"))], 1)
+    return torch.cat([log_domain(scores[:, :1], order(120, "rows")), log_domain(scores[:, 1:], order(100, "rows"))], 1)
 
 
-def frozen(scores, steps=100):
+def frozen(scores, steps=40):
     plan = scores
     for _ in range(steps):
         after = log_domain(plan, ["columns"]).log().log_softmax(dim=-1)

@@ -23,9 +23,9 @@ REFUSED = {
     "mass_of_tokens": "the mask is in the marginals alone",
     "weighted_marginals": "each sample has marginals of its own",
 }
-# Re-exporting takes longer than everything else, so that it is done here where layouts and masks come in; the
-# benchmark does it for all.
-EXPORTED = 6  # one case in so many
+# What is rewritten, and exported again, takes longer than to find it, so that it is done for one case in so many here;
+# `python -m benchmarks.recognition` does it for all.
+REWRITTEN, EXPORTED = 3, 12
 # Their results are viewed otherwise than the operator's lie in memory, which shows when they are exported again.
 VIEWED = {"multi_query_by_equations"}
 # Masked by keys alone, the same for all rows, in loops that end on rows: they have a fused form.
@@ -76,7 +76,7 @@ def relowering_changes_nothing(case, exported):
         assert worst(outputs(module, arguments), expected) < FLOAT32
 
 
-@by_name(FOUND)
+@by_name([case for i, case in enumerate(FOUND) if i % REWRITTEN == 0 or case.name in VIEWED])
 def test_the_exact_operator_changes_no_output(case):
     relowering_changes_nothing(case, exported=False)
 
@@ -86,7 +86,7 @@ def test_the_exact_operator_changes_no_output_of_the_graph_exported_again(case):
     relowering_changes_nothing(case, exported=True)
 
 
-@by_name([case for case in FOUND if case.sites[0].masked])
+@by_name([case for i, case in enumerate(FOUND) if case.sites[0].masked and i % 2])
 def test_a_mask_of_keys_alone_needs_no_scores(case):
     inputs, graph, findings = found(case.name)
     operators = {site.name: exact_operator(site) for site in findings.sites}
