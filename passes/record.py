@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from asapc.types.samples import Samples
@@ -15,11 +16,14 @@ class AllRecorded(Exception):  # it ends a run early: what comes after the last 
 
 
 class Recorder(Interpreter):
-    """Interpreter that keeps the values of the named nodes and frees all others as soon as it can."""
+    """Interpreter that keeps the values of the named nodes and frees all others as soon as it can.
 
-    def __init__(self, module: GraphModule, names: Collection[str]) -> None:
+    Where it `stops` it raises AllRecorded once it has them all.
+    """
+
+    def __init__(self, module: GraphModule, names: Collection[str], stops: bool = False) -> None:
         super().__init__(module)
-        self.names = set(names)
+        self.names, self.stops = set(names), stops
         self.values: dict[str, Any] = {}
 
     def run_node(self, n: Node) -> Any:
@@ -27,14 +31,25 @@ class Recorder(Interpreter):
         value = super().run_node(n)
         if n.name in self.names:
             self.values[n.name] = value
-            if len(self.values) == len(self.names):
+            if self.stops and len(self.values) == len(self.names):
                 raise AllRecorded
         return value
 
 
 def record(module: GraphModule, samples: Samples, names: Collection[str]) -> dict[str, Any]:
     """Return the values of the named nodes, by name, when the module runs on the samples in one batch."""
-    recorder = Recorder(module, names)
+    recorder = Recorder(module, names, stops=True)
     with torch.no_grad(), suppress(AllRecorded):
         recorder.run(*samples.inputs.values(), enable_io_processing=False)
     return recorder.values
+
+
+def record_with_outputs(
+    module: GraphModule, samples: Samples, names: Collection[str]
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """Return what `record` does, and all tensors that the module returns."""
+    recorder = Recorder(module, names)
+    with torch.no_grad():
+        outputs = recorder.run(*samples.inputs.values(), enable_io_processing=False)
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    return recorder.values, [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from asapc.backends.base import Runner
+from asapc.backends.base import RememberingRunner, Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
@@ -112,7 +112,8 @@ def compile_model(
 
         # Before anything is exported or built, which takes long: in torch, a miss shows already.
         with stage("check", on_event) as step:
-            checked = compare_in_torch(teacher, compiled)
+            hops = hops_in_torch(teacher, compiled)
+            checked = compare_in_torch(teacher, compiled, hops)
             check_budget(checked, config.bounds(), share_of_exact(selection))
             step.summary = f"{len(teacher.held_out)} held-out samples in PyTorch"
 
@@ -131,7 +132,7 @@ def compile_model(
         with stage("verify", on_event) as step:
             runners = variants(teacher, selection, compiled, files, config, threads, step)
             step.advance(f"{len(teacher.held_out)} held-out samples")
-            fidelity = compare(teacher, compiled, checked.sites, files, runners, config)
+            fidelity = compare(teacher, compiled, checked.sites, files, runners, hops, config)
             verdict = check_budget(fidelity, config.bounds(), share_of_exact(selection))
             step.summary = verdict.headline
 
@@ -201,11 +202,10 @@ def variants(
     return {**{name: own if name in same else runners[name] for name in modules}, "compiled": own}
 
 
-def compare_in_torch(teacher: Teacher, compiled: Compiled) -> Fidelity:
+def compare_in_torch(teacher: Teacher, compiled: Compiled, hops: Mapping[str, RememberingRunner]) -> Fidelity:
     """Measure fidelity on held-out samples, hop by hop as far as no file is needed, and site by site."""
-    of_sites = site_fidelity(teacher.graph, teacher.sites, compiled.operators, teacher.held_out)
-    size = teacher.graph.samples_at_once(BATCH)
-    return verify(hops_in_torch(teacher, compiled), {}, of_sites, teacher.held_out, size)
+    of_sites = site_fidelity(teacher.graph, teacher.sites, compiled.operators, teacher.held_out, hops["capture"])
+    return verify(hops, {}, of_sites, teacher.held_out, teacher.graph.samples_at_once(BATCH))
 
 
 def compare(
@@ -214,14 +214,14 @@ def compare(
     of_sites: Mapping[str, SiteFidelity],
     files: Files,
     runners: Mapping[str, Runner],
+    in_torch: Mapping[str, Runner],
     config: CompileConfig,
 ) -> Fidelity:
     """Measure fidelity on held-out samples, hop by hop to the files; that of sites, which need none, is known.
 
     Hops give a name to the step that costs most.
     """
-    hops = hops_in_torch(teacher, compiled)
-    hops["export"] = runners["compiled"]
+    hops = {**in_torch, "export": runners["compiled"]}
     if config.precision == "float16":
         hops["precision"] = OnnxRuntimeRunner(files.deployed.path)
     elif config.precision == "bfloat16":  # ONNX Runtime cannot multiply it on the CPU
@@ -229,7 +229,7 @@ def compare(
     return verify(hops, runners, of_sites, teacher.held_out, teacher.graph.samples_at_once(BATCH))
 
 
-def hops_in_torch(teacher: Teacher, compiled: Compiled) -> dict[str, Runner]:
+def hops_in_torch(teacher: Teacher, compiled: Compiled) -> dict[str, RememberingRunner]:
     """Open the model as loaded, and after each step of the compilation that leaves it in torch."""
     hops: dict[str, Runner] = {
         "teacher": origin_of(teacher.loaded).reference(teacher.loaded),
@@ -238,7 +238,8 @@ def hops_in_torch(teacher: Teacher, compiled: Compiled) -> dict[str, Runner]:
     }
     if compiled.activations:
         hops["activations"] = EagerRunner(compiled.program.program.module())
-    return hops
+    # Fidelity is measured before the export and after it.
+    return {name: RememberingRunner(runner) for name, runner in hops.items()}
 
 
 def measure_all(

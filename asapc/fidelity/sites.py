@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from asapc.backends.base import RememberingRunner
 from asapc.fidelity.outputs import BATCH
 from asapc.passes.layout import arrange, score_factor, site_inputs
-from asapc.passes.record import record
+from asapc.passes.record import record, record_with_outputs
 from asapc.types.graph import CapturedGraph
 from asapc.types.results import SiteFidelity
 from asapc.types.samples import Samples
@@ -17,7 +18,11 @@ from asapc.types.site import Site
 
 
 def site_fidelity(
-    graph: CapturedGraph, sites: Sequence[Site], operators: Mapping[str, nn.Module], samples: Samples
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    operators: Mapping[str, nn.Module],
+    samples: Samples,
+    runner: RememberingRunner | None = None,
 ) -> dict[str, SiteFidelity]:
     """Compare each operator alone with its loop, on the teacher's own activations.
 
@@ -26,14 +31,19 @@ def site_fidelity(
         sites: its sites.
         operators: by the site's name; sites without one are left out.
         samples: held-out inputs.
+        runner: of the graph; told the outputs, which come up on the way.
     """
     candidates = {name: {0: module} for name, module in operators.items()}
-    fidelity = candidate_fidelity(graph, sites, candidates, samples)
+    fidelity = candidate_fidelity(graph, sites, candidates, samples, runner)
     return {name: of_site[0] for name, of_site in fidelity.items()}
 
 
 def candidate_fidelity(
-    graph: CapturedGraph, sites: Sequence[Site], candidates: Mapping[str, Mapping[int, nn.Module]], samples: Samples
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    candidates: Mapping[str, Mapping[int, nn.Module]],
+    samples: Samples,
+    runner: RememberingRunner | None = None,
 ) -> dict[str, dict[int, SiteFidelity]]:
     """Compare several operators for each site, each alone, in one pass over the samples; see `site_fidelity`."""
     sites = [site for site in sites if site.name in candidates]
@@ -41,7 +51,11 @@ def candidate_fidelity(
     names = {operand.node for site in sites for operand in (*site.wiring.operands, site.wiring.plan)}
     sums = {site.name: dict.fromkeys(candidates[site.name], NO_ERRORS) for site in sites}
     for batch in samples.batches(graph.samples_at_once(BATCH)):
-        values = record(module, batch, names)
+        if runner is None:
+            values = record(module, batch, names)
+        else:
+            values, outputs = record_with_outputs(module, batch, names)
+            runner.remember(batch, outputs)
         for site in sites:
             reference = Reference.of(site, values)
             for key, operator in candidates[site.name].items():

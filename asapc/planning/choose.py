@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf, isnan
 
+from asapc.backends.base import RememberingRunner, Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.config import CompileConfig
 from asapc.fidelity.budget import judge as judge_budget
@@ -222,8 +223,9 @@ def check(teacher: Teacher, selection: Selection) -> Fidelity:
     modules = operators(sites, selection)
     # In torch, without export: whether a selection is close enough does not depend on the runtime.
     compiled = RewriteSinkhorn(sites, modules)(graph.program.module()).program
-    hops = {"teacher": EagerRunner(graph.program.module()), "amortisation": EagerRunner(compiled)}
-    of_sites = site_fidelity(graph, sites, modules, held_out)
+    captured = RememberingRunner(EagerRunner(graph.program.module()))
+    of_sites = site_fidelity(graph, sites, modules, held_out, captured)
+    hops: dict[str, Runner] = {"teacher": captured, "amortisation": EagerRunner(compiled)}
     return verify(hops, {}, of_sites, held_out, graph.samples_at_once(BATCH))
 
 

@@ -8,12 +8,13 @@ from helpers.tolerances import FLOAT32, FLOAT64, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asapc.ops.c_transform import plan
+from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.scaling import MAX_SPREAD
 from asapc.ops.sinkhorn import (
     Sinkhorn,
     first_axis,
     kernel_spread,
+    scaled_closures,
     scaled_duals,
     sinkhorn_duals,
     sinkhorn_iterates,
@@ -359,3 +360,18 @@ def test_the_logarithm_of_a_masked_plan_is_as_good_as_minus_infinity_where_maske
     log_plan = Sinkhorn(half_steps, last, masked=True, logarithm=True)(plain.float())
     assert not log_plan.isnan().any()
     assert difference(log_plan.exp(), sinkhorn_plan_ref(marked.float(), half_steps, last)) < FLOAT32
+
+
+@quick
+@given(seeds, sizes, sizes, st.integers(1, 4), st.sampled_from([1.0, 30.0, 3000.0]), st.booleans())
+def test_closures_of_several_estimates_are_those_of_each(
+    seed, n, m, sets, size, masked
+):
+    scores, duals = size * normal(seed, 2, 3, n, m), size * normal(seed + 1, 2, 3, sets, m)
+    if masked:  # the last row and column, unless they are alone
+        scores[..., n // 2 + 1 :, :] = -math.inf
+        scores[..., m // 2 + 1 :] = -math.inf
+    expected = [column_step(scores, row_step(scores, dual), torch.ones(1)) for dual in duals.unbind(dim=-2)]
+    closed = scaled_closures(scores, duals)
+    assert closed.isfinite().all()
+    assert difference(closed, torch.stack(expected, dim=-2)) < FLOAT64

@@ -1,8 +1,9 @@
+import pytest
 import torch
 from torch import nn
 
 from asapc.capturing.export import export
-from asapc.passes.record import record
+from asapc.passes.record import record, record_with_outputs
 from asapc.types.samples import Samples
 
 
@@ -57,3 +58,17 @@ def test_nothing_is_recorded_for_autograd():
 def test_names_that_are_not_in_the_graph_have_no_value():
     _, module, samples = graph_and_samples()
     assert record(module, samples, {"elsewhere"}) == {}
+
+
+def test_nothing_after_the_last_value_is_computed():
+    _, module, samples = graph_and_samples()
+    with pytest.raises(RuntimeError):
+        record(module, Samples({"x": samples.inputs["x"], "y": torch.randn(4, 7)}), {"mul"})
+    assert set(record(module, Samples({"x": samples.inputs["x"], "y": torch.randn(4, 7)}), {"linear"})) == {"linear"}
+
+
+def test_outputs_come_with_the_values_where_they_are_asked_for():
+    _, module, samples = graph_and_samples()
+    values, (output,) = record_with_outputs(module, samples, {"linear"})
+    assert set(values) == {"linear"}
+    assert output.shape == values["linear"].shape == (4, 3)

@@ -5,7 +5,7 @@ import torch
 from helpers.fitted import site
 
 from asapc.ops.sinkhorn import Sinkhorn
-from asapc.planning.operators import MAX_MATRIX, fusable, lower, rivals
+from asapc.planning.operators import MAX_MATRIX, alike, fusable, lower, rivals
 from asapc.types.choices import Candidate, Choice, Selection
 
 LENGTH = 512
@@ -64,3 +64,12 @@ def test_rivals_are_lowered_as_the_compiled_model_is():
     for wanted, expected in ((None, "fused"), ("materialised", "materialised"), ("fused", "fused")):
         found = rivals([long], chosen, 1, wanted)
         assert {found[name][long.name].lowering for name in ("truncated", "softmax")} == {expected}
+
+
+@pytest.mark.parametrize(
+    "other", [Sinkhorn(3), Sinkhorn(4, "columns"), Sinkhorn(4, wide=True), Sinkhorn(4, row_mass=torch.tensor([2.0]))]
+)
+def test_operators_are_alike_where_all_that_they_are_made_of_is(other):
+    assert alike({"a": Sinkhorn(4)}, {"a": Sinkhorn(4)})
+    assert not alike({"a": Sinkhorn(4)}, {"a": other})
+    assert not alike({"a": Sinkhorn(4)}, {})

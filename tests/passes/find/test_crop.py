@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.relowering import PROBED, captured
 from helpers.zoo import NEGATIVES, POSITIVES
+from torch import nn
 
 from asapc.passes.find import crop
 from asapc.passes.find.sinkhorn import find_sinkhorn
@@ -48,3 +49,49 @@ def facts(findings):
 def test_the_same_is_found_in_part(case):
     whole, part = found_in_part(case)
     assert facts(part) == facts(whole)
+
+
+class Long(nn.Module):
+    """One site of more tokens than are looked at."""
+
+    def __init__(self, mean=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+        self.by_mean = mean
+
+    def forward(self, x):
+        kernel = (self.q(x) @ self.k(x).mT).exp()
+        for _ in range(3):
+            kernel = kernel / kernel.sum(dim=-1, keepdim=True)
+            kernel = kernel / (kernel.mean if self.by_mean else kernel.sum)(dim=-2, keepdim=True)
+        return kernel @ self.v(x)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_lengths_and_masses_are_those_of_the_whole(mean):
+    samples = Samples({"x": torch.randn(2, crop.LONG + 8, 4)})
+    graph = captured(Long(mean).eval(), samples.inputs)
+    [site] = find_sinkhorn(graph, samples).sites
+    assert (site.loop.queries, site.loop.keys, site.loop.half_steps) == (crop.LONG + 8, crop.LONG + 8, 6)
+    assert site.loop.column_mass.item() == pytest.approx(crop.LONG + 8 if mean else 1.0)
+
+
+def test_a_loop_that_is_another_on_what_is_left_out_is_judged_as_a_whole():
+    class Marked(Long):
+        def __init__(self):
+            super().__init__()
+            marks = torch.zeros(crop.LONG + 8)
+            marks[crop.places(crop.LONG + 8, crop.KEPT)] = 1
+            self.register_buffer("marks", marks)
+
+        def forward(self, x):
+            kernel = (self.q(x) @ self.k(x).mT).exp()
+            for _ in range(3):
+                kernel = kernel / kernel.sum(dim=-1, keepdim=True)
+                kernel = kernel / kernel.sum(dim=-2, keepdim=True) * (0.5 + self.marks / 2)
+            return kernel @ self.v(x)
+
+    samples = Samples({"x": torch.randn(2, crop.LONG + 8, 4)})
+    [site] = find_sinkhorn(captured(Marked().eval(), samples.inputs), samples).sites
+    assert sorted(set(site.loop.column_mass.tolist())) == pytest.approx([0.5, 1.0])
