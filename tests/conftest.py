@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.paths import ROOT
-from helpers.rivals import without_rivals
+from helpers.quick import quick_compilation
 from hypothesis import settings
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -37,9 +37,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture
-def no_rivals() -> Iterator[None]:
-    """See `helpers.rivals`."""
-    with without_rivals():
+def quick() -> Iterator[None]:
+    """See `helpers.quick`."""
+    with quick_compilation():
         yield
 
 
@@ -63,7 +63,7 @@ def point_model(tmp_path_factory):
 
     def compile_it(**options):
         out = tmp_path_factory.mktemp("compiled") / "out"
-        with without_rivals():
+        with quick_compilation():
             return asapc.compile_model(folder / "model.pt", CompileConfig(out=out, **fixed, **quick, **options))
 
     return teacher, compile_it

@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 from helpers import documents
@@ -55,5 +56,6 @@ def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
 
 def test_the_python_of_the_readme_runs(folder: Path) -> None:
     (code,) = (text for text in PYTHON if 'compile_model("models/digits.pt"' in text)
-    assert "PASSED" in documents.run(["-c", code], folder)
+    program = f"from helpers.quick import quick_compilation\nwith quick_compilation():\n{indent(code, '    ')}"
+    assert "PASSED" in documents.run(["-c", program], folder, PYTHONPATH=str(ROOT / "tests"))
     assert (folder / "exact.asap" / "model.onnx").is_file()

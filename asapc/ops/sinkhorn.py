@@ -114,7 +114,7 @@ def scaled_closures(scores: torch.Tensor, duals: torch.Tensor) -> torch.Tensor:
     largest = scores.amax(dim=-1, keepdim=True)
     kernel = torch.exp(scores - largest.clamp_min(torch.finfo(scores.dtype).min))  # masked rows stay -inf
     live_rows = (largest > -torch.inf).transpose(-1, -2)
-    live_columns = kernel.amax(dim=-2, keepdim=True) > 0
+    live_columns = scores.amax(dim=-2, keepdim=True) > -torch.inf  # which a kernel that underflows does not show
     shift = torch.where(live_columns, duals, -torch.inf).amax(dim=-1, keepdim=True)
     sums = torch.where(live_columns, torch.exp(duals - shift), 0.0) @ kernel.transpose(-1, -2)
     of_columns = torch.where(live_rows, 1 / sums, 0.0) @ kernel

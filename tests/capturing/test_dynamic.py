@@ -51,7 +51,7 @@ def test_seq_is_refused_where_inputs_differ_in_length():
         parse_axes("seq=2:9", Samples({"queries": torch.ones(2, 5, 3), "keys": torch.ones(2, 7, 3)}))
 
 
-@pytest.mark.usefixtures("no_rivals")
+@pytest.mark.usefixtures("quick")
 def test_a_mask_that_is_sliced_for_its_axes_stays_a_mask_of_any_length(tmp_path, monkeypatch):
     """`mask[:, None, None, :]` is a slice in a graph of one length, and none where the length is open."""
     (tmp_path / "padded.py").write_text(

@@ -16,7 +16,7 @@ import asapc.commands.compile
 from asapc.config import CompileConfig
 from asapc.errors import FidelityError
 
-pytestmark = pytest.mark.usefixtures("no_rivals")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_a_missed_budget_exits_with_3_and_leaves_no_folder(small):

@@ -28,7 +28,7 @@ def test_compile_never_calibrates_on_random_inputs(small):
         assert "--calib" in hint
 
 
-@pytest.mark.usefixtures("no_rivals")
+@pytest.mark.usefixtures("quick")
 def test_compile_takes_weights_and_real_samples(small):
     result = run("compile", *weights_alone(small), "--calib", samples(Path("s.npz"), count=64), *QUICK)
     assert result.exit_code == 0, result.stderr
@@ -44,7 +44,7 @@ def archive(path: Path, small: Path, **options) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("no_rivals")
+@pytest.mark.usefixtures("quick")
 def test_inspect_and_compile_take_an_exported_program(small):
     path = archive(Path("model.pt2"), small)
     result = run("inspect", path)

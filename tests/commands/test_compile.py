@@ -13,7 +13,7 @@ import torch
 from helpers import documents
 from helpers.command import write_checkpoint
 from helpers.paths import ROOT
-from helpers.rivals import without_rivals
+from helpers.quick import quick_compilation
 from helpers.tolerances import FLOAT32, LOGITS
 from safetensors.numpy import load_file
 
@@ -228,7 +228,7 @@ def from_file(shipped, tmp_path_factory):
     config = CompileConfig(
         out=folder / "out", calib=folder / "samples.npz", level=1, batches=(1, 2), seconds=0.2, threads=1
     )
-    with without_rivals():
+    with quick_compilation():
         return asapc.compile_model(shipped, config)
 
 
@@ -258,7 +258,7 @@ def test_the_command_and_the_library_give_the_same_bytes(tmp_path):
     options = {"batches": (1,), "seconds": 0.05, "threads": 1}
     for seed, code in (("1", COMMAND.format(arguments)), ("12345", LIBRARY.format(options))):
         body = "\n    ".join(code.split("; "))
-        program = f"from helpers.rivals import without_rivals\nwith without_rivals():\n    {body}"
+        program = f"from helpers.quick import quick_compilation\nwith quick_compilation():\n    {body}"
         documents.run(["-c", program], tmp_path, PYTHONHASHSEED=seed, PYTHONPATH=str(ROOT / "tests"))
     for name in ("operator.safetensors", "model.onnx"):
         one, other = (tmp_path / folder / name for folder in ("command", "library"))

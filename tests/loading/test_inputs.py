@@ -104,7 +104,7 @@ def test_inputs_reach_the_parameters_of_their_names_everywhere(kind, tmp_path):
         assert difference(seen, expected(model.module, batch)) < 10 * FLOAT32
 
 
-@pytest.mark.usefixtures("no_rivals")
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", [Gap, KeywordOnly])
 def test_a_whole_compilation_binds_inputs_by_name(kind, tmp_path):
     torch.manual_seed(0)

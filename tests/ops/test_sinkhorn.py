@@ -364,9 +364,7 @@ def test_the_logarithm_of_a_masked_plan_is_as_good_as_minus_infinity_where_maske
 
 @quick
 @given(seeds, sizes, sizes, st.integers(1, 4), st.sampled_from([1.0, 30.0, 3000.0]), st.booleans())
-def test_closures_of_several_estimates_are_those_of_each(
-    seed, n, m, sets, size, masked
-):
+def test_closures_of_several_estimates_are_those_of_each(seed, n, m, sets, size, masked):
     scores, duals = size * normal(seed, 2, 3, n, m), size * normal(seed + 1, 2, 3, sets, m)
     if masked:  # the last row and column, unless they are alone
         scores[..., n // 2 + 1 :, :] = -math.inf

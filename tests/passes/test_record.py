@@ -17,6 +17,10 @@ class InPlace(nn.Module):
         return z.add_(1)
 
 
+def fail(*operands):
+    raise ZeroDivisionError
+
+
 def graph_and_samples():
     samples = Samples({"x": torch.randn(4, 3), "y": torch.randn(4, 3)})
     return InPlace(), export(InPlace(), samples[:2].inputs).module(), samples
@@ -62,9 +66,12 @@ def test_names_that_are_not_in_the_graph_have_no_value():
 
 def test_nothing_after_the_last_value_is_computed():
     _, module, samples = graph_and_samples()
-    with pytest.raises(RuntimeError):
-        record(module, Samples({"x": samples.inputs["x"], "y": torch.randn(4, 7)}), {"mul"})
-    assert set(record(module, Samples({"x": samples.inputs["x"], "y": torch.randn(4, 7)}), {"linear"})) == {"linear"}
+    [last] = [node for node in module.graph.nodes if node.name.startswith("add")]
+    last.target = fail  # comes after the product
+    [product] = [node.name for node in module.graph.nodes if node.name.startswith("mul")]
+    assert set(record(module, samples, {product})) == {product}
+    with pytest.raises(ZeroDivisionError):
+        record(module, samples, {product, last.name})
 
 
 def test_outputs_come_with_the_values_where_they_are_asked_for():

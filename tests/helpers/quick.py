@@ -1,0 +1,25 @@
+"""Compilations without what takes longer than all that most tests are about."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
+
+from asapc.backends.tensorrt.builder import build_engine
+from asapc.writing.rewrite import export_rivals
+
+
+@contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Let the teacher stand for all rivals, and build engines for one architecture, while the block runs."""
+
+    def teachers(studied, variants, threads, advance):
+        (runner,) = export_rivals(studied, {"teacher": {}}, threads, advance).values()
+        return dict.fromkeys(variants, runner)
+
+    engines = partial(build_engine, architectures=("SM89",))
+    with (
+        patch("asapc.commands.compile.export_rivals", teachers),
+        patch("asapc.backends.tensorrt.builder.build_engine", engines),
+    ):
+        yield
