@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from helpers import documents
 from helpers.paths import ROOT
 from helpers.quick import quick_compilation
 from hypothesis import settings
@@ -34,6 +36,20 @@ ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torc
 # the processes that tests start too.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def readme_folder(tmp_path_factory) -> Path:
+    """A folder as the README assumes it, with the checkout's models/ in it, after the first command that compiles."""
+    # One for all processes of pytest-xdist: it takes a minute.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "readme"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "models").symlink_to(ROOT / "models")
+            documents.run(["-m", "asapc.cli", *documents.FIRST_COMPILE.split()[1:]], folder)
+    return folder
 
 
 @pytest.fixture

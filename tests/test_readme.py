@@ -6,12 +6,12 @@ from textwrap import indent
 
 import pytest
 from helpers import documents
-from helpers.documents import code_blocks, commands
+from helpers.documents import FIRST_COMPILE, code_blocks, commands
 from helpers.paths import ROOT
 
 README, TUTORIAL = ROOT / "README.md", ROOT / "docs" / "tutorial.md"
-# Those of installing and of `make` are run by .ci/run, on a clean checkout.
-SKIPPED = ("make ", "pip ")
+# Those of installing and of `make` are run by .ci/run, on a clean checkout; training by tests/cli/test_train.py.
+SKIPPED = ("make ", "pip ", "asapc train ")
 
 
 def lines_of(page: Path) -> list[str]:
@@ -23,14 +23,6 @@ COMMANDS = [line for line in lines_of(README) if not line.startswith(SKIPPED)]
 OWN = [line for line in COMMANDS if "--model" in line]
 SHIPPED = [line for line in COMMANDS if line not in OWN]
 PYTHON = [text for language, text in code_blocks(README) if language == "python"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory as the README assumes it: the checkout's models/ in it, nothing else."""
-    path = tmp_path_factory.mktemp("readme")
-    (path / "models").symlink_to(ROOT / "models")
-    return path
 
 
 def run_command(command: str, folder: Path) -> str:
@@ -49,13 +41,20 @@ def test_the_result_is_run_as_in_the_tutorial() -> None:
 
 
 @pytest.mark.parametrize("command", SHIPPED)
-def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
+def test_a_command_of_the_readme_runs(command: str, readme_folder: Path) -> None:
     assert command.startswith("asapc "), command
-    run_command(command, folder)
+    if command == FIRST_COMPILE:
+        assert (readme_folder / "digits.asap" / "model.onnx").is_file()
+    else:
+        run_command(command, readme_folder)
 
 
-def test_the_python_of_the_readme_runs(folder: Path) -> None:
+def test_the_folder_of_the_readme_is_made_by_its_own_command() -> None:
+    assert FIRST_COMPILE in SHIPPED
+
+
+def test_the_python_of_the_readme_runs(readme_folder: Path) -> None:
     (code,) = (text for text in PYTHON if 'compile_model("models/digits.pt"' in text)
     program = f"from helpers.quick import quick_compilation\nwith quick_compilation():\n{indent(code, '    ')}"
-    assert "PASSED" in documents.run(["-c", program], folder, PYTHONPATH=str(ROOT / "tests"))
-    assert (folder / "exact.asap" / "model.onnx").is_file()
+    assert "PASSED" in documents.run(["-c", program], readme_folder, PYTHONPATH=str(ROOT / "tests"))
+    assert (readme_folder / "exact.asap" / "model.onnx").is_file()

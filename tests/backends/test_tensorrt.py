@@ -134,9 +134,7 @@ class InPrecision(nn.Module):
 # Of operators that differ in one respect only, the one with more of it; a compiler takes seconds for each.
 DYNAMIC = (
     "sliced dual with slices",
-    "sliced dual with hinges",
     "masked sliced dual",
-    "sliced dual that ends on columns",
     "projected Sinkhorn, wide",
     "masked fused sliced dual",
     "masked Sinkhorn",

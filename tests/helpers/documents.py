@@ -8,6 +8,7 @@ from pathlib import Path
 
 from helpers.paths import ROOT
 
+FIRST_COMPILE = "asapc compile models/digits.pt"  # of the README
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
