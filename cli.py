@@ -221,15 +221,17 @@ def inspect(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
     options: CompileConfig,
-    data: Annotated[Path, typer.Option(help="Samples, .npz or .pt, with labels if there are any.", show_default=False)],
+    data: Annotated[
+        Path, typer.Option(help="Samples, .npz, .npy or .pt, with labels if there are any.", show_default=False)
+    ],
     teacher: Annotated[
         Path | None, typer.Option(help="The model that was compiled.", show_default="where the report says it was")
     ] = None,
     outputs: Annotated[
         Path | None,
         typer.Option(
-            help="What the teacher returned for these samples, .npz or .pt, to compare with instead: an array for "
-            "each output, in their order.",
+            help="What the teacher returned for these samples, .npz, .npy or .pt, to compare with instead: an array "
+            "for each output, in their order.",
             show_default=False,
         ),
     ] = None,

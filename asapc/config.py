@@ -45,7 +45,7 @@ class CompileConfig:
         str | Path | None,
         Option(
             "--calib",
-            "Calibration samples, .npz or .pt: arrays named as the model's inputs, and optional labels.",
+            "Calibration samples, .npz, .npy or .pt: arrays named as the model's inputs, and optional labels.",
             metavar="FILE",
             default_text="those in the checkpoint",
         ),
@@ -93,7 +93,7 @@ class CompileConfig:
         str | Path | None,
         Option(
             "--inputs",
-            "Example inputs, .npz or .pt, to look into the model with. Never used for calibration.",
+            "Example inputs, .npz, .npy or .pt, to look into the model with. Never used for calibration.",
             READING,
             metavar="FILE",
         ),

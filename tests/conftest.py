@@ -19,6 +19,11 @@ from asapc.config import CompileConfig
 from asapc.models.pointset import PointTransformer
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put those first that share a folder: one process then takes them all, and none waits for another's."""
+    items.sort(key=lambda item: "readme_folder" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def shipped() -> Path:
     """The trained checkpoint that the repository ships."""

@@ -51,7 +51,8 @@ def study(
         loaded = model if isinstance(model, LoadedModel) else load_model(model, config)
         calibration, held_out = gather(loaded, config)
         counts = f"{loaded.parameters:,} parameters, {len(calibration)} + {len(held_out)} samples"
-        step.summary = "; ".join((counts, *loaded.notes, *notes))
+        casts = [f"{name} read as float32, not float64" for name in calibration.cast]
+        step.summary = "; ".join((counts, *loaded.notes, *notes, *casts))
 
     with stage("capture", on_event) as step:
         origin = origin_of(loaded)

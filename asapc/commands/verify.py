@@ -16,7 +16,7 @@ from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.loading.folder import COMPILE, MODEL, OPERATORS, read_folder
-from asapc.loading.inputs import order_inputs
+from asapc.loading.inputs import named, order_inputs
 from asapc.loading.model import load_model
 from asapc.loading.samples import load_samples
 from asapc.loading.untrusted.source import Source
@@ -132,8 +132,8 @@ def verify_outputs(
             f"stored outputs tell nothing about {', '.join(of_sites)}", "omit --outputs, or the terms about sites"
         )
     report = read_folder(folder)
-    samples, stored = load_samples(data), load_samples(outputs)
     runner = OnnxRuntimeRunner(folder / MODEL)
+    samples, stored = named(load_samples(data), runner.names), load_samples(outputs)
     check_stored(data, samples, outputs, stored, runner)
     fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
     verification = Verification(fidelity, config.bounds() or budget_of(report, fidelity), {})

@@ -3,13 +3,15 @@
 import inspect
 import shlex
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from asapc.errors import SamplesError
-from asapc.loading.samples import DTYPES
+from asapc.loading.samples import DTYPES, UNNAMED
 from asapc.types.model import InputType, LoadedModel
 from asapc.types.samples import Samples
 
@@ -17,19 +19,49 @@ from asapc.types.samples import Samples
 def order_inputs(loaded: LoadedModel, samples: Samples) -> Samples:
     """Put samples in the order of the model's inputs: graphs take them by position from here on.
 
+    An array without a name becomes the model's only input, and float64, numpy's default, what the model computes in.
+
     Raises:
         SamplesError: their names are not those of the model's inputs, or their shapes not those of its export.
     """
     names, required = input_names(loaded)
+    samples = named(samples, required if len(required) == 1 else names)
     if not samples.inputs.keys() <= set(names) or not set(required) <= samples.inputs.keys():
         raise SamplesError(
             f"the samples hold {', '.join(samples.inputs)}; the model's inputs are {', '.join(names) or 'not named'}",
             "name the arrays as the parameters of the model's forward",
         )
-    ordered = Samples({name: samples.inputs[name] for name in names if name in samples.inputs}, samples.labels)
+    inputs = {name: samples.inputs[name] for name in names if name in samples.inputs}
+    cast = tuple(name for name, value in inputs.items() if value.dtype == torch.float64 and in_float32(loaded, name))
+    inputs |= {name: inputs[name].float() for name in cast}
+    ordered = Samples(inputs, samples.labels, samples.cast or cast)
     for name, kind in (loaded.inputs or {}).items():
         compare_type(loaded, name, ordered.inputs[name], kind)
     return ordered
+
+
+def named(samples: Samples, names: Sequence[str]) -> Samples:
+    """Return samples with a name for an array that has none: that of the only input.
+
+    Raises:
+        SamplesError: there are several inputs.
+    """
+    if samples.inputs.keys() != {UNNAMED}:
+        return samples
+    if len(names) != 1:
+        raise SamplesError(
+            f"the samples are one array without a name; the model's inputs are {', '.join(names) or 'not named'}",
+            "name the arrays as the parameters of the model's forward",
+        )
+    return replace(samples, inputs={names[0]: samples.inputs[UNNAMED]})
+
+
+def in_float32(loaded: LoadedModel, name: str) -> bool:
+    """Return whether a model takes an input in float32: as it was exported, else as its parameters are."""
+    if loaded.inputs is not None:
+        return name in loaded.inputs and loaded.inputs[name].dtype == torch.float32
+    floats = {p.dtype for p in loaded.module.parameters() if p.is_floating_point()}
+    return floats == {torch.float32}
 
 
 def input_names(loaded: LoadedModel) -> tuple[list[str], list[str]]:

@@ -1,7 +1,7 @@
 """Reads samples from files, and draws random example inputs of given shapes."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asapc.errors import OptionError, SamplesError
 from asapc.loading.untrusted.source import Source
-from asapc.loading.untrusted.tensors import read_npz, read_torch
+from asapc.loading.untrusted.tensors import read_npy, read_npz, read_torch
 from asapc.types.samples import Samples
 
 # Larger inputs are a slip of the keyboard, and would not fit into memory.
@@ -19,6 +19,7 @@ MAX_INPUT_BYTES = 2**30
 FLOATS = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 INTEGERS = {name: getattr(torch, name) for name in ("int64", "int32", "int16", "int8", "uint8")}
 ONE_ARRAY_EACH = "give one array for each input of the model, all with the same number of samples"
+UNNAMED = ""  # the name of an array that a file holds without one
 DTYPES = FLOATS | INTEGERS | {"bool": torch.bool}
 
 
@@ -33,7 +34,9 @@ class InputShape(NamedTuple):
 
 
 def load_samples(path: Path) -> Samples:
-    """Read samples from a .npz or .pt file: arrays named as the model's inputs, and optional `labels`.
+    """Read samples from a .npz, .npy or .pt file: arrays named as the model's inputs, and optional `labels`.
+
+    One array alone, or a list of tensors, one a sample, is for models of one input; it is named UNNAMED.
 
     Raises:
         SamplesError: the file is missing or unreadable, or its content cannot be samples.
@@ -42,12 +45,30 @@ def load_samples(path: Path) -> Samples:
         content: Any = read_npz(Source.at(path, SamplesError))
     elif path.suffix in (".pt", ".pth"):
         content = read_torch(Source.at(path, SamplesError))
+    elif path.suffix == ".npy":
+        content = read_npy(Source.at(path, SamplesError))
     else:
-        raise SamplesError(f"{path} is neither .npz nor .pt", "save the samples with numpy.savez or torch.save")
+        raise SamplesError(f"{path} is neither .npz, .npy nor .pt", "save the samples with numpy.savez or torch.save")
+    if isinstance(content, list | tuple) and content and all(isinstance(value, Tensor) for value in content):
+        content = stacked(path, content)
+    if isinstance(content, Tensor):
+        content = {UNNAMED: content}
     if not isinstance(content, Mapping):
         raise SamplesError(f"{path} holds a {type(content).__name__}", "save a dict of arrays by input name")
     inputs = {name: value for name, value in content.items() if name != "labels"}
     return as_samples({"inputs": inputs, "labels": content.get("labels")}, str(path))
+
+
+def stacked(path: Path, values: Sequence[Tensor]) -> Tensor:
+    """Join a list of samples into one array.
+
+    Raises:
+        SamplesError: they differ in shape or dtype.
+    """
+    kinds = {(tuple(value.shape), value.dtype) for value in values}
+    if len(kinds) > 1:
+        raise SamplesError(f"{path} holds a list of tensors of {len(kinds)} shapes or dtypes", ONE_ARRAY_EACH)
+    return torch.stack(list(values))
 
 
 def as_samples(content: Any, label: str) -> Samples:

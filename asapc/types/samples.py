@@ -13,17 +13,19 @@ class Samples:
     Attributes:
         inputs: tensors whose first axis is the sample axis, equally long.
         labels: (samples,) class indices, or None.
+        cast: names of inputs that were float64 and are float32 now, as the model's parameters are.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor | None = None
+    cast: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
     def __getitem__(self, index: slice | list[int]) -> "Samples":
         labels = None if self.labels is None else self.labels[index]
-        return Samples({name: value[index] for name, value in self.inputs.items()}, labels)
+        return Samples({name: value[index] for name, value in self.inputs.items()}, labels, self.cast)
 
     def batches(self, size: int) -> Iterator["Samples"]:
         """The samples in order, `size` at a time; the last batch may be shorter."""

@@ -1,5 +1,7 @@
 """Inputs reach the parameters of their names, whatever the forward looks like, and must be as a file says."""
 
+from dataclasses import replace
+
 import onnx
 import pytest
 import torch
@@ -18,6 +20,7 @@ from asapc.config import CompileConfig
 from asapc.errors import SamplesError
 from asapc.loading.inputs import order_inputs, shape_options
 from asapc.loading.model import load_model
+from asapc.loading.samples import UNNAMED
 from asapc.passes.find.sinkhorn import find_sinkhorn
 from asapc.passes.record import record
 from asapc.types.model import LoadedModel
@@ -188,7 +191,7 @@ def test_samples_that_fit_an_exported_model_are_put_in_its_order(exported):
     [
         ({"x": torch.rand(3, 5, 6)}, ["x is (3, 5, 6) torch.float32", "exported with (batch, 5, 4) torch.float32"]),
         ({"x": torch.rand(3, 5)}, ["x is (3, 5) torch.float32", "(batch, 5, 4)"]),
-        ({"x": torch.rand(3, 5, 4).double()}, ["torch.float64", "(batch, 5, 4) torch.float32"]),
+        ({"x": torch.rand(3, 5, 4).half()}, ["torch.float16", "(batch, 5, 4) torch.float32"]),
         ({"ids": torch.rand(3, 5)}, ["ids is (3, 5) torch.float32", "(batch, 5) torch.int64"]),
     ],
 )
@@ -226,3 +229,33 @@ def test_axes_that_a_file_leaves_open_are_for_the_user_to_fill_in(tmp_path):
 
 def test_of_code_the_hint_gives_an_example(tmp_path):
     assert shape_options(loaded(Gap, tmp_path)).startswith("--input-shape x=")
+
+
+class Two(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+class OneOfTwo(nn.Module):
+    def forward(self, scale=2.0, *, x):
+        return x * scale
+
+
+def test_an_array_without_a_name_is_the_only_input(tmp_path):
+    values = torch.randn(4, 3)
+    model = LoadedModel(nn.Linear(3, 2), tmp_path / "model.pt", "0" * 64, 0, None, None)
+    assert list(order_inputs(model, Samples({UNNAMED: values})).inputs) == ["input"]
+    assert list(order_inputs(replace(model, module=OneOfTwo()), Samples({UNNAMED: values})).inputs) == ["x"]
+    with pytest.raises(SamplesError, match="one array without a name; the model's inputs are x, y"):
+        order_inputs(replace(model, module=Two()), Samples({UNNAMED: values}))
+
+
+def test_float64_becomes_what_the_model_computes_in_and_is_told(tmp_path):
+    samples = Samples({"input": torch.randn(4, 3).double()}, torch.arange(4))
+    model = LoadedModel(nn.Linear(3, 2), tmp_path / "model.pt", "0" * 64, 0, None, None)
+    ordered = order_inputs(model, samples)
+    assert ordered.inputs["input"].dtype == torch.float32
+    assert ordered.cast == ordered[:2].cast == order_inputs(model, ordered).cast == ("input",)
+    for module in (nn.Linear(3, 2).double(), nn.Identity()):
+        kept = order_inputs(replace(model, module=module), samples)
+        assert (kept.inputs["input"].dtype, kept.cast) == (torch.float64, ())

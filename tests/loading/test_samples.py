@@ -1,13 +1,14 @@
-"""Example inputs: shapes as the user writes them, and what is drawn for them."""
+"""Samples of files, and example inputs: shapes as the user writes them, and what is drawn for them."""
 
+import numpy as np
 import pytest
 import torch
 from helpers.hostile import assert_refused
 
 from asapc.config import CompileConfig
-from asapc.errors import OptionError
+from asapc.errors import OptionError, SamplesError
 from asapc.loading.model import load_model
-from asapc.loading.samples import draw_inputs, parse_shape
+from asapc.loading.samples import UNNAMED, draw_inputs, load_samples, parse_shape
 
 
 def test_a_shape_is_read_as_written():
@@ -74,3 +75,43 @@ def test_shapes_that_contradict_each_other_are_refused(shapes):
 def test_inputs_and_shapes_together_are_refused(shipped):
     config = CompileConfig(inputs="a.npz", input_shape=("x=2",))
     assert_refused(OptionError, lambda path: load_model(path, config), shipped, named="both")
+
+
+VALUES = torch.arange(12.0).reshape(4, 3)
+ALONE = {
+    "array.npy": lambda path: np.save(path, VALUES.numpy()),
+    "tensor.pt": lambda path: torch.save(VALUES, path),
+    "list.pt": lambda path: torch.save(list(VALUES), path),
+    "tuple.pth": lambda path: torch.save(tuple(VALUES), path),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_array_needs_no_name(name, tmp_path):
+    ALONE[name](tmp_path / name)
+    samples = load_samples(tmp_path / name)
+    assert list(samples.inputs) == [UNNAMED]
+    assert torch.equal(samples.inputs[UNNAMED], VALUES)
+
+
+UNREADABLE = {
+    "objects.npy": lambda path: np.save(path, np.array([{}, []], dtype=object), allow_pickle=True),
+    "text.npy": lambda path: path.write_text("no array"),
+    "short.npy": lambda path: path.write_bytes(npy_bytes(path)[:-8]),
+    "long.npy": lambda path: path.write_bytes(npy_bytes(path) + b"more"),
+    "uneven.pt": lambda path: torch.save([torch.ones(2), torch.ones(3)], path),
+    "mixed.pt": lambda path: torch.save([torch.ones(2), 3], path),
+    "empty.pt": lambda path: torch.save([], path),
+    "number.npy": lambda path: np.save(path, 3.0),
+}
+
+
+def npy_bytes(path):
+    np.save(path, VALUES.numpy())
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_no_array_of_samples_is_refused(name, tmp_path):
+    UNREADABLE[name](tmp_path / name)
+    assert_refused(SamplesError, load_samples, tmp_path / name, named=name)

@@ -157,14 +157,29 @@ def read_npz(source: Source) -> dict[str, Tensor]:
     return arrays
 
 
+def read_npy(source: Source) -> Tensor:
+    """Read a .npy file as a tensor: numbers only, as many as the file holds.
+
+    Raises:
+        AsapcError: of the source's class.
+    """
+    with source.reading(), source.path.open("rb") as file:
+        return read_stream(file, source)
+
+
 def read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, source: Source) -> Tensor:
-    """Read one array of a .npz file as a tensor, in the byte order of this machine."""
+    """Read one array of a .npz file as a tensor."""
+    with archive.open(member) as stream:
+        return read_stream(stream, source)
+
+
+def read_stream(stream: IO[bytes], source: Source) -> Tensor:
+    """Read an array of numpy's format as a tensor, in the byte order of this machine."""
     import numpy as np
 
-    with archive.open(member) as stream:
-        check_array(stream, source)
-    with archive.open(member) as stream:
-        array = np.lib.format.read_array(stream, allow_pickle=False)
+    check_array(stream, source)
+    stream.seek(0)
+    array = np.lib.format.read_array(stream, allow_pickle=False)
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
 
 
@@ -178,6 +193,6 @@ def check_array(stream: IO[bytes], member: Source) -> None:
     if dtype.hasobject:
         raise member.would_run()
     if dtype.kind not in "biuf":
-        raise member.refuse(f"it holds {dtype}", "give an intact .npz of numbers")
+        raise member.refuse(f"it holds {dtype}", "give an intact file of numbers")
     if prod(shape) * dtype.itemsize != member.size - stream.tell():
         raise member.refuse()
