@@ -10,7 +10,8 @@ $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	# setuptools warns at every editable install that the folder is named as the package; it is meant to be.
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[dev]"
+	# Python compiles what is imported; pip would compile ten times as much.
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
 	touch $@
 
 install: $(VENV)/.installed
