@@ -104,7 +104,7 @@ BAD_INPUTS = {
     ),
     "samples of the wrong rank": (lambda small: [small, "--calib", samples(Path("s.npz"), shape=(16,))], "(24, 16)"),
     "samples of the wrong dtype": (lambda small: [small, "--calib", samples(Path("s.npz"), dtype=np.uint8)], "uint8"),
-    "samples in float64": (lambda small: [small, "--calib", samples(Path("s.npz"), dtype=np.float64)], "float64"),
+    "samples in float16": (lambda small: [small, "--calib", samples(Path("s.npz"), dtype=np.float16)], "float16"),
     "samples of another name": (lambda small: [small, "--calib", samples(Path("s.npz"), pixels=np.ones(24))], "pixels"),
     "samples with NaN": (lambda small: [small, "--calib", samples(Path("s.npz"), **with_nan())], "NaN"),
     "too few samples": (lambda small: [small, "--calib", samples(Path("s.npz"), count=5)], "too few"),
