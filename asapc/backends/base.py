@@ -26,17 +26,18 @@ class RememberingRunner:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.runtime = runner, runner.runtime
-        self.outputs: dict[tuple[int, int], list[Tensor]] = {}
+        # Not `outputs`, by which a runtime tells what its outputs are called.
+        self.known: dict[tuple[int, int], list[Tensor]] = {}
 
     def __call__(self, samples: Samples) -> list[Tensor]:
         """All tensor outputs of the model for one batch."""
-        if place(samples) not in self.outputs:
+        if place(samples) not in self.known:
             self.remember(samples, self.runner(samples))
-        return self.outputs[place(samples)]
+        return self.known[place(samples)]
 
     def remember(self, samples: Samples, outputs: list[Tensor]) -> None:
         """Take outputs that were computed elsewhere."""
-        self.outputs[place(samples)] = outputs
+        self.known[place(samples)] = outputs
 
 
 def place(samples: Samples) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import torch
 
 from asapc.backends.base import RememberingRunner
+from asapc.fidelity.outputs import output_names
 from asapc.types.samples import Samples
 
 
@@ -34,3 +35,10 @@ def test_outputs_that_are_known_are_not_computed():
     remembering.remember(samples[1:], [torch.ones(2)])
     assert torch.equal(remembering(samples[1:])[0], torch.ones(2))
     assert runner.calls == 0
+
+
+def test_what_is_remembered_is_not_taken_for_the_names_of_outputs():
+    samples = Samples({"x": torch.arange(3.0)})
+    remembering = RememberingRunner(Counting())
+    remembering.remember(samples, [torch.ones(3), torch.zeros(3)])
+    assert output_names(remembering, remembering(samples)) == ["output 0", "output 1"]
