@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,19 @@ from hypothesis import settings
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import asapc
+from asapc.__main__ import CYCLES
 from asapc.config import CompileConfig
 from asapc.models.pointset import PointTransformer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put those first that share a folder: one process then takes them all, and none waits for another's."""
-    items.sort(key=lambda item: "readme_folder" not in getattr(item, "fixturenames", ()))
+    """Put those first that share a folder, and those together that share a model: one process then takes them all."""
+
+    def place(item: pytest.Item) -> tuple[bool, Path, str]:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        return "readme_folder" not in getattr(item, "fixturenames", ()), item.path, getattr(case, "name", "")
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +40,8 @@ def shipped() -> Path:
 # The same examples in every run: whether a change passes must not hang on the draw. Fuzzing proper is a benchmark.
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
+
+gc.set_threshold(*CYCLES)
 
 # The exporter registers its functions anew for every file, which takes a second; they are always the same.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))

@@ -17,7 +17,7 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def write_checkpoint(path: Path, iterations: int = 20, **changes) -> Path:
+def write_checkpoint(path: Path, iterations: int = 6, **changes) -> Path:
     """A small untrained model as a checkpoint: 16 tokens, one layer."""
     torch.manual_seed(0)
     args = {"size": 4, "classes": 3, "width": 8, "depth": 1, "heads": 2, "epsilon": 0.25, "iterations": iterations}

@@ -6,20 +6,25 @@ from functools import partial
 from unittest.mock import patch
 
 from asapc.backends.tensorrt.builder import build_engine
+from asapc.fidelity.latency import measure
 from asapc.writing.rewrite import export_rivals
 
 
 @contextmanager
 def quick_compilation() -> Iterator[None]:
-    """Let the teacher stand for all rivals, and build engines for one architecture, while the block runs."""
+    """Let the teacher stand for all rivals, build engines for one architecture, and measure for a moment only."""
 
     def teachers(studied, variants, threads, advance):
         (runner,) = export_rivals(studied, {"teacher": {}}, threads, advance).values()
         return dict.fromkeys(variants, runner)
 
+    def for_a_moment(runners, samples, batch, seconds, seed):
+        return measure(runners, samples, batch, 0.05, seed)
+
     engines = partial(build_engine, architectures=("SM89",))
     with (
         patch("asapc.commands.compile.export_rivals", teachers),
+        patch("asapc.commands.compile.measure", for_a_moment),
         patch("asapc.backends.tensorrt.builder.build_engine", engines),
     ):
         yield
