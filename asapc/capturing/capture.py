@@ -46,9 +46,10 @@ def capture_code(
     with Unconverged(loaded.module) as unconverged:
         program = export(loaded.module, example.inputs, axes)
     unconverged.check_repeated()
+    departures = tuple(dict.fromkeys(unconverged.departures))
     check_single(loaded.module, program, example, stops=bool(unconverged.questions))
     if not unconverged.questions:
-        return CapturedGraph(program, example, axes=axes)
+        return CapturedGraph(program, example, axes=axes, departures=departures)
     # Values that only decided whether to stop are dead now.
     program.graph_module.graph.eliminate_dead_code()
     program.graph_module.recompile()
@@ -59,7 +60,7 @@ def capture_code(
             f"outputs differ by {stops.difference:.1e}",
             "compile it with --early-stop bound, or train and evaluate it with a fixed number of iterations",
         )
-    return CapturedGraph(program, example, stops, axes)
+    return CapturedGraph(program, example, stops, axes, departures)
 
 
 def capture_exported(loaded: LoadedModel, samples: Samples) -> CapturedGraph:

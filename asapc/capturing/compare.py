@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
-from asapc.errors import AsapcError, CaptureError, SamplesError, first_line
+from asapc.capturing.lines import told
+from asapc.errors import AsapcError, CaptureError, SamplesError
 from asapc.loading.inputs import arguments
 from asapc.types.graph import EarlyStops
 from asapc.types.samples import Samples
@@ -38,7 +39,7 @@ def run(module: nn.Module, batch: Samples, samples: Samples) -> list[Tensor]:
     except Exception as error:
         shapes = ", ".join(f"{name} {tuple(value.shape)} {value.dtype}" for name, value in samples.inputs.items())
         raise SamplesError(
-            f"the model does not run on these samples ({shapes}): {first_line(error)}",
+            f"the model does not run on these samples ({shapes}): {told(error)}",
             "give samples of the shape and dtype that the model was trained on",
         ) from error
     check_outputs(outputs)

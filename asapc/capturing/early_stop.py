@@ -10,10 +10,7 @@ as it would be without this module.
 """
 
 import linecache
-import os
-import sys
 from operator import attrgetter
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from asapc.capturing.departures import Departed, depart
+from asapc.capturing.lines import TORCH, user_frame
 from asapc.capturing.stops import find_leaving
 from asapc.errors import CaptureError
 
@@ -36,6 +35,10 @@ QUESTIONS = {
     *(Tensor.allclose, torch.allclose, Tensor.equal, torch.equal, Tensor.is_nonzero, torch.is_nonzero),
     Tensor.__format__,
 }
+# The functions by which a value leaves the graph for good: to be kept, plotted or printed.
+LEAVING: set[Any] = {Tensor.numpy, Tensor.__array__}
+# The functions by which an array would come back.
+RETURNING = {torch.as_tensor, torch.asarray, torch.from_numpy, torch.tensor}
 # `tensor.data` leaves the graph too, and torch.export fails on it; `tensor.detach()` is equivalent and stays inside.
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 # Answers to one line within one call of a forward: three times the iterations of any loop that can be recognised,
@@ -44,7 +47,6 @@ MAX_ANSWERS = 300
 # Stand-ins for a Python number: beyond any tolerance, finite, and alternating, since a loop may compare an error with
 # the one before.
 LARGE = (2.0**1000, 2.0**1001)
-TORCH = str(Path(torch.__file__).parent) + os.sep  # not other packages whose names begin with torch
 
 
 class Undecided(Exception):
@@ -56,12 +58,14 @@ class Unconverged(TorchFunctionMode):
 
     Attributes:
         questions: the lines of code that got such an answer, by their "file:line".
+        departures: where values left the graph as arrays, as "file:line".
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module, self.constants = module, named_tensors(module)
         self.questions: dict[str, str] = {}
+        self.departures: list[str] = []
         self.answers = 0
         self.loops: dict[str, dict[FrameType, int]] = {}  # answers by line, and by the code that is left
         self.trace: Trace | None = None
@@ -71,7 +75,9 @@ class Unconverged(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == DATA and get_proxy_mode() is not None:
             return args[0].detach()
-        if func in QUESTIONS and (tracing := get_proxy_mode()) is not None:
+        if func in RETURNING and args and isinstance(args[0], Departed):
+            args[0].refuse()
+        if func in QUESTIONS | LEAVING and (tracing := get_proxy_mode()) is not None:
             try:
                 return self.answer(tracing.tracer, func, args, kwargs)
             except (Undecided, RecursionError):
@@ -95,6 +101,10 @@ class Unconverged(TorchFunctionMode):
     def assume(self, trace: "Trace", func: Any, args: Any, inputs: Any, options: Any) -> Any:
         """Answer a question about data as if nothing had converged; `inputs` are `args` as nodes."""
         subject = args[0]
+        if func in LEAVING:
+            frame = user_frame()
+            self.departures.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+            return depart([hint(size) for size in subject.shape], self.departures[-1])
         if func is Tensor.__format__ and subject.is_floating_point():
             return format(torch.inf, *args[1:])
         if func is Tensor.item and subject.dtype != torch.bool:
@@ -311,11 +321,3 @@ def stand_in(tensor: Any, size: float) -> Tensor:
         raise Undecided
     number = min(size, torch.finfo(tensor.dtype).max)
     return torch.full((), number, dtype=tensor.dtype).expand([hint(n) for n in tensor.shape])
-
-
-def user_frame() -> FrameType:
-    """Return the innermost frame outside torch and this file: the line that asks."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((TORCH, __file__)):
-        frame = frame.f_back
-    return frame

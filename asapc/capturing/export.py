@@ -11,7 +11,8 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_structure
 
-from asapc.errors import AsapcError, CaptureError, first_line
+from asapc.capturing.lines import told
+from asapc.errors import AsapcError, CaptureError
 from asapc.loading.inputs import arguments
 from asapc.types.graph import BATCH_AXIS, DynamicAxis
 
@@ -72,7 +73,7 @@ def export(
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export cannot capture the model: {first_line(error)}",
+            f"torch.export cannot capture the model: {told(error)}",
             "the forward must work for every batch size, and for every length of a dynamic axis, and may branch on "
             "values of tensors to end a loop only",
         ) from error

@@ -62,7 +62,8 @@ def study(
         check_labels(EagerRunner(graph.program.module()), calibration, held_out)
         axes = parse_axes(config.dynamic, calibration)
         note = early_stop_note(early_stop_data(graph.early_stops))
-        step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}"
+        dropped = graph.departures and f", without what leaves it at {', '.join(graph.departures)}"
+        step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}{dropped or ''}"
 
     with stage("find", on_event) as step:
         # The finder looks for plans, so that those which the code applies without building them come first.

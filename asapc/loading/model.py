@@ -12,6 +12,7 @@ from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, OptionError
 from asapc.loading.checkpoint import FORMAT, build_checkpoint, checkpoint_samples
 from asapc.loading.factories import build_model, working_directory_importable
+from asapc.loading.hub import is_hub, read_hub
 from asapc.loading.onnx.module import load_onnx
 from asapc.loading.pt2.program import load_program
 from asapc.loading.samples import draw_inputs, load_samples
@@ -27,7 +28,7 @@ def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedM
     """Read a model: a checkpoint of `asapc train`, weights with `CompileConfig.model`, a torch.export archive, or ONNX.
 
     Args:
-        path: the file.
+        path: the file; of weights also a folder of Hugging Face's libraries, or an index of shards.
         config: options; those that say how to read the file are `model`, `model_args`, `weights`, `inputs`,
             `input_shape` and `unsafe_load`.
 
@@ -39,6 +40,9 @@ def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedM
     """
     config = config or CompileConfig()
     example = example_inputs(config)
+    if is_hub(Path(path)):
+        loaded = load_content(*read_hub(Path(path)), False, config)
+        return loaded if example is None else replace(loaded, example=example)
     source = Source.at(Path(path), CheckpointError)
     match detect(source):
         case "exported" | "onnx" if config.model:

@@ -18,6 +18,7 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 ONE_RUN = "the weights and the model's arguments must be from the same training run"
 COMPILED = "_orig_mod."  # of torch.compile
 MAX_DEPTH = 4  # {"model": {...}}, and what trainers put around that
+ADAPTER = (".lora_A.", ".lora_B.", ".lora_embedding_A")  # in the names of tensors, of peft
 MAX_NAMES = 20  # of the model's weights, by which prefixes are found
 
 
@@ -41,6 +42,11 @@ class Candidate(NamedTuple):
         """What the user calls it: the keys that lead to the tensors, and the beginning of their names."""
         prefix = "".join(part for part in self.removed if part != COMPILED)
         return f"{self.place}.{prefix}".strip(".") or "."
+
+    @property
+    def names(self) -> list[str]:
+        """All names of tensors, those left over among them."""
+        return [*map(str, self.weights), *self.left]
 
 
 def load_weights(source: Source, name: str, module: nn.Module, content: Any, wanted: str | None = None) -> list[str]:
@@ -72,6 +78,11 @@ def load_weights(source: Source, name: str, module: nn.Module, content: Any, wan
         if not candidates:
             raise OptionError(f"{source} holds no weights {wanted!r}", f"give one of {', '.join(labels)}")
     fitting = [candidate for candidate in candidates if covers(source, name, module, candidate)]
+    if not fitting and any(mark in key for candidate in candidates for key in candidate.names for mark in ADAPTER):
+        raise CheckpointError(
+            f"{source} holds an adapter (LoRA) of a model, not the model's own weights",
+            "merge it into its model first, with model.merge_and_unload(), and save that model's state_dict()",
+        )
     # Where none fits, the nearest says what is wrong.
     best, *others = fitting or [max(candidates, key=lambda candidate: shared(candidate.weights, expected))]
     rivals = [candidate.label for candidate in others if not equal(candidate.weights, best.weights)]

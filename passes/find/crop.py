@@ -23,9 +23,7 @@ from asapc.passes.find.probe import NotSinkhorn, require_precision
 from asapc.passes.find.products import SHAPE, as_product
 from asapc.passes.find.regions import descend
 from asapc.passes.layout import arrange
-from asapc.passes.record import record
 from asapc.types.graph import CapturedGraph
-from asapc.types.samples import Samples
 from asapc.types.site import Site
 
 aten = torch.ops.aten
@@ -100,6 +98,11 @@ class CutDown:
         """The nodes of the graph of short axes whose values are needed, by name."""
         return {node.name: node for candidate in self.candidates.values() for node in candidate.evidence}
 
+    @cached_property
+    def ends(self) -> set[str]:
+        """The names of the nodes where candidates begin and end: what is found is compared with their whole values."""
+        return {node.name for candidate in self.candidates.values() for node in (*candidate.starts, candidate.plan)}
+
     def values(self, node: Node, value: Any) -> dict[Node, Any]:
         """Return what is kept of a node's value in the whole graph, under that of the short one; or nothing."""
         return {self.nodes[node.name]: self.crop.value(node, value)} if node.name in self.nodes else {}
@@ -149,29 +152,29 @@ def cut_down(candidates: Sequence[Candidate], graph: CapturedGraph) -> CutDown |
     return CutDown(crop, agreeing) if agreeing else None
 
 
-def confirm(module: GraphModule, sites: Sequence[Site], samples: Samples) -> None:
-    """Compare the loops that were found with the plans of the whole graph on a sample, head by head.
+def confirm(site: Site, values: Mapping[str, Tensor]) -> None:
+    """Compare a loop that was found with the whole plan of the first sample, head by head.
+
+    Args:
+        site: the site, with its own lengths.
+        values: of the whole graph, by node.
 
     Raises:
-        WholeNeededError: a plan is another one.
+        WholeNeededError: the plan is another one.
     """
-    names = {operand.node for site in sites for operand in (site.wiring.scores, site.wiring.plan)}
-    values = record(module, samples, names)
-    for site in sites:
-        loop, wiring = site.loop, site.wiring
-        scores, plan = (
-            arrange(values[operand.node], operand.axes, "nm", wiring.groups, loop.heads)
-            for operand in (wiring.scores, wiring.plan)
-        )
-        masses = loop.row_mass, loop.column_mass
-        operator = Sinkhorn(loop.half_steps, loop.last, *masses, masked=loop.masked, wide=True)
-        for head in range(loop.heads):
-            of_head, expected = scores[:, head : head + 1].double(), plan[:, head : head + 1].double()
-            exact = operator((of_head.log() if wiring.exponential else of_head) * loop.scale[head])
-            try:
-                require_precision(expected.exp() if wiring.logarithm else expected, exact)
-            except NotSinkhorn as reason:
-                raise WholeNeededError from reason
+    loop, wiring = site.loop, site.wiring
+    scores, plan = (
+        arrange(values[operand.node], operand.axes, "nm", wiring.groups, loop.heads)[:1]
+        for operand in (wiring.scores, wiring.plan)
+    )
+    operator = Sinkhorn(loop.half_steps, loop.last, loop.row_mass, loop.column_mass, masked=loop.masked, wide=True)
+    for head in range(loop.heads):
+        of_head, expected = scores[:, head : head + 1].double(), plan[:, head : head + 1].double()
+        exact = operator((of_head.log() if wiring.exponential else of_head) * loop.scale[head])
+        try:
+            require_precision(expected.exp() if wiring.logarithm else expected, exact)
+        except NotSinkhorn as reason:
+            raise WholeNeededError from reason
 
 
 def can_be_cut(candidate: Candidate) -> bool:

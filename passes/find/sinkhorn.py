@@ -63,9 +63,7 @@ def find_sinkhorn(graph: CapturedGraph, samples: Samples, skipped: Collection[st
     candidates = [without(candidate, skipped) for candidate in propose(module.graph)]
     if cut := cut_down(candidates, graph):
         with suppress(WholeNeededError):
-            findings = Finder(module, candidates, len(samples), cut).find(samples)
-            confirm(module, findings.sites, samples[:1])
-            return findings
+            return Finder(module, candidates, len(samples), cut).find(samples)
     return Finder(module, candidates, len(samples)).find(samples)
 
 
@@ -97,6 +95,7 @@ class Finder(Interpreter):
         for node, end in self.last_use.items():
             self.releases.setdefault(end, []).append(node)
         self.values: dict[Node, Any] = {}
+        self.ends: dict[str, Tensor] = {}  # whole values of nodes that are judged in part
         self.seconds: dict[Node, float] = {}
         self.sites: list[tuple[Candidate, Site]] = []
         self.misses: list[tuple[Candidate, Miss]] = []
@@ -116,6 +115,7 @@ class Finder(Interpreter):
         if n in self.last_use:
             self.values |= {n: value} if n in self.whole else {}
             self.values |= self.cut.values(n, value)
+            self.ends |= {n.name: value} if n.name in self.cut.ends else {}
         for candidate in sorted(self.candidates.get(n, ()), key=lambda c: c.plan, reverse=True):
             if candidate.plan not in self.verdicts:
                 self.verdicts[candidate.plan] = self.judge(candidate)
@@ -123,6 +123,7 @@ class Finder(Interpreter):
                 break  # the candidates before a plan are stages of its loop
         for node in self.releases.get(n, ()):
             self.values.pop(node, None)
+            self.ends.pop(node.name, None)
             self.values.pop(self.cut.nodes.get(node.name, node), None)
         return value
 
@@ -132,6 +133,8 @@ class Finder(Interpreter):
         try:
             with nullcontext() if seen is candidate else whole_where_it_fails():
                 site = self.cut.whole(identify(seen, self.values, self.batch))
+            if seen is not candidate:
+                confirm(site, self.ends)
             self.sites.append((candidate, site))
         except NotSinkhorn as reason:
             self.untold += reason.untold

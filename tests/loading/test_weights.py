@@ -277,6 +277,18 @@ def test_weights_that_do_not_fit_are_refused(content, word, tmp_path):
     )
 
 
+def test_an_adapter_is_to_be_merged_first(tmp_path):
+    adapter = {f"base_model.model.head.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(adapter, path)
+    with pytest.raises(CheckpointError, match="adapter") as caught:
+        load_model(path, TINY)
+    assert "merge_and_unload" in caught.value.hint
+    # A model that has its adapters inside is loaded as any other.
+    merged = weights()
+    assert same(load_model(saved(tmp_path / "w.pt", {"model": merged, "adapter": adapter}), TINY), merged)
+
+
 TIED = CompileConfig(model=f"{Path(__file__).stem}:Tied")
 
 

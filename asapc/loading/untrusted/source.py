@@ -18,6 +18,7 @@ Refusal = type[CheckpointError] | type[SamplesError] | type[OptionError]
 DAMAGED = "it is damaged, or of another format"
 RUNS_CODE = "would run code when loaded"
 INTACT = "give an intact copy of the file"
+LFS_POINTER = b"version https://git-lfs.github.com/"  # how the text begins that stands for a file kept elsewhere
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,16 @@ class Source:
                 raise source.refuse("it is a folder")
             if not S_ISREG(status.st_mode):
                 raise source.refuse("it is not a regular file", "give a file, not a pipe or a device")
-            with path.open("rb"):
-                pass
+            with path.open("rb") as file:
+                start = file.read(len(LFS_POINTER))
         except FileNotFoundError:
             raise source.refuse("no such file", "check the path") from None
         except (OSError, ValueError) as failure:  # ValueError: a path with a zero byte
             raise source.refuse(reason(failure), "check the path") from None
         if status.st_size == 0:
             raise source.refuse("it is empty")
+        if start == LFS_POINTER:
+            raise source.refuse("it is a pointer of Git LFS, not the file itself", "fetch the file: git lfs pull")
         return replace(source, size=status.st_size)
 
     def __str__(self) -> str:

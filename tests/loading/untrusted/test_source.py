@@ -40,6 +40,13 @@ def test_a_member_has_a_label_and_a_size_of_its_own(file):
     assert (member.path, member.error) == (source.path, source.error)
 
 
+def test_a_pointer_of_git_lfs_is_said_to_be_one(file):
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
+    with pytest.raises(SamplesError, match="pointer of Git LFS") as caught:
+        Source.at(file, SamplesError)
+    assert caught.value.hint == "fetch the file: git lfs pull"
+
+
 def test_what_would_run_is_named_with_a_hint_for_the_kind_of_file(file):
     message = f"{file} holds Python objects that would run code when loaded (os.system); nothing was run"
     samples, model = (Source.at(file, error).would_run("os system") for error in (SamplesError, CheckpointError))
