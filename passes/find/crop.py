@@ -100,8 +100,8 @@ class CutDown:
 
     @cached_property
     def ends(self) -> set[str]:
-        """The names of the nodes where candidates begin and end: what is found is compared with their whole values."""
-        return {node.name for candidate in self.candidates.values() for node in (*candidate.starts, candidate.plan)}
+        """The names of the nodes where candidates begin, most probably, and end; see `confirm`."""
+        return {node.name for c in self.candidates.values() for node in (*c.starts[:1], c.plan)}
 
     def values(self, node: Node, value: Any) -> dict[Node, Any]:
         """Return what is kept of a node's value in the whole graph, under that of the short one; or nothing."""
@@ -167,10 +167,12 @@ def confirm(site: Site, values: Mapping[str, Tensor]) -> None:
         arrange(values[operand.node], operand.axes, "nm", wiring.groups, loop.heads)[:1]
         for operand in (wiring.scores, wiring.plan)
     )
-    operator = Sinkhorn(loop.half_steps, loop.last, loop.row_mass, loop.column_mass, masked=loop.masked, wide=True)
+    masses = loop.row_mass, loop.column_mass
+    # In float32: the tolerance is far above its rounding, and float64 takes a GB at 4,096 tokens.
+    operator = Sinkhorn(loop.half_steps, loop.last, *masses, masked=loop.masked, wide=True).float()
     for head in range(loop.heads):
-        of_head, expected = scores[:, head : head + 1].double(), plan[:, head : head + 1].double()
-        exact = operator((of_head.log() if wiring.exponential else of_head) * loop.scale[head])
+        of_head, expected = scores[:, head : head + 1].float(), plan[:, head : head + 1].float()
+        exact = operator((of_head.log() if wiring.exponential else of_head) * loop.scale[head].float())
         try:
             require_precision(expected.exp() if wiring.logarithm else expected, exact)
         except NotSinkhorn as reason:

@@ -37,6 +37,7 @@ from asapc.passes.find.probe import (
 )
 from asapc.passes.find.products import as_product
 from asapc.passes.find.regions import OpenRegionError, Region
+from asapc.passes.record import record
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Findings, Loop, Miss, Site
@@ -95,7 +96,7 @@ class Finder(Interpreter):
         for node, end in self.last_use.items():
             self.releases.setdefault(end, []).append(node)
         self.values: dict[Node, Any] = {}
-        self.ends: dict[str, Tensor] = {}  # whole values of nodes that are judged in part
+        self.ends: dict[str, Tensor] = {}  # whole values for the first sample, of nodes that are judged in part
         self.seconds: dict[Node, float] = {}
         self.sites: list[tuple[Candidate, Site]] = []
         self.misses: list[tuple[Candidate, Miss]] = []
@@ -103,6 +104,7 @@ class Finder(Interpreter):
 
     def find(self, samples: Samples) -> Findings:
         """Run the graph on samples and return what was found."""
+        self.samples = samples
         with torch.no_grad():
             self.run(*samples.inputs.values(), enable_io_processing=False)
         return self.findings()
@@ -113,9 +115,9 @@ class Finder(Interpreter):
         value = super().run_node(n)
         self.seconds[n] = time.perf_counter() - start
         if n in self.last_use:
-            self.values |= {n: value} if n in self.whole else {}
-            self.values |= self.cut.values(n, value)
-            self.ends |= {n.name: value} if n.name in self.cut.ends else {}
+            self.values |= ({n: value} if n in self.whole else {}) | self.cut.values(n, value)
+            if n.name in self.cut.ends:  # where heads are in the batch, all samples are kept
+                self.ends[n.name] = value[:1].clone() if len(value) == self.batch else value
         for candidate in sorted(self.candidates.get(n, ()), key=lambda c: c.plan, reverse=True):
             if candidate.plan not in self.verdicts:
                 self.verdicts[candidate.plan] = self.judge(candidate)
@@ -134,7 +136,7 @@ class Finder(Interpreter):
             with nullcontext() if seen is candidate else whole_where_it_fails():
                 site = self.cut.whole(identify(seen, self.values, self.batch))
             if seen is not candidate:
-                confirm(site, self.ends)
+                confirm(site, self.whole_values(site))
             self.sites.append((candidate, site))
         except NotSinkhorn as reason:
             self.untold += reason.untold
@@ -145,6 +147,11 @@ class Finder(Interpreter):
                 self.misses.append((candidate, Miss(candidate.plan.name, source_line(user), str(reason), reason.hint)))
             return False
         return True
+
+    def whole_values(self, site: Site) -> Mapping[str, Tensor]:
+        """Return the scores and the plan of a site that was judged in part, for the first sample at least."""
+        names = {site.wiring.scores.node, site.wiring.plan.node}
+        return self.ends if names <= self.ends.keys() else record(self.module, self.samples[:1], names)
 
     def findings(self) -> Findings:
         """Return sites and misses, without those that are only a stage of another site's loop."""
