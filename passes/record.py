@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from asapc.types.samples import Samples
@@ -21,7 +21,7 @@ class Recorder(Interpreter):
     Where it `stops` it raises AllRecorded once it has them all.
     """
 
-    def __init__(self, module: GraphModule, names: Collection[str], stops: bool = False) -> None:
+    def __init__(self, module: nn.Module, names: Collection[str], stops: bool = False) -> None:
         super().__init__(module)
         self.names, self.stops = set(names), stops
         self.values: dict[str, Any] = {}
@@ -36,7 +36,7 @@ class Recorder(Interpreter):
         return value
 
 
-def record(module: GraphModule, samples: Samples, names: Collection[str]) -> dict[str, Any]:
+def record(module: nn.Module, samples: Samples, names: Collection[str]) -> dict[str, Any]:
     """Return the values of the named nodes, by name, when the module runs on the samples in one batch."""
     recorder = Recorder(module, names, stops=True)
     with torch.no_grad(), suppress(AllRecorded):
