@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from asapc.capturing.departures import Departed, depart
+from asapc.capturing.departures import depart
 from asapc.capturing.lines import TORCH, user_frame
 from asapc.capturing.stops import find_leaving
 from asapc.errors import CaptureError
@@ -37,8 +37,6 @@ QUESTIONS = {
 }
 # The functions by which a value leaves the graph for good: to be kept, plotted or printed.
 LEAVING: set[Any] = {Tensor.numpy, Tensor.__array__}
-# The functions by which an array would come back.
-RETURNING = {torch.as_tensor, torch.asarray, torch.from_numpy, torch.tensor}
 # `tensor.data` leaves the graph too, and torch.export fails on it; `tensor.detach()` is equivalent and stays inside.
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 # Answers to one line within one call of a forward: three times the iterations of any loop that can be recognised,
@@ -75,8 +73,6 @@ class Unconverged(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == DATA and get_proxy_mode() is not None:
             return args[0].detach()
-        if func in RETURNING and args and isinstance(args[0], Departed):
-            args[0].refuse()
         if func in QUESTIONS | LEAVING and (tracing := get_proxy_mode()) is not None:
             try:
                 return self.answer(tracing.tracer, func, args, kwargs)

@@ -12,6 +12,7 @@ import torch
 from asapc.errors import first_line
 
 TORCH = str(Path(torch.__file__).parent) + os.sep  # not other packages whose names begin with torch
+INSTALLED = str(Path(torch.__file__).parents[1]) + os.sep
 OWN = str(Path(__file__).parents[1]) + os.sep
 MODELS = str(Path(OWN) / "models") + os.sep  # what users write would stand in such files
 
@@ -25,11 +26,15 @@ def user_frame() -> FrameType:
 
 
 def told(error: BaseException) -> str:
-    """Return the first line of an error's message, with the innermost line of the user's code that it passed."""
+    """Return the first line of an error's message, with the innermost line of the user's code that it passed.
+
+    Installed packages count only where nothing else does: a model may call them, or be one.
+    """
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith((TORCH, "<", contextlib.__file__))
         and (frame.filename.startswith(MODELS) or not frame.filename.startswith(OWN))
     ]
-    return first_line(error) + (f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else "")
+    own = [frame for frame in frames if not frame.filename.startswith(INSTALLED)] or frames
+    return first_line(error) + (f" ({own[-1].filename}:{own[-1].lineno})" if own else "")

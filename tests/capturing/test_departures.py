@@ -2,7 +2,6 @@
 
 import io
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -27,12 +26,12 @@ class Watched(nn.Module):
         return plan @ x if returned is None else plan @ x * returned
 
 
-def plot(module, plan):
-    figure = plt.figure()
-    plt.imshow(plan[0].detach().cpu().numpy())
-    plt.plot(np.sort(plan.detach().numpy().ravel()))
-    figure.savefig(io.BytesIO())
-    plt.close(figure)
+def edit(module, plan):
+    copy = plan.detach().numpy().copy()
+    copy[0], copy[..., 1] = 0, copy[..., 0]
+    copy *= 2
+    np.fill_diagonal(copy[-1], 0)
+    module.seen.append(copy)
 
 
 def count(module, plan):
@@ -44,13 +43,13 @@ KEPT = {
     "kept": lambda m, plan: m.seen.append(plan.detach().cpu().numpy()),
     "kept as an attribute": lambda m, plan: setattr(m, "map", plan.detach().numpy()),
     "asarray": lambda m, plan: m.seen.append(np.asarray(plan.detach())),
-    "computed with": lambda m, plan: m.seen.append(np.mean(plan.detach().numpy(), axis=0).max() + 1),
+    "computed with": lambda m, plan: m.seen.append(np.mean(plan.detach().numpy(), axis=0) + 1),
     "saved": lambda m, plan: np.save(io.BytesIO(), plan.detach().numpy()),
     "printed": lambda m, plan: m.seen.append(f"{plan.detach().numpy()} {plan.mean():.3f}"),
     "tensor printed": lambda m, plan: m.seen.append(str(plan)),
-    "plotted": plot,
+    "copied and changed": edit,
     "counted": count,
-    "compared": lambda m, plan: m.seen.append(plan.detach().numpy() > 0.5),
+    "formatted": lambda m, plan: m.seen.append(f"{np.sqrt(plan.detach().numpy()).mean():.3f}"),
     "of a parameter": lambda m, plan: float(m.scale.detach().numpy()[0]),
 }
 REFUSED = {
@@ -68,6 +67,19 @@ REFUSED = {
     "allclose": lambda m, plan: 2.0 if np.allclose(plan.detach().numpy(), 0) else 1.0,
     "written to": lambda m, plan: plan.detach().numpy().__imul__(2) is None,
     "entry written to": lambda m, plan: plan.detach().numpy().__setitem__(0, 0),
+    "diagonal written to": lambda m, plan: np.fill_diagonal(plan[0].detach().numpy(), 0),
+    "copied to": lambda m, plan: np.copyto(plan.detach().numpy(), 0),
+    "view written to": lambda m, plan: plan.detach().numpy().T.__setitem__(0, 0),
+    "mask": lambda m, plan: torch.from_numpy(plan.detach().numpy() > 0.5),
+    "places": lambda m, plan: torch.from_numpy(np.argsort(plan.detach().numpy())).sum(),
+    "search": lambda m, plan: float(np.searchsorted(np.arange(3.0), plan.detach().numpy()[0, 0, 0])),
+    "entry": lambda m, plan: 2.0 if plan.detach().numpy()[0, 0, 0] > 0.5 else 1.0,
+    "plain array": lambda m, plan: 2.0 if np.array(plan.detach().numpy(), dtype=float).max() > 0.5 else 1.0,
+    "largest": lambda m, plan: 2.0 if np.asarray(plan.detach().numpy()).max() > 0.5 else 1.0,
+    "flat": lambda m, plan: 2.0 if next(plan.detach().numpy().flat) == 0 else 1.0,
+    "iterated": lambda m, plan: sum(1.0 for row in plan.detach().numpy() if row[0, 0] > 0.5),
+    "numbers": lambda m, plan: plan.detach().numpy().astype(np.float32).sum(),
+    "list": lambda m, plan: plan.detach().numpy().sum((1, 2)).tolist()[0],
     "out": lambda m, plan: np.multiply(a := plan.detach().numpy(), 2, out=a) is None,
 }
 
