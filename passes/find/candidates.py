@@ -34,6 +34,7 @@ from asapc.passes.find.kinds import (
 from asapc.passes.find.products import Product, as_product, shape_of
 from asapc.passes.find.regions import descend
 from asapc.passes.layout import follow_axes, positions
+from asapc.types.graph import hint
 
 aten = torch.ops.aten
 MAX_STEPS = 6  # views and elementwise steps that may stand between a plan and its use
@@ -208,12 +209,7 @@ def scaling_chain(operand: Node) -> list[Node]:
 
 def example_shape(node: Node) -> tuple[int, ...]:
     """Return the shape of a node's value when the graph was captured."""
-    return tuple(concrete(size) for size in node.meta["val"].shape)
-
-
-def concrete(size: Any) -> int:
-    """Return the value of a symbolic size at capture."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return tuple(hint(size) for size in node.meta["val"].shape)
 
 
 def carry(path: Sequence[Node]) -> Tensor | None:
@@ -242,7 +238,7 @@ def apply_view(view: Node, source: Node, tensor: Tensor) -> Tensor | None:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             raise LookupError
-        return concrete(value)
+        return hint(value)
 
     try:
         args, kwargs = map_arg((view.args, view.kwargs), argument)
