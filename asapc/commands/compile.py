@@ -1,5 +1,6 @@
 """`asapc compile`: from a file to its compiled form, one stage after the other."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def compile_model(
         AsapcError: the input is at fault or the fidelity budget is missed. Nothing is written then.
     """
     path, config = Path(path), config or CompileConfig()
-    out = Path(config.out or f"{path.stem}.asap")
+    out = Path(config.out or f"{Path(os.path.abspath(path)).stem}.asap")  # a folder may be named by dots
     dump = Dump(None if config.dump is None else Path(config.dump))
     # The folder is opened first: whoever cannot write it should not learn so after minutes of work.
     with torch_threads(config.threads) as threads, output_folder(out, config.force) as folder:
