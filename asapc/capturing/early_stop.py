@@ -29,14 +29,15 @@ from asapc.capturing.lines import TORCH, user_frame
 from asapc.capturing.stops import find_leaving
 from asapc.errors import CaptureError
 
-# The functions by which a value leaves the graph and may decide what the code does next.
+# The functions by which a value leaves the graph as an array: to be kept or printed, since nothing brings it back.
+LEAVING: set[Any] = {Tensor.numpy, Tensor.__array__}
+# All functions by which a value leaves the graph and may decide what the code does next.
 QUESTIONS = {
+    *LEAVING,
     *(Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
     *(Tensor.allclose, torch.allclose, Tensor.equal, torch.equal, Tensor.is_nonzero, torch.is_nonzero),
     Tensor.__format__,
 }
-# The functions by which a value leaves the graph for good: to be kept, plotted or printed.
-LEAVING: set[Any] = {Tensor.numpy, Tensor.__array__}
 # `tensor.data` leaves the graph too, and torch.export fails on it; `tensor.detach()` is equivalent and stays inside.
 DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 # Answers to one line within one call of a forward: three times the iterations of any loop that can be recognised,
@@ -73,7 +74,7 @@ class Unconverged(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == DATA and get_proxy_mode() is not None:
             return args[0].detach()
-        if func in QUESTIONS | LEAVING and (tracing := get_proxy_mode()) is not None:
+        if func in QUESTIONS and (tracing := get_proxy_mode()) is not None:
             try:
                 return self.answer(tracing.tracer, func, args, kwargs)
             except (Undecided, RecursionError):

@@ -40,27 +40,30 @@ def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedM
     """
     config = config or CompileConfig()
     example = example_inputs(config)
-    if is_hub(Path(path)):
-        loaded = load_content(*read_hub(Path(path)), False, config)
-        return loaded if example is None else replace(loaded, example=example)
-    source = Source.at(Path(path), CheckpointError)
+    path = Path(path)
+    loaded = load_content(*read_hub(path), False, config) if is_hub(path) else load_file(path, config)
+    return loaded if example is None else replace(loaded, example=example)
+
+
+def load_file(path: Path, config: CompileConfig) -> LoadedModel:
+    """Read a model from one file, by its format."""
+    source = Source.at(path, CheckpointError)
     match detect(source):
         case "exported" | "onnx" if config.model:
             raise OptionError(f"{source} holds a graph and needs no model", "omit --model")
         case "exported":
-            loaded = load_program(source)
+            return load_program(source)
         case "onnx":
-            loaded = load_onnx(source)
+            return load_onnx(source)
         case "torchscript":
             raise CheckpointError(
                 f"{source} is a TorchScript archive, whose graph asapc does not read",
                 "give its weights (module.state_dict()) with --model, or a torch.export archive",
             )
         case "safetensors":
-            loaded = load_content(source, read_safetensors(source.path, CheckpointError), False, config)
+            return load_content(source, read_safetensors(source.path, CheckpointError), False, config)
         case _:
-            loaded = load_content(source, *read_content(source, config), config)
-    return loaded if example is None else replace(loaded, example=example)
+            return load_content(source, *read_content(source, config), config)
 
 
 def example_inputs(config: CompileConfig) -> Samples | None:

@@ -55,7 +55,7 @@ class CapturedGraph:
         example: the inputs it was captured with, batch at least 2.
         early_stops: the early stops that it omits; None where the model has none.
         axes: its open axes by the input's name and their number; None for the first of each, the batch, alone.
-        departures: where values leave it as arrays, to be kept or plotted, as "file:line"; they are no part of it.
+        departures: where values leave it as arrays, to be kept or printed, as "file:line"; they are no part of it.
     """
 
     program: ExportedProgram
