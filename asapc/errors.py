@@ -19,10 +19,10 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def first_line(error: BaseException) -> str:
-    """Shorten an exception of another library to one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """Put an exception of another library on one line: its first 400 characters, for the cause may stand below."""
+    text = " ".join(str(error).split())[:400]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class AsapcError(Exception):

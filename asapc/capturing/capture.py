@@ -7,9 +7,10 @@ from asapc.capturing.compare import check_single, compare_stops, run
 from asapc.capturing.early_stop import Unconverged
 from asapc.capturing.export import export
 from asapc.capturing.onnx import check_memory, unmark
-from asapc.errors import CaptureError, InternalError
+from asapc.errors import CaptureError, CheckpointError, InternalError, SamplesError
 from asapc.loading.inputs import order_inputs
 from asapc.loading.onnx.module import OnnxModule
+from asapc.loading.onnx.reader import EXPORT
 from asapc.types.graph import CapturedGraph, DynamicAxis
 from asapc.types.model import LoadedModel
 from asapc.types.options import EarlyStopRule
@@ -88,7 +89,12 @@ def capture_onnx(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
     samples, example = prepare(loaded, samples)
     module = cast(OnnxModule, loaded.module)  # what `loading.onnx.module.load_onnx` returns
     check_memory(module, example)
-    run(module, example, samples)
+    try:
+        run(module, example, samples)
+    except SamplesError as error:
+        if module.batch is None:
+            raise
+        raise CheckpointError(f"{loaded.path} has a fixed batch of {module.batch}; opened, {error}", EXPORT) from error
     graph = unmark(export(module, example.inputs), example, module)
     check_single(module, graph.program, example)
     return graph

@@ -9,7 +9,7 @@ from types import FrameType
 
 import torch
 
-from asapc.errors import first_line
+from asapc.errors import one_line
 
 TORCH = str(Path(torch.__file__).parent) + os.sep  # not other packages whose names begin with torch
 INSTALLED = str(Path(torch.__file__).parents[1]) + os.sep
@@ -37,4 +37,4 @@ def told(error: BaseException) -> str:
         and (frame.filename.startswith(MODELS) or not frame.filename.startswith(OWN))
     ]
     own = [frame for frame in frames if not frame.filename.startswith(INSTALLED)] or frames
-    return first_line(error) + (f" ({own[-1].filename}:{own[-1].lineno})" if own else "")
+    return one_line(error) + (f" ({own[-1].filename}:{own[-1].lineno})" if own else "")

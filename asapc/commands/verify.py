@@ -11,7 +11,7 @@ from torch import Tensor
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.commands.study import study
 from asapc.config import CompileConfig
-from asapc.errors import CaptureError, CheckpointError, OptionError, SamplesError, first_line
+from asapc.errors import CaptureError, CheckpointError, OptionError, SamplesError, one_line
 from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import verify
 from asapc.fidelity.sites import site_fidelity
@@ -225,7 +225,7 @@ def rate_sites(
         modules = operators(sites, Selection(choices, wide))
         rated = site_fidelity(studied.graph, sites, modules, samples)
     except (RuntimeError, IndexError, ValueError) as error:  # shapes that torch cannot bring together
-        raise parameters.refuse(f"its parameters do not fit the model: {first_line(error)}", COMPILE) from error
+        raise parameters.refuse(f"its parameters do not fit the model: {one_line(error)}", COMPILE) from error
     ranges = score_ranges(studied.graph, sites, samples)
     calibrated = {site["name"]: site["calibration_range"] for site in stored}
     outside = {name: share_outside(scores.deviations, *calibrated[name]) for name, scores in ranges.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from asapc.errors import CheckpointError, SamplesError, first_line
+from asapc.errors import CheckpointError, SamplesError, one_line
 from asapc.loading.samples import as_samples
 from asapc.loading.untrusted.source import Source
 from asapc.loading.weights import give_weights
@@ -45,7 +45,7 @@ def build_checkpoint(source: Source, content: Mapping[str, Any]) -> nn.Module:
             size = sum(value.numel() for value in model_class(**args).state_dict().values())
         module = model_class(**args) if size <= 2 * stored + 10**6 else None
     except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
-        why = f"cannot build {name} with {str(dict(args))[:200]}: {first_line(error)}"
+        why = f"cannot build {name} with {str(dict(args))[:200]}: {one_line(error)}"
         raise CheckpointError(f"{source}: {why}", RETRAIN) from error
     if module is None:
         raise CheckpointError(f"{source} names a model of {size:,} weights, and holds {stored:,}", RETRAIN)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from asapc.errors import OptionError, first_line
+from asapc.errors import OptionError, one_line
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.texts import parse_json
 
@@ -57,7 +57,7 @@ def build_model(name: str, args: str | Mapping[str, Any] | None) -> nn.Module:
             model = factory(**arguments)
         except (Exception, SystemExit) as error:
             raise OptionError(
-                f"{call} raises {first_line(error)}", "give its arguments with --model-args, as JSON"
+                f"{call} raises {one_line(error)}", "give its arguments with --model-args, as JSON"
             ) from error
     if not isinstance(model, nn.Module):
         raise OptionError(
@@ -77,7 +77,7 @@ def find_factory(module_name: str, attribute: str) -> Any:
     except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
         raise OptionError(
-            f"there is no module {module_name}" if missing else f"importing {module_name} raises {first_line(error)}",
+            f"there is no module {module_name}" if missing else f"importing {module_name} raises {one_line(error)}",
             "Python looks for modules in the working directory and on its own path",
         ) from error
     where = getattr(value, "__file__", None) or module_name

@@ -1,7 +1,8 @@
 """Reads models from files, without ever running code that they hold; only `--unsafe-load` does."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from asapc.config import CompileConfig
-from asapc.errors import CheckpointError, OptionError
+from asapc.errors import CheckpointError, OptionError, one_line
 from asapc.loading.checkpoint import FORMAT, build_checkpoint, checkpoint_samples
 from asapc.loading.factories import build_model, working_directory_importable
 from asapc.loading.hub import is_hub, read_hub
@@ -17,11 +18,45 @@ from asapc.loading.onnx.module import load_onnx
 from asapc.loading.pt2.program import load_program
 from asapc.loading.samples import draw_inputs, load_samples
 from asapc.loading.untrusted.files import detect
-from asapc.loading.untrusted.source import RUNS_CODE, Source
-from asapc.loading.untrusted.tensors import read_safetensors, read_torch
-from asapc.loading.weights import check_finite, load_weights
+from asapc.loading.untrusted.source import Source
+from asapc.loading.untrusted.tensors import read_safetensors, read_torch_parts
+from asapc.loading.weights import check_finite, first_of, load_weights, tensor_mappings
 from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds.
+
+    Attributes:
+        value: tensors, numbers, strings and containers of them; anything where code ran.
+        unread: names of the classes and functions of what else it holds, for which nothing was run.
+        ran: whether code in it was run.
+    """
+
+    value: Any
+    unread: tuple[str, ...] = ()
+    ran: bool = False
+
+    @property
+    def notes(self) -> Iterator[str]:
+        """Say what the user has to know about how the file was read."""
+        if self.ran:
+            yield "code in the file was run"
+        if self.unread:
+            yield f"not read, for that would run code: {first_of(self.unread)}"
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Add to a refusal that the file holds what was not read."""
+        try:
+            yield
+        except CheckpointError as error:
+            if not self.unread:
+                raise
+            unsafe = f"of {first_of(self.unread)} nothing was read; --unsafe-load would run the file as a program"
+            raise CheckpointError(str(error), f"{error.hint}; {unsafe}") from None
 
 
 def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedModel:
@@ -41,8 +76,14 @@ def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedM
     config = config or CompileConfig()
     example = example_inputs(config)
     path = Path(path)
-    loaded = load_content(*read_hub(path), False, config) if is_hub(path) else load_file(path, config)
+    loaded = load_folder(path, config) if is_hub(path) else load_file(path, config)
     return loaded if example is None else replace(loaded, example=example)
+
+
+def load_folder(path: Path, config: CompileConfig) -> LoadedModel:
+    """Read a model from the files of a folder."""
+    folder, weights = read_hub(path)
+    return load_content(folder, Content(weights), config)
 
 
 def load_file(path: Path, config: CompileConfig) -> LoadedModel:
@@ -61,9 +102,9 @@ def load_file(path: Path, config: CompileConfig) -> LoadedModel:
                 "give its weights (module.state_dict()) with --model, or a torch.export archive",
             )
         case "safetensors":
-            return load_content(source, read_safetensors(source.path, CheckpointError), False, config)
+            return load_content(source, Content(read_safetensors(source.path, CheckpointError)), config)
         case _:
-            return load_content(source, *read_content(source, config), config)
+            return load_content(source, read_content(source, config), config)
 
 
 def example_inputs(config: CompileConfig) -> Samples | None:
@@ -75,42 +116,63 @@ def example_inputs(config: CompileConfig) -> Samples | None:
     return draw_inputs(config.input_shape, config.seed) if config.input_shape else None
 
 
-def read_content(source: Source, config: CompileConfig) -> tuple[Any, bool]:
-    """Read a file of torch.save, and say whether code in it was run to do so."""
+def read_content(source: Source, config: CompileConfig) -> Content:
+    """Read a file of torch.save; one with Python objects as a program where the options say so."""
+    with source.path.open("rb") as file:
+        value, unread = read_torch_parts(file, source)
+    if unread and config.unsafe_load:
+        return Content(run_file(source), ran=True)
+    if unread and next(tensor_mappings(value), None) is None:
+        raise CheckpointError(
+            str(source.would_run(unread[0])),
+            "save model.state_dict() instead, or add --unsafe-load if you would run this file as a program",
+        )
+    return Content(value, unread)
+
+
+def run_file(source: Source) -> Any:
+    """Load a file of torch.save as a program, which may import and call anything.
+
+    Raises:
+        CheckpointError: it fails, for one because the classes that it names are not where they were.
+    """
     try:
-        return read_torch(source), False
-    except CheckpointError as error:
-        if RUNS_CODE not in str(error):
-            raise
-        if not config.unsafe_load:
-            raise CheckpointError(
-                str(error),
-                "save model.state_dict() instead, or add --unsafe-load if you would run this file as a program",
-            ) from None
-    with source.reading(), working_directory_importable():
-        return torch.load(source.path, map_location="cpu", weights_only=False), True
+        with working_directory_importable():
+            return torch.load(source.path, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise source.refuse(
+            f"it names what cannot be imported here: {one_line(error)}",
+            "run asapc where that module can be imported, as it was when the file was saved; a class of a script "
+            "(__main__) has to move into a module; or save model.state_dict() and give --model",
+        ) from error
+    except Exception as error:
+        raise source.refuse(
+            f"run as a program, it raises {one_line(error)}", "save model.state_dict() instead"
+        ) from error
 
 
-def load_content(source: Source, content: Any, unsafe: bool, config: CompileConfig) -> LoadedModel:
-    """Load a model from a file's content: a checkpoint of `asapc train`, weights, or with `unsafe` a whole module."""
-    notes = ["code in the file was run"] if unsafe else []
+def load_content(source: Source, content: Content, config: CompileConfig) -> LoadedModel:
+    """Load a model from a file's content: a checkpoint of `asapc train`, weights, or where code ran a whole module."""
+    value, notes = content.value, list(content.notes)
     calibration = held_out = None
-    if isinstance(content, Mapping) and content.get("format") == FORMAT:
-        calibration, held_out = (checkpoint_samples(source, content, key) for key in ("calibration", "held_out"))
+    if isinstance(value, Mapping) and value.get("format") == FORMAT:
+        calibration, held_out = (checkpoint_samples(source, value, key) for key in ("calibration", "held_out"))
     if config.model is not None:
         module = unwrapped(build_model(config.model, config.model_args))
-        notes += load_weights(source, config.model, module, content, config.weights)
-    elif isinstance(content, Mapping) and content.get("format") == FORMAT:
-        module = build_checkpoint(source, content)
-    elif match := next(find_modules(content), None):
+        with content.explaining():
+            notes += load_weights(source, config.model, module, value, config.weights)
+    elif isinstance(value, Mapping) and value.get("format") == FORMAT:
+        module = build_checkpoint(source, value)
+    elif match := next(find_modules(value), None):
         place, module = match
         check_finite(source, module.named_parameters(), module.named_buffers())
         notes.append(f"a pickled {type(module).__name__}" + (f" found at {place!r}" if place else ""))
     else:
-        raise CheckpointError(
-            f"{source} is not an asapc checkpoint and does not say which model it belongs to",
-            "name the class or function that builds the model: --model package.module:factory",
-        )
+        with content.explaining():
+            raise CheckpointError(
+                f"{source} is not an asapc checkpoint and does not say which model it belongs to",
+                "name the class or function that builds the model: --model package.module:factory",
+            )
     return LoadedModel(
         module=module.eval(),
         path=source.path,

@@ -5,6 +5,7 @@ import sys
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -422,15 +423,34 @@ def test_a_pickled_module_is_read_only_where_the_user_says_so(tmp_path):
         assert place in loaded.notes[-1]
 
 
-def test_weights_among_python_objects_need_the_same_word(tmp_path):
+def test_python_objects_beside_the_weights_are_run_only_where_the_user_says_so(tmp_path):
     marker = tmp_path / "marker"
     expected = weights()
     path = saved(tmp_path / "m.pt", {"args": Bomb(marker), "model": expected})
-    with pytest.raises(CheckpointError):
-        load_model(path, TINY)
+    assert same(load_model(path, TINY), expected)
     assert not marker.exists()
     assert same(load_model(path, CompileConfig(model="helpers.hostile:Tiny", unsafe_load=True)), expected)
     assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda module: setattr(module, "Kept", None) or delattr(module, "Kept"), "cannot be imported here"),
+        (lambda module: sys.modules.pop(module.__name__), "No module named 'moved'"),
+        (lambda module: setattr(module.Kept, "__setstate__", lambda *_: 1 / 0), "raises ZeroDivisionError"),
+    ],
+    ids=["class", "module", "raises"],
+)
+def test_a_program_that_fails_is_not_called_damaged(change, why, tmp_path, monkeypatch):
+    module = ModuleType("moved")
+    monkeypatch.setitem(sys.modules, "moved", module)
+    module.Kept = type("Kept", (nn.Linear,), {"__module__": "moved"})
+    path = saved(tmp_path / "m.pt", module.Kept(2, 2))
+    change(module)
+    message = assert_refused(CheckpointError, lambda p: load_model(p, CompileConfig(unsafe_load=True)), path)
+    assert why in message
+    assert "damaged" not in message
 
 
 def test_the_numbers_of_a_pickled_module_are_looked_at_as_those_of_weights(tmp_path):

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from asapc.backends.base import temporary
 from asapc.capturing.export import is_plain
-from asapc.errors import BuildError, first_line
+from asapc.errors import BuildError, one_line
 from asapc.passes.base import PassManager
 from asapc.passes.onnx.cleanup import OnnxCleanup
 from asapc.passes.onnx.standard_attention import StandardAttention
@@ -81,7 +81,7 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise BuildError(
-                f"torch.onnx cannot export the model: {first_line(cause)}",
+                f"torch.onnx cannot export the model: {one_line(cause)}",
                 "replace the operation that it names in the model",
             ) from error
     assert exported is not None  # with dynamo=True the exporter always returns one

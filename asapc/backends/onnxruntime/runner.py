@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from asapc.backends.onnxruntime.library import library
-from asapc.errors import BuildError, first_line
+from asapc.errors import BuildError, one_line
 from asapc.types.samples import Samples
 
 
@@ -36,7 +36,7 @@ class OnnxRuntimeRunner:
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own, which share no base
-            raise BuildError(f"ONNX Runtime refuses {self.name}: {first_line(error)}", "report the model") from error
+            raise BuildError(f"ONNX Runtime refuses {self.name}: {one_line(error)}", "report the model") from error
         self.names = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
@@ -51,6 +51,6 @@ class OnnxRuntimeRunner:
             return [torch.from_numpy(value) for value in self.session.run(None, feed)]
         except Exception as error:
             raise BuildError(
-                f"ONNX Runtime cannot run {self.name} at batch {len(samples)}: {first_line(error)}",
+                f"ONNX Runtime cannot run {self.name} at batch {len(samples)}: {one_line(error)}",
                 "measure smaller batches with --batch where memory is short, else report the model",
             ) from error

@@ -26,7 +26,7 @@ from asapc.loading.onnx.call import (
 from asapc.loading.onnx.compute import COMPUTING
 from asapc.loading.onnx.layers import LAYERS
 from asapc.loading.onnx.numbers import MAX_NUMBERS, Known, on_numbers
-from asapc.loading.onnx.reader import EXPORT, opset_of, read_onnx, subgraphs
+from asapc.loading.onnx.reader import EXPORT, open_batch, opset_of, read_onnx, subgraphs
 from asapc.loading.onnx.views import VIEWS
 from asapc.loading.untrusted.demand import Demand
 from asapc.loading.untrusted.source import Source
@@ -54,6 +54,7 @@ class OnnxModule(nn.Module):
     Args:
         source: the file, for messages.
         model: what `read_onnx` returns.
+        batch: what `open_batch` returned for it.
 
     Attributes:
         path: the file.
@@ -66,9 +67,9 @@ class OnnxModule(nn.Module):
         CheckpointError: it has operators that asapc does not know, or a fixed batch.
     """
 
-    def __init__(self, source: Source, model: Any) -> None:
+    def __init__(self, source: Source, model: Any, batch: int | None = None) -> None:
         super().__init__()
-        self.path, self.model = source.path, model
+        self.path, self.model, self.batch = source.path, model, batch
         check_operators(model.graph)
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         inputs = [value for value in model.graph.input if value.name not in stored]
@@ -277,13 +278,16 @@ def load_onnx(source: Source) -> LoadedModel:
         CheckpointError: it cannot be read safely, has a fixed batch, or operators that asapc does not know.
     """
     model = read_onnx(source)
-    module = OnnxModule(source, model).eval()
+    batch = open_batch(model)
+    module = OnnxModule(source, model, batch).eval()
     for buffer, name in module.initializers.items():
         tensor = getattr(module, buffer)
         if tensor.numel() > MAX_NUMBERS and bool(torch.isnan(tensor).any()):
             raise CheckpointError(f"{source}: {name[:80]} holds NaN", "give one from a successful run")
     kinds = map(InputType, module.input_sizes, module.input_types)
     notes = [f"ONNX, opset {opset_of(model)}, {len(model.graph.node)} nodes"]
+    if batch is not None and batch > 0:
+        notes.append(f"its batch, fixed at {batch}, is open")
     return LoadedModel(
         module=module,
         path=source.path,

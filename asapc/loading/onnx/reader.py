@@ -5,11 +5,13 @@ those of the ONNX standard, and onnx.checker finds no fault.
 """
 
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import inliner
 
 from asapc.errors import CheckpointError
 from asapc.loading.untrusted.demand import Demand
@@ -18,7 +20,8 @@ from asapc.loading.untrusted.source import Source
 # Protobuf has no larger files, and the compiled model is one file, external data included.
 MAX_FILE = 2**31 - 2**20
 MIN_OPSET = 13
-MIN_IR = 4
+MIN_IR = 3
+IR_OF_INITIALIZERS = 4  # from which on initializers need not be inputs
 MAX_DEPTH = 16  # graphs within graphs
 EXPORT = (
     'export it with a dynamic batch: dynamic_shapes={"NAME": {0: Dim("batch")}} or dynamic_axes={"NAME": {0: "batch"}}'
@@ -38,7 +41,8 @@ def read_onnx(source: Source) -> Any:
     with source.reading():
         model = onnx.load_model_from_string(source.path.read_bytes())
     check_versions(source, model)
-    Demand(source.path).add_nodes(sum(len(graph.node) for graph in graphs_in(source, model)))
+    list(graphs_in(source, model))  # refuses deep nesting before anything below walks it
+    Demand(source.path).add_nodes(inlined_nodes(source, model))
     total = source.size
     for tensor in list(tensors_in(source, model)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -48,7 +52,9 @@ def read_onnx(source: Source) -> Any:
         check_tensor(source, tensor)
     if model.functions:
         with source.reading():
-            model = onnx.inliner.inline_local_functions(model)
+            model = inliner.inline_local_functions(model)
+    drop_default_inputs(model)
+    sort_nodes(source, model.graph)
     try:
         onnx.checker.check_model(model)
     except Exception as error:  # the checker's own errors, and whatever a damaged model triggers in it
@@ -56,6 +62,88 @@ def read_onnx(source: Source) -> Any:
         hint = "give a file that onnx.checker accepts"
         raise CheckpointError(f"onnx.checker refuses {source}: {why}", hint) from None
     return model
+
+
+def inlined_nodes(source: Source, model: Any) -> int:
+    """Count the nodes of a model once its functions stand where they are called, without putting them there.
+
+    Raises:
+        CheckpointError: a function calls itself.
+    """
+    functions = {(function.domain, function.name): function for function in model.functions}
+    calls = {key: [(n.domain, n.op_type) for n in all_nodes(function)] for key, function in functions.items()}
+    try:
+        order = list(TopologicalSorter(calls).static_order())
+    except CycleError:
+        raise source.refuse("its functions call each other without end") from None
+    counts: dict[tuple[str, str], int] = {}
+    for key in order:
+        counts[key] = sum(counts.get(call, 1) for call in calls[key]) if key in functions else 1
+    return sum(counts.get((node.domain, node.op_type), 1) for node in all_nodes(model.graph))
+
+
+def all_nodes(graph: Any) -> Iterator[Any]:
+    """Yield the nodes of a graph, and those of the graphs within them."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from all_nodes(inner)
+
+
+def drop_default_inputs(model: Any) -> None:
+    """Make constants of inputs that have a default, in place: files of before IR version 4 list all constants so."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    if len(inputs) < len(model.graph.input):
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, IR_OF_INITIALIZERS)
+
+
+def open_batch(model: Any) -> int | None:
+    """Give a model whose inputs have one fixed batch an open one, in place; whether it can do with it, a run shows.
+
+    Returns:
+        The batch that it had, -1 where its exporter wrote that for any; None where none was fixed.
+    """
+    shapes = [value.type.tensor_type.shape.dim for value in model.graph.input]
+    sizes = {dims[0].dim_value if dims and dims[0].HasField("dim_value") else None for dims in shapes}
+    batch = sizes.pop() if len(sizes) == 1 else None
+    if batch is not None:
+        del model.graph.value_info[:]  # which repeat it
+        for value in [*model.graph.input, *model.graph.output]:
+            dims = value.type.tensor_type.shape.dim
+            if dims and dims[0].HasField("dim_value") and dims[0].dim_value == batch:
+                dims[0].dim_param = "batch"
+    return batch
+
+
+def sort_nodes(source: Source, graph: Any) -> None:
+    """Put the nodes of a graph behind those whose results they read, in place; leave those that are so already.
+
+    Raises:
+        CheckpointError: they read each other's results.
+    """
+    maker = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    reads = [[maker[name] for name in names_read(node) if name in maker] for node in graph.node]
+    if all(index < i for i, indices in enumerate(reads) for index in indices):
+        return
+    try:
+        order = list(TopologicalSorter(dict(enumerate(reads))).static_order())
+    except CycleError:
+        raise source.refuse("its nodes read each other's results") from None
+    nodes = [onnx.NodeProto.FromString(graph.node[i].SerializeToString()) for i in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def names_read(node: Any) -> Iterator[str]:
+    """Yield the names of values that a node reads, also within its graphs."""
+    yield from node.input
+    for inner in subgraphs(node):
+        for inner_node in inner.node:
+            yield from names_read(inner_node)
+        yield from (value.name for value in inner.output)
 
 
 def check_self_contained(source: Source) -> None:
@@ -156,9 +244,10 @@ def path_beside(path: Path, location: str) -> Path | None:
     """Return the path of a location in the folder of a file, None where it leads out of that folder."""
     if not location or Path(location).is_absolute() or ".." in Path(location).parts or "\0" in location:
         return None
-    folder = path.resolve().parent
-    beside = folder / location
-    return beside if beside.resolve().is_relative_to(folder) else None
+    beside = path.parent / location
+    # A hub's cache keeps the files elsewhere, all in one folder, and links under their names to them.
+    folders = path.parent.resolve(), path.resolve().parent
+    return beside if any(beside.resolve().is_relative_to(folder) for folder in folders) else None
 
 
 def data_bytes(source: Source, tensor: Any) -> int:

@@ -11,28 +11,7 @@ MAX_PICKLE_BYTES = 2**25
 # Elements of a tuple with all that is nested in it. Python hashes nested tuples without checking its stack: one of a
 # million levels crashes it, and one that holds itself a hundred times over keeps it busy forever.
 MAX_TUPLE_ELEMENTS = 1000
-# What a pickle may name: the parts of plain tensors and containers. Storages and dtypes follow.
-GLOBALS = {
-    "collections OrderedDict",
-    "collections Counter",
-    "_codecs encode",
-    "__builtin__ set",
-    "builtins set",
-    "__builtin__ complex",
-    "builtins complex",
-    "torch Size",
-    "torch device",
-    "torch.storage UntypedStorage",
-    "torch._utils _rebuild_tensor",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_tensor_v3",
-    "torch._utils _rebuild_parameter",
-}
-GLOBALS |= {f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char")}
-GLOBALS |= {f"torch {kind}Storage" for kind in ("Byte", "Bool", "ComplexDouble", "ComplexFloat")}
-GLOBALS |= {f"torch {kind}{bits}" for kind in ("float", "int", "uint") for bits in (8, 16, 32, 64)}
-GLOBALS |= {"torch bfloat16", "torch bool", "torch complex64", "torch complex128"}
-GLOBALS |= {f"torch float8_{kind}" for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")}
+NAMED = -1  # on the stack, for what is looked up by name: a class or function that all of the process shares
 
 
 def check_pickle(stream: Any, source: Source) -> None:
@@ -43,8 +22,8 @@ def check_pickle(stream: Any, source: Source) -> None:
         source: the same, for messages.
 
     Raises:
-        AsapcError: of the source's class. The pickle names something other than the parts of tensors and containers,
-            or has tuples that Python could not hash.
+        AsapcError: of the source's class. The pickle changes what it names, has tuples that Python could not hash, or
+            asks for memory that it does not fill.
     """
     try:
         scan(stream, source)
@@ -56,21 +35,31 @@ def check_pickle(stream: Any, source: Source) -> None:
 
 def scan(stream: Any, source: Source) -> None:
     """Do as `check_pickle`, but raise whatever the damage happens to trigger."""
-    stack: list[int] = []  # for each value the elements of a tuple, 1 for all else; 0 for a mark
+    stack: list[int] = []  # for each value the elements of a tuple, 1 for all else; 0 for a mark, or NAMED
     memo: dict[int, int] = {}
-    for opcode, argument, _ in pickletools.genops(stream):
+    argument: Any
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         match opcode.name:
-            case "GLOBAL" if argument in GLOBALS:
-                stack.append(1)
-            case "GLOBAL" | "STACK_GLOBAL" | "INST" | "OBJ" | "EXT1" | "EXT2" | "EXT4":
+            case "INST" | "OBJ" | "EXT1" | "EXT2" | "EXT4":
                 raise source.would_run(argument)
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument or 0] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument or 0])
+            case "GLOBAL" | "STACK_GLOBAL":
+                pop(stack, [item.name for item in opcode.stack_before])
+                stack.append(NAMED)
+            case "BUILD" if stack[-2] == NAMED:
+                raise source.would_run()
+            case "DUP":
+                stack.append(stack[-1])
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                if argument > count:  # Python makes room for all numbers up to it
+                    raise source.refuse()
+                memo[argument] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
             case name:
                 parts = pop(stack, [item.name for item in opcode.stack_before])
-                elements = 1 + sum(parts) if name.startswith("TUPLE") else 1
+                elements = 1 + sum(map(abs, parts)) if name.startswith("TUPLE") else 1
                 if elements > MAX_TUPLE_ELEMENTS:
                     raise source.refuse("it nests tuples too deeply")
                 stack += [0 if item.name == "mark" else elements for item in opcode.stack_after]

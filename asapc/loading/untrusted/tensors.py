@@ -1,8 +1,11 @@
 """Reads tensors from files of torch.save, safetensors and numpy, without ever running code that they hold."""
 
 import io
+import os
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -10,11 +13,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from asapc.loading.untrusted import unpickler
 from asapc.loading.untrusted.pickles import MAX_PICKLE_BYTES, check_pickle
 from asapc.loading.untrusted.source import Refusal, Source
 from asapc.loading.untrusted.zips import check_zip
 
 METADATA = "_metadata"  # where torch keeps the versions of modules, beside the weights of a state dict
+FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 MAX_DEPTH = 100  # levels of containers; a checkpoint has fewer than ten
 # Views that overlap (tied weights, expanded masks) may claim more than the file holds, up to this many times its size.
 MAX_VIEWS_RATIO, MAX_VIEWS_BYTES = 8, 2**28
@@ -32,10 +37,40 @@ def read_torch(source: Source) -> Any:
 
 def read_torch_stream(file: IO[bytes], source: Source) -> Any:
     """Do as `read_torch`, for an open file or a member of an archive."""
+    content, unread = read_torch_parts(file, source)
+    if unread:
+        raise source.would_run(unread[0])
+    return content
+
+
+def read_torch_parts(file: IO[bytes], source: Source) -> tuple[Any, tuple[str, ...]]:
+    """Read what a file of torch.save holds of tensors, numbers, strings and containers of them.
+
+    Returns:
+        The content, and the names of the classes and functions of whatever else it holds; for each of these objects an
+        `Unread` stands in the content. Nothing is imported or run.
+
+    Raises:
+        AsapcError: of the source's class. The file cannot be read, or claims more than it holds.
+    """
     check_torch(file, source)
     file.seek(0)
-    with source.reading():
-        return Plain(source).copy(torch.load(file, map_location="cpu", weights_only=True))
+    plain = Plain(source)
+    with source.reading(), without_forced_reader():
+        # Its find_class makes this as safe as weights_only=True, which takes no other unpickler.
+        content = torch.load(file, map_location="cpu", weights_only=False, pickle_module=unpickler)
+        return plain.copy(content), tuple(plain.unread)
+
+
+@contextmanager
+def without_forced_reader() -> Iterator[None]:
+    """Set aside the variable of the environment by which users keep torch from all readers but its own."""
+    forced = os.environ.pop(FORCED, None)
+    try:
+        yield
+    finally:
+        if forced is not None:
+            os.environ[FORCED] = forced
 
 
 def check_torch(file: IO[bytes], source: Source) -> None:
@@ -77,6 +112,7 @@ class Plain:
         self.copies: dict[int, Any] = {}  # by the id of the original: content may refer to itself
         self.storages: set[int] = set()
         self.stored = self.claimed = 0
+        self.unread: dict[str, None] = {}  # names, each once and in order
 
     def copy(self, value: Any, depth: int = 0) -> Any:
         """Copy one value with all that it holds.
@@ -84,7 +120,8 @@ class Plain:
         Raises:
             AsapcError: of the source's class. It nests too deeply, or its tensors claim more than the source holds.
         """
-        if not isinstance(value, (Tensor, dict, list, tuple, set)) or isinstance(value, torch.Size):
+        self.note(value)
+        if not isinstance(value, (Tensor, dict, list, tuple, set, frozenset)) or isinstance(value, torch.Size):
             return value
         if id(value) in self.copies:
             return self.copies[id(value)]
@@ -95,6 +132,7 @@ class Plain:
             self.copies[id(value)] = value.detach()
         elif isinstance(value, dict):
             entries = self.copies[id(value)] = OrderedDict()
+            self.note(*dict.keys(value))
             entries.update((key, self.copy(item, depth + 1)) for key, item in dict.items(value))
             if versions := module_versions(value):
                 setattr(entries, METADATA, versions)
@@ -104,6 +142,10 @@ class Plain:
             if isinstance(value, tuple):
                 self.copies[id(value)] = tuple(items)
         return self.copies[id(value)]
+
+    def note(self, *values: Any) -> None:
+        """Write down the names of those values that were not read."""
+        self.unread |= {name: None for name in map(unpickler.name_of, values) if name is not None}
 
     def count(self, tensor: Tensor) -> None:
         """Add up the bytes of storages and of views, and refuse what the source cannot hold."""

@@ -5,7 +5,7 @@ import io
 import json
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jsonschema
@@ -261,8 +261,34 @@ def changed(folder: Path, change: object) -> Path:
     return folder / "changed.onnx"
 
 
-def fix_batch(model: onnx.ModelProto) -> None:
+def two_batches(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    model.graph.input.add(name="y").type.CopyFrom(model.graph.input[0].type)
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 3
+
+
+def call_without_end(model: onnx.ModelProto) -> None:
+    opset = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    for name, other in (("A", "B"), ("B", "A")):
+        node = helper.make_node(other, ["u"], ["w"], domain="own")
+        model.functions.append(helper.make_function("own", name, ["u"], ["w"], [node], opset))
+
+
+def function_bomb(model: onnx.ModelProto) -> None:
+    """Ten functions, each of which calls the next ten times over."""
+    opset = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    model.opset_import.add(domain="own", version=1)
+    for level in range(10):
+        names = [f"w{i}" for i in range(11)]
+        inner = ("Neg", "") if level == 9 else (f"F{level + 1}", "own")
+        nodes = [helper.make_node(inner[0], [names[i]], [names[i + 1]], domain=inner[1]) for i in range(10)]
+        model.functions.append(helper.make_function("own", f"F{level}", ["w0"], ["w10"], nodes, opset))
+    model.graph.node.add(op_type="F0", domain="own", input=["x"], output=["unused"])
+
+
+def read_each_other(model: onnx.ModelProto) -> None:
+    model.graph.node.add(op_type="Neg", input=["a"], output=["b"])
+    model.graph.node.add(op_type="Neg", input=["b"], output=["a"])
 
 
 def foreign_operator(model: onnx.ModelProto) -> None:
@@ -295,7 +321,10 @@ def outside(location: str, target: str | None = None) -> object:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (fix_batch, "fixed batch"),
+        (two_batches, "fixed batch"),
+        (call_without_end, "call each other without end"),
+        (function_bomb, "runs more than 16,384 nodes"),
+        (read_each_other, "read each other"),
         (foreign_operator, "com.example"),
         (unknown_operator, "NonZero of the ONNX node finder"),
         (old_opset, "opset 9"),
@@ -317,6 +346,86 @@ def test_what_is_refused_and_why(change, why, tmp_path):
     assert why in str(caught.value)
     assert str(caught.value).isprintable()
     assert caught.value.hint.isprintable()
+
+
+def give_defaults(model: onnx.ModelProto) -> None:
+    """List all constants among the inputs, as files of before IR version 4 have to."""
+    model.ir_version = 3
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+
+
+def reverse_nodes(model: onnx.ModelProto) -> None:
+    nodes = list(model.graph.node)[::-1]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def into_functions(model: onnx.ModelProto) -> None:
+    """Negate the input twice, by a function that calls another."""
+    model.opset_import.add(domain="own", version=1)
+    opset = list(model.opset_import)
+    negate = helper.make_function("own", "Negate", ["u"], ["w"], [helper.make_node("Neg", ["u"], ["w"])], opset)
+    call = [helper.make_node("Negate", [a], [b], domain="own") for a, b in (("u", "v"), ("v", "w"))]
+    model.functions.extend([negate, helper.make_function("own", "Twice", ["u"], ["w"], call, opset)])
+    for node in model.graph.node:
+        node.input[:] = ["twice" if name == "x" else name for name in node.input]
+    model.graph.node.insert(0, helper.make_node("Twice", ["x"], ["twice"], domain="own"))
+
+
+def fix_batch(size: int) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = size
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change", [give_defaults, reverse_nodes, into_functions, fix_batch(1), fix_batch(-1), fix_batch(8)]
+)
+def test_a_file_that_others_write_in_another_way_is_the_same_model(change, tmp_path):
+    path = changed(tmp_path, change)
+    inputs = Samples({"x": torch.rand(4, 3, 4)})
+    loaded = load_model(path)
+    torch.testing.assert_close(
+        loaded.module(inputs.inputs["x"]), load_model(tiny_file(tmp_path)).module(inputs.inputs["x"])
+    )
+    assert loaded.module.input_names == ["x"]
+    graph = capture_onnx(loaded, inputs)
+    findings = find_with_evidence(graph, inputs)
+    operators = {site.name: exact_operator(site) for site in findings.sites}
+    artifact = splice_onnx(graph, findings.sites, operators, tmp_path / "out.onnx", {})
+    assert [value.name for value in onnx.load(artifact.path).graph.input] == ["x"]
+    expected = run_ort(tmp_path / "tiny.onnx", inputs.inputs)[0]
+    np.testing.assert_allclose(run_ort(artifact.path, inputs.inputs)[0], expected, rtol=1e-4)
+
+
+def test_a_batch_that_is_part_of_the_graph_stays_fixed(tmp_path):
+    def flatten_all(model: onnx.ModelProto) -> None:
+        fix_batch(1)(model)
+        model.graph.initializer.append(helper.make_tensor("shape", TensorProto.INT64, [3], [1, 3, 4]))
+        for node in model.graph.node:
+            node.input[:] = ["same" if name == "x" else name for name in node.input]
+        model.graph.node.insert(0, helper.make_node("Reshape", ["x", "shape"], ["same"]))
+
+    with pytest.raises(CheckpointError, match="fixed batch of 1") as caught:
+        capture_onnx(load_model(changed(tmp_path, flatten_all)), Samples({"x": torch.rand(4, 3, 4)}))
+    assert "dynamic batch" in caught.value.hint
+
+
+def test_external_data_is_found_where_hubs_keep_it(tmp_path):
+    """A snapshot's files are links into one folder, where files have other names."""
+    model = onnx.load(tiny_file(tmp_path))
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    onnx.save(model, tmp_path / "split.onnx", save_as_external_data=True, location="data.bin", size_threshold=0)
+    for name, blob in (("split.onnx", "a1"), ("data.bin", "b2")):
+        (tmp_path / name).rename(tmp_path / "blobs" / blob)
+        (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / blob)
+    inputs = torch.rand(2, 3, 4)
+    whole, split = (load_model(tmp_path / name).module for name in ("tiny.onnx", "snapshot/split.onnx"))
+    assert torch.equal(whole(inputs)[0], split(inputs)[0])
 
 
 def test_external_data_beside_the_file_is_read(tmp_path):
