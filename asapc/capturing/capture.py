@@ -65,7 +65,7 @@ def capture_code(
 
 
 def capture_exported(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
-    """Return the graph of a torch.export archive, once the model has run on samples.
+    """Return the graph of a torch.export archive with a dynamic batch axis alone, once the model has run on samples.
 
     Raises:
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
@@ -75,7 +75,11 @@ def capture_exported(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
     run(loaded.module, example, samples)
     if loaded.program is None:
         raise InternalError(f"{loaded.path} was loaded as a torch.export archive without its program")
-    return CapturedGraph(loaded.program, example)
+    kinds = (loaded.inputs or {}).values()
+    if all(kind.sizes is None or None not in kind.sizes[1:] for kind in kinds):
+        return CapturedGraph(loaded.program, example)
+    # Loops are recognised at fixed lengths: axes that the archive leaves open get those of the samples.
+    return CapturedGraph(export(loaded.module, example.inputs), example)
 
 
 def capture_onnx(loaded: LoadedModel, samples: Samples) -> CapturedGraph:

@@ -1,12 +1,13 @@
 """Compares the outputs of a model and its graph: their types, for a batch of one, and with early stops."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from math import inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, register_dataclass
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from asapc.capturing.lines import told
@@ -42,9 +43,18 @@ def run(module: nn.Module, batch: Samples, samples: Samples) -> list[Tensor]:
             f"the model does not run on these samples ({shapes}): {told(error)}",
             "give samples of the shape and dtype that the model was trained on",
         ) from error
+    register_dataclasses(outputs)
     check_outputs(outputs)
     leaves = tree_leaves(outputs)
     return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def register_dataclasses(outputs: Any) -> None:
+    """Tell torch which dataclasses a model returns, so that it looks into them."""
+    for leaf in tree_leaves(outputs):
+        if is_dataclass(leaf):
+            register_dataclass(type(leaf))
+            register_dataclasses(leaf)
 
 
 def check_outputs(outputs: Any) -> None:

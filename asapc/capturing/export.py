@@ -1,7 +1,8 @@
 """Calls torch.export: the only place that does."""
 
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from torch._export.utils import _is_cia_op, _is_preservable_cia_op
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 from torch.utils._pytree import tree_structure
 
 from asapc.capturing.lines import told
+from asapc.capturing.splits import EvenSplits
 from asapc.errors import AsapcError, CaptureError
 from asapc.loading.inputs import arguments
 from asapc.types.graph import BATCH_AXIS, DynamicAxis
@@ -19,6 +22,7 @@ from asapc.types.graph import BATCH_AXIS, DynamicAxis
 aten = torch.ops.aten
 # Where functions that a graph applies to sizes, and to tuples of tensors, come from.
 OF_SIZES = ("_operator", "math", "torch")
+NORMS = {aten.layer_norm.default, aten.group_norm.default, aten.native_layer_norm.default}
 # Composite operators that passes handle as they are; casts are not among them, since the probe ignores them.
 COMPOSITES = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.chunk.default, aten.mT.default}
 
@@ -46,16 +50,16 @@ def export(
     open_axes = {name: {0: BATCH_AXIS} for name in inputs} if axes is None else axes
     by_name = {axis.name: axis for of_input in open_axes.values() for axis in of_input.values()}
     symbols = {name: Dim(name, min=axis.low, max=axis.high) for name, axis in by_name.items()}
-    own = tuple({number: symbols[axis.name] for number, axis in open_axes[name].items()} for name in inputs)
+    own = [{number: symbols[axis.name] for number, axis in open_axes[name].items()} for name in inputs]
     args, kwargs = arguments(module, inputs)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), EvenSplits():
             warnings.simplefilter("ignore")
             program: ExportedProgram = torch.export.export(
                 module,
                 args,
                 kwargs,
-                dynamic_shapes=own if dims is None else dims,
+                dynamic_shapes=by_parameter(module, args, kwargs, own) if dims is None else dims,
                 strict=False,
             )
             # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
@@ -67,6 +71,8 @@ def export(
                 program.graph_module.recompile()
             else:
                 program = program.run_decompositions({})
+            separate_outputs(program)
+            widen_norms(program)
             if kwargs:
                 by_position(program, inputs)
     except AsapcError:
@@ -78,6 +84,16 @@ def export(
             "values of tensors to end a loop only",
         ) from error
     return program
+
+
+def by_parameter(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], values: Sequence[Any]) -> Any:
+    """Arrange values, one for each argument in order, as torch.export wants them: those of `*args` nested."""
+    signature, rest = inspect.signature(module.forward), iter(values)
+    nested: list[Any] = []
+    for name, bound in signature.bind(*args, **kwargs).arguments.items():
+        several = signature.parameters[name].kind == inspect.Parameter.VAR_POSITIONAL
+        nested.append(tuple(next(rest) for _ in bound) if several else next(rest))
+    return tuple(nested)
 
 
 def drop_idle_casts(program: ExportedProgram) -> None:
@@ -99,6 +115,50 @@ def is_plain(program: ExportedProgram) -> bool:
         else target.__module__ in OF_SIZES
         for target in targets
     )
+
+
+def separate_outputs(program: ExportedProgram) -> None:
+    """Give each output a node of its own, in place: ONNX can neither return an input nor one value twice."""
+    graph = program.graph_module.graph
+    outputs = list(graph.output_node().args[0])
+    seen: set[Node] = set()
+    for i, node in enumerate(outputs):
+        if not isinstance(node, Node):
+            continue
+        if node.op == "placeholder" or node in seen:
+            with graph.inserting_before(graph.output_node()):
+                outputs[i] = graph.call_function(aten.clone.default, (node,))
+            outputs[i].meta = dict(node.meta)
+            program.graph_signature.output_specs[i].arg.name = outputs[i].name
+        seen.add(node)
+    if tuple(outputs) != tuple(graph.output_node().args[0]):
+        graph.output_node().args = (tuple(outputs),)
+        program.graph_module.recompile()
+
+
+def widen_norms(program: ExportedProgram) -> None:
+    """Write the casts, in place, that torch makes where a norm's weights are wider than what it normalises.
+
+    Automatic casts leave it so; ONNX has no such operator.
+    """
+    graph = program.graph_module.graph
+    for node in [node for node in graph.nodes if node.target in NORMS]:
+        source, weights = node.args[0], [arg for arg in node.args[1:] if isinstance(arg, Node)]
+        narrow, wide = source.meta["val"].dtype, {weight.meta["val"].dtype for weight in weights} - {None}
+        if len(wide) != 1 or narrow in wide:
+            continue
+        (dtype,) = wide
+        with graph.inserting_before(node):
+            cast = graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
+        cast.meta = {**source.meta, "val": source.meta["val"].to(dtype)}
+        node.replace_input_with(source, cast)
+        with graph.inserting_after(node):
+            back = graph.call_function(aten._to_copy.default, (node,), {"dtype": narrow})
+        back.meta = dict(node.meta)
+        node.meta["val"] = node.meta["val"].to(dtype)
+        node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+        program.graph_signature.replace_all_uses(node.name, back.name)
+    program.graph_module.recompile()
 
 
 def by_position(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> None:

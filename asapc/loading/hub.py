@@ -1,6 +1,7 @@
 """Reads weights from a folder as Hugging Face's libraries write it: one file, or shards with an index."""
 
 import os
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -14,6 +15,15 @@ from asapc.loading.untrusted.texts import read_json
 
 # In the order in which transformers and diffusers look for them.
 NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# What tells a folder of distributed training, and the command of its library that makes one file of it.
+CONVERTED = {
+    "zero_to_fp32.py": ("DeepSpeed", "python {0}/zero_to_fp32.py {0} weights --safe_serialization"),
+    "pytorch_model_fsdp_*/.metadata": ("accelerate's FSDP", "accelerate merge-weights {0} weights"),
+    ".metadata": (
+        "torch.distributed.checkpoint",
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {0} weights.pt",
+    ),
+}
 INDEX = ".index.json"  # behind the name of the one file that the shards stand for
 OWN = "manifest.json"  # of a compiled folder
 
@@ -75,6 +85,13 @@ def find_weights(folder: Path) -> Path:
         for file in (folder / name, folder / f"{name}{INDEX}"):
             if file.exists():
                 return file
+    for mark, (kind, command) in CONVERTED.items():
+        if found := next(iter(sorted(folder.glob(mark))), None):
+            place = shlex.quote(str(found.parent))
+            raise CheckpointError(
+                f"{folder} is a checkpoint of {kind}, in parts that no single file lists",
+                f"convert it, and give the result: {command.format(place)}",
+            )
     raise CheckpointError(
         f"{folder} is a folder without weights under the usual names ({', '.join(NAMES)})",
         "give the file with the weights",

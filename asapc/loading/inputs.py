@@ -15,6 +15,8 @@ from asapc.loading.samples import DTYPES, UNNAMED
 from asapc.types.model import InputType, LoadedModel
 from asapc.types.samples import Samples
 
+ANY = "input"  # what an array without a name is called where the forward does not name its inputs either
+
 
 def order_inputs(loaded: LoadedModel, samples: Samples) -> Samples:
     """Put samples in the order of the model's inputs: graphs take them by position from here on.
@@ -24,7 +26,7 @@ def order_inputs(loaded: LoadedModel, samples: Samples) -> Samples:
     Raises:
         SamplesError: their names are not those of the model's inputs, or their shapes not those of its export.
     """
-    names, required = input_names(loaded)
+    names, required = input_names(loaded, samples)
     samples = named(samples, required if len(required) == 1 else names)
     if not samples.inputs.keys() <= set(names) or not set(required) <= samples.inputs.keys():
         raise SamplesError(
@@ -64,13 +66,19 @@ def in_float32(loaded: LoadedModel, name: str) -> bool:
     return floats == {torch.float32}
 
 
-def input_names(loaded: LoadedModel) -> tuple[list[str], list[str]]:
-    """Return the names of all inputs of a model, and of those that it cannot do without."""
+def input_names(loaded: LoadedModel, samples: Samples) -> tuple[list[str], list[str]]:
+    """Return the names of all inputs of a model, and of those that it cannot do without.
+
+    A forward that takes any number of inputs takes them as the samples name them, in their order.
+    """
     if loaded.inputs is not None:
         return list(loaded.inputs), list(loaded.inputs)
     parameters = inspect.signature(loaded.module.forward).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [p.name for p in named], [p.name for p in named if p.default is p.empty]
+    names = [p.name for p in named]
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        names += [name or ANY for name in samples.inputs if name not in names]
+    return names, [p.name for p in named if p.default is p.empty]
 
 
 def compare_type(loaded: LoadedModel, name: str, value: Tensor, kind: InputType) -> None:
@@ -89,7 +97,7 @@ def compare_type(loaded: LoadedModel, name: str, value: Tensor, kind: InputType)
 def arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments that pass inputs, in the model's order, to the forward."""
     signature = inspect.signature(module.forward)
-    if not inputs.keys() <= signature.parameters.keys():  # an ONNX file's, whose names need not be Python's
+    if not inputs.keys() <= signature.parameters.keys():  # `*args`, or an ONNX file's, whose names need not be Python's
         return tuple(inputs.values()), {}
     bound = inspect.BoundArguments(signature, OrderedDict(inputs))
     return bound.args, bound.kwargs

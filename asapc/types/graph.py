@@ -1,7 +1,8 @@
 """A model as one graph."""
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from asapc.types.samples import Samples
 
@@ -65,6 +67,17 @@ class CapturedGraph:
     departures: tuple[str, ...] = ()
 
     @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs: those that dicts, dataclasses and named tuples give them, else those of their nodes."""
+        spec = self.program.call_spec.out_spec
+        paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(range(spec.num_leaves), spec))[0]]
+        nodes: Any = self.program.graph.output_node().args[0]
+        pairs = zip(paths, nodes, strict=True)
+        names = {node: dotted(path) or node.name for path, node in pairs if isinstance(node, Node)}
+        taken = {*self.example.inputs, *(name for name, count in Counter(names.values()).items() if count > 1)}
+        return [node.name if name in taken else name for node, name in names.items()]
+
+    @property
     def entries(self) -> int:
         """Entries of the largest value that the graph has for one sample: for long sequences, the scores."""
         values = (node.meta.get("val") for node in self.program.graph.nodes)
@@ -74,6 +87,12 @@ class CapturedGraph:
     def samples_at_once(self, most: int) -> int:
         """Return how many samples, at most so many, a batch may have so that its values stay below MAX_ENTRIES."""
         return max(1, min(most, MAX_ENTRIES // self.entries))
+
+
+def dotted(path: Sequence[Any]) -> str | None:
+    """Return a path of keys and attributes as one name, None where none of its parts has a name."""
+    parts = [getattr(part, "key", getattr(part, "name", getattr(part, "idx", None))) for part in path]
+    return ".".join(map(str, parts)) if any(isinstance(part, str) for part in parts) else None
 
 
 def hint(size: Any) -> int:

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -10,17 +13,19 @@ import onnxruntime
 import pytest
 import torch
 from helpers.paths import ROOT
-from helpers.tolerances import EXPORT
+from helpers.tolerances import EXPORT, difference
 from torch import nn
 
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.cuda import CudaRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.capturing.capture import capture_code
 from asapc.capturing.export import export
 from asapc.errors import BuildError
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.types.graph import CapturedGraph, DynamicAxis
+from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
 
 
@@ -35,8 +40,92 @@ class TwoInputs(nn.Module):
         return self.linear(left) + right, right.exp()
 
 
+@dataclass
+class Result:
+    """What a forward may return."""
+
+    logits: torch.Tensor
+    rest: dict[str, torch.Tensor]
+
+
+class Structured(nn.Module):
+    """Returns names of which each is also that of an operation within, or of an input."""
+
+    def forward(self, x):
+        y = x.exp().tanh()
+        return Result(y.mean(1), {"exp": y, "tanh": x.exp(), "twice": y, "given": x})
+
+
+class Named(NamedTuple):
+    """What a forward may return."""
+
+    x: torch.Tensor
+    plan: torch.Tensor | None
+
+
+class NamedAsInput(nn.Module):
+    def forward(self, x):
+        return Named(x.exp(), x.tanh())
+
+
+class MixedNorms(nn.Module):
+    """Norms whose weights are wider than what they normalise, as automatic casts leave them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.group = nn.LayerNorm(4), nn.GroupNorm(2, 6)
+
+    def forward(self, x):
+        half = x.half()
+        return self.layer(half).float() + self.group(half).float()
+
+
 def graph(module: nn.Module, **inputs: torch.Tensor) -> CapturedGraph:
     return CapturedGraph(export(module.eval(), inputs), Samples(inputs))
+
+
+def exported(module: nn.Module, path: Path) -> tuple[CapturedGraph, OnnxRuntimeRunner]:
+    """A model captured as in a compilation, and its ONNX file."""
+    loaded = LoadedModel(module.eval(), path, "", 0, None, None)
+    captured = capture_code(loaded, Samples({"x": torch.rand(2, 6, 4)}))
+    return captured, OnnxRuntimeRunner(export_onnx(captured, path / "model.onnx", {}).path, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (Structured, ["logits", "rest.exp", "rest.tanh", "rest.twice", "rest.given"]),
+        (NamedAsInput, ["exp", "plan"]),
+    ],
+)
+def test_outputs_have_the_names_that_the_forward_gives_them(kind, names, tmp_path):
+    module = kind()
+    _, runner = exported(module, tmp_path)
+    assert runner.outputs == names
+    samples = Samples({"x": torch.rand(3, 6, 4)})
+    for seen, expected in zip(runner(samples), EagerRunner(module)(samples), strict=True):
+        assert difference(seen, expected) < EXPORT
+
+
+def test_outputs_of_the_name_of_an_operation_within_are_no_second_of_it(tmp_path):
+    class Swapped(nn.Module):
+        def forward(self, x):
+            return {"tanh": x.exp(), "exp": x.exp().tanh().sum(1)}
+
+    _, runner = exported(Swapped(), tmp_path)
+    samples = Samples({"x": torch.rand(3, 6, 4)})
+    assert runner.outputs == ["tanh", "exp"]
+    for seen, expected in zip(runner(samples), EagerRunner(Swapped())(samples), strict=True):
+        assert difference(seen, expected) < EXPORT
+
+
+def test_norms_of_mixed_types_are_written_as_torch_computes_them(tmp_path):
+    captured, runner = exported(MixedNorms(), tmp_path)
+    samples = Samples({"x": torch.rand(3, 6, 4)})
+    (expected,) = EagerRunner(MixedNorms().eval())(samples)
+    for seen in (runner(samples)[0], EagerRunner(captured.program.module())(samples)[0]):
+        assert seen.dtype == expected.dtype
+        assert difference(seen, expected) < 2e-3  # float16
 
 
 @pytest.fixture

@@ -1,11 +1,16 @@
 """Folders of weights as Hugging Face's libraries write them."""
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
-from helpers.hostile import Tiny, assert_refused
+import torch.distributed.checkpoint
+from helpers.hostile import Tiny, assert_refused, hint_of
 from safetensors.torch import save_file
 
 from asapc.config import CompileConfig
@@ -99,3 +104,26 @@ def test_folders_of_other_kinds_are_refused(tmp_path):
     assert "without weights" in assert_refused(CheckpointError, load_model, tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     assert "compiled folder" in assert_refused(CheckpointError, load_model, tmp_path)
+
+
+def test_parts_of_distributed_training_are_converted_by_the_command_in_the_hint(tmp_path):
+    expected = Tiny().state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        torch.distributed.checkpoint.save({"model": expected}, checkpoint_id=tmp_path / "parts of it")
+    hint = hint_of(lambda path: load_model(path, TINY), tmp_path / "parts of it")
+    command = shlex.split(hint.partition(": ")[2])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True)
+    state = load_model(tmp_path / "weights.pt", TINY).module.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("zero_to_fp32.py", "DeepSpeed"), ("pytorch_model_fsdp_0/.metadata", "accelerate merge-weights")]
+)
+def test_folders_of_other_trainers_are_named_with_their_command(name, word, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError) as caught:
+        load_model(tmp_path, TINY)
+    assert word in f"{caught.value} {caught.value.hint}"

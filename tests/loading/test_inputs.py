@@ -67,7 +67,19 @@ class Defaults(Attention):
         return self.attend(x, factor, bias)
 
 
-KINDS = [Gap, KeywordOnly, Mixed, Defaults]
+class Unnamed(Attention):
+    """Takes what the samples hold, in their order."""
+
+    def forward(self, *args, **kwargs):
+        return self.attend(args[1], None, args[0])
+
+
+class Rest(Attention):
+    def forward(self, bias, *rest):
+        return self.attend(*rest, None, bias)
+
+
+KINDS = [Gap, KeywordOnly, Mixed, Defaults, Unnamed, Rest]
 
 
 def given(count: int = 24) -> Samples:
@@ -140,11 +152,15 @@ def test_names_that_the_forward_does_not_have_are_refused(tmp_path):
 
 def test_a_forward_without_names_is_refused(tmp_path):
     class Anything(nn.Module):
-        def forward(self, *args, **kwargs):
-            return args
+        def forward(self, **kwargs):
+            return kwargs
 
     with pytest.raises(SamplesError, match="not named"):
         order_inputs(loaded(Anything, tmp_path), Samples({"args": torch.rand(2, 3)}))
+
+
+def test_an_array_without_a_name_goes_to_a_forward_without_names(tmp_path):
+    assert list(order_inputs(loaded(Unnamed, tmp_path), Samples({UNNAMED: torch.rand(2, 3)})).inputs) == ["input"]
 
 
 @pytest.fixture(params=["pt2", "onnx"])

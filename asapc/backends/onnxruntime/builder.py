@@ -6,7 +6,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,20 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
                 "replace the operation that it names in the model",
             ) from error
     assert exported is not None  # with dynamo=True the exporter always returns one
+    name_outputs(exported.model.graph, graph.output_names)
     return exported.model_proto
+
+
+def name_outputs(graph: Any, names: Sequence[str]) -> None:
+    """Name the outputs of a graph of onnx-ir, in place, and values within it that bear one of these names anew."""
+    outputs = dict(zip(graph.outputs, names, strict=True))
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value not in outputs and value.name in names:
+                value.name = f"{value.name}.inner"
+    for value, name in outputs.items():
+        if name not in graph.initializers:
+            value.name = name
 
 
 class Decomposed(ExportedProgram):

@@ -36,7 +36,13 @@ class OnnxRuntimeRunner:
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own, which share no base
-            raise BuildError(f"ONNX Runtime refuses {self.name}: {one_line(error)}", "report the model") from error
+            lacks = type(error).__name__ == "NotImplemented"  # bfloat16, for one
+            hint = (
+                "compile the model in float32, without automatic casts (torch.autocast)"
+                if lacks
+                else "report the model"
+            )
+            raise BuildError(f"ONNX Runtime refuses {self.name}: {one_line(error)}", hint) from error
         self.names = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 

@@ -13,6 +13,8 @@ from asapc.capturing.capture import capture_exported
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, OptionError
 from asapc.loading.model import load_model
+from asapc.passes.find.evidence import find_with_evidence
+from asapc.types.samples import Samples
 
 
 def test_an_archive_gives_the_program_and_its_sample_inputs(whole):
@@ -91,6 +93,34 @@ def test_an_archive_of_a_gpu_is_read_on_the_cpu(whole, tmp_path):
     )
     assert b"cuda" in path.read_bytes()
     assert {p.device.type for p in load_model(path).module.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("dim", [Dim.DYNAMIC, Dim.AUTO, Dim("tokens", min=2, max=99)])
+def test_axes_that_an_archive_leaves_open_get_the_length_of_the_samples(dim, tmp_path):
+    batch = dim if dim in (Dim.DYNAMIC, Dim.AUTO) else Dim("batch")
+    program = torch.export.export(Open().eval(), (torch.rand(4, 6, 8),), dynamic_shapes=({0: batch, 1: dim},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    loaded = load_model(tmp_path / "m.pt2")
+    assert loaded.inputs["x"].sizes == (None, None, 8)
+    samples = Samples({"x": torch.randn(8, 5, 8)})
+    graph = capture_exported(loaded, samples)
+    (site,) = find_with_evidence(graph, samples).sites
+    assert (site.loop.half_steps, site.loop.queries, site.loop.keys) == (6, 5, 5)
+    assert difference(graph.program.module()(samples.inputs["x"]), loaded.module(samples.inputs["x"])) <= FLOAT32
+
+
+class Open(nn.Module):
+    """Attention with Sinkhorn over any number of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        scores = self.layer(x) @ x.mT
+        for _ in range(3):
+            scores = scores.log_softmax(-2).log_softmax(-1)
+        return scores.exp() @ x
 
 
 def test_an_archive_takes_no_model(whole):
