@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    # Background jobs of a shell ignore it, and so would all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)

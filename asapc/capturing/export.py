@@ -1,8 +1,7 @@
 """Calls torch.export: the only place that does."""
 
-import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_structure
 from asapc.capturing.lines import told
 from asapc.capturing.splits import EvenSplits
 from asapc.errors import AsapcError, CaptureError
-from asapc.loading.inputs import arguments
+from asapc.loading.inputs import arguments, flattened
 from asapc.types.graph import BATCH_AXIS, DynamicAxis
 
 aten = torch.ops.aten
@@ -50,7 +49,8 @@ def export(
     open_axes = {name: {0: BATCH_AXIS} for name in inputs} if axes is None else axes
     by_name = {axis.name: axis for of_input in open_axes.values() for axis in of_input.values()}
     symbols = {name: Dim(name, min=axis.low, max=axis.high) for name, axis in by_name.items()}
-    own = [{number: symbols[axis.name] for number, axis in open_axes[name].items()} for name in inputs]
+    own = tuple({number: symbols[axis.name] for number, axis in open_axes[name].items()} for name in inputs)
+    module = flattened(module, inputs)
     args, kwargs = arguments(module, inputs)
     try:
         with warnings.catch_warnings(), torch.no_grad(), EvenSplits():
@@ -59,7 +59,7 @@ def export(
                 module,
                 args,
                 kwargs,
-                dynamic_shapes=by_parameter(module, args, kwargs, own) if dims is None else dims,
+                dynamic_shapes=own if dims is None else dims,
                 strict=False,
             )
             # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
@@ -84,16 +84,6 @@ def export(
             "values of tensors to end a loop only",
         ) from error
     return program
-
-
-def by_parameter(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], values: Sequence[Any]) -> Any:
-    """Arrange values, one for each argument in order, as torch.export wants them: those of `*args` nested."""
-    signature, rest = inspect.signature(module.forward), iter(values)
-    nested: list[Any] = []
-    for name, bound in signature.bind(*args, **kwargs).arguments.items():
-        several = signature.parameters[name].kind == inspect.Parameter.VAR_POSITIONAL
-        nested.append(tuple(next(rest) for _ in bound) if several else next(rest))
-    return tuple(nested)
 
 
 def drop_idle_casts(program: ExportedProgram) -> None:

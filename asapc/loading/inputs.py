@@ -1,9 +1,11 @@
 """Tells how inputs reach a model: by which names, in which order, and in which shapes if its file says so."""
 
+import copy
 import inspect
+import re
 import shlex
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,16 +71,18 @@ def in_float32(loaded: LoadedModel, name: str) -> bool:
 def input_names(loaded: LoadedModel, samples: Samples) -> tuple[list[str], list[str]]:
     """Return the names of all inputs of a model, and of those that it cannot do without.
 
-    A forward that takes any number of inputs takes them as the samples name them, in their order.
+    A forward that takes any number of inputs takes them as the samples name them, in their order. So does a parameter
+    that is a dict or a tuple: `batch.frames`, `pair.0`.
     """
     if loaded.inputs is not None:
         return list(loaded.inputs), list(loaded.inputs)
     parameters = inspect.signature(loaded.module.forward).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    names = [p.name for p in named]
+    of_parameter = {p.name: [n for n in samples.inputs if n.startswith(f"{p.name}.")] or [p.name] for p in named}
+    names = [name for p in named for name in of_parameter[p.name]]
     if any(p.kind == p.VAR_POSITIONAL for p in parameters):
         names += [name or ANY for name in samples.inputs if name not in names]
-    return names, [p.name for p in named if p.default is p.empty]
+    return names, [name for p in named if p.default is p.empty for name in of_parameter[p.name]]
 
 
 def compare_type(loaded: LoadedModel, name: str, value: Tensor, kind: InputType) -> None:
@@ -97,10 +101,68 @@ def compare_type(loaded: LoadedModel, name: str, value: Tensor, kind: InputType)
 def arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments that pass inputs, in the model's order, to the forward."""
     signature = inspect.signature(module.forward)
+    roots = {name.partition(".")[0] for name in inputs.keys() - signature.parameters.keys()}
+    if roots <= signature.parameters.keys() - inputs.keys():
+        inputs = nested(inputs)
     if not inputs.keys() <= signature.parameters.keys():  # `*args`, or an ONNX file's, whose names need not be Python's
         return tuple(inputs.values()), {}
     bound = inspect.BoundArguments(signature, OrderedDict(inputs))
     return bound.args, bound.kwargs
+
+
+def flattened(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
+    """Return a module whose forward has a parameter for each input, with the same weights; itself where it does."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    args, kwargs = arguments(module, inputs)
+    plain = all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+    if plain and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        return module
+
+    def forward(*values: Tensor) -> Any:
+        args, kwargs = arguments(module, dict(zip(inputs, values, strict=True)))
+        return module.forward(*args, **kwargs)
+
+    # A copy, and no wrapper, which would lengthen the names of all modules within.
+    flat = copy.copy(module)
+    flat.__dict__["forward"] = with_signature(forward, inputs)
+    return flat
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by the first parts of their names: dicts by the parts that follow, tuples where these count."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            tree.setdefault(first, {})[rest] = value
+        else:
+            tree[first] = value
+    deep = {name: nested(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    return {name: counted(value) if isinstance(value, dict) else value for name, value in deep.items()}
+
+
+def counted(values: dict[str, Any]) -> Any:
+    """Return values as a tuple where their names are 0, 1 and so on."""
+    return tuple(values.values()) if list(values) == [str(i) for i in range(len(values))] else values
+
+
+def with_signature(function: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
+    """Wrap a function of tensors so that its parameters bear the names of inputs, as far as Python allows them."""
+
+    def forward(*inputs: Tensor) -> Any:
+        return function(*inputs)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in identifiers(names)]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return forward
+
+
+def identifiers(names: Iterable[str]) -> Iterator[str]:
+    """Yield names that Python allows, all different."""
+    for i, name in enumerate(names):
+        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+        yield name if name.isidentifier() and name.isascii() else f"input_{i}_{plain[:40]}"
 
 
 def shape_options(loaded: LoadedModel) -> str:

@@ -119,6 +119,31 @@ def test_inputs_reach_the_parameters_of_their_names_everywhere(kind, tmp_path):
         assert difference(seen, expected(model.module, batch)) < 10 * FLOAT32
 
 
+class Nested(Attention):
+    """Takes containers, as a data loader gives them."""
+
+    def forward(self, batch, pair, bias=None):
+        return self.attend(batch["x"] + batch["more"]["shift"] + pair[0], None, pair[1] + bias)
+
+
+def test_containers_are_filled_by_dotted_names(tmp_path):
+    model = loaded(Nested, tmp_path)
+    x, square = torch.randn(4, 24, TOKENS, WIDTH), torch.randn(2, 24, TOKENS, TOKENS)
+    named = {"bias": square[0], "pair.0": x[0], "pair.1": square[1], "batch.more.shift": x[1], "batch.x": x[2]}
+    samples = order_inputs(model, Samples(named))
+    assert list(samples.inputs) == ["batch.more.shift", "batch.x", "pair.0", "pair.1", "bias"]
+    with torch.no_grad():
+        wanted = model.module({"x": x[2], "more": {"shift": x[1]}}, (x[0], square[1]), square[0])
+    graph = capture_code(model, Samples(named))
+    for module in (model.module, graph.program.module()):
+        assert difference(EagerRunner(module)(samples)[0], wanted) < FLOAT32
+    (site,) = find_sinkhorn(graph, samples[:2]).sites
+    path = export_onnx(rewrite(graph, [site], {}), tmp_path / "model.onnx", {}).path
+    assert difference(OnnxRuntimeRunner(path, 1)(samples)[0], wanted) < 10 * FLOAT32
+    with pytest.raises(SamplesError, match="the model's inputs are batch, pair"):
+        order_inputs(model, Samples({"bias": square[0]}))
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", [Gap, KeywordOnly])
 def test_a_whole_compilation_binds_inputs_by_name(kind, tmp_path):

@@ -1,8 +1,6 @@
 """Models from ONNX files: a module that runs the nodes of the file, and remembers which node is which."""
 
-import inspect
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asapc.errors import CheckpointError
+from asapc.loading.inputs import with_signature
 from asapc.loading.onnx.call import (
     MAX_ELEMENTS,
     REWRITE,
@@ -249,26 +248,6 @@ def open_sizes(value: Any) -> tuple[int | None, ...] | None:
     if not kind.HasField("shape"):
         return None
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
-
-
-def with_signature(function: Any, names: list[str]) -> Any:
-    """Wrap a function so that its parameters bear the names of the file's inputs, as far as Python allows them."""
-
-    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = function(*inputs)
-        return result
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind) for name in identifiers(names)]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return forward
-
-
-def identifiers(names: list[str]) -> Iterator[str]:
-    """Yield names that Python allows, all different."""
-    for i, name in enumerate(names):
-        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
-        yield name if name.isidentifier() and name.isascii() else f"input_{i}_{plain[:40]}"
 
 
 def load_onnx(source: Source) -> LoadedModel:
