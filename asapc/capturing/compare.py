@@ -52,7 +52,7 @@ def run(module: nn.Module, batch: Samples, samples: Samples) -> list[Tensor]:
 def register_dataclasses(outputs: Any) -> None:
     """Tell torch which dataclasses a model returns, so that it looks into them."""
     for leaf in tree_leaves(outputs):
-        if is_dataclass(leaf):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
             register_dataclass(type(leaf))
             register_dataclasses(leaf)
 

@@ -21,7 +21,7 @@ from asapc.types.graph import BATCH_AXIS, DynamicAxis
 aten = torch.ops.aten
 # Where functions that a graph applies to sizes, and to tuples of tensors, come from.
 OF_SIZES = ("_operator", "math", "torch")
-NORMS = {aten.layer_norm.default, aten.group_norm.default, aten.native_layer_norm.default}
+NORMS = {aten.layer_norm.default, aten.group_norm.default}
 # Composite operators that passes handle as they are; casts are not among them, since the probe ignores them.
 COMPOSITES = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.chunk.default, aten.mT.default}
 
@@ -134,7 +134,7 @@ def widen_norms(program: ExportedProgram) -> None:
     graph = program.graph_module.graph
     for node in [node for node in graph.nodes if node.target in NORMS]:
         source, weights = node.args[0], [arg for arg in node.args[1:] if isinstance(arg, Node)]
-        narrow, wide = source.meta["val"].dtype, {weight.meta["val"].dtype for weight in weights} - {None}
+        narrow, wide = source.meta["val"].dtype, {weight.meta["val"].dtype for weight in weights}
         if len(wide) != 1 or narrow in wide:
             continue
         (dtype,) = wide
