@@ -59,7 +59,7 @@ class SlicedDualParams:
         slices: number of slices L, the first columns of the bases.
         knots: (H, K, P) places of P hinges in each of the first K coordinates, in standard deviations; K may be 0.
         weights: linear maps to the dual. The first is (H, F), over the features of
-            `ops.sliced_dual.dual_features`; each further one is a fitted closure step, (H, F + 1),
+            `ops.features.dual_features`; each further one is a fitted closure step, (H, F + 1),
             (H, F + 2) ..., over the features and the closures so far. Empty before the fit.
         side: the points whose dual is estimated.
         paired: whether there are features of pairs of coordinates.

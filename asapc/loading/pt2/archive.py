@@ -69,7 +69,7 @@ def read_archive(source: Source) -> tuple[ExportedProgram, Any]:
 
         program = load_pt2(rebuilt).exported_programs["model"]
         with torch.no_grad():
-            # As in `capture.export`: no in-place writes.
+            # As in `capturing.export`: no in-place writes.
             program = program.run_decompositions({})
     return program, inputs
 
