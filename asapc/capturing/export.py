@@ -132,12 +132,10 @@ def widen_norms(program: ExportedProgram) -> None:
     Automatic casts leave it so; ONNX has no such operator.
     """
     graph = program.graph_module.graph
-    for node in [node for node in graph.nodes if node.target in NORMS]:
-        source, weights = node.args[0], [arg for arg in node.args[1:] if isinstance(arg, Node)]
-        narrow, wide = source.meta["val"].dtype, {weight.meta["val"].dtype for weight in weights}
-        if len(wide) != 1 or narrow in wide:
-            continue
-        (dtype,) = wide
+    norms = [node for node in graph.nodes if node.target in NORMS and is_mixed(node)]
+    for node in norms:
+        source = node.args[0]
+        narrow, (dtype,) = source.meta["val"].dtype, weight_types(node)
         with graph.inserting_before(node):
             cast = graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
         cast.meta = {**source.meta, "val": source.meta["val"].to(dtype)}
@@ -148,7 +146,19 @@ def widen_norms(program: ExportedProgram) -> None:
         node.meta["val"] = node.meta["val"].to(dtype)
         node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
         program.graph_signature.replace_all_uses(node.name, back.name)
-    program.graph_module.recompile()
+    if norms:
+        program.graph_module.recompile()
+
+
+def is_mixed(norm: Node) -> bool:
+    """Return whether the weights of a norm are of one type, and what it normalises of another."""
+    source: Any = norm.args[0]
+    return len(weight_types(norm) - {source.meta["val"].dtype}) == len(weight_types(norm)) == 1
+
+
+def weight_types(norm: Node) -> set[torch.dtype]:
+    """Return the types of the weights of a norm."""
+    return {weight.meta["val"].dtype for weight in norm.args[1:] if isinstance(weight, Node)}
 
 
 def by_position(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ def user_frame() -> FrameType:
 
 
 def told(error: BaseException) -> str:
-    """Return the first line of an error's message, with the innermost line of the user's code that it passed.
+    """Return an error's message on one line, with the innermost line of the user's code that it passed.
 
     Installed packages count only where nothing else does: a model may call them, or be one.
     """

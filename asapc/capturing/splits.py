@@ -20,15 +20,16 @@ class EvenSplits(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Split evenly where that is possible; do anything else as without this mode."""
         kwargs = kwargs or {}
-        if func in SPLIT | CHUNK:
-            tensor, parts, dim = arguments(*args, **kwargs)
-            count = number_of_parts(tensor.shape[dim], parts, func in CHUNK)
+        is_count = func in CHUNK
+        if is_count or func in SPLIT:
+            tensor, parts, dim = split_arguments(*args, **kwargs)
+            count = number_of_parts(tensor.shape[dim], parts, is_count)
             if count is not None:
                 return tensor.unflatten(dim, (count, tensor.shape[dim] // count)).unbind(dim if dim >= 0 else dim - 1)
         return func(*args, **kwargs)
 
 
-def arguments(*args: Any, dim: int = 0, **kwargs: Any) -> tuple[Any, Any, int]:
+def split_arguments(*args: Any, dim: int = 0, **kwargs: Any) -> tuple[Any, Any, int]:
     """Return the tensor, the size or number of its parts, and the axis, as all forms of the functions name them."""
     values = (*args, *kwargs.values())
     tensor = next(value for value in values if isinstance(value, Tensor))

@@ -137,8 +137,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             tree.setdefault(first, {})[rest] = value
         else:
             tree[first] = value
-    deep = {name: nested(value) if isinstance(value, dict) else value for name, value in tree.items()}
-    return {name: counted(value) if isinstance(value, dict) else value for name, value in deep.items()}
+    return {name: counted(nested(value)) if isinstance(value, dict) else value for name, value in tree.items()}
 
 
 def counted(values: dict[str, Any]) -> Any:

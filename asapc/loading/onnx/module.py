@@ -71,7 +71,7 @@ class OnnxModule(nn.Module):
         self.path, self.model, self.batch = source.path, model, batch
         check_operators(model.graph)
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
-        inputs = [value for value in model.graph.input if value.name not in stored]
+        inputs = list(model.graph.input)
         self.input_names = [value.name for value in inputs]
         self.input_types = [check_input(source, value) for value in inputs]
         self.input_sizes = [open_sizes(value) for value in inputs]

@@ -41,7 +41,6 @@ def read_onnx(source: Source) -> Any:
     with source.reading():
         model = onnx.load_model_from_string(source.path.read_bytes())
     check_versions(source, model)
-    list(graphs_in(source, model))  # refuses deep nesting before anything below walks it
     Demand(source.path).add_nodes(inlined_nodes(source, model))
     total = source.size
     for tensor in list(tensors_in(source, model)):
@@ -71,23 +70,20 @@ def inlined_nodes(source: Source, model: Any) -> int:
         CheckpointError: a function calls itself.
     """
     functions = {(function.domain, function.name): function for function in model.functions}
-    calls = {key: [(n.domain, n.op_type) for n in all_nodes(function)] for key, function in functions.items()}
+    calls = {key: operators_in(source, function) for key, function in functions.items()}
     try:
         order = list(TopologicalSorter(calls).static_order())
     except CycleError:
         raise source.refuse("its functions call each other without end") from None
     counts: dict[tuple[str, str], int] = {}
     for key in order:
-        counts[key] = sum(counts.get(call, 1) for call in calls[key]) if key in functions else 1
-    return sum(counts.get((node.domain, node.op_type), 1) for node in all_nodes(model.graph))
+        counts[key] = sum(counts[call] for call in calls[key]) if key in calls else 1
+    return sum(counts.get(operator, 1) for operator in operators_in(source, model.graph))
 
 
-def all_nodes(graph: Any) -> Iterator[Any]:
-    """Yield the nodes of a graph, and those of the graphs within them."""
-    for node in graph.node:
-        yield node
-        for inner in subgraphs(node):
-            yield from all_nodes(inner)
+def operators_in(source: Source, root: Any) -> list[tuple[str, str]]:
+    """Return domain and name of the operator of each node of a graph or function, and of the graphs within."""
+    return [(node.domain, node.op_type) for graph in graphs_in(source, root) for node in graph.node]
 
 
 def drop_default_inputs(model: Any) -> None:
@@ -179,7 +175,7 @@ def opset_of(model: Any) -> int:
 
 def tensors_in(source: Source, model: Any) -> Iterator[Any]:
     """Yield all tensors of a model, including those in attributes and in graphs within graphs."""
-    for graph in graphs_in(source, model):
+    for graph in graphs_in(source, model.graph, *model.functions):
         attributes = [attribute for node in graph.node for attribute in node.attribute]
         sparse = any(attribute.HasField("sparse_tensor") or attribute.sparse_tensors for attribute in attributes)
         if sparse or len(getattr(graph, "sparse_initializer", ())):
@@ -190,9 +186,9 @@ def tensors_in(source: Source, model: Any) -> Iterator[Any]:
             yield from attribute.tensors
 
 
-def graphs_in(source: Source, model: Any) -> Iterator[Any]:
-    """Yield the graph of a model, its functions, and all graphs within them."""
-    stack = [(model.graph, 0), *((function, 0) for function in model.functions)]
+def graphs_in(source: Source, *roots: Any) -> Iterator[Any]:
+    """Yield graphs and functions, and all graphs within them."""
+    stack = [(root, 0) for root in roots]
     while stack:
         graph, depth = stack.pop()
         if depth > MAX_DEPTH:

@@ -1,6 +1,6 @@
 """Unpickles the parts of plain tensors and containers; all else that a pickle names becomes an idle object.
 
-`torch.load` takes this module in the place of `pickle`. torch's own reader for untrusted files knows fewer protocols,
+`torch.load` takes this module instead of `pickle`. torch's own reader for untrusted files knows fewer protocols,
 and gives up a whole file for one object of another library beside its tensors.
 """
 
