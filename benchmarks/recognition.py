@@ -16,6 +16,9 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the zoo and the random models are the tests' own
 
 from helpers.relowering import PROBED, outputs, relowered, worst  # noqa: E402
-from helpers.verdicts import WRONG, drawn, judged  # noqa: E402
+from helpers.verdicts import WRONG, Verdict, drawn, judged  # noqa: E402
 from helpers.zoo import NEGATIVES, POSITIVES, Case  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "recognition.json"
@@ -57,9 +60,9 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="time a model of ViT-B's size")
     parser.add_argument("--render", action="store_true", help="render the document only")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    torch.set_num_threads(2 if options.large else 1)
+    quieten()
+    if options.large:
+        torch.set_num_threads(2)
     part: Row = {}
     if options.fuzz:
         part["fuzz"] = fuzz(options.fuzz, options.seed)
@@ -155,36 +158,52 @@ def fuzz(count: int, seed: int) -> Row:
     families: dict[str, Counter[str]] = {}
     listed: dict[str, list[str]] = {"wrong": [], "limited": [], "not_found": [], "crashed": []}
     largest = 0.0
-    for number in range(count):
-        composition = drawn(number, seed)
-        sinkhorn = composition.poison == "none"
-        try:
-            verdict = judged(composition)
-            kind = verdict.kind
-        except Exception as error:
-            kind = "crashed"
-            listed["crashed"].append(f"{composition}: {type(error).__name__}: {str(error)[:200]}")
-        kinds["sinkhorn" if sinkhorn else "near_misses"][kind] += 1
-        if not sinkhorn:
-            families.setdefault(composition.poison, Counter())[kind] += 1
-        if kind in ("wrong", "limited"):
-            listed[kind].append(f"{composition}: {verdict.difference:.1e}, from {verdict.scale:g} times the scores on")
-        if kind == "right":
-            largest = max(largest, verdict.difference)
-        if kind == "refused" and sinkhorn:
-            listed["not_found"].append(f"{composition}: {'; '.join(verdict.reasons) or 'no candidate'}")
-        row = {
-            "seed": seed,
-            "models": number + 1,
-            "counts": {name: dict(sorted(counter.items())) for name, counter in kinds.items()},
-            "families": {name: dict(counter) for name, counter in sorted(families.items())},
-            "largest_difference": largest,
-            **listed,
-        }
-        if number % 20 == 19:
-            print(f"{number + 1} of {count}: {row['counts']}", file=sys.stderr, flush=True)
-            write_part({"fuzz": row}, seed)
+    # A process keeps what torch compiled and traced; a fresh one now and then bounds the memory.
+    pool = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=quieten, max_tasks_per_child=50)
+    with pool:
+        for number, (verdict, crash) in enumerate(pool.map(tried, range(count), repeat(seed))):
+            composition = drawn(number, seed)
+            sinkhorn = composition.poison == "none"
+            kind = verdict.kind if verdict else "crashed"
+            kinds["sinkhorn" if sinkhorn else "near_misses"][kind] += 1
+            if not sinkhorn:
+                families.setdefault(composition.poison, Counter())[kind] += 1
+            if verdict is None:
+                listed["crashed"].append(f"{composition}: {crash}")
+            elif kind in ("wrong", "limited"):
+                said = f"{verdict.difference:.1e}, from {verdict.scale:g} times the scores on"
+                listed[kind].append(f"{composition}: {said}")
+            elif kind == "right":
+                largest = max(largest, verdict.difference)
+            elif sinkhorn:
+                listed["not_found"].append(f"{composition}: {'; '.join(verdict.reasons) or 'no candidate'}")
+            row = {
+                "seed": seed,
+                "models": number + 1,
+                "counts": {name: dict(sorted(counter.items())) for name, counter in kinds.items()},
+                "families": {name: dict(counter) for name, counter in sorted(families.items())},
+                "largest_difference": largest,
+                **listed,
+            }
+            if number % 20 == 19:
+                print(f"{number + 1} of {count}: {row['counts']}", file=sys.stderr, flush=True)
+                write_part({"fuzz": row}, seed)
     return row
+
+
+def quieten() -> None:
+    """Run torch on one thread, without warnings."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+
+
+def tried(number: int, seed: int) -> tuple[Verdict | None, str]:
+    """Return the verdict on a random model, or what it raised."""
+    try:
+        return judged(drawn(number, seed)), ""
+    except Exception as error:  # one model that crashes must not lose what is known of the others
+        return None, f"{type(error).__name__}: {str(error)[:200]}"
 
 
 class Block(nn.Module):
