@@ -63,7 +63,7 @@ def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> On
     Which node of the file a node is a step of goes into its metadata, which copies keep.
     """
     graph = program.graph_module.graph
-    place = module.path.name
+    place = module.source.path.name
     labels = {name: f"{place}: {label_of(node)}" for node in module.model.graph.node for name in node.output if name}
     values: dict[str, str] = {}
     steps: list[Node] = []

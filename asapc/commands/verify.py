@@ -216,7 +216,7 @@ def rate_sites(
     if [facts(site_data(site)) for site in sites] != [facts(site) for site in stored]:
         return {}, {}, "sites are not rated, since their loops do not show on these samples as they did in calibration"
     parameters = Source.at(folder / OPERATORS, CheckpointError)
-    tensors = read_safetensors(parameters.path, CheckpointError)
+    tensors = read_safetensors(parameters)
     pairs = zip(sites, stored, strict=True)
     choices = {site.name: Choice(read_choice(parameters, site, of, tensors), "") for site, of in pairs}
     try:

@@ -113,7 +113,7 @@ def weight_map(source: Source) -> dict[str, str]:
 def read_file(source: Source) -> dict[str, Any]:
     """Read the weights of one file."""
     is_safe = source.path.suffix == ".safetensors"
-    content = read_safetensors(source.path, CheckpointError) if is_safe else read_torch(source)
+    content = read_safetensors(source) if is_safe else read_torch(source)
     if not isinstance(content, dict):
         raise source.refuse("it holds no weights by name")
     return content

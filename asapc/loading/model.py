@@ -102,7 +102,7 @@ def load_file(path: Path, config: CompileConfig) -> LoadedModel:
                 "give its weights (module.state_dict()) with --model, or a torch.export archive",
             )
         case "safetensors":
-            return load_content(source, Content(read_safetensors(source.path, CheckpointError)), config)
+            return load_content(source, Content(read_safetensors(source)), config)
         case _:
             return load_content(source, read_content(source, config), config)
 

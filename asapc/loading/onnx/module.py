@@ -51,13 +51,12 @@ class OnnxModule(nn.Module):
     """An ONNX graph as a module in evaluation mode.
 
     Args:
-        source: the file, for messages.
+        source: the file.
         model: what `read_onnx` returns.
         batch: what `open_batch` returned for it.
 
     Attributes:
-        path: the file.
-        model: the same as the argument, never changed.
+        source, model: the same as the arguments, never changed.
         input_names: of the file's inputs; the forward takes them by position.
         input_types, input_sizes: their dtypes, and their sizes as in `types.model.InputType`.
         initializers: names in the file of the module's buffers.
@@ -68,7 +67,7 @@ class OnnxModule(nn.Module):
 
     def __init__(self, source: Source, model: Any, batch: int | None = None) -> None:
         super().__init__()
-        self.path, self.model, self.batch = source.path, model, batch
+        self.source, self.model, self.batch = source, model, batch
         check_operators(model.graph)
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
         inputs = list(model.graph.input)
@@ -96,7 +95,7 @@ class OnnxModule(nn.Module):
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Compute all outputs of the file, in its order."""
         values: dict[str, Value] = {}
-        demand = Demand(self.path)
+        demand = Demand(self.source)
         for name, value, dtype in zip(self.input_names, inputs, self.input_types, strict=True):
             if value.dtype != dtype:
                 raise TypeError(f"the input {name} takes {dtype}, not {value.dtype}")

@@ -41,7 +41,7 @@ def read_onnx(source: Source) -> Any:
     with source.reading():
         model = onnx.load_model_from_string(source.path.read_bytes())
     check_versions(source, model)
-    Demand(source.path).add_nodes(inlined_nodes(source, model))
+    Demand(source).add_nodes(inlined_nodes(source, model))
     total = source.size
     for tensor in list(tensors_in(source, model)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

@@ -90,7 +90,7 @@ def rebuild(members: Mapping[str, bytes], source: Source) -> bytes:
     contents = {name: members[name] for name in COPIED if name in members}
     contents[INPUTS] = b""
     graph = json.dumps(clean(read_json(members[MODEL], source), "", source))
-    Demand(source.path).add_nodes(graph.count('"target": '))  # in strings the quotes are escaped
+    Demand(source).add_nodes(graph.count('"target": '))  # in strings the quotes are escaped
     contents[MODEL] = graph.encode()
     for config, folder in PAYLOADS.items():
         payloads = read_json(members[config], source)

@@ -63,7 +63,7 @@ def load_program(source: Source) -> LoadedModel:
 
 def check_graph(source: Source, program: ExportedProgram) -> None:
     """Raise CheckpointError if a graph was captured in training mode, or asks for more memory than there can be."""
-    demand, inputs = Demand(source.path), set(program.graph_signature.user_inputs)
+    demand, inputs = Demand(source), set(program.graph_signature.user_inputs)
     varying: set[Node] = set()  # what depends on the inputs
     for node in program.graph.nodes:
         place = TRAINED.get(str(node.target))

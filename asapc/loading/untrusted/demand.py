@@ -1,8 +1,7 @@
 """Adds up what a graph asks for, before any of it is allocated: a few bytes of a file may ask for any amount."""
 
-from pathlib import Path
-
 from asapc.errors import CheckpointError
+from asapc.loading.untrusted.source import Source
 
 # Twelve layers of a hundred half-steps have some ten thousand; torch.export takes milliseconds for each.
 MAX_NODES = 2**14
@@ -15,11 +14,11 @@ class Demand:
     """What a graph has asked for so far.
 
     Args:
-        path: its file.
+        source: its file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, source: Source) -> None:
+        self.source = source
         self.nodes = self.constants = 0
 
     def add_nodes(self, count: int = 1) -> None:
@@ -31,7 +30,7 @@ class Demand:
         self.nodes += count
         if self.nodes > MAX_NODES:
             raise CheckpointError(
-                f"{self.path} runs more than {MAX_NODES:,} nodes", "export fewer layers, or loops of fewer iterations"
+                f"{self.source} runs more than {MAX_NODES:,} nodes", "export fewer layers, or loops of fewer iterations"
             )
 
     def add_constant(self, size: int) -> None:
@@ -41,8 +40,8 @@ class Demand:
             CheckpointError: all together take more than the file's size warrants.
         """
         self.constants += size
-        if self.constants > MAX_CONSTANTS_BYTES and self.constants > MAX_CONSTANTS_RATIO * self.path.stat().st_size:
+        if self.constants > MAX_CONSTANTS_BYTES and self.constants > MAX_CONSTANTS_RATIO * self.source.size:
             raise CheckpointError(
-                f"{self.path} computes constants of {self.constants:,} bytes and more, none of which it holds",
+                f"{self.source} computes constants of {self.constants:,} bytes and more, none of which it holds",
                 "store them in the file, or compute them from the inputs",
             )

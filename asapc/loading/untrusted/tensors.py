@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from asapc.loading.untrusted import unpickler
 from asapc.loading.untrusted.pickles import MAX_PICKLE_BYTES, check_pickle
-from asapc.loading.untrusted.source import Refusal, Source
+from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.zips import check_zip
 
 METADATA = "_metadata"  # where torch keeps the versions of modules, beside the weights of a state dict
@@ -174,12 +173,16 @@ def module_versions(value: dict[Any, Any]) -> dict[str, dict[str, int]]:
     }
 
 
-def read_safetensors(path: Path, error: Refusal) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file, which holds no code; the library checks its header against its size."""
+def read_safetensors(source: Source) -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors file, which holds no code; the library checks its header against its size.
+
+    Raises:
+        AsapcError: of the source's class. The file cannot be read.
+    """
     from safetensors.torch import load_file
 
-    with Source.at(path, error).reading():
-        tensors: dict[str, Tensor] = load_file(path)
+    with source.reading():
+        tensors: dict[str, Tensor] = load_file(source.path)
     return tensors
 
 

@@ -11,6 +11,7 @@ from asapc.capturing.onnx import check_memory
 from asapc.errors import CheckpointError
 from asapc.loading.model import load_model
 from asapc.loading.untrusted.demand import MAX_CONSTANTS_BYTES, MAX_NODES, Demand
+from asapc.loading.untrusted.source import Source
 from asapc.types.samples import Samples
 
 COUNT, SIZE = 40, 2**26  # numbers of float32: each a quarter of what all may take
@@ -59,7 +60,7 @@ def test_a_long_chain_is_refused(tmp_path):
 
 def test_constants_are_allowed_what_their_file_warrants(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
-    demand = Demand(tmp_path / "file")
+    demand = Demand(Source.at(tmp_path / "file", CheckpointError))
     demand.add_constant(MAX_CONSTANTS_BYTES)
     with pytest.raises(CheckpointError):
         demand.add_constant(1)
