@@ -20,7 +20,7 @@ from asapc.loading.samples import draw_inputs, load_samples
 from asapc.loading.untrusted.files import detect
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_safetensors, read_torch_parts
-from asapc.loading.weights import check_finite, first_of, load_weights, tensor_mappings
+from asapc.loading.weights import MAX_WRAPPERS, check_finite, first_of, load_weights, tensor_mappings
 from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
 
@@ -196,6 +196,6 @@ def find_modules(content: Any, place: str = "", depth: int = 0) -> Iterator[tupl
     """Yield the modules in nested mappings, each with the keys that lead to it."""
     if isinstance(content, nn.Module):
         yield place, content
-    elif isinstance(content, Mapping) and depth < 4:
+    elif isinstance(content, Mapping) and depth < MAX_WRAPPERS:
         for key, value in content.items():
             yield from find_modules(value, f"{place}.{key}" if place else str(key), depth + 1)

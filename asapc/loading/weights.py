@@ -17,7 +17,7 @@ from asapc.loading.untrusted.tensors import METADATA
 NamedTensors = Iterable[tuple[str, Tensor]]
 ONE_RUN = "the weights and the model's arguments must be from the same training run"
 COMPILED = "_orig_mod."  # of torch.compile
-MAX_DEPTH = 4  # {"model": {...}}, and what trainers put around that
+MAX_WRAPPERS = 4  # {"model": {...}}, and what trainers put around that
 ADAPTER = (".lora_A.", ".lora_B.", ".lora_embedding_A")  # in the names of tensors, of peft
 MAX_NAMES = 20  # of the model's weights, by which prefixes are found
 
@@ -117,7 +117,7 @@ def equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def tensor_mappings(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the mappings in nested mappings that hold tensors by name, outer ones first."""
-    if not isinstance(content, Mapping) or depth > MAX_DEPTH:
+    if not isinstance(content, Mapping) or depth > MAX_WRAPPERS:
         return
     if any(isinstance(value, Tensor) and isinstance(key, str) for key, value in content.items()):
         yield place, content

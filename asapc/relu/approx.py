@@ -38,7 +38,7 @@ OPERATIONS: dict[type, Callable[..., Tensor]] = {
     ast.USub: torch.neg,
     ast.UAdd: torch.positive,
 }
-MAX_DEPTH, MIN_POINTS, MAX_POINTS, MAX_RUNS = 10, 8, 100_000, 1000
+MAX_NETWORK_DEPTH, MIN_POINTS, MAX_POINTS, MAX_RUNS = 10, 8, 100_000, 1000
 # A function is convex or concave where its second differences have one sign, up to this share of the largest.
 STRAIGHT = 1e-9
 
@@ -141,7 +141,7 @@ def approximate(
         OptionError: the function cannot be read or is not finite on the interval, or an option is out of range.
     """
     for name, value, low, high in (
-        ("depth", depth, 1, MAX_DEPTH),
+        ("depth", depth, 1, MAX_NETWORK_DEPTH),
         ("points", points, MIN_POINTS, MAX_POINTS),
         ("runs", runs, 1, MAX_RUNS),
     ):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-MAX_DEPTH = 100  # levels; Python's own limit depends on who calls
+MAX_NESTING = 100  # levels of containers, of which files have fewer than ten; Python's own limit depends on who calls
 MAX_INTEGER = 2**64  # longer ones take quadratic time to print
 
 
@@ -12,7 +12,7 @@ def check_plain(value: Any, depth: int = 0) -> None:
     Raises:
         ValueError: it does; the message says which.
     """
-    if depth > MAX_DEPTH:
+    if depth > MAX_NESTING:
         raise ValueError("it nests too deeply")
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise ValueError("it holds an integer of more than 64 bits")

@@ -22,7 +22,7 @@ MAX_FILE = 2**31 - 2**20
 MIN_OPSET = 13
 MIN_IR = 3
 IR_OF_INITIALIZERS = 4  # from which on initializers need not be inputs
-MAX_DEPTH = 16  # graphs within graphs
+MAX_SUBGRAPH_DEPTH = 16  # graphs within graphs
 EXPORT = (
     'export it with a dynamic batch: dynamic_shapes={"NAME": {0: Dim("batch")}} or dynamic_axes={"NAME": {0: "batch"}}'
 )
@@ -191,7 +191,7 @@ def graphs_in(source: Source, *roots: Any) -> Iterator[Any]:
     stack = [(root, 0) for root in roots]
     while stack:
         graph, depth = stack.pop()
-        if depth > MAX_DEPTH:
+        if depth > MAX_SUBGRAPH_DEPTH:
             raise source.refuse("it nests graphs too deeply")
         yield graph
         stack += [(inner, depth + 1) for node in graph.node for inner in subgraphs(node)]

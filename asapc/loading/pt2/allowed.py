@@ -1,10 +1,11 @@
 """Checks what a graph of a torch.export archive may hold: operators, symbolic sizes, structures of inputs."""
 
 import ast
-import json
 import re
 
 import torch
+
+from asapc.loading.untrusted.texts import parse_json
 
 FORBIDDEN_OPERATORS = {"aten::from_file"}  # reads and writes files
 HIGHER_ORDER = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "cond"}
@@ -82,16 +83,16 @@ def check_keyword(keyword: ast.keyword) -> bool:
 def check_tree(text: str) -> bool:
     """Tell whether a structure of inputs or outputs is of tuples, lists and dicts; others import what they name."""
     try:
-        version, tree = json.loads(text)
+        version, tree = parse_json(text)
         return bool(version == 1) and check_branch(tree)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return False
 
 
 def check_branch(tree: dict[str, object]) -> bool:
     """Do as `check_tree`, for one branch."""
     kind, context, children = tree["type"], tree["context"], tree["children_spec"]
-    keys = json.loads(context) if isinstance(context, str) else context
+    keys = parse_json(context) if isinstance(context, str) else context
     return (
         (kind is None or kind in TREES)
         and (keys is None or (isinstance(keys, list) and all(isinstance(k, str) and KEY.fullmatch(k) for k in keys)))

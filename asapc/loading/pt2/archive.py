@@ -25,6 +25,7 @@ from asapc.loading.pt2.allowed import SYMBOL, check_expression, check_operator, 
 from asapc.loading.untrusted.demand import Demand
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import MAX_VIEWS_BYTES, MAX_VIEWS_RATIO, read_torch_stream
+from asapc.loading.untrusted.texts import read_json_stream
 from asapc.loading.untrusted.zips import check_zip
 
 MODEL = "models/model.json"
@@ -40,7 +41,7 @@ NAME = re.compile(r"\w*", re.ASCII)
 NUMBER = re.compile(r"-?Infinity|NaN")  # strings in JSON
 WEIGHT = re.compile(r"(?!__)\w*(?:\.(?!__)[\w-]*)*", re.ASCII)
 WEIGHT_KEYS = ("config", "fqn", "parameter_name", "buffer_name", "tensor_constant_name")
-MAX_JSON_BYTES = 2**28
+MAX_GRAPH_BYTES = 2**28
 ANEW = "export the model again, in evaluation mode, with torch.export.export and torch.export.save"
 
 
@@ -89,11 +90,11 @@ def rebuild(members: Mapping[str, bytes], source: Source) -> bytes:
     """Build a new archive of what torch may read."""
     contents = {name: members[name] for name in COPIED if name in members}
     contents[INPUTS] = b""
-    graph = json.dumps(clean(read_json(members[MODEL], source), "", source))
+    graph = json.dumps(clean(read_member(MODEL, members, source), "", source))
     Demand(source).add_nodes(graph.count('"target": '))  # in strings the quotes are escaped
     contents[MODEL] = graph.encode()
     for config, folder in PAYLOADS.items():
-        payloads = read_json(members[config], source)
+        payloads = read_member(config, members, source)
         names = check_payloads(payloads, folder, members, source)
         contents[config] = json.dumps(clean(payloads, "", source)).encode()
         contents |= {name: members[name] for name in names}
@@ -104,11 +105,10 @@ def rebuild(members: Mapping[str, bytes], source: Source) -> bytes:
     return buffer.getvalue()
 
 
-def read_json(content: bytes, source: Source) -> Any:
-    """Parse the JSON of a member; deep nesting raises RecursionError, which counts as damage."""
-    if len(content) > MAX_JSON_BYTES:
-        raise source.refuse("its graph is too long", ANEW)
-    return json.loads(content)
+def read_member(name: str, members: Mapping[str, bytes], source: Source) -> Any:
+    """Read the JSON of a member, which of a large model is long."""
+    content = members[name]
+    return read_json_stream(io.BytesIO(content), source.member(name, len(content)), ANEW, MAX_GRAPH_BYTES)
 
 
 def clean(value: Any, key: str, source: Source) -> Any:

@@ -16,10 +16,10 @@ from asapc.loading.untrusted import unpickler
 from asapc.loading.untrusted.pickles import MAX_PICKLE_BYTES, check_pickle
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.zips import check_zip
+from asapc.types.plain import MAX_NESTING
 
 METADATA = "_metadata"  # where torch keeps the versions of modules, beside the weights of a state dict
 FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-MAX_DEPTH = 100  # levels of containers; a checkpoint has fewer than ten
 # Views that overlap (tied weights, expanded masks) may claim more than the file holds, up to this many times its size.
 MAX_VIEWS_RATIO, MAX_VIEWS_BYTES = 8, 2**28
 
@@ -124,7 +124,7 @@ class Plain:
             return value
         if id(value) in self.copies:
             return self.copies[id(value)]
-        if depth > MAX_DEPTH:
+        if depth > MAX_NESTING:
             raise self.source.refuse("it nests containers too deeply")
         if isinstance(value, Tensor):
             self.count(value)

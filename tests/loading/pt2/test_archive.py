@@ -199,6 +199,43 @@ def test_json_that_is_no_graph_is_refused(member, content, whole, tmp_path):
     assert_refused(CheckpointError, load_model, rezip(whole, tmp_path / "m.pt2", {member: content}))
 
 
+def beside(name: str) -> Callable[[bytes], bytes]:
+    """A maker of JSON with one entry more in front of those of an object."""
+    return lambda whole: f"{{{name}, ".encode() + whole.strip()[1:]
+
+
+@pytest.mark.parametrize("member", [GRAPH, "data/weights/model_weights_config.json"])
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda whole: b'{"a":' * 3000 + whole + b"}" * 3000, "nests too deeply"),
+        (beside(f'"a": {"[" * 110}{"]" * 110}'), "nests too deeply"),
+        (beside(f'"a": {"1" * 100_000}'), "more than 64 bits"),
+        (beside(f'"a": -{2**64 + 1}'), "more than 64 bits"),
+        (beside('"a": 1, "a": 2'), "'a' twice"),
+        (beside('"a": NaN'), "holds NaN"),
+        (beside('"a": -Infinity'), "holds -Infinity"),
+        (beside('"a": 1e999'), "holds the number 1e999"),
+    ],
+)
+def test_json_that_readers_may_take_differently_is_refused(member, change, why, whole, tmp_path):
+    def changed(name: str, content: bytes) -> bytes:
+        return change(content) if name == member else content
+
+    message = assert_refused(CheckpointError, load_model, rezip(whole, tmp_path / "m.pt2", changed))
+    assert f"{member} in " in message
+    assert why in message
+
+
+def test_infinity_in_a_graph_is_a_number_like_others(tmp_path):
+    class Masked(nn.Module):
+        def forward(self, x):
+            return x.masked_fill(x < 0.5, float("-inf")).amax(-1)
+
+    x = torch.rand(2, 3, 4)
+    assert torch.equal(load_model(export(tmp_path / "m.pt2", Masked())).module(x), Masked()(x))
+
+
 @pytest.mark.parametrize("size", [2**40, 2**62, 2**70, -1])
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_weight_that_claims_more_than_it_holds_is_refused(size, empty, whole, tmp_path):
