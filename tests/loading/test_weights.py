@@ -1,24 +1,20 @@
 """Plain weights with `--model`: found by structure, compared, and given to the model that the user names."""
 
-import json
 import sys
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from helpers.hostile import Bomb, Tiny, assert_refused, forget
+from helpers.hostile import Tiny, assert_refused
+from helpers.weights import TINY, same, saved, weights
 from safetensors.torch import save_file
 from torch import nn
 
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, OptionError
-from asapc.loading.factories import build_model
 from asapc.loading.model import load_model
-
-TINY = CompileConfig(model="helpers.hostile:Tiny")
 
 
 class Tied(nn.Module):
@@ -30,20 +26,6 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.out(x)
-
-
-def saved(path: Path, content: object) -> Path:
-    torch.save(content, path)
-    return path
-
-
-def weights() -> dict[str, torch.Tensor]:
-    return Tiny().state_dict()
-
-
-def same(loaded, expected: dict[str, torch.Tensor]) -> bool:
-    found = loaded.module.state_dict()
-    return found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
@@ -319,158 +301,3 @@ def test_buffers_that_the_model_does_not_save_may_come_too_where_they_are_the_sa
     assert "mask" in assert_refused(
         CheckpointError, lambda path: load_model(path, TINY), saved(tmp_path / "o.pt", {**expected, "mask": own + 1})
     )
-
-
-# The model that the user names.
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """Writes a module into the working directory."""
-    monkeypatch.chdir(tmp_path)
-    written = []
-
-    def write(code: str, name: str = "my_model") -> None:
-        (tmp_path / f"{name}.py").write_text(f"import sys, torch\nfrom torch import nn\n{code}\n")
-        written.append(name)
-
-    yield write
-    for name in written:
-        forget(name)
-
-
-def test_a_model_of_the_working_directory_is_built_with_its_arguments(module, tmp_path):
-    module(
-        "def build(depth, *, width=1):\n    return nn.ModuleDict({str(i): nn.Linear(width, 1) for i in range(depth)})"
-    )
-    (tmp_path / "args.json").write_text('{"depth": 3, "width": 2}')
-    for args in ('{"depth": 3, "width": 2}', "args.json", {"depth": 3, "width": 2}):
-        assert sum(p.numel() for p in build_model("my_model:build", args).parameters()) == 9
-
-
-def test_a_class_inside_a_class_is_found(module):
-    module("class A:\n    class B(nn.Linear):\n        def __init__(self):\n            super().__init__(1, 1)")
-    assert isinstance(build_model("my_model:A.B", None), nn.Linear)
-
-
-@pytest.mark.parametrize(
-    ("name", "code", "word"),
-    [
-        ("my_model", "", "my_model"),
-        ("my_model:", "", "my_model:"),
-        (":build", "", ":build"),
-        ("my model:build", "", "my model"),
-        ("../my_model:build", "", "../my_model"),
-        ("no_such_module:build", "", "no module"),
-        ("my_model:build", "", "has no build"),
-        ("my_model:x.y", "x = 1", "has no x.y"),
-        ("my_model:build", "build = 3", "cannot be called"),
-        ("my_model:build", "build = lambda: 3", "int"),
-        ("my_model:build", "build = lambda: nn.Linear", "not a torch.nn.Module"),
-        ("my_model:build", "build = lambda depth: 3", "depth"),
-        ("my_model:build", "def build():\n    raise RuntimeError('first\\nsecond')", "RuntimeError: first"),
-        ("my_model:build", "def build():\n    raise KeyError", "KeyError"),
-        ("my_model:build", "def build():\n    sys.exit(3)", "SystemExit"),
-        ("my_model:build", "build = lambda: nn.LazyLinear(3)", "lazy"),
-        ("my_model:build", "import no_such_module", "no_such_module"),
-        ("my_model:build", "1 +", "SyntaxError"),
-        ("my_model:build", "sys.exit()", "SystemExit"),
-        ("my_model:build", "raise ValueError('bad')", "bad"),
-    ],
-)
-def test_a_model_that_cannot_be_built_is_refused_in_one_line(name, code, word, module):
-    module(code)
-    assert_refused(OptionError, lambda name: build_model(name, None), name, named=word)
-
-
-@pytest.mark.parametrize(
-    ("args", "word"),
-    [
-        ("missing.json", "no such file"),
-        (".", "folder"),
-        ("/dev/zero", "regular"),
-        ("binary.json", "binary.json is not JSON"),
-        ("long.json", "too long"),
-        ("{", "JSON"[:0]),
-        ("[1]", "the model's arguments '[1]' are not a JSON object"),
-        ('"text"', """the model's arguments '"text"' are not a JSON object"""),
-        ('{"a":' * 100_000, "nests too deeply"),
-        ("deep.json", "nests too deeply"),
-        ("", ""),
-    ],
-)
-def test_arguments_that_are_no_json_object_are_refused(args, word, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("binary.json").write_bytes(b"\xff\xfe\x00")
-    Path("long.json").write_text(json.dumps({"a": "x" * 2**21}))
-    Path("deep.json").write_text("[" * 100_000)
-    assert_refused(OptionError, lambda args: build_model("helpers.hostile:Tiny", args), args, named=word)
-
-
-# Pickled modules.
-
-
-def test_a_pickled_module_is_read_only_where_the_user_says_so(tmp_path):
-    expected = Tiny()
-    for content, place in ((expected, ""), ({"model": expected}, "'model'")):
-        path = saved(tmp_path / "m.pt", content)
-        with pytest.raises(CheckpointError, match="run code") as caught:
-            load_model(path)
-        assert "--unsafe-load" in caught.value.hint
-        loaded = load_model(path, CompileConfig(unsafe_load=True))
-        assert same(loaded, expected.state_dict())
-        assert "code in the file was run" in loaded.notes
-        assert place in loaded.notes[-1]
-
-
-def test_python_objects_beside_the_weights_are_run_only_where_the_user_says_so(tmp_path):
-    marker = tmp_path / "marker"
-    expected = weights()
-    path = saved(tmp_path / "m.pt", {"args": Bomb(marker), "model": expected})
-    assert same(load_model(path, TINY), expected)
-    assert not marker.exists()
-    assert same(load_model(path, CompileConfig(model="helpers.hostile:Tiny", unsafe_load=True)), expected)
-    assert marker.exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        (lambda module: setattr(module, "Kept", None) or delattr(module, "Kept"), "cannot be imported here"),
-        (lambda module: sys.modules.pop(module.__name__), "No module named 'moved'"),
-        (lambda module: setattr(module.Kept, "__setstate__", lambda *_: 1 / 0), "raises ZeroDivisionError"),
-    ],
-    ids=["class", "module", "raises"],
-)
-def test_a_program_that_fails_is_not_called_damaged(change, why, tmp_path, monkeypatch):
-    module = ModuleType("moved")
-    monkeypatch.setitem(sys.modules, "moved", module)
-    module.Kept = type("Kept", (nn.Linear,), {"__module__": "moved"})
-    path = saved(tmp_path / "m.pt", module.Kept(2, 2))
-    change(module)
-    message = assert_refused(CheckpointError, lambda p: load_model(p, CompileConfig(unsafe_load=True)), path)
-    assert why in message
-    assert "damaged" not in message
-
-
-def test_the_numbers_of_a_pickled_module_are_looked_at_as_those_of_weights(tmp_path):
-    read = CompileConfig(unsafe_load=True)
-    masked, spoilt = Tiny(), Tiny()
-    masked.mask.fill_(-torch.inf)
-    assert load_model(saved(tmp_path / "m.pt", masked), read).module.mask.isinf().all()
-    spoilt.head.bias.data[0] = torch.inf
-    assert "head.bias" in assert_refused(
-        CheckpointError, lambda p: load_model(p, read), saved(tmp_path / "m.pt", spoilt)
-    )
-    masked.mask[0, 0] = torch.nan
-    assert "mask" in assert_refused(CheckpointError, lambda p: load_model(p, read), saved(tmp_path / "m.pt", masked))
-
-
-def test_unsafe_load_runs_nothing_where_nothing_needs_it(shipped):
-    assert load_model(shipped, CompileConfig(unsafe_load=True)).notes == ()
-
-
-@pytest.mark.parametrize("content", [b"\x80\x02N.", b"\x80\x04N.", b"\x80", b"PK\x03\x04", b"junk"])
-def test_damage_stays_damage_with_unsafe_load(content, tmp_path):
-    (tmp_path / "m.pt").write_bytes(content)
-    assert_refused(CheckpointError, lambda path: load_model(path, CompileConfig(unsafe_load=True)), tmp_path / "m.pt")
