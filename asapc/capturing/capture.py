@@ -1,16 +1,16 @@
 """Captures models as one graph, by their format."""
 
 from collections.abc import Mapping
-from typing import cast
 
 from asapc.capturing.compare import check_single, compare_stops, run
 from asapc.capturing.early_stop import Unconverged
 from asapc.capturing.export import export
 from asapc.capturing.onnx import check_memory, unmark
-from asapc.errors import CaptureError, CheckpointError, InternalError, SamplesError
+from asapc.errors import CaptureError, CheckpointError, SamplesError
 from asapc.loading.inputs import order_inputs
-from asapc.loading.onnx.module import OnnxModule
+from asapc.loading.onnx.module import OnnxModel
 from asapc.loading.onnx.reader import EXPORT
+from asapc.loading.pt2.program import ExportedModel
 from asapc.types.graph import CapturedGraph, DynamicAxis
 from asapc.types.model import LoadedModel
 from asapc.types.options import EarlyStopRule
@@ -64,7 +64,7 @@ def capture_code(
     return CapturedGraph(program, example, stops, axes, departures)
 
 
-def capture_exported(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
+def capture_exported(loaded: ExportedModel, samples: Samples) -> CapturedGraph:
     """Return the graph of a torch.export archive with a dynamic batch axis alone, once the model has run on samples.
 
     Raises:
@@ -73,16 +73,13 @@ def capture_exported(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
     """
     samples, example = prepare(loaded, samples)
     run(loaded.module, example, samples)
-    if loaded.program is None:
-        raise InternalError(f"{loaded.path} was loaded as a torch.export archive without its program")
-    kinds = (loaded.inputs or {}).values()
-    if all(kind.sizes is None or None not in kind.sizes[1:] for kind in kinds):
+    if all(kind.sizes is None or None not in kind.sizes[1:] for kind in loaded.inputs.values()):
         return CapturedGraph(loaded.program, example)
     # Loops are recognised at fixed lengths: axes that the archive leaves open get those of the samples.
     return CapturedGraph(export(loaded.module, example.inputs), example)
 
 
-def capture_onnx(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
+def capture_onnx(loaded: OnnxModel, samples: Samples) -> CapturedGraph:
     """Capture the module of an ONNX file, and note which node is which value of the file.
 
     Raises:
@@ -90,8 +87,8 @@ def capture_onnx(loaded: LoadedModel, samples: Samples) -> CapturedGraph:
         CheckpointError: the model asks for more memory than there can be.
         CaptureError: the model cannot be captured, or differs for a batch of one.
     """
+    module = loaded.module
     samples, example = prepare(loaded, samples)
-    module = cast(OnnxModule, loaded.module)  # what `loading.onnx.module.load_onnx` returns
     check_memory(module, example)
     try:
         run(module, example, samples)

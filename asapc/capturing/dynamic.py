@@ -7,7 +7,7 @@ place, or it branches on a length and cannot be compiled that way.
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,11 +35,7 @@ def parse_axes(text: str, samples: Samples) -> Axes:
         OptionError: not of that form, no such axis, or a range without the samples' own length.
     """
     axes: dict[str, dict[int, DynamicAxis]] = {name: {0: BATCH_AXIS} for name in samples.inputs}
-    for term in filter(None, text.split(",")):
-        match = re.fullmatch(r"\s*([^\s=]{1,80})=(\d{1,9}):(\d{1,9})\s*", term)
-        if match is None:
-            raise OptionError(f"cannot read the dynamic axis {term[:200]!r}", FORM)
-        name, low, high = match[1], int(match[2]), int(match[3])
+    for name, low, high in parse_ranges(text):
         places = find_places(name, samples)
         sizes = {samples.inputs[of].shape[axis] for of, axis in places if axis > 0}
         if not places or len(sizes) > 1:
@@ -51,6 +47,19 @@ def parse_axes(text: str, samples: Samples) -> Axes:
         for of, axis in places:
             axes[of][axis] = DynamicAxis(re.sub(r"\W", "_", name), low, high)
     return axes
+
+
+def parse_ranges(text: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the name, the least and the largest length of each axis of such a description.
+
+    Raises:
+        OptionError: it is not of that form.
+    """
+    for term in filter(None, text.split(",")):
+        match = re.fullmatch(r"\s*([^\s=]{1,80})=(\d{1,9}):(\d{1,9})\s*", term)
+        if match is None:
+            raise OptionError(f"cannot read the dynamic axis {term[:200]!r}", FORM)
+        yield match[1], int(match[2]), int(match[3])
 
 
 def find_places(name: str, samples: Samples) -> list[tuple[str, int]]:
@@ -120,7 +129,6 @@ def reopen(
     Raises:
         CaptureError: the model cannot be captured that way, or then does other operations.
     """
-    require_code(loaded)
     uneven = next((site for site in sites if not site.loop.uniform), None)
     if uneven is not None:
         raise CaptureError(
@@ -129,15 +137,6 @@ def reopen(
     open_graph = capture_code(loaded, samples, early_stop, axes)
     names = node_names(graph, open_graph)
     return open_graph, [replace(site, wiring=site.wiring.renamed(names)) for site in sites]
-
-
-def require_code(loaded: LoadedModel) -> None:
-    """Raise CaptureError where a model is a graph, which cannot be captured at other lengths than its own."""
-    if loaded.format == "exported":
-        raise CaptureError(
-            f"{loaded.path} is an exported model, whose axes are as they were exported",
-            "export it with dynamic axes, or compile the checkpoint with --model",
-        )
 
 
 def node_names(graph: CapturedGraph, other: CapturedGraph) -> dict[str, str]:

@@ -1,9 +1,5 @@
 """Relates a captured graph to its ONNX file: which node is which value of the file, exactly."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
@@ -15,31 +11,6 @@ from asapc.loading.onnx.module import OnnxModule
 from asapc.passes.find.describe import SOURCE
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
-
-
-@dataclass(frozen=True, eq=False)
-class OnnxGraph(CapturedGraph):
-    """A graph that was captured from an ONNX file.
-
-    Attributes:
-        model: the file, a ModelProto.
-        values: names of the file's values, by the node of the graph that computes them. Some nodes compute none: they
-            are steps inside a node of the file.
-        initializers: names of the file's constants, by the buffer that holds them.
-    """
-
-    model: Any = None
-    values: Mapping[str, str] | None = None
-    initializers: Mapping[str, str] | None = None
-
-    def value_of(self, node: Node) -> str | None:
-        """Return the name of the file's value that a node of the graph computes; None where it is not a value there."""
-        if node.op == "placeholder":
-            inputs = [other for other in node.graph.nodes if other.op == "placeholder"]
-            return list(self.example.inputs)[inputs.index(node)]
-        if node.op == "get_attr":
-            return (self.initializers or {}).get(str(node.target))
-        return (self.values or {}).get(node.name)
 
 
 def check_memory(module: OnnxModule, example: Samples) -> None:
@@ -57,7 +28,7 @@ def check_memory(module: OnnxModule, example: Samples) -> None:
         return
 
 
-def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> OnnxGraph:
+def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> CapturedGraph:
     """Remove the marks from a program that was captured from an `OnnxModule`, and note what they say.
 
     Which node of the file a node is a step of goes into its metadata, which copies keep.
@@ -82,7 +53,7 @@ def unmark(program: ExportedProgram, example: Samples, module: OnnxModule) -> On
             steps.append(node)
     graph.lint()
     program.graph_module.recompile()
-    return OnnxGraph(program, example, model=module.model, values=values, initializers=module.initializers)
+    return CapturedGraph(program, example, values=values)
 
 
 def region_module(module: GraphModule, inputs: list[Node], body: list[Node], outputs: list[Node]) -> GraphModule:

@@ -233,7 +233,7 @@ def compare(
 def hops_in_torch(teacher: Teacher, compiled: Compiled) -> dict[str, RememberingRunner]:
     """Open the model as loaded, and after each step of the compilation that leaves it in torch."""
     hops: dict[str, Runner] = {
-        "teacher": origin_of(teacher.loaded).reference(teacher.loaded),
+        "teacher": origin_of(teacher.loaded).reference(),
         "capture": EagerRunner(teacher.graph.program.module()),
         "amortisation": EagerRunner(compiled.amortised),
     }

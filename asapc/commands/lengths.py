@@ -6,7 +6,7 @@ import torch
 
 from asapc.capturing.capture import capture_code
 from asapc.capturing.compare import run
-from asapc.capturing.dynamic import Axes, node_names, open_axes, require_code
+from asapc.capturing.dynamic import Axes, node_names, open_axes
 from asapc.errors import CaptureError, SamplesError
 from asapc.passes.find.build import build_plans
 from asapc.passes.find.evidence import find_with_evidence
@@ -65,7 +65,6 @@ def find_at_lengths(
     lengths = {name: axis.other for name, axis in open_axes(axes, samples).items()}
     if not first.sites or not lengths:
         return first
-    require_code(loaded)
     others = resized(samples, axes, lengths)
     try:
         captured = capture_code(loaded, others, early_stop)

@@ -57,7 +57,7 @@ def study(
     with stage("capture", on_event) as step:
         origin = origin_of(loaded)
         config = origin.adapt(config)  # before any work is done for options that the format refuses
-        graph = origin.capture(loaded, calibration, config.early_stop)
+        graph = origin.capture(calibration, config.early_stop)
         dump.graph("capture", graph)
         check_labels(EagerRunner(graph.program.module()), calibration, held_out)
         axes = parse_axes(config.dynamic, calibration)

@@ -189,7 +189,7 @@ def verify_model(
     sites, outside, note = rate_sites(folder, report, loaded, samples, config)
     if note and (of_sites := [str(bound) for bound in config.bounds() if bound.metric in SITE_METRICS]):
         raise SamplesError(f"{', '.join(of_sites)} cannot be judged: {note}", "use other samples, or omit these terms")
-    hops = {"teacher": origin_of(loaded).reference(loaded), "compiled": OnnxRuntimeRunner(folder / MODEL)}
+    hops = {"teacher": origin_of(loaded).reference(), "compiled": OnnxRuntimeRunner(folder / MODEL)}
     fidelity = verify(hops, {}, sites, samples)
     return hold(Verification(fidelity, config.bounds() or budget_of(report, fidelity), outside, note), show)
 

@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -58,6 +58,8 @@ class CapturedGraph:
         early_stops: the early stops that it omits; None where the model has none.
         axes: its open axes by the input's name and their number; None for the first of each, the batch, alone.
         departures: where values leave it as arrays, to be kept or printed, as "file:line"; they are no part of it.
+        values: names of the values of the ONNX file that it was captured from, by the node that computes them. Some
+            nodes compute none: they are steps inside a node of the file.
     """
 
     program: ExportedProgram
@@ -65,6 +67,7 @@ class CapturedGraph:
     early_stops: EarlyStops | None = None
     axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None
     departures: tuple[str, ...] = ()
+    values: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def output_names(self) -> list[str]:

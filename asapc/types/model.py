@@ -3,15 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from asapc.types.samples import Samples
-
-Format = Literal["code", "exported", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,8 @@ class InputType:
 class LoadedModel:
     """A trained model in evaluation mode, and the samples that came with it.
 
+    Models that came as a graph are of a class of their own, in `loading`.
+
     Attributes:
         module: the model; `loading.inputs.arguments` says how `Samples.inputs` reach it.
         path: the file it was read from.
@@ -38,11 +36,9 @@ class LoadedModel:
         parameters: number of parameters.
         calibration: samples for fitting, None where the file carries none.
         held_out: samples that no stage fits on, None where the file carries none.
-        program: the graph of a torch.export archive, free of writes in place; None where there is only the module.
         inputs: what an exported model takes, by name and in its order; None for code, whose forward has parameters.
         example: inputs that are good enough to capture the model with, not to fit on; None for none.
         notes: what the user should know about how the file was read.
-        format: what the file holds: weights of a module of Python, a torch.export archive, or ONNX.
     """
 
     module: nn.Module
@@ -51,8 +47,6 @@ class LoadedModel:
     parameters: int
     calibration: Samples | None
     held_out: Samples | None
-    program: ExportedProgram | None = None
     inputs: Mapping[str, InputType] | None = None
     example: Samples | None = None
     notes: tuple[str, ...] = ()
-    format: Format = "code"

@@ -1,9 +1,8 @@
 """Handles what differs by a model's format: how it is captured, what it is compared with, how it is written."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from torch import nn
 
@@ -13,19 +12,24 @@ from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.onnxruntime.splicer import splice_onnx
 from asapc.capturing.capture import capture_code, capture_exported, capture_onnx
-from asapc.capturing.onnx import OnnxGraph
+from asapc.capturing.dynamic import parse_ranges
 from asapc.config import CompileConfig
 from asapc.errors import OptionError
+from asapc.loading.onnx.module import OnnxModel
+from asapc.loading.pt2.program import ExportedModel
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.graph import CapturedGraph
-from asapc.types.model import Format, LoadedModel
+from asapc.types.model import LoadedModel
 from asapc.types.options import EarlyStopRule
 from asapc.types.samples import Samples
 from asapc.types.site import Site
 
 
+@dataclass(frozen=True, eq=False)
 class Origin:
-    """A format that models come in; this class itself handles modules of Python."""
+    """A model in the format that it came in; this class itself handles modules of Python."""
+
+    loaded: LoadedModel
 
     def adapt(self, config: CompileConfig) -> CompileConfig:
         """Adapt options to a model of this format.
@@ -35,13 +39,13 @@ class Origin:
         """
         return config
 
-    def capture(self, loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
+    def capture(self, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
         """Capture the model as one graph with a dynamic batch; see `capturing.capture`."""
-        return capture_code(loaded, samples, early_stop)
+        return capture_code(self.loaded, samples, early_stop)
 
-    def reference(self, loaded: LoadedModel) -> Runner:
+    def reference(self) -> Runner:
         """Return a runner of the model as it came, to compare with."""
-        return EagerRunner(loaded.module)
+        return EagerRunner(self.loaded.module)
 
     def write(
         self,
@@ -68,16 +72,31 @@ class Origin:
         return export_onnx(compiled, path, metadata)
 
 
+@dataclass(frozen=True, eq=False)
 class Exported(Origin):
     """An archive of torch.export, which holds its graph."""
 
-    def capture(self, loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
+    loaded: ExportedModel
+
+    def adapt(self, config: CompileConfig) -> CompileConfig:
+        """Refuse open axes but the batch: a graph cannot be captured at other lengths than its own."""
+        if any(name != "batch" for name, _, _ in parse_ranges(config.dynamic)):
+            raise OptionError(
+                f"{self.loaded.path} is an exported model, whose axes are as they were exported",
+                "omit --dynamic, or compile the checkpoint with --model",
+            )
+        return config
+
+    def capture(self, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
         """Return the graph of the archive."""
-        return capture_exported(loaded, samples)
+        return capture_exported(self.loaded, samples)
 
 
+@dataclass(frozen=True, eq=False)
 class OnnxFile(Origin):
     """An ONNX file, of which the loops alone are replaced."""
+
+    loaded: OnnxModel
 
     def adapt(self, config: CompileConfig) -> CompileConfig:
         """Keep operators to standard ONNX, as the file does; refuse options that would change the rest of the file."""
@@ -89,13 +108,13 @@ class OnnxFile(Origin):
             )
         return replace(config, lowering="materialised")
 
-    def capture(self, loaded: LoadedModel, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
+    def capture(self, samples: Samples, early_stop: EarlyStopRule) -> CapturedGraph:
         """Capture the module that computes the file."""
-        return capture_onnx(loaded, samples)
+        return capture_onnx(self.loaded, samples)
 
-    def reference(self, loaded: LoadedModel) -> Runner:
+    def reference(self) -> Runner:
         """Return the file in ONNX Runtime."""
-        return OnnxRuntimeRunner(loaded.path)
+        return OnnxRuntimeRunner(self.loaded.path)
 
     def write(
         self,
@@ -107,13 +126,15 @@ class OnnxFile(Origin):
         metadata: Mapping[str, str],
     ) -> OnnxArtifact:
         """Put the operators into the file; the rest of it stays as it is, byte for byte."""
-        onnx_graph = cast(OnnxGraph, graph)  # what `capture` returns
-        return splice_onnx(onnx_graph, sites, modules, path, metadata)
-
-
-ORIGINS: Mapping[Format, Origin] = {"code": Origin(), "exported": Exported(), "onnx": OnnxFile()}
+        return splice_onnx(self.loaded.module, graph, sites, modules, path, metadata)
 
 
 def origin_of(loaded: LoadedModel) -> Origin:
     """Return the origin of a model, by its format."""
-    return ORIGINS[loaded.format]
+    match loaded:
+        case ExportedModel():
+            return Exported(loaded)
+        case OnnxModel():
+            return OnnxFile(loaded)
+        case _:
+            return Origin(loaded)

@@ -8,7 +8,7 @@ from torch import nn
 from asapc.commands.study import study as open_study
 from asapc.commands.study import study_module
 from asapc.config import CompileConfig
-from asapc.errors import CaptureError
+from asapc.errors import CaptureError, OptionError
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.operators import exact_operator
 from asapc.types.samples import Samples
@@ -85,7 +85,7 @@ def test_an_exported_model_is_told_that_its_axes_are_fixed(tmp_path):
     batch = torch.export.Dim("batch")
     torch.export.save(torch.export.export(module, (x[:2],), dynamic_shapes=({0: batch},)), tmp_path / "model.pt2")
     torch.save({"x": x}, tmp_path / "samples.pt")
-    with pytest.raises(CaptureError, match="axes are as they were exported"):
+    with pytest.raises(OptionError, match="axes are as they were exported"):
         open_study(tmp_path / "model.pt2", CompileConfig(dynamic="seq=8:64", calib=tmp_path / "samples.pt"))
 
 

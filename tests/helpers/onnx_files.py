@@ -81,7 +81,8 @@ def run_ort(path: Path, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
 def replaced(path: Path, inputs: dict[str, torch.Tensor]) -> tuple[Sequence[Site], Path]:
     """The sites of a file, and a file beside it in which the exact operator stands for them."""
     samples = Samples(inputs)
-    graph = capture_onnx(load_model(path), samples)
+    loaded = load_model(path)
+    graph = capture_onnx(loaded, samples)
     sites = find_with_evidence(graph, samples).sites
     operators = {site.name: exact_operator(site) for site in sites}
-    return sites, splice_onnx(graph, sites, operators, path.with_name("out.onnx"), {}).path
+    return sites, splice_onnx(loaded.module, graph, sites, operators, path.with_name("out.onnx"), {}).path

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from asapc.backends.base import temporary
 from asapc.backends.onnxruntime.builder import OPSET, to_proto
 from asapc.capturing.export import export
-from asapc.capturing.onnx import OnnxGraph, region_module
+from asapc.capturing.onnx import region_module
 from asapc.errors import BuildError
+from asapc.loading.onnx.module import OnnxModule
+from asapc.loading.onnx.reader import MAX_FILE, UPGRADE, opset_of
 from asapc.passes.onnx.splice import Piece, SpliceOnnx
 from asapc.passes.record import record
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
@@ -22,20 +24,24 @@ from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Site
 
-UPGRADE = "convert it with onnx.version_converter.convert_version(model, 18), or export it anew with opset_version=18"
 # Attributes that older opsets lack, and without which nodes of the exporter do the same.
 DROPPABLE = {"allowzero", "noop_with_empty_axes", "num_outputs"}
-MAX_BYTES = 2**31 - 2**20  # bytes of a file of protobuf
 
 
 def splice_onnx(
-    graph: OnnxGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module], path: Path, metadata: Mapping[str, str]
+    file: OnnxModule,
+    graph: CapturedGraph,
+    sites: Sequence[Site],
+    modules: Mapping[str, nn.Module],
+    path: Path,
+    metadata: Mapping[str, str],
 ) -> OnnxArtifact:
     """Write an ONNX file whose sites are replaced by their operators; all else of it stays as it is.
 
     Args:
-        graph: the file.
-        sites: of the file.
+        file: the file.
+        graph: the same, captured.
+        sites: of the graph.
         modules: operators by the site's name.
         path: file to write; it appears whole or not at all.
         metadata: what the file says about its origin, besides its own entries.
@@ -43,13 +49,13 @@ def splice_onnx(
     Raises:
         BuildError: an operator cannot be written in the file's opset, or the file grows beyond what ONNX can hold.
     """
-    opset = opset_of(graph.model)
-    pieces = Cutter(graph, sites, modules, opset).pieces() if modules else []
+    opset = opset_of(file.model)
+    pieces = Cutter(file, graph, sites, modules).pieces() if modules else []
     # An operator is fitted to a number of tokens: it fixes axes that the file leaves open.
     sizes = {name: dict(enumerate(value.shape[1:], 1)) for name, value in graph.example.inputs.items()}
-    fixed = open_axes(graph.model, sizes) if pieces else {}
-    model = SpliceOnnx(pieces, metadata, fixed)(graph.model).program
-    if model.ByteSize() > MAX_BYTES:
+    fixed = open_axes(file.model, sizes) if pieces else {}
+    model = SpliceOnnx(pieces, metadata, fixed)(file.model).program
+    if model.ByteSize() > MAX_FILE:
         raise BuildError(f"the compiled model has {model.ByteSize():,} bytes, more than an ONNX file can", "use less")
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
     temporary(path).rename(path)
@@ -70,17 +76,18 @@ class Cutter:
     """Cuts operators out of a rewritten graph, each as an ONNX model from values of the file to values of the file.
 
     Args:
-        graph: the file.
-        sites: of the file.
+        file: the file.
+        graph: the same, captured.
+        sites: of the graph.
         modules: operators by the site's name.
-        opset: of the file.
     """
 
-    def __init__(self, graph: OnnxGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module], opset: int) -> None:
-        self.graph, self.opset = graph, opset
+    def __init__(
+        self, file: OnnxModule, graph: CapturedGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module]
+    ) -> None:
+        self.graph, self.opset = graph, opset_of(file.model)
         self.original = graph.program.module()
-        values = {node.name: graph.value_of(node) for node in self.original.graph.nodes}
-        self.values = {name: value for name, value in values.items() if value is not None}
+        self.values = {**graph.values, **values_outside(self.original.graph, file)}
         self.rewritten = RewriteSinkhorn(sites, modules)(graph.program.module()).program
         ends = {site.name: site.wiring.result.node for site in sites if site.name in modules}
         # An operator stands for the node that it replaced, under another name.
@@ -161,6 +168,14 @@ class Cutter:
         return sorted(inputs), sorted(body)
 
 
+def values_outside(graph: Graph, file: OnnxModule) -> dict[str, str]:
+    """Return the names of the file's inputs and constants, by the node of a captured graph that holds them."""
+    inputs = graph.find_nodes(op="placeholder")
+    names = {node.name: name for node, name in zip(inputs, file.input_names, strict=True)}
+    constants = {node.name: file.initializers.get(node.target) for node in graph.find_nodes(op="get_attr")}
+    return names | {node: name for node, name in constants.items() if name is not None}
+
+
 def dynamic(shape: torch.Size, value: Tensor, batch: int, dim: Dim) -> dict[int, Any]:
     """Return which axes of a value grow with the batch: those of its length, and those of batch and heads in one."""
     return {
@@ -168,12 +183,6 @@ def dynamic(shape: torch.Size, value: Tensor, batch: int, dim: Dim) -> dict[int,
         for axis, size in enumerate(shape)
         if not isinstance(size, int)
     }
-
-
-def opset_of(model: Any) -> int:
-    """Return the version of the standard's operators in a model."""
-    version: int = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    return version
 
 
 def lower(model: Any, opset: int) -> None:

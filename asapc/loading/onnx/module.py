@@ -1,6 +1,7 @@
 """Models from ONNX files: a module that runs the nodes of the file, and remembers which node is which."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -249,7 +250,18 @@ def open_sizes(value: Any) -> tuple[int | None, ...] | None:
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
 
 
-def load_onnx(source: Source) -> LoadedModel:
+@dataclass(frozen=True, eq=False)
+class OnnxModel(LoadedModel):
+    """A model from an ONNX file.
+
+    Attributes:
+        module: the module that runs its nodes.
+    """
+
+    module: OnnxModule
+
+
+def load_onnx(source: Source) -> OnnxModel:
     """Read an ONNX file as a model.
 
     Raises:
@@ -266,7 +278,7 @@ def load_onnx(source: Source) -> LoadedModel:
     notes = [f"ONNX, opset {opset_of(model)}, {len(model.graph.node)} nodes"]
     if batch is not None and batch > 0:
         notes.append(f"its batch, fixed at {batch}, is open")
-    return LoadedModel(
+    return OnnxModel(
         module=module,
         path=source.path,
         sha256=source.sha256,
@@ -275,5 +287,4 @@ def load_onnx(source: Source) -> LoadedModel:
         held_out=None,
         inputs=dict(zip(module.input_names, kinds, strict=True)),
         notes=tuple(notes),
-        format="onnx",
     )

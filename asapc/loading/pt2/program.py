@@ -1,6 +1,8 @@
 """Loads models from torch.export archives, with what the rest of asapc needs to know about their programs."""
 
 import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -30,7 +32,20 @@ TRAINED = {
 }
 
 
-def load_program(source: Source) -> LoadedModel:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ExportedModel(LoadedModel):
+    """A model from a torch.export archive.
+
+    Attributes:
+        program: its graph, free of writes in place.
+        inputs: what it takes, by name and in its order.
+    """
+
+    program: ExportedProgram
+    inputs: Mapping[str, InputType]
+
+
+def load_program(source: Source) -> ExportedModel:
     """Load a .pt2 archive as a model.
 
     Raises:
@@ -46,7 +61,7 @@ def load_program(source: Source) -> LoadedModel:
         constants = [(n, v) for n, v in program.constants.items() if isinstance(v, Tensor) and v.numel() > 1]
         check_finite(source, program.named_parameters(), [*program.named_buffers(), *constants])
         example = sample_inputs(source, list(inputs), sample)
-    return LoadedModel(
+    return ExportedModel(
         module=module,
         path=source.path,
         sha256=source.sha256,
@@ -57,7 +72,6 @@ def load_program(source: Source) -> LoadedModel:
         inputs=inputs,
         example=example,
         notes=("torch.export archive with sample inputs" if example else "torch.export archive",),
-        format="exported",
     )
 
 
