@@ -150,7 +150,7 @@ def activations(graph: CapturedGraph, site: Site, samples: Samples) -> Iterator[
 def part(graph: CapturedGraph, site: Site, params: SlicedDualParams, samples: Samples) -> Part:
     """Return all that a fit, of any kind, needs of some samples, in float64."""
     values = record(graph.program.module(), samples, {operand.node for operand in site.wiring.operands})
-    applied = site_inputs(site, [values[operand.node].double() for operand in site.wiring.operands], None)[-1]
+    applied = site_inputs(site, [values[operand.node].double() for operand in site.wiring.operands], None).values
     assert applied is not None
     scores, queries, keys = activation(site, values)
     bases = params.query_basis.double(), params.key_basis.double()

@@ -6,7 +6,7 @@ followed as well.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,23 @@ MERGED = {"z": "bh", "y": "hb"}
 # What an operator reads: the scores (B, H, N, M); the scores computed as (B, H, M, N), which saves a transposition; or
 # queries (B, H, N, D) in units of the temperature, whose products with the keys are the scores.
 Form = Literal["scores", "turned", "points"]
+
+
+class Inputs(NamedTuple):
+    """The arguments of a site's operator, (B, H, ...).
+
+    Attributes:
+        scores: the scores in one of the forms; see `Form`.
+        queries, keys: None where the scores are no product.
+        values: None where the result is the plan.
+        live: (B, H, 1, M), 1 for a live key and 0 for a masked one; in the form "points" alone, where keys are masked.
+    """
+
+    scores: Tensor
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    live: Tensor | None = None
 
 
 def arrange(tensor: Tensor, axes: str, last_two: str, groups: int, heads: int) -> Tensor:
@@ -112,14 +129,10 @@ def score_factor(site: Site, dtype: torch.dtype, form: Form = "scores") -> Tenso
     return factor.to(dtype).reshape(-1, 1, 1)
 
 
-def site_inputs(
-    site: Site, tensors: Sequence[Tensor], factor: Tensor | None, form: Form = "scores"
-) -> list[Tensor | None]:
-    """Return the arguments of a site's operator: scores, queries, keys and values (B, H, ...), None for those it lacks.
+def site_inputs(site: Site, tensors: Sequence[Tensor], factor: Tensor | None, form: Form = "scores") -> Inputs:
+    """Return the arguments of a site's operator.
 
-    In the form "points", queries in units of the temperature replace the scores. The scores among the operands are
-    then a single row, that of a zero query. Where keys are masked, a fifth argument (B, H, 1, M) holds 1 for a live
-    key and 0 for a masked one.
+    In the form "points" the scores among the operands are a single row, that of a zero query.
 
     Args:
         site: the site.
@@ -127,45 +140,60 @@ def site_inputs(
         factor: of the site, from `score_factor`; passed in, since it is not traced.
         form: of the scores, see `Form`; forms other than "scores" need a product.
     """
-    scores, queries, keys, values = arrange_operands(site, tensors)
-    if scores is not None and site.wiring.exponential:
-        scores = scores.log()
-    if scores is not None and form != "points":
-        return [scores if factor is None else scores * factor, queries, keys, values]
-    assert queries is not None  # the scores are a product
-    assert keys is not None
+    arranged = arrange_operands(site, tensors)
+    product, attention = site.wiring.product, site.wiring.attention
+    values = None if attention is None else arranged[attention.value]
+    if product is None:
+        return Inputs(true_scores(site, arranged, factor), values=values)
+    queries, keys = arranged[product.query], arranged[product.key]
+    if form != "points" and not product.is_scores:
+        return Inputs(true_scores(site, arranged, factor), queries, keys, values)
     scaled = queries if factor is None else (queries * factor).to(queries.dtype)
-    if form == "points":
-        if scores is None:
-            return [scaled, queries, keys, values]
-        live = (scores * site.loop.scale.mean().item() >= MIN_LIVE).to(site.wiring.dtype)
-        return [scaled, queries, keys, values, live]
-    scores = keys @ scaled.transpose(-1, -2) if form == "turned" else scaled @ keys.transpose(-1, -2)
-    return [scores, queries, keys, values]
+    if form == "scores":
+        return Inputs(scaled @ keys.transpose(-1, -2), queries, keys, values)
+    if form == "turned":
+        return Inputs(keys @ scaled.transpose(-1, -2), queries, keys, values)
+    if product.is_scores:
+        return Inputs(scaled, queries, keys, values)
+    live = (true_scores(site, arranged, site.loop.scale.mean().item()) >= MIN_LIVE).to(site.wiring.dtype)
+    return Inputs(scaled, queries, keys, values, live)
 
 
-def arrange_operands(site: Site, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the scores, queries, keys and values of a site as (B, H, ...), None for those among no operands."""
+def true_scores(site: Site, arranged: Mapping[Operand, Tensor], factor: Tensor | float | None) -> Tensor:
+    """Return the scores among the operands of a site times a factor, their logarithm where the node holds exp of it."""
+    scores = arranged[site.wiring.scores]
+    scores = scores.log() if site.wiring.exponential else scores
+    return scores if factor is None else scores * factor
+
+
+def arrange_operands(site: Site, tensors: Sequence[Tensor]) -> dict[Operand, Tensor]:
+    """Return the operands of a site as (B, H, ...)."""
     wiring, heads = site.wiring, site.loop.heads
     rest = iter(tensors)
+    arranged: dict[Operand, Tensor] = {}
     batch: int | torch.SymInt | None = None  # known from the first operand that is not shared
 
-    def take(operand: Operand, last_two: str) -> Tensor:
+    def take(operand: Operand, last_two: str) -> None:
         nonlocal batch
         tensor = arrange(next(rest), operand.axes, last_two, wiring.groups, heads)
-        if is_shared(operand):
-            return tensor if batch is None else tensor.expand(batch, heads, -1, -1)
-        batch = tensor.shape[0]
-        return tensor if set(operand.axes) & set("hzy") else tensor.expand(-1, heads, -1, -1)
+        if not is_shared(operand):
+            batch = tensor.shape[0]
+            tensor = tensor if set(operand.axes) & set("hzy") else tensor.expand(-1, heads, -1, -1)
+        elif batch is not None:
+            tensor = tensor.expand(batch, heads, -1, -1)
+        arranged[operand] = tensor
 
-    scores = None if wiring.scores_are_product else take(wiring.scores, "nm")
-    queries = keys = None
+    if not wiring.scores_are_product:
+        take(wiring.scores, "nm")
     if wiring.product is not None:
-        queries, keys = take(wiring.product.query, "nd"), take(wiring.product.key, "md")
-        if wiring.scores_are_product and is_shared(wiring.product.query):
-            queries = queries.expand(keys.shape[0], heads, -1, -1)  # the batch was unknown before the keys
-    values = None if wiring.attention is None else take(wiring.attention.value, "me")
-    return [scores, queries, keys, values]
+        query, key = wiring.product.query, wiring.product.key
+        take(query, "nd")
+        take(key, "md")
+        if wiring.scores_are_product and is_shared(query):  # the batch was unknown before the keys
+            arranged[query] = arranged[query].expand(arranged[key].shape[0], heads, -1, -1)
+    if wiring.attention is not None:
+        take(wiring.attention.value, "me")
+    return arranged
 
 
 def is_shared(operand: Operand) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from asapc.backends.base import RememberingRunner
 from asapc.fidelity.outputs import BATCH
-from asapc.passes.layout import arrange, score_factor, site_inputs
+from asapc.passes.layout import Inputs, arrange, score_factor, site_inputs
 from asapc.passes.record import record, record_with_outputs
 from asapc.types.graph import CapturedGraph
 from asapc.types.results import SiteFidelity
@@ -103,14 +103,14 @@ class Reference:
     """What the loop of a site makes of one batch, to compare operators with; wide are float32 or the model's own type.
 
     Attributes:
-        inputs: scores, queries and keys, and the values where there are any, in the precision of the model.
+        inputs: the operator's, in the precision of the model.
         plan: (B, H, N, M), wide; of a plan that stays a logarithm, its exp.
         output: plan @ values (B, H, N, E), or the plan, float64.
         rows, columns: which of them are live, (B, H, N, 1) and (B, H, 1, M).
         row_mass, column_mass: the plan's own sums of rows; what columns are held to; float64.
     """
 
-    inputs: Sequence[Tensor | None]
+    inputs: Inputs
     plan: Tensor
     output: Tensor
     rows: Tensor
@@ -127,7 +127,7 @@ class Reference:
         inputs = site_inputs(site, operands, score_factor(site, wiring.dtype))
         plan = widen(arrange(values[wiring.plan.node], wiring.plan.axes, "nm", wiring.groups, loop.heads))
         plan = plan.exp() if wiring.logarithm else plan
-        output = plan.double() if inputs[-1] is None else plan.double() @ inputs[-1].double()
+        output = plan.double() if inputs.values is None else plan.double() @ inputs.values.double()
         # Masked rows and columns are zero in the teacher's plan, whatever the code masks with.
         rows, columns = (plan.amax(dim=dim, keepdim=True) > 0 for dim in (-1, -2))
         row_mass, column_mass = (plan.sum(dim=dim, keepdim=True).double() for dim in (-1, -2))
@@ -150,7 +150,7 @@ def site_errors(site: Site, operator: nn.Module, loop: Reference) -> SiteErrors:
         operator: takes scores, queries, keys and, unless the plan itself is asked for, values.
         loop: what it is compared with.
     """
-    scores, queries, keys, applied = loop.inputs
+    scores, queries, keys, applied, _ = loop.inputs
     with torch.no_grad():
         plan = widen(operator(scores, queries, keys))
         if applied is None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from asapc.ops.scaling import MIN_LIVE
-from asapc.passes.layout import score_factor, site_inputs
+from asapc.passes.layout import Inputs, score_factor, site_inputs
 from asapc.types.site import Site
 
 Activations = dict[str, tuple[Tensor, Tensor, Tensor]]  # (scores, queries, keys) by the site's name, float64
@@ -19,17 +19,15 @@ def activation(site: Site, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     Raises:
         ValueError: the site has no queries and keys.
     """
-    scores, queries, keys, _ = float64_inputs(site, values)
-    if scores is None or queries is None or keys is None:
+    inputs = float64_inputs(site, values)
+    if inputs.queries is None or inputs.keys is None:
         raise ValueError(f"site {site.name} has no queries and keys to fit on")
-    return masked(site, scores), queries, keys
+    return masked(site, inputs.scores), inputs.queries, inputs.keys
 
 
 def masked_scores(site: Site, values: Mapping[str, Tensor]) -> Tensor:
     """Return scores (B, H, N, M) of a site in units of the temperature, -inf where masked, in float64."""
-    scores, *_ = float64_inputs(site, values)
-    assert scores is not None
-    return masked(site, scores)
+    return masked(site, float64_inputs(site, values).scores)
 
 
 def masked(site: Site, scores: Tensor) -> Tensor:
@@ -38,7 +36,7 @@ def masked(site: Site, scores: Tensor) -> Tensor:
     return scores.masked_fill(scores < MIN_LIVE, -inf) if site.loop.masked else scores
 
 
-def float64_inputs(site: Site, values: Mapping[str, Tensor]) -> list[Tensor | None]:
+def float64_inputs(site: Site, values: Mapping[str, Tensor]) -> Inputs:
     """Return the inputs of a site's operator in float64."""
     operands = [values[operand.node].double() for operand in site.wiring.operands]
     return site_inputs(site, operands, score_factor(site, torch.float64))

@@ -54,11 +54,10 @@ class InLayout(nn.Module):
         """Run `forward` without automatic casts."""
         site, wiring = self.site, self.site.wiring
         inputs = [t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]
+        scores, *others, live = site_inputs(site, inputs, self.factor, self.form)
         methods = {"scores": "forward", "turned": "oriented", "points": "from_points"}
         run: Callable[..., Tensor] = getattr(self.operator, methods[self.form])
-        first, *others = site_inputs(site, inputs, self.factor, self.form)
-        assert first is not None
-        result = run(first if self.form == "points" else first.to(site.wiring.dtype), *others)
+        result = run(scores, *others, live) if self.form == "points" else run(scores.to(site.wiring.dtype), *others)
         result = result if result.dtype == self.dtype else result.to(self.dtype)
         last_two = "nm" if wiring.attention is None else "ne"
         return restore(result, wiring.result.axes, last_two, wiring.groups, site.loop.heads)
