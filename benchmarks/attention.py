@@ -152,13 +152,13 @@ def in_torch() -> Iterator[Row]:
         for name, module in ((name, by_name[name]) for name in TORCH_FORMS):
             runners[f"{name}, eager"] = EagerRunner(module)
             torch._dynamo.reset()
-            runners[f"{name}, compiled"] = Compiled(module)
+            runners[f"{name}, compiled"] = CompiledRunner(module)
         row = {"batch": 1, "length": length, "ms": medians(runners, samples, 1)}
         print(length, {name: round(ms, 2) for name, ms in row["ms"].items()}, flush=True)
         yield row
 
 
-class Compiled(EagerRunner):
+class CompiledRunner(EagerRunner):
     """A module through torch.compile; the inputs keep their names."""
 
     runtime = "torch.compile"

@@ -32,7 +32,7 @@ from asapc.ops.sliced_dual import SlicedDual, target_dual
 from asapc.passes.layout import site_inputs
 from asapc.passes.record import record
 from asapc.planning.activations import Activations, activation
-from asapc.planning.calibrate import Fitted, calibrate, regressions, to_dtype
+from asapc.planning.calibrate import FitKey, calibrate, regressions, to_dtype
 from asapc.planning.propose import split, truncate
 from asapc.planning.ridge import fit
 from asapc.types.choices import FeatureSet, SlicedDualParams
@@ -89,7 +89,7 @@ def compare(
     """Yield ways to estimate a site's dual: name, relc on held-out samples, seconds."""
     torch.manual_seed(0)
     features = FeatureSet(pieces=8)
-    shipped = calibrate(graph, {site.name: [features]}, [site], fitting, selection, 0)[Fitted(site.name, features)]
+    shipped = calibrate(graph, {site.name: [features]}, [site], fitting, selection, 0)[FitKey(site.name, features)]
     start = time.perf_counter()
     unfitted = replace(shipped, weights=())
     fit_part, selection_part, judged = (part(graph, site, unfitted, s) for s in (fitting, selection, held_out))
@@ -109,7 +109,7 @@ def compare(
         error = of_slices(graph, site, bases, SLICES, (fitting, selection, held_out))
         yield f"{way} slices and parabolas", error, time.perf_counter() - start
     paired = FeatureSet(pieces=8, paired=True)
-    fitted = calibrate(graph, {site.name: [paired]}, [site], fitting, selection, 2)[Fitted(site.name, paired)]
+    fitted = calibrate(graph, {site.name: [paired]}, [site], fitting, selection, 2)[FitKey(site.name, paired)]
     for steps in (0, 2):
         greedy = truncate(fitted, steps)
         yield f"pairs, {steps} steps", relc(judged, Operator(greedy, site.loop.last, (), fit_part)(judged)), 0.0
@@ -135,7 +135,7 @@ def of_slices(
     """Return relc on the last samples of a ridge on slices of the first coordinates, and parabolas in all of them."""
     fitting, selection, held_out = parts
     bare = SlicedDualParams(*bases, slices, torch.zeros(site.loop.heads, 0, 0))
-    key = Fitted(site.name, FeatureSet(slices))
+    key = FitKey(site.name, FeatureSet(slices))
     problems = [regressions([site], {key: bare}, activations(graph, site, s))[key] for s in (fitting, selection)]
     judged = part(graph, site, bare, held_out)
     return relc(judged, linear(fit(*problems), judged.features))

@@ -28,7 +28,7 @@ from asapc.ops.features import mean, project, variance
 from asapc.passes.record import record
 from asapc.planning.activations import activation
 from asapc.planning.bases import COORDINATES
-from asapc.planning.calibrate import Fitted, calibrate
+from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.propose import split
 from asapc.relu.networks import Manifold, ReLUNetworks, sum_of_waves, to_networks, to_peaks
 from asapc.types.choices import FeatureSet, SlicedDualParams
@@ -80,7 +80,7 @@ def compare(graph: CapturedGraph, site: Site, calibration: Samples, held_out: Sa
     torch.manual_seed(0)
     selection, fitting = split(calibration)
     features = FeatureSet(pieces=2**DEPTH)
-    shipped = calibrate(graph, {site.name: [features]}, [site], fitting, selection, 0)[Fitted(site.name, features)]
+    shipped = calibrate(graph, {site.name: [features]}, [site], fitting, selection, 0)[FitKey(site.name, features)]
     bare = SlicedDualParams(shipped.query_basis, shipped.key_basis, 0, shipped.knots)
     parts = [part(graph, site, bare, samples) for samples in (fitting, selection, held_out)]
     locations = [points(graph, site, bare, samples) for samples in (fitting, selection, held_out)]

@@ -1,7 +1,5 @@
 """Captures models as one graph, by their format."""
 
-from collections.abc import Mapping
-
 from asapc.capturing.compare import check_single, compare_stops, run
 from asapc.capturing.early_stop import Unconverged
 from asapc.capturing.export import export
@@ -11,7 +9,7 @@ from asapc.loading.inputs import order_inputs
 from asapc.loading.onnx.module import OnnxModel
 from asapc.loading.onnx.reader import EXPORT
 from asapc.loading.pt2.program import ExportedModel
-from asapc.types.graph import CapturedGraph, DynamicAxis
+from asapc.types.graph import Axes, CapturedGraph
 from asapc.types.model import LoadedModel
 from asapc.types.options import EarlyStopRule
 from asapc.types.samples import Samples
@@ -25,7 +23,7 @@ def capture_code(
     loaded: LoadedModel,
     samples: Samples,
     early_stop: EarlyStopRule = "bound",
-    axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
+    axes: Axes | None = None,
 ) -> CapturedGraph:
     """Capture a module of Python with a dynamic batch axis.
 

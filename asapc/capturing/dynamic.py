@@ -7,7 +7,7 @@ place, or it branches on a length and cannot be compiled that way.
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,13 +16,12 @@ from torch.fx import Graph, Node
 
 from asapc.capturing.capture import capture_code
 from asapc.errors import CaptureError, OptionError
-from asapc.types.graph import BATCH_AXIS, CapturedGraph, DynamicAxis
+from asapc.types.graph import BATCH_AXIS, Axes, CapturedGraph, DynamicAxis
 from asapc.types.model import LoadedModel
 from asapc.types.options import EarlyStopRule
 from asapc.types.samples import Samples
 from asapc.types.site import Site
 
-Axes = Mapping[str, Mapping[int, DynamicAxis]]
 FORM = "use batch=1:64, seq=16:2048 for the second axis of every input, or INPUT.AXIS=LOW:HIGH, separated by commas"
 
 

@@ -16,7 +16,7 @@ from asapc.capturing.lines import told
 from asapc.capturing.splits import EvenSplits
 from asapc.errors import AsapcError, CaptureError
 from asapc.loading.inputs import arguments, flattened
-from asapc.types.graph import BATCH_AXIS, DynamicAxis
+from asapc.types.graph import BATCH_AXIS, Axes
 
 aten = torch.ops.aten
 # Where functions that a graph applies to sizes, and to tuples of tensors, come from.
@@ -29,7 +29,7 @@ COMPOSITES = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int,
 def export(
     module: nn.Module,
     inputs: Mapping[str, Tensor],
-    axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None,
+    axes: Axes | None = None,
     dims: tuple[dict[int, Any], ...] | None = None,
 ) -> ExportedProgram:
     """Call torch.export with the first axis of every input dynamic and called "batch", or with other dynamic axes.

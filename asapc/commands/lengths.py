@@ -6,14 +6,14 @@ import torch
 
 from asapc.capturing.capture import capture_code
 from asapc.capturing.compare import run
-from asapc.capturing.dynamic import Axes, node_names, open_axes
+from asapc.capturing.dynamic import node_names, open_axes
 from asapc.errors import CaptureError, SamplesError
 from asapc.passes.find.build import build_plans
 from asapc.passes.find.evidence import find_with_evidence
 from asapc.passes.find.probe import difference
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.operators import exact_operator
-from asapc.types.graph import CapturedGraph
+from asapc.types.graph import Axes, CapturedGraph
 from asapc.types.model import LoadedModel
 from asapc.types.options import EarlyStopRule
 from asapc.types.samples import Samples

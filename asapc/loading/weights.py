@@ -22,7 +22,7 @@ ADAPTER = (".lora_A.", ".lora_B.", ".lora_embedding_A")  # in the names of tenso
 MAX_NAMES = 20  # of the model's weights, by which prefixes are found
 
 
-class Candidate(NamedTuple):
+class Reading(NamedTuple):
     """Tensors in a file that may be a model's weights.
 
     Attributes:
@@ -95,7 +95,7 @@ def load_weights(source: Source, name: str, module: nn.Module, content: Any, wan
     return [*place_notes(best), *dtype_notes(best.weights, expected)]
 
 
-def covers(source: Source, name: str, module: nn.Module, candidate: Candidate) -> bool:
+def covers(source: Source, name: str, module: nn.Module, candidate: Reading) -> bool:
     """Return whether weights are those of a model, tried on a copy."""
     if not shared(candidate.weights, module.state_dict()):
         return False
@@ -126,7 +126,7 @@ def tensor_mappings(content: Any, place: str = "", depth: int = 0) -> Iterator[t
             yield from tensor_mappings(value, f"{place}.{key}" if place else key, depth + 1)
 
 
-def read_in_ways(place: str, weights: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Candidate]:
+def read_in_ways(place: str, weights: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Reading]:
     """Yield the ways to read a mapping as weights of a model, by the prefixes that its names may have.
 
     torch.compile puts "_orig_mod." somewhere, DataParallel "module." and trainers the name of their attribute at the
@@ -135,7 +135,7 @@ def read_in_ways(place: str, weights: Mapping[str, Any], expected: Mapping[str, 
     """
     named = {key.replace(COMPILED, ""): value for key, value in weights.items() if isinstance(key, str)}
     if len(named) < len(weights):  # two names became one, or a name is not a string: the comparison names it
-        yield Candidate(place, (), OrderedDict(weights), ())
+        yield Reading(place, (), OrderedDict(weights), ())
         return
     if "n_averaged" not in expected:
         named.pop("n_averaged", None)
@@ -146,7 +146,7 @@ def read_in_ways(place: str, weights: Mapping[str, Any], expected: Mapping[str, 
         state = OrderedDict(kept)
         setattr(state, METADATA, rename_modules(getattr(weights, METADATA, {}), prefix))
         left = sorted(key for key in named if not key.startswith(prefix) or key.removeprefix(prefix) not in kept)
-        yield Candidate(place, (*removed, prefix) if prefix else removed, state, tuple(left))
+        yield Reading(place, (*removed, prefix) if prefix else removed, state, tuple(left))
 
 
 def is_own(key: str, value: Any, expected: Mapping[str, Any]) -> bool:
@@ -166,7 +166,7 @@ def prefixes(named: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]
 
 
 def rename_modules(versions: Mapping[str, Any], prefix: str) -> "OrderedDict[str, Any]":
-    """Return the versions of modules by their names without a prefix, as `Candidate.weights` are named."""
+    """Return the versions of modules by their names without a prefix, as `Reading.weights` are named."""
     named = {f"{name}.".lstrip(".").replace(COMPILED, ""): value for name, value in versions.items()}
     return OrderedDict(
         (name.removeprefix(prefix).rstrip("."), value) for name, value in named.items() if name.startswith(prefix)
@@ -282,7 +282,7 @@ def give_weights(source: Source, name: str, module: nn.Module, weights: Mapping[
         compare_tied(source, name, {key: weights[key] for key in sorted(keys & weights.keys())})
 
 
-def place_notes(best: Candidate) -> Iterator[str]:
+def place_notes(best: Reading) -> Iterator[str]:
     """Say where the weights were found, unless that goes without saying."""
     if best.place:
         yield f"weights found at {best.place!r}"

@@ -33,7 +33,7 @@ from asapc.types.site import Site
 BATCH = 16  # samples, where they are short; a pass holds the scores of every site for so many
 
 
-class Fitted(NamedTuple):
+class FitKey(NamedTuple):
     """Names one sliced dual of a calibration: its site and its features."""
 
     site: str
@@ -48,7 +48,7 @@ def calibrate(
     selection: Samples,
     closure_steps: int,
     advance: Callable[[str], None] = lambda detail: None,
-) -> dict[Fitted, SlicedDualParams]:
+) -> dict[FitKey, SlicedDualParams]:
     """Fit sliced duals, each site's from each of its feature sets; parameters in the dtype that the site runs in.
 
     Args:
@@ -69,7 +69,7 @@ def calibrate(
         advance("where the hinges go")
         counts = count_places(sites, bases, activations(fitting))
     params = {
-        Fitted(site.name, features): without_maps(site, features, bases[site.name], counts)
+        FitKey(site.name, features): without_maps(site, features, bases[site.name], counts)
         for site in sites
         for features in feature_sets[site.name]
     }
@@ -153,15 +153,15 @@ class Seen:
     """
 
     targets: dict[tuple[str, Side], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    closures: dict[Fitted, list[Tensor]] = field(default_factory=dict)
+    closures: dict[FitKey, list[Tensor]] = field(default_factory=dict)
 
 
 def regressions(
     sites: Sequence[Site],
-    params: Mapping[Fitted, SlicedDualParams],
+    params: Mapping[FitKey, SlicedDualParams],
     activations: Iterator[Activations],
     seen: list[Seen] | None = None,
-) -> dict[Fitted, Regression]:
+) -> dict[FitKey, Regression]:
     """Statistics of the next linear map of each sliced dual: its vectors so far against `target_dual`.
 
     Args:
@@ -170,7 +170,7 @@ def regressions(
         activations: batches of samples.
         seen: of the batches, where they were seen before; brought up to date.
     """
-    problems: dict[Fitted, Regression] = {}
+    problems: dict[FitKey, Regression] = {}
     seen = [] if seen is None else seen
     for number, batch in enumerate(activations):
         if number == len(seen):
@@ -186,10 +186,10 @@ def regressions(
 def of_batch(
     site: Site,
     side: Side,
-    params: Mapping[Fitted, SlicedDualParams],
+    params: Mapping[FitKey, SlicedDualParams],
     activations: tuple[Tensor, Tensor, Tensor],
     seen: Seen,
-) -> dict[Fitted, Regression]:
+) -> dict[FitKey, Regression]:
     """Statistics of one batch for the next linear maps of a site's sliced duals of one side."""
     scores = activations[0]
     if (site.name, side) not in seen.targets:

@@ -7,7 +7,7 @@ from math import inf
 
 from asapc.config import CompileConfig
 from asapc.ops.sliced_dual import first_half_steps
-from asapc.planning.calibrate import Fitted, calibrate
+from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.distributed import processes_sharing
 from asapc.types.choices import SIDES, Candidate, FeatureSet, SlicedDualParams
 from asapc.types.samples import Samples
@@ -46,7 +46,7 @@ def propose(
     fits = calibrate(teacher.graph, sets, sliceable, fitting, choosing, MAX_CLOSURE_STEPS, advance)
     for site in sliceable:
         for features in sets[site.name]:
-            candidates[site.name] += sliced_duals(site, features, fits[Fitted(site.name, features)])
+            candidates[site.name] += sliced_duals(site, features, fits[FitKey(site.name, features)])
     return candidates
 
 

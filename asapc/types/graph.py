@@ -44,6 +44,7 @@ class DynamicAxis:
     high: int | None
 
 
+Axes = Mapping[str, Mapping[int, DynamicAxis]]  # open axes, by the input's name and their number
 BATCH_AXIS = DynamicAxis("batch", 1, None)
 MAX_ENTRIES = 2**25  # of the largest value that a batch may have: 128 MB in float32
 
@@ -65,7 +66,7 @@ class CapturedGraph:
     program: ExportedProgram
     example: Samples
     early_stops: EarlyStops | None = None
-    axes: Mapping[str, Mapping[int, DynamicAxis]] | None = None
+    axes: Axes | None = None
     departures: tuple[str, ...] = ()
     values: Mapping[str, str] = field(default_factory=dict)
 

@@ -50,7 +50,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PlanCandidate:
     """A matrix that may be a plan.
 
     Attributes:
@@ -75,7 +75,7 @@ class Candidate:
         return {self.plan, *self.starts, *self.side_inputs}
 
 
-def propose(graph: Graph) -> Iterator[Candidate]:
+def propose(graph: Graph) -> Iterator[PlanCandidate]:
     """Yield all candidates, in the order of the graph."""
     uses: dict[Node, list[Use]] = {}
     for node in graph.nodes:
@@ -135,7 +135,7 @@ def carried_inputs(node: Node) -> list[Node]:
     return [n for n in node.all_input_nodes if is_matrix(n) and (size_of(n) == size_of(node) or is_cut(node))]
 
 
-def trace_back(plan: Node, uses: Sequence[Use]) -> Candidate | None:
+def trace_back(plan: Node, uses: Sequence[Use]) -> PlanCandidate | None:
     """Return the candidate whose plan is a node; None if nothing before it could normalise a plan."""
     region, closure = walk_back(plan)
     starts = find_starts(plan, region, closure)
@@ -146,7 +146,7 @@ def trace_back(plan: Node, uses: Sequence[Use]) -> Candidate | None:
     side_inputs = closure - after - set(starts)
     for product in products:
         side_inputs |= scaling_inputs(product.left) | scaling_inputs(product.right)
-    return Candidate(plan, tuple(starts), frozenset(region), frozenset(side_inputs), tuple(uses))
+    return PlanCandidate(plan, tuple(starts), frozenset(region), frozenset(side_inputs), tuple(uses))
 
 
 def walk_back(plan: Node) -> tuple[set[Node], set[Node]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from asapc.ops.sinkhorn import Sinkhorn
-from asapc.passes.find.candidates import Candidate, propose, score_product
+from asapc.passes.find.candidates import PlanCandidate, propose, score_product
 from asapc.passes.find.kinds import SIZE, SIZES_ONLY, is_elementwise, is_view, packet_of, view_source
 from asapc.passes.find.probe import NotSinkhorn, require_precision
 from asapc.passes.find.products import SHAPE, as_product
@@ -91,7 +91,7 @@ class CutDown:
     """
 
     crop: Crop = field(default_factory=lambda: Crop({}))
-    candidates: Mapping[str, Candidate] = field(default_factory=dict)
+    candidates: Mapping[str, PlanCandidate] = field(default_factory=dict)
 
     @cached_property
     def nodes(self) -> dict[str, Node]:
@@ -135,7 +135,7 @@ def whole_where_it_fails() -> Iterator[None]:
         raise WholeNeededError from error
 
 
-def cut_down(candidates: Sequence[Candidate], graph: CapturedGraph) -> CutDown | None:
+def cut_down(candidates: Sequence[PlanCandidate], graph: CapturedGraph) -> CutDown | None:
     """Cut down those candidates of a graph that can be judged on short axes; None where nothing is long."""
     cut = {candidate.plan.name: candidate for candidate in candidates if can_be_cut(candidate)}
     lengths = sorted({size for c in cut.values() for size in long_axes(c.plan.meta["val"].shape)})
@@ -179,7 +179,7 @@ def confirm(site: Site, values: Mapping[str, Tensor]) -> None:
             raise WholeNeededError from reason
 
 
-def can_be_cut(candidate: Candidate) -> bool:
+def can_be_cut(candidate: PlanCandidate) -> bool:
     """Return whether a candidate is long, and is judged on a part as on the whole."""
     lengths = set(long_axes(candidate.plan.meta["val"].shape))
     products = [product for node in candidate.region if (product := score_product(node)) is not None]

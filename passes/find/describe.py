@@ -11,7 +11,15 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from asapc.ops.scaling import MIN_LIVE
-from asapc.passes.find.candidates import Candidate, Use, carry, example_shape, paths_to, scaling_chain, score_product
+from asapc.passes.find.candidates import (
+    PlanCandidate,
+    Use,
+    carry,
+    example_shape,
+    paths_to,
+    scaling_chain,
+    score_product,
+)
 from asapc.passes.find.frames import Frame, place
 from asapc.passes.find.kinds import is_view, view_source
 from asapc.passes.find.probe import Live, difference, double_centre
@@ -29,7 +37,7 @@ SOURCE = "asapc_source"
 
 
 def describe(
-    candidate: Candidate,
+    candidate: PlanCandidate,
     start: Node,
     frame: Frame,
     loop: Loop,
@@ -56,7 +64,7 @@ def describe(
 
 
 def describe_product(
-    candidate: Candidate, start: Node, frame: Frame, loop: Loop, values: Mapping[Node, Any], exponential: bool
+    candidate: PlanCandidate, start: Node, frame: Frame, loop: Loop, values: Mapping[Node, Any], exponential: bool
 ) -> DotProduct | None:
     """Return the product of queries and keys that the scores are a multiple of; None where they are not."""
     origin = find_product(candidate, start, frame)
@@ -88,7 +96,7 @@ class ScoreOrigin:
     path: tuple[Node, ...]
 
 
-def find_product(candidate: Candidate, start: Node, frame: Frame) -> ScoreOrigin | None:
+def find_product(candidate: PlanCandidate, start: Node, frame: Frame) -> ScoreOrigin | None:
     """Return the product that scores come from, through views and elementwise steps; None if they come from none."""
     for path in paths_to(start):
         product = score_product(path[0])
@@ -126,7 +134,7 @@ def score_origin(product: Product, letters: str, path: tuple[Node, ...]) -> Scor
 
 def product_factor(
     origin: ScoreOrigin,
-    candidate: Candidate,
+    candidate: PlanCandidate,
     start: Node,
     frame: Frame,
     values: Mapping[Node, Any],
@@ -233,7 +241,7 @@ def chain_factor(
     return factor if torch.equal(factor, scaled.amin(dim=(0, 2, 3))) else None
 
 
-def find_attention(candidate: Candidate, frame: Frame) -> Attention | None:
+def find_attention(candidate: PlanCandidate, frame: Frame) -> Attention | None:
     """Return the product of plan and values, where nothing else reads the plan and nothing changes it before."""
     use = only_use(candidate)
     if use is None:
@@ -252,7 +260,7 @@ def find_attention(candidate: Candidate, frame: Frame) -> Attention | None:
     return Attention(value, output) if {"n", "e"} <= set(output.axes) and "m" in value.axes else None
 
 
-def only_use(candidate: Candidate) -> Use | None:
+def only_use(candidate: PlanCandidate) -> Use | None:
     """Return the use of a plan that only views lead to and that nothing else shares; None if there is none."""
     if len(candidate.uses) != 1:
         return None

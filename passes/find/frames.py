@@ -7,7 +7,7 @@ from itertools import combinations
 from torch import Tensor
 from torch.fx import Node
 
-from asapc.passes.find.candidates import Candidate, Use, carried_axes, carry, example_shape, score_product
+from asapc.passes.find.candidates import PlanCandidate, Use, carried_axes, carry, example_shape, score_product
 from asapc.passes.find.kinds import is_view
 from asapc.passes.find.products import Product, as_product
 from asapc.passes.layout import arrange, positions, restore
@@ -30,7 +30,7 @@ class Frame:
         return restore(tensor, self.axes, "nm", self.groups, self.heads)
 
 
-def frames(candidate: Candidate, shape: Sequence[int], batch: int) -> Iterator[Frame]:
+def frames(candidate: PlanCandidate, shape: Sequence[int], batch: int) -> Iterator[Frame]:
     """Yield the layouts that a plan of this shape may have; the usual one, with the matrices last, comes first."""
     sizes = candidate.plan.meta["val"].shape
     static = [axis for axis, size in enumerate(sizes) if isinstance(size, int) and size > 1]
@@ -44,7 +44,7 @@ def frames(candidate: Candidate, shape: Sequence[int], batch: int) -> Iterator[F
             yield frame(candidate, letters | {dynamic[0]: "b"}, shape, batch)
 
 
-def frame(candidate: Candidate, letters: Mapping[int, str], shape: Sequence[int], batch: int) -> Frame:
+def frame(candidate: PlanCandidate, letters: Mapping[int, str], shape: Sequence[int], batch: int) -> Frame:
     """Return the layout of a plan, as far as its shape and its use determine it.
 
     Args:
@@ -93,7 +93,7 @@ def place(use: Use, axes: str) -> Placement | None:
     return Placement(product, side, names, "".join(names[letter] for letter in product.contracted))
 
 
-def merged_order(candidate: Candidate) -> str:
+def merged_order(candidate: PlanCandidate) -> str:
     """Return the letter of an axis that merges samples and heads: "y" where neighbours on it are samples, else "z".
 
     Follows the product's first operand back to where the samples have an axis of their own.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from asapc.passes.find.candidates import Candidate, propose
+from asapc.passes.find.candidates import PlanCandidate, propose
 from asapc.passes.find.crop import CutDown, WholeNeededError, confirm, cut_down, whole_where_it_fails
 from asapc.passes.find.describe import describe, module_path, source_line
 from asapc.passes.find.explain import Explanation, explain, foreign_inputs, name_of
@@ -68,7 +68,7 @@ def find_sinkhorn(graph: CapturedGraph, samples: Samples, skipped: Collection[st
     return Finder(module, candidates, len(samples)).find(samples)
 
 
-def without(candidate: Candidate, skipped: Collection[str]) -> Candidate:
+def without(candidate: PlanCandidate, skipped: Collection[str]) -> PlanCandidate:
     """Return a candidate without some of its starts."""
     return replace(candidate, starts=tuple(start for start in candidate.starts if start.name not in skipped))
 
@@ -77,13 +77,13 @@ class Finder(Interpreter):
     """Runs a graph once and judges each candidate as soon as its plan is computed, so that few values are kept."""
 
     def __init__(
-        self, module: GraphModule, candidates: Sequence[Candidate], batch: int, cut: CutDown | None = None
+        self, module: GraphModule, candidates: Sequence[PlanCandidate], batch: int, cut: CutDown | None = None
     ) -> None:
         super().__init__(module)
         self.batch, self.cut = batch, cut or CutDown()
         self.whole = {node for c in candidates if c.plan.name not in self.cut.candidates for node in c.evidence}
         # Candidates are judged at the operand of a use, those nearest to it first: the others lie before them.
-        self.candidates: dict[Node, list[Candidate]] = {}
+        self.candidates: dict[Node, list[PlanCandidate]] = {}
         for candidate in candidates:
             for use in sorted(candidate.uses, key=lambda use: len(use.path)):
                 self.candidates.setdefault(use.path[-1], []).append(candidate)
@@ -98,8 +98,8 @@ class Finder(Interpreter):
         self.values: dict[Node, Any] = {}
         self.ends: dict[str, Tensor] = {}  # whole values for the first sample, of nodes that are judged in part
         self.seconds: dict[Node, float] = {}
-        self.sites: list[tuple[Candidate, Site]] = []
-        self.misses: list[tuple[Candidate, Miss]] = []
+        self.sites: list[tuple[PlanCandidate, Site]] = []
+        self.misses: list[tuple[PlanCandidate, Miss]] = []
         self.untold: list[str] = []
 
     def find(self, samples: Samples) -> Findings:
@@ -129,7 +129,7 @@ class Finder(Interpreter):
             self.values.pop(self.cut.nodes.get(node.name, node), None)
         return value
 
-    def judge(self, candidate: Candidate) -> bool:
+    def judge(self, candidate: PlanCandidate) -> bool:
         """Add a candidate to the sites, or to the misses where it looks like attention; return whether it is a site."""
         seen = self.cut.candidates.get(candidate.plan.name, candidate)
         try:
@@ -167,7 +167,7 @@ class Finder(Interpreter):
         misses = self.distinct_misses(inside | carriers, places)
         return Findings(tuple(self.name_sites(sites)), tuple(misses), untold=tuple(dict.fromkeys(self.untold)))
 
-    def name_sites(self, sites: Sequence[tuple[Candidate, Site]]) -> Iterator[Site]:
+    def name_sites(self, sites: Sequence[tuple[PlanCandidate, Site]]) -> Iterator[Site]:
         """Yield sites with unique names and with their share of the time."""
         total = sum(self.seconds.values())
         names: set[str] = set()
@@ -207,7 +207,7 @@ class Trial:
         logarithm: whether the plan node holds log(plan).
     """
 
-    candidate: Candidate
+    candidate: PlanCandidate
     start: Node
     frame: Frame
     region: Region
@@ -279,7 +279,7 @@ class Trial:
         return self.frame.arrange(value.exp() if self.logarithm else value)
 
 
-def trials(candidate: Candidate, values: Mapping[Node, Any], batch: int, exponential: bool) -> Iterator[Trial]:
+def trials(candidate: PlanCandidate, values: Mapping[Node, Any], batch: int, exponential: bool) -> Iterator[Trial]:
     """Yield the ways to read a candidate: by start, in the order of the graph, and by layout."""
     logarithm = bool((values[candidate.plan] < 0).any())
     for start in candidate.starts:
@@ -295,7 +295,7 @@ def trials(candidate: Candidate, values: Mapping[Node, Any], batch: int, exponen
             yield Trial(candidate, start, frame, region, value, plan, exponential, logarithm)
 
 
-def identify(candidate: Candidate, values: Mapping[Node, Any], batch: int) -> Site:
+def identify(candidate: PlanCandidate, values: Mapping[Node, Any], batch: int) -> Site:
     """Judge one candidate; return its site, its name not yet made unique, or raise NotSinkhorn."""
     if is_same_everywhere(values[candidate.plan]):
         raise NotSinkhorn(
@@ -345,7 +345,7 @@ def require_own(region: Region, value: Tensor, plan: Tensor) -> None:
             )
 
 
-def require_evidence(candidate: Candidate, values: Mapping[Node, Any]) -> None:
+def require_evidence(candidate: PlanCandidate, values: Mapping[Node, Any]) -> None:
     """Raise NotSinkhorn if the loop reads an input, such as a mask, that is constant on the samples.
 
     Its effect does not show then, and a rewrite could leave it out.

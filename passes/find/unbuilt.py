@@ -64,7 +64,7 @@ class Unbuilt:
 
 
 @dataclass(frozen=True)
-class Term:
+class ProductOperand:
     """An operand of a product, and the letters of its axes."""
 
     node: Node
@@ -76,12 +76,12 @@ def find_unbuilt(node: Node) -> Unbuilt | None:
     product = None if node.target is aten.baddbmm.default or not makes_scores(node) else as_product(node)
     if product is None or product.left is product.right:
         return None
-    left, right = Term(product.left, product.left_axes), Term(product.right, product.right_axes)
+    left, right = ProductOperand(product.left, product.left_axes), ProductOperand(product.right, product.right_axes)
     both = [scaled_matrix(product, left, right), scaled_matrix(product, right, left)]
     return max(filter(None, both), key=lambda unbuilt: len(unbuilt.scalings), default=None)
 
 
-def scaled_matrix(product: Product, matrix: Term, values: Term) -> Unbuilt | None:
+def scaled_matrix(product: Product, matrix: ProductOperand, values: ProductOperand) -> Unbuilt | None:
     """Read a product with one operand for the matrix and the other for the values; None where no scaling can move."""
     views, axes = undo_transposes(matrix.node, matrix.axes)
     way, result = path_up(values.node), path_down(product.node)
@@ -157,7 +157,7 @@ def find_unbuilt_equation(node: Node) -> Unbuilt | None:
     return None
 
 
-def read_equation(node: Node) -> tuple[list[Term], str] | None:
+def read_equation(node: Node) -> tuple[list[ProductOperand], str] | None:
     """Return the terms and the result's letters of an einsum of three tensors or more; None for any other node."""
     equation, nodes = node.args[:2] if node.target is aten.einsum.default else (None, ())
     if not isinstance(equation, str) or not isinstance(nodes, list | tuple) or len(nodes) < 3:
@@ -169,16 +169,16 @@ def read_equation(node: Node) -> tuple[list[Term], str] | None:
     if axes is None or "->" not in renamed or set(renamed) & set(MERGED):
         return None
     operands = [operand for operand in nodes if isinstance(operand, Node)]
-    return [Term(*pair) for pair in zip(operands, axes[0], strict=True)], axes[1]
+    return [ProductOperand(*pair) for pair in zip(operands, axes[0], strict=True)], axes[1]
 
 
-def applies(matrix: Term, values: Term, out: str) -> bool:
+def applies(matrix: ProductOperand, values: ProductOperand, out: str) -> bool:
     """Return whether an einsum sums over an axis of two terms, and keeps an axis of each that the other lacks."""
     rows, columns, result = set(matrix.axes), set(values.axes), set(out)
     return bool((rows & columns) - result and (rows - columns) & result and (columns - rows) & result)
 
 
-def equation_scaling(factor: Term, matrix: Term) -> Scaling:
+def equation_scaling(factor: ProductOperand, matrix: ProductOperand) -> Scaling:
     """Read a term of an einsum as a scaling of another that has all its axes."""
     target = "".join(axis if axis in factor.axes else "1" for axis in matrix.axes)
     return Scaling(factor.node, False, factor.axes, target)

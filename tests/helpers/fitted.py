@@ -13,7 +13,7 @@ from asapc.ops.sinkhorn import sinkhorn_plan_ref
 from asapc.passes.find.sinkhorn import find_sinkhorn
 from asapc.passes.layout import score_factor, site_inputs
 from asapc.passes.record import record
-from asapc.planning.calibrate import Fitted, calibrate
+from asapc.planning.calibrate import FitKey, calibrate
 from asapc.types import teacher as types
 from asapc.types.choices import FeatureSet
 from asapc.types.graph import CapturedGraph
@@ -94,7 +94,7 @@ class Teacher:
         sets = {self.site.name: [features]}
         fitting, selection = self.samples[:18], self.samples[18:]
         return calibrate(self.graph, sets, [self.site], fitting, selection, closure_steps)[
-            Fitted(self.site.name, features)
+            FitKey(self.site.name, features)
         ]
 
     def error(self, operator):

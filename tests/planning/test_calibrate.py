@@ -13,13 +13,13 @@ from asapc.ops.features import dual_features, project
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual, sliced_dual_plan_ref, target_dual
 from asapc.planning.bases import balanced_bases
-from asapc.planning.calibrate import Fitted, calibrate, regressions
+from asapc.planning.calibrate import FitKey, calibrate, regressions
 from asapc.planning.hinges import count_places
 from asapc.types.choices import SIDES, FeatureSet, SlicedDualParams
 from asapc.types.samples import Samples
 
 NO_KNOTS = torch.zeros(HEADS, 0, 0, dtype=torch.float64)
-KEY = Fitted("attention", FeatureSet())
+KEY = FitKey("attention", FeatureSet())
 
 
 def unfitted(queries, keys, slices=2):

@@ -20,7 +20,7 @@ import torch
 from asapc.backends.base import temporary
 from asapc.errors import BuildError, DependencyError
 from asapc.types.artifacts import EngineArtifact, EngineResult, OnnxArtifact
-from asapc.types.graph import DynamicAxis
+from asapc.types.graph import Axes
 from asapc.types.options import Target
 
 # It takes over the parent's import path, so that both run the same asapc.
@@ -29,7 +29,6 @@ CHILD = (
 )
 # Engines take seconds to minutes; a compiler that hangs must not hang the run for ever.
 MAX_SECONDS = 3600
-Axes = Mapping[str, Mapping[int, DynamicAxis]]
 
 
 def try_engine(
