@@ -47,8 +47,8 @@ def choose(teacher: Teacher, config: CompileConfig, advance: Callable[[str], Non
         advance: called with a line about the progress.
     """
     advance("range of the scores")
-    sites = teacher.longest_sites
-    ranges = score_ranges(teacher.graph, sites, enough(teacher))
+    sites, samples = teacher.longest_sites, enough(teacher)
+    ranges = score_ranges(teacher.graph, sites, samples)
     wide = wide_sites(ranges)
     if config.level == 1 and config.lowering != "fused":
         # -O1 promises the loop on all inputs, not only on scores that spread like those of calibration. Fused passes
@@ -59,7 +59,7 @@ def choose(teacher: Teacher, config: CompileConfig, advance: Callable[[str], Non
         return Selection(loops, wide, limits(ranges))
     candidates = propose(teacher, config, advance)
     advance(f"comparing {sum(map(len, candidates.values()))} candidates")
-    choosing, _ = split(enough(teacher))  # fidelity on samples that were fitted would flatter the sliced duals
+    choosing, _ = split(samples)  # fidelity on samples that were fitted would flatter the sliced duals
     candidates = judge(teacher.graph, sites, candidates, wide, choosing, max(config.batches), config.wanted_lowering)
     return decide(teacher, candidates, Selection({}, wide, limits(ranges)), config, advance)
 
