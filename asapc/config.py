@@ -238,7 +238,7 @@ class CompileConfig:
         self.bounds()
 
     def bounds(self) -> tuple[Bound, ...]:
-        """The fidelity budget, parsed."""
+        """Return the fidelity budget, parsed."""
         return tuple(parse_bound(term) for term in self.fidelity)
 
     @property

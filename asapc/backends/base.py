@@ -17,7 +17,7 @@ class Runner(Protocol):
         ...
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """All tensor outputs of the model for one batch."""
+        """Return all tensor outputs of the model for one batch."""
         ...
 
 
@@ -30,7 +30,7 @@ class RememberingRunner:
         self.known: dict[tuple[int, int], list[Tensor]] = {}
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """All tensor outputs of the model for one batch."""
+        """Return all tensor outputs of the model for one batch."""
         if place(samples) not in self.known:
             self.remember(samples, self.runner(samples))
         return self.known[place(samples)]
@@ -41,10 +41,10 @@ class RememberingRunner:
 
 
 def place(samples: Samples) -> tuple[int, int]:
-    """Where samples lie in memory, and how many they are."""
+    """Return where samples lie in memory, and how many they are."""
     return next(iter(samples.inputs.values())).data_ptr(), len(samples)
 
 
 def temporary(path: Path) -> Path:
-    """Name to write to before renaming to `path`, so that a failure leaves no half-written file."""
+    """Return the name to write to before renaming to `path`, so that a failure leaves no half-written file."""
     return path.with_name(path.name + ".partial")

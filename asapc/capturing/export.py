@@ -96,7 +96,7 @@ def drop_idle_casts(program: ExportedProgram) -> None:
 
 
 def is_plain(program: ExportedProgram) -> bool:
-    """Whether another pass would change nothing that counts: no writes, regions, or views that it would name anew."""
+    """Return whether another pass would change nothing that counts: writes, regions, or views that it would rename."""
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
     return all(
         not target._schema.is_mutable

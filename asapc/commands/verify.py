@@ -69,7 +69,7 @@ class Verification:
         return [name for name, share in self.outside.items() if share > MAX_OUTSIDE]
 
     def data(self) -> dict[str, Any]:
-        """What `asapc verify --json` prints."""
+        """Return what `asapc verify --json` prints."""
         known = self.fidelity.sites
         sites = [
             {
@@ -102,7 +102,7 @@ class StoredOutputs:
         self.outputs, self.seen = outputs, 0
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """The outputs of the next samples."""
+        """Return the outputs of the next samples."""
         start, self.seen = self.seen, self.seen + len(samples)
         return list(self.outputs[start : self.seen].inputs.values())
 
@@ -261,7 +261,7 @@ def budget_of(report: Mapping[str, Any], fidelity: Fidelity) -> tuple[Bound, ...
 
 
 def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Candidate:
-    """The operator that a report and the parameters beside it, those of `source`, describe.
+    """Return the operator that a report and the parameters beside it, those of `source`, describe.
 
     Raises:
         CheckpointError: it has more half-steps than the site, or lacks parameters.
@@ -291,6 +291,6 @@ def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: 
 
 
 def share_outside(spreads: Tensor, low: float, high: float) -> float:
-    """Share of values outside a range that is widened a little."""
+    """Return the share of values outside a range that is widened a little."""
     more = WIDENED * (high - low)
     return ((spreads < low - more) | (spreads > high + more)).double().mean().item()

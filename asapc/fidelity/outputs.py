@@ -173,7 +173,7 @@ def metric(teacher: Tensor, compiled: Tensor, labels: Tensor | None) -> Metric |
 
 
 def has_classes(output: Tensor) -> bool:
-    """Whether the output is (samples, classes): labels are one a sample."""
+    """Return whether the output is (samples, classes): labels are one a sample."""
     return output.dim() == 2 and output.shape[1] > 1
 
 

@@ -216,7 +216,7 @@ def compare_weight(source: Source, name: str, key: str, value: Any, expected: Te
 
 
 def number_kind(value: Tensor) -> tuple[bool, bool]:
-    """Say whether a tensor holds floats, and whether complex numbers; dtypes of one kind convert to one another."""
+    """Return whether a tensor holds floats, and whether complex numbers; dtypes of one kind convert to one another."""
     return value.is_floating_point(), value.is_complex()
 
 
@@ -283,7 +283,7 @@ def give_weights(source: Source, name: str, module: nn.Module, weights: Mapping[
 
 
 def place_notes(best: Candidate) -> Iterator[str]:
-    """Say where the weights were found, unless that goes without saying."""
+    """Yield notes on where the weights were found, unless that goes without saying."""
     if best.place:
         yield f"weights found at {best.place!r}"
     if best.removed:
@@ -293,7 +293,7 @@ def place_notes(best: Candidate) -> Iterator[str]:
 
 
 def dtype_notes(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """Say which dtypes were converted to which."""
+    """Yield notes on which dtypes were converted to which."""
     pairs = {(v.dtype, expected[k].dtype) for k, v in weights.items() if k in expected and isinstance(v, Tensor)}
     for old, new in sorted(pairs, key=str):
         if old != new:

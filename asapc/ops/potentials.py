@@ -51,7 +51,7 @@ def potentials(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def potentials_ref(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Float64 reference of `potentials`, straight from the definition, one problem and one query at a time."""
+    """Compute the float64 reference of `potentials`, straight from the definition, one problem and query at a time."""
     out = torch.empty(x.shape, dtype=torch.float64)
     n, m = x.shape[-1], y.shape[-1]
     for f, xs, ys in zip(out.view(-1, n), x.double().reshape(-1, n), y.double().reshape(-1, m), strict=True):

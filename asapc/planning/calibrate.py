@@ -121,7 +121,7 @@ def operand_stream(graph: CapturedGraph, sites: Sequence[Site]) -> Callable[[Sam
 def without_maps(
     site: Site, features: FeatureSet, bases: tuple[Tensor, Tensor], counts: Mapping[tuple[str, Side], Tensor]
 ) -> SlicedDualParams:
-    """Parameters of a sliced dual before its first linear map is fitted.
+    """Return the parameters of a sliced dual before its first linear map is fitted.
 
     Args:
         site: the site.
@@ -162,7 +162,7 @@ def regressions(
     activations: Iterator[Activations],
     seen: list[Seen] | None = None,
 ) -> dict[Fitted, Regression]:
-    """Statistics of the next linear map of each sliced dual: its vectors so far against `target_dual`.
+    """Gather statistics of the next linear map of each sliced dual: its vectors so far against `target_dual`.
 
     Args:
         sites: the sites.
@@ -190,7 +190,7 @@ def of_batch(
     activations: tuple[Tensor, Tensor, Tensor],
     seen: Seen,
 ) -> dict[Fitted, Regression]:
-    """Statistics of one batch for the next linear maps of a site's sliced duals of one side."""
+    """Gather statistics of one batch for the next linear maps of a site's sliced duals of one side."""
     scores = activations[0]
     if (site.name, side) not in seen.targets:
         seen.targets[site.name, side] = centred_target(site, side, scores)
@@ -207,7 +207,7 @@ def of_batch(
 
 
 def features_of(site: Site, params: SlicedDualParams, activations: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Features (B, H, F, N) of a sliced dual."""
+    """Return the features (B, H, F, N) of a sliced dual."""
     return SlicedDual(replace(params, weights=()), site.loop.last, site.loop.masked).vectors(*activations)
 
 
@@ -218,14 +218,14 @@ def dual_of(params: SlicedDualParams, features: Tensor, closures: Sequence[Tenso
 
 
 def centred_target(site: Site, side: Side, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The dual (B, H, 1, N) to regress on, centred, and which of its points are live, as zeros and ones."""
+    """Return the dual (B, H, 1, N) to regress on, centred, and which of its points are live, as zeros and ones."""
     target = target_dual(scores, site.loop.half_steps, side, site.loop.last).unsqueeze(-2)
     live = live_mask(scores)[SIDES.index(side)] if site.loop.masked else torch.ones_like(target)
     return centre(target, live), live
 
 
 def regression(vectors: Tensor, target: Tensor, live: Tensor) -> Regression:
-    """Statistics of one batch: of vectors (B, H, F, N) against a centred target (B, H, 1, N)."""
+    """Gather statistics of one batch: of vectors (B, H, F, N) against a centred target (B, H, 1, N)."""
     vectors = centre(vectors, live)
     return Regression(
         gram=torch.einsum("bhfn,bhen->hfe", vectors, vectors),
@@ -236,19 +236,19 @@ def regression(vectors: Tensor, target: Tensor, live: Tensor) -> Regression:
 
 
 def centre(vectors: Tensor, live: Tensor) -> Tensor:
-    """Vectors (B, H, F, N) less their means over what is live (B, H, 1, N): a constant over the points is free."""
+    """Subtract from vectors (B, H, F, N) their means over what is live (B, H, 1, N): a constant over points is free."""
     means = (vectors * live).sum(dim=-1, keepdim=True) / live.sum(dim=-1, keepdim=True).clamp_min(1)
     return (vectors - means) * live
 
 
 def add(one: Regression, other: Regression) -> Regression:
-    """Statistics of the samples of both."""
+    """Combine the statistics of two sets of samples."""
     sums = (getattr(one, f.name) + getattr(other, f.name) for f in fields(Regression))
     return Regression(*sums)
 
 
 def add_processes(statistics: Regression) -> Regression:
-    """Statistics of the samples of all processes, from those of this one's share."""
+    """Combine the statistics of all processes' samples, from those of this one's share."""
     return Regression(*(total(getattr(statistics, f.name)) for f in fields(Regression)))
 
 

@@ -30,7 +30,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 @contextmanager
 def output_folder(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well, and else vanishes.
+    """Yield a temporary folder beside `path`; give it that name when the block ends well, else remove it.
 
     Raises:
         OutputError: `path` cannot be written, exists and `force` is not given, or holds anything that asapc did not
@@ -53,7 +53,7 @@ def output_folder(path: Path, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def output_file(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends well, and else vanishes.
+    """Yield a temporary file beside `path`; give it that name when the block ends well, else remove it.
 
     Raises:
         OutputError: `path` cannot be written, exists and `force` is not given, or is a folder.
@@ -119,7 +119,7 @@ def check_no_folder(path: Path) -> None:
 
 @contextmanager
 def temporary_folder(path: Path, force: bool, check: Callable[[Path], None]) -> Iterator[Path]:
-    """A hidden folder beside `path`, on its file system so that renaming is atomic; removed at the end.
+    """Yield a hidden folder beside `path`, on its file system so that renaming is atomic; remove it at the end.
 
     Folders above `path` are made as needed, and removed again if nothing came to stand in them. What killed runs left
     beside `path` is removed first, and the output that one was replacing restored.
@@ -166,7 +166,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:
-    """What to tell the user where the system refuses to write an output, or a temporary file for it."""
+    """Return what to tell the user where the system refuses to write an output, or a temporary file for it."""
     why = (error.strerror or "unknown reason").lower()
     if error.errno == errno.EFBIG:
         return OutputError(f"cannot write {path}: {why}", "raise the limit of `ulimit -f`")
@@ -196,7 +196,7 @@ def write_operators(path: Path, sites: Sequence[Site], selection: Selection) -> 
 
 
 def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineArtifact | None) -> list[dict[str, Any]]:
-    """The artefacts as the report lists them, paths relative to the folder."""
+    """Return the artefacts as the report lists them, paths relative to the folder."""
     operator = folder / "operator.safetensors"
     kinds: list[tuple[str, Path, dict[str, Any]]] = [
         *(
