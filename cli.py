@@ -207,7 +207,7 @@ def inspect(
         show(showing.early_stops(stops))
         if why:
             show(showing.near_misses(misses))
-    require_sites(findings, file, listed=why or as_json)
+    require_sites(findings, file, shows_misses=why or as_json)
 
 
 @command(
@@ -314,8 +314,8 @@ def train(
     ):
         tasks = {name: progress.add_task(name, total=epochs) for name in digits.VARIANTS}
 
-        def on_epoch(name: str, done: int, loss: float) -> None:
-            progress.update(tasks[name], completed=done, description=f"{name}  loss {loss:.3f}")
+        def on_epoch(name: str, epoch: int, loss: float) -> None:
+            progress.update(tasks[name], completed=epoch, description=f"{name}  loss {loss:.3f}")
 
         checkpoint = digits.train(seed, epochs, on_epoch)
         digits.save(checkpoint, partial)

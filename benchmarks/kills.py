@@ -132,8 +132,8 @@ def whole(folder: Path) -> bool:
         hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
     except (OSError, ValueError):
         return False
-    listed = {"manifest.json", *files}
-    return {path.name for path in folder.iterdir()} == listed and all(
+    names = {"manifest.json", *files}
+    return {path.name for path in folder.iterdir()} == names and all(
         hashes[name] == files[name]["sha256"] for name in files
     )
 

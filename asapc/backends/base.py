@@ -26,18 +26,18 @@ class RememberingRunner:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.runtime = runner, runner.runtime
-        # Not `outputs`, by which a runtime tells what its outputs are called.
-        self.known: dict[tuple[int, int], list[Tensor]] = {}
+        # Not `outputs`, by which a runtime names its outputs.
+        self.results: dict[tuple[int, int], list[Tensor]] = {}
 
     def __call__(self, samples: Samples) -> list[Tensor]:
         """Return all tensor outputs of the model for one batch."""
-        if place(samples) not in self.known:
+        if place(samples) not in self.results:
             self.remember(samples, self.runner(samples))
-        return self.known[place(samples)]
+        return self.results[place(samples)]
 
     def remember(self, samples: Samples, outputs: list[Tensor]) -> None:
         """Take outputs that were computed elsewhere."""
-        self.known[place(samples)] = outputs
+        self.results[place(samples)] = outputs
 
 
 def place(samples: Samples) -> tuple[int, int]:

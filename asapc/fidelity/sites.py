@@ -177,5 +177,5 @@ def site_errors(site: Site, operator: nn.Module, loop: Reference) -> SiteErrors:
 
 
 def centre(output: Tensor, rows: Tensor) -> Tensor:
-    """Subtract from outputs (B, H, N, E) their mean over the live rows (B, H, N, 1), which a mean of the values gives."""
+    """Subtract from outputs (B, H, N, E) their mean over live rows (B, H, N, 1), which a mean of the values gives."""
     return (output - (output * rows).sum(dim=-2, keepdim=True) / rows.sum(dim=-2, keepdim=True).clamp_min(1)) * rows

@@ -73,8 +73,8 @@ def calibrate(
         for site in sites
         for features in feature_sets[site.name]
     }
-    of_fitting: list[Seen] = []
-    of_selection: list[Seen] = []
+    of_fitting: list[BatchCache] = []
+    of_selection: list[BatchCache] = []
     for step in range(1 + closure_steps):
         advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
         problems = regressions(sites, params, activations(fitting), of_fitting)
@@ -144,7 +144,7 @@ def add_map(params: SlicedDualParams, weights: Tensor) -> SlicedDualParams:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class BatchCache:
     """What is known of a batch from the maps that were fitted before, since it takes long to compute.
 
     Attributes:
@@ -160,7 +160,7 @@ def regressions(
     sites: Sequence[Site],
     params: Mapping[Fitted, SlicedDualParams],
     activations: Iterator[Activations],
-    seen: list[Seen] | None = None,
+    caches: list[BatchCache] | None = None,
 ) -> dict[Fitted, Regression]:
     """Gather statistics of the next linear map of each sliced dual: its vectors so far against `target_dual`.
 
@@ -168,17 +168,17 @@ def regressions(
         sites: the sites.
         params: the sliced duals.
         activations: batches of samples.
-        seen: of the batches, where they were seen before; brought up to date.
+        caches: of the batches, empty at first; brought up to date.
     """
     problems: dict[Fitted, Regression] = {}
-    seen = [] if seen is None else seen
+    caches = [] if caches is None else caches
     for number, batch in enumerate(activations):
-        if number == len(seen):
-            seen.append(Seen())
+        if number == len(caches):
+            caches.append(BatchCache())
         for site, side in product(sites, SIDES):
             of_side = {key: p for key, p in params.items() if key.site == site.name and p.side == side}
             if of_side:
-                for key, statistics in of_batch(site, side, of_side, batch[site.name], seen[number]).items():
+                for key, statistics in of_batch(site, side, of_side, batch[site.name], caches[number]).items():
                     problems[key] = add(problems[key], statistics) if key in problems else statistics
     return {key: add_processes(statistics) for key, statistics in problems.items()}
 
@@ -188,15 +188,15 @@ def of_batch(
     side: Side,
     params: Mapping[Fitted, SlicedDualParams],
     activations: tuple[Tensor, Tensor, Tensor],
-    seen: Seen,
+    cache: BatchCache,
 ) -> dict[Fitted, Regression]:
     """Gather statistics of one batch for the next linear maps of a site's sliced duals of one side."""
     scores = activations[0]
-    if (site.name, side) not in seen.targets:
-        seen.targets[site.name, side] = centred_target(site, side, scores)
-    target, live = seen.targets[site.name, side]
+    if (site.name, side) not in cache.targets:
+        cache.targets[site.name, side] = centred_target(site, side, scores)
+    target, live = cache.targets[site.name, side]
     features = {key: features_of(site, of_set, activations) for key, of_set in params.items()}
-    closures = {key: seen.closures.setdefault(key, []) for key in params}
+    closures = {key: cache.closures.setdefault(key, []) for key in params}
     while pending := [key for key, of_set in params.items() if len(closures[key]) < len(of_set.weights)]:
         # All at once: the kernel is the same for all.
         duals = torch.cat([dual_of(params[key], features[key], closures[key]) for key in pending], dim=-2)

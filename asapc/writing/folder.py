@@ -83,11 +83,11 @@ def check_ours(path: Path) -> None:
     """Raise OutputError if `path` exists and is anything but a folder with the files that its manifest lists."""
     if not os.path.lexists(path):
         return
-    listed = listed_files(path / MANIFEST)
-    if listed is None:
+    own = listed_files(path / MANIFEST)
+    if own is None:
         raise OutputError(f"{path} was not written by asapc, and is not replaced", "give another --out")
     others = sorted(
-        entry.name for entry in os.scandir(path) if entry.name not in listed or entry.is_dir(follow_symlinks=False)
+        entry.name for entry in os.scandir(path) if entry.name not in own or entry.is_dir(follow_symlinks=False)
     )
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
@@ -204,8 +204,8 @@ def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineA
             for path, opset in {onnx.path: onnx.opset for onnx in models}.items()
         ),
         *(
-            ("engine", built.path, {"builder": built.builder, "targets": list(built.targets), "refused": built.refused})
-            for built in ([] if engine is None else [engine])
+            ("engine", a.path, {"builder": a.builder, "targets": list(a.targets), "refused": a.refused})
+            for a in ([] if engine is None else [engine])
         ),
         ("operator", operator, {"builder": "asapc", "targets": []}),
     ]

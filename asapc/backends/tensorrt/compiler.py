@@ -50,8 +50,8 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     trt = importlib.import_module(request["package"])
     if request["target"] is None:
         capabilities = trt.ComputeCapability.__members__
-        wanted = request["architectures"] or [name for name in capabilities if name.startswith("SM")]
-        candidates = {name: capabilities[name] for name in wanted}
+        names = request["architectures"] or [name for name in capabilities if name.startswith("SM")]
+        candidates = {name: capabilities[name] for name in names}
     else:
         candidates = {request["target"]: None}
     compiler = Compiler(trt, Path(request["onnx"]), request["largest_batch"], request["ranges"])
