@@ -3,7 +3,7 @@
 The potential is that of the points `own`; `other` are those across. In one dimension the optimal plan for the cost
 -own * other pairs sorted points with sorted points, so its dual follows in closed form: along the sorted order the
 potential's slope is the point that the own one is paired with. The sign is that of scores, not of costs: the potential
-f belongs to the plan exp(own_i other_j / t + f_i / t + g_j / t) as t goes to 0, where f_i = -max_j(own_i other_j + g_j).
+f belongs to the plan exp(own_i other_j / t + f_i / t + g_j / t) as t goes to 0, with f_i = -max_j(own_i other_j + g_j).
 """
 
 import torch
