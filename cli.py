@@ -62,7 +62,7 @@ def exit_codes() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> int:
-    """Say on stderr what went wrong, and return the exit code for it."""
+    """Print on stderr what went wrong, and return the exit code for it."""
     # What an interruption turns into where it passes through code of others is no defect.
     if isinstance(error, KeyboardInterrupt) or interrupts.state.signal:
         say(err, interrupts.message())
@@ -107,7 +107,7 @@ def command(*examples: str, takes: Collection[Option] = ()) -> Callable[[Callabl
 
 
 def parameter(option: Option) -> reflection.Parameter:
-    """A declared option as typer takes it; it is None unless it stands on the command line."""
+    """Return a declared option as typer takes it; it is None unless it stands on the command line."""
 
     def complete(incomplete: str) -> list[str]:
         return [choice for choice in map(str, option.choices) if choice.startswith(incomplete)]
@@ -133,7 +133,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 
 def options_of(config: Path | None, trust: bool | None, values: dict[str, Any]) -> CompileConfig:
-    """The options of a TOML file, overwritten by those on the command line: values that are neither None nor empty."""
+    """Read the options of a TOML file, overwritten by those on the command line: values that are not None or empty."""
     base = CompileConfig() if config is None else CompileConfig.from_toml(config, bool(trust))
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     changes: dict[str, Any] = {name: value for name, value in (values | lists).items() if value not in (None, ())}
@@ -207,7 +207,7 @@ def inspect(
         show(showing.early_stops(stops))
         if why:
             show(showing.near_misses(misses))
-    require_sites(findings, file, listed=why or as_json)
+    require_sites(findings, file, shows_misses=why or as_json)
 
 
 @command(
@@ -314,8 +314,8 @@ def train(
     ):
         tasks = {name: progress.add_task(name, total=epochs) for name in digits.VARIANTS}
 
-        def on_epoch(name: str, done: int, loss: float) -> None:
-            progress.update(tasks[name], completed=done, description=f"{name}  loss {loss:.3f}")
+        def on_epoch(name: str, epoch: int, loss: float) -> None:
+            progress.update(tasks[name], completed=epoch, description=f"{name}  loss {loss:.3f}")
 
         checkpoint = digits.train(seed, epochs, on_epoch)
         digits.save(checkpoint, partial)
@@ -328,7 +328,7 @@ def train(
 
 
 def warn_of_unsafe_load(file: Path, options: CompileConfig) -> None:
-    """Say what is about to happen, before it does."""
+    """Warn on stderr that the model's code is about to run, before it does."""
     if options.unsafe_load:
         say(err, f"warning: --unsafe-load runs code that stands in {file}", style="yellow")
 
@@ -387,7 +387,7 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point of the `asapc` command."""
+    """Run the `asapc` command."""
     open_missing()
     with interrupts.handled():
         app()

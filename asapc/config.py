@@ -238,7 +238,7 @@ class CompileConfig:
         self.bounds()
 
     def bounds(self) -> tuple[Bound, ...]:
-        """The fidelity budget, parsed."""
+        """Return the fidelity budget, parsed."""
         return tuple(parse_bound(term) for term in self.fidelity)
 
     @property
@@ -308,11 +308,12 @@ CompileConfig.__doc__ = f"{CompileConfig.__doc__}\n    Attributes:\n{ATTRIBUTES}
 PAGE_HEAD = """\
 # Options
 
-All options of `asapc compile`; `asapc inspect` and `asapc verify` take those that apply to them. In a TOML file for
-`--config` an option has the name of its flag without dashes (`input-shape = "x=2,197,64"`, `O = 1`) or its name in
-Python, and one that repeats takes one value or a list. The command line wins over the file. `--model` and
-`--unsafe-load` make code run, and stand in the file only where `--trust-config` says that you trust it. In Python
-options are arguments of `asapc.CompileConfig`.
+The options of `asapc compile` that stand on the command line, in a TOML file for `--config` or in Python. `--config`,
+`--trust-config`, `--json` and `--quiet` stand on the command line alone. `asapc inspect` and `asapc verify` take those
+that apply to them and have some of their own, which `--help` lists. In a TOML file an option has the name of its flag
+without dashes (`input-shape = "x=2,197,64"`, `O = 1`) or its name in Python, and one that repeats takes one value or a
+list. The command line wins over the file. `--model` and `--unsafe-load` make code run, and stand in the file only
+where `--trust-config` says that you trust it. In Python options are arguments of `asapc.CompileConfig`.
 
 This page is the output of `asapc.config.options_page()`."""
 

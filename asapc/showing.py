@@ -58,7 +58,7 @@ def inspection(sites: list[dict[str, Any]]) -> Iterator[Grid | str]:
 
 
 def reach(site: dict[str, Any]) -> Iterator[str]:
-    """Say where constants in a loop's divisors act, if it is not far from the samples."""
+    """Yield a line on where constants in a loop's divisors act, if it is not far from the samples."""
     if site["reach"] is not None and site["reach"] < FAR:
         yield (
             f"{site['name']} adds constants to its divisors, which the compiled model leaves out: they change the plan "
@@ -126,7 +126,7 @@ def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
 
 
 def output_errors(fidelity: dict[str, Any]) -> str:
-    """Say by how much each output differs from the teacher's, the worst first."""
+    """Return a line on how much each output differs from the teacher's, the worst first."""
     worst_first = sorted(fidelity["outputs"].items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name} by {error:.2%}" for name, error in worst_first[:4])
     more = f" and {len(worst_first) - 4} more by less" if len(worst_first) > 4 else ""
@@ -213,7 +213,7 @@ def latency_grid(data: dict[str, Any]) -> Grid:
 
 
 def comparison(latency: dict[str, Any]) -> str:
-    """Say in words which rivals the compiled model beats and which it loses to."""
+    """Return in words how fast the compiled model is beside its rivals."""
     return (
         f"compiled is {latency['speedup_vs_teacher']:.1f}x as fast as the teacher, "
         f"{latency['speedup_vs_exact']:.2f}x as fast as the best exact form, "

@@ -202,7 +202,7 @@ def case_of(folder: Path, kind: str, name: str, data: bytes) -> Case:
 
 
 def makers(name: str) -> tuple[Maker, ...]:
-    """Ways to damage a file of a name."""
+    """Return ways to damage a file of a name."""
     if name.endswith(".safetensors"):
         return (*DAMAGE, damage_header, damage_header)
     if name.endswith(".pt2"):
@@ -215,17 +215,17 @@ def makers(name: str) -> tuple[Maker, ...]:
 
 
 def ambiguous(data: bytes, rng: random.Random) -> bytes:
-    """An archive that can be read in two ways."""
+    """Make an archive that can be read in two ways."""
     return rng.choice(AMBIGUOUS)(data)
 
 
 def damage_json(data: bytes, rng: random.Random) -> bytes:
-    """JSON with one entry replaced."""
+    """Replace one entry of JSON."""
     return json.dumps(change_json(json.loads(data), rng)).encode()
 
 
 def compile_small(folder: Path) -> Path:
-    """A compiled folder to tamper with."""
+    """Compile a folder to tamper with."""
     path = write_checkpoint(folder / "small.pt", iterations=2)
     options: dict[str, Any] = {"level": 1, "fidelity": ("agreement>=0",), "batches": (1,), "seconds": 0.05}
     compile_model(path, CompileConfig(out=folder / "compiled", threads=1, **options))
@@ -233,7 +233,7 @@ def compile_small(folder: Path) -> Path:
 
 
 def damaged_folder(folder: Path, compiled: Path, rng: random.Random) -> Case:
-    """A folder of which one file is damaged or replaced; its manifest fits in half of the cases."""
+    """Make a folder of which one file is damaged or replaced; its manifest fits in half of the cases."""
     target = folder / "tampered"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(compiled, target)
@@ -294,7 +294,7 @@ def deep_texts() -> Iterator[bytes]:
 
 
 def pickle_of(body: bytes) -> bytes:
-    """A pickle in an archive of torch."""
+    """Make a pickle in an archive of torch."""
     with tempfile.TemporaryFile() as file:
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("whole/data.pkl", b"\x80\x02" + body + b".")
@@ -304,7 +304,7 @@ def pickle_of(body: bytes) -> bytes:
 
 
 def chain(length: int) -> list[Any]:
-    """Nodes in a row, from v0 to the last."""
+    """Make nodes in a row, from v0 to the last."""
     return [helper.make_node("Neg", [f"v{i}"], [f"v{i + 1}"]) for i in range(length)]
 
 
@@ -321,7 +321,7 @@ def greedy() -> Iterator[tuple[list[Any], dict[str, list[int]]]]:
 
 
 def onnx_model(path: Path, nodes: list[Any], **constants: list[int]) -> bytes:
-    """An ONNX file of nodes that lead from v0 to the output of the last."""
+    """Make an ONNX file of nodes that lead from v0 to the output of the last."""
     stored = [helper.make_tensor(n, TensorProto.INT64, [len(v)], v) for n, v in constants.items()]
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 4]) for n in ("v0", nodes[-1].output[0])]
     graph = helper.make_graph(nodes, "graph", ends[:1], ends[1:], stored)

@@ -87,7 +87,7 @@ def run(place: Path) -> "subprocess.Popen[bytes]":
 
 
 def kill(place: Path, number: signal.Signals, delay: float) -> dict[str, object]:
-    """One round: 1 where something is wrong."""
+    """Run one round: 1 where something is wrong."""
     process = run(place)
     time.sleep(delay)
     ended_before = process.poll() is not None
@@ -115,7 +115,7 @@ def kill(place: Path, number: signal.Signals, delay: float) -> dict[str, object]
 
 
 def of_session(number: int) -> Iterator[int]:
-    """The processes of a session that live, on Linux."""
+    """Yield the processes of a session that live, on Linux."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -126,14 +126,14 @@ def of_session(number: int) -> Iterator[int]:
 
 
 def whole(folder: Path) -> bool:
-    """Whether a folder has the files of its manifest, with their hashes, and no others."""
+    """Return whether a folder has the files of its manifest, with their hashes, and no others."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
     except (OSError, ValueError):
         return False
-    listed = {"manifest.json", *files}
-    return {path.name for path in folder.iterdir()} == listed and all(
+    names = {"manifest.json", *files}
+    return {path.name for path in folder.iterdir()} == names and all(
         hashes[name] == files[name]["sha256"] for name in files
     )
 

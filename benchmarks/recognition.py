@@ -156,7 +156,7 @@ def fuzz(count: int, seed: int) -> Row:
     """Judge random models, every other one a near-miss, at five scales and in other company; write as it goes."""
     kinds: dict[str, Counter[str]] = {"sinkhorn": Counter(), "near_misses": Counter()}
     families: dict[str, Counter[str]] = {}
-    listed: dict[str, list[str]] = {"wrong": [], "limited": [], "not_found": [], "crashed": []}
+    examples: dict[str, list[str]] = {"wrong": [], "limited": [], "not_found": [], "crashed": []}
     largest = 0.0
     # A process keeps what torch compiled and traced; a fresh one now and then bounds the memory.
     pool = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=quieten, max_tasks_per_child=50)
@@ -169,21 +169,21 @@ def fuzz(count: int, seed: int) -> Row:
             if not sinkhorn:
                 families.setdefault(composition.poison, Counter())[kind] += 1
             if verdict is None:
-                listed["crashed"].append(f"{composition}: {crash}")
+                examples["crashed"].append(f"{composition}: {crash}")
             elif kind in ("wrong", "limited"):
-                said = f"{verdict.difference:.1e}, from {verdict.scale:g} times the scores on"
-                listed[kind].append(f"{composition}: {said}")
+                change = f"{verdict.difference:.1e}, from {verdict.scale:g} times the scores on"
+                examples[kind].append(f"{composition}: {change}")
             elif kind == "right":
                 largest = max(largest, verdict.difference)
             elif sinkhorn:
-                listed["not_found"].append(f"{composition}: {'; '.join(verdict.reasons) or 'no candidate'}")
+                examples["not_found"].append(f"{composition}: {'; '.join(verdict.reasons) or 'no candidate'}")
             row = {
                 "seed": seed,
                 "models": number + 1,
                 "counts": {name: dict(sorted(counter.items())) for name, counter in kinds.items()},
                 "families": {name: dict(counter) for name, counter in sorted(families.items())},
                 "largest_difference": largest,
-                **listed,
+                **examples,
             }
             if number % 20 == 19:
                 print(f"{number + 1} of {count}: {row['counts']}", file=sys.stderr, flush=True)
@@ -320,9 +320,9 @@ def positive(row: Row) -> str:
 
 def negative(row: Row) -> str:
     """Return the table row of a model in which nothing was found."""
-    said = "; ".join(dict.fromkeys(miss["reason"] for miss in row["misses"])) or "nothing looks like a plan"
-    said = f"**found** {row['sites']}" if row["sites"] else said
-    return f"| {row['name']} | {cell(row['style'])} | {cell(said)} |"
+    answer = "; ".join(dict.fromkeys(miss["reason"] for miss in row["misses"])) or "nothing looks like a plan"
+    answer = f"**found** {row['sites']}" if row["sites"] else answer
+    return f"| {row['name']} | {cell(row['style'])} | {cell(answer)} |"
 
 
 def fuzz_section(row: Row) -> Iterator[str]:
@@ -351,8 +351,8 @@ def fuzz_section(row: Row) -> Iterator[str]:
 
 def joined(parts: Iterator[str]) -> str:
     """Return parts with a comma between them, each once where all are the same."""
-    listed = list(parts)
-    return listed[0] if len(set(listed)) == 1 else "; ".join(listed)
+    texts = list(parts)
+    return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
 
 
 def shown_epsilon(values: list[float] | None) -> str:

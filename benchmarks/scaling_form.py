@@ -36,17 +36,17 @@ class ScalingForm(torch.autograd.Function):
         """Map scores (..., N, M) to the plan."""
         log_plan = scores.log_softmax(dim=-2).log_softmax(dim=-1)
         stretches: list[Stretch] = []
-        done = 1
-        while not stretches or done < iterations:
+        count = 1
+        while not stretches or count < iterations:
             kernel = log_plan.softmax(dim=-1)  # exp, as rows sum to 1; exp itself is slow where it underflows
             turned = kernel.transpose(-1, -2).contiguous()
             us, vs = [torch.ones_like(turned[..., :1, :])], [torch.ones_like(kernel[..., :1, :])]
-            for _ in range(min(STRETCH, iterations - done)):
+            for _ in range(min(STRETCH, iterations - count)):
                 vs.append(1 / (us[-1] @ kernel))
                 us.append(1 / (vs[-1] @ turned))
             stretches.append(Stretch(kernel, turned, us, vs))
             log_plan = log_plan + us[-1].transpose(-1, -2).log() + vs[-1].log()
-            done += STRETCH
+            count += STRETCH
         plan = us[-1].transpose(-1, -2) * kernel * vs[-1]
         ctx.stretches = stretches
         ctx.save_for_backward(scores, plan)

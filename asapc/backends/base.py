@@ -17,7 +17,7 @@ class Runner(Protocol):
         ...
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """All tensor outputs of the model for one batch."""
+        """Return all tensor outputs of the model for one batch."""
         ...
 
 
@@ -26,25 +26,25 @@ class RememberingRunner:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.runtime = runner, runner.runtime
-        # Not `outputs`, by which a runtime tells what its outputs are called.
-        self.known: dict[tuple[int, int], list[Tensor]] = {}
+        # Not `outputs`, by which a runtime names its outputs.
+        self.results: dict[tuple[int, int], list[Tensor]] = {}
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """All tensor outputs of the model for one batch."""
-        if place(samples) not in self.known:
+        """Return all tensor outputs of the model for one batch."""
+        if place(samples) not in self.results:
             self.remember(samples, self.runner(samples))
-        return self.known[place(samples)]
+        return self.results[place(samples)]
 
     def remember(self, samples: Samples, outputs: list[Tensor]) -> None:
         """Take outputs that were computed elsewhere."""
-        self.known[place(samples)] = outputs
+        self.results[place(samples)] = outputs
 
 
 def place(samples: Samples) -> tuple[int, int]:
-    """Where samples lie in memory, and how many they are."""
+    """Return where samples lie in memory, and how many they are."""
     return next(iter(samples.inputs.values())).data_ptr(), len(samples)
 
 
 def temporary(path: Path) -> Path:
-    """Name to write to before renaming to `path`, so that a failure leaves no half-written file."""
+    """Return the name to write to before renaming to `path`, so that a failure leaves no half-written file."""
     return path.with_name(path.name + ".partial")

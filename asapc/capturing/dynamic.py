@@ -163,7 +163,7 @@ def tensor_nodes(graph: Graph) -> list[Node]:
 
 
 def is_whole(node: Node) -> bool:
-    """Whether a node is a slice that omits nothing, as in `mask[:, None, None, :]`: graphs with open axes have none."""
+    """Return whether a node is a slice that omits nothing, as in `mask[:, None]`: graphs with open axes have none."""
     if node.target is not torch.ops.aten.slice.Tensor:
         return False
     arguments = dict(zip(("start", "end", "step"), node.args[2:], strict=False)) | node.kwargs

@@ -155,7 +155,7 @@ class Unconverged(TorchFunctionMode):
 
 
 def branches_on_data(source: str, question: str) -> CaptureError:
-    """The refusal of a branch that a graph would take one way for all inputs."""
+    """Return the refusal of a branch that a graph would take one way for all inputs."""
     return CaptureError(
         f"the code at {source} branches on data, and a graph takes one path for all inputs: {question}",
         "compute both sides and choose with torch.where, or use torch.cond; a loop may ask whether to stop, as in "

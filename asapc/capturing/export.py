@@ -96,7 +96,7 @@ def drop_idle_casts(program: ExportedProgram) -> None:
 
 
 def is_plain(program: ExportedProgram) -> bool:
-    """Whether another pass would change nothing that counts: no writes, regions, or views that it would name anew."""
+    """Return whether another pass would change nothing that counts: writes, regions, or views that it would rename."""
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
     return all(
         not target._schema.is_mutable
@@ -111,16 +111,16 @@ def separate_outputs(program: ExportedProgram) -> None:
     """Give each output a node of its own, in place: ONNX can neither return an input nor one value twice."""
     graph = program.graph_module.graph
     outputs = list(graph.output_node().args[0])
-    seen: set[Node] = set()
+    earlier: set[Node] = set()
     for i, node in enumerate(outputs):
         if not isinstance(node, Node):
             continue
-        if node.op == "placeholder" or node in seen:
+        if node.op == "placeholder" or node in earlier:
             with graph.inserting_before(graph.output_node()):
                 outputs[i] = graph.call_function(aten.clone.default, (node,))
             outputs[i].meta = dict(node.meta)
             program.graph_signature.output_specs[i].arg.name = outputs[i].name
-        seen.add(node)
+        earlier.add(node)
     if tuple(outputs) != tuple(graph.output_node().args[0]):
         graph.output_node().args = (tuple(outputs),)
         program.graph_module.recompile()

@@ -50,7 +50,7 @@ class Place:
         return next((node for node in reversed(self.path) if isinstance(node, ast.stmt)), None)
 
     def asks(self, branch: ast.If | ast.While | ast.IfExp) -> bool:
-        """Whether the question is the test of a branch; Python gives the jump the place of the branch as a whole."""
+        """Return whether the question tests a branch; Python gives the jump the place of the branch as a whole."""
         return self.path[-1] is branch or branch.test in self.path
 
     @property
@@ -73,7 +73,7 @@ class Leaving(NamedTuple):
 
 
 def find_leaving(frame: FrameType | None, skipped: str) -> Leaving | None:
-    """What a question of a frame decides on leaving; None where it decides anything else.
+    """Return what a question of a frame decides on leaving; None where it decides anything else.
 
     Args:
         frame: the code that asks.
@@ -105,14 +105,14 @@ def find_leaving(frame: FrameType | None, skipped: str) -> Leaving | None:
 
 
 def chooses(place: Place) -> bool:
-    """Whether the question picks one of two values inside a statement, or an entry of something."""
+    """Return whether the question picks one of two values inside a statement, or an entry of something."""
     choices = [node for node in place.path if isinstance(node, ast.IfExp)]
     entries = [node for node in place.path if isinstance(node, ast.Subscript) and node.slice in place.path]
     return bool(entries) or any(place.asks(choice) for choice in choices)
 
 
 def leaves(branch: ast.If, in_loop: bool) -> bool:
-    """Whether one side of an `if` does nothing but leave the loop, or stop the program."""
+    """Return whether one side of an `if` does nothing but leave the loop, or stop the program."""
     sides = [side for side in (branch.body, branch.orelse) if side and isinstance(side[-1], LEAVES)]
     for side in sides:
         stops = isinstance(side[-1], ast.Raise)
@@ -122,7 +122,7 @@ def leaves(branch: ast.If, in_loop: bool) -> bool:
 
 
 def is_harmless(statement: ast.stmt) -> bool:
-    """Whether a statement before a `break` computes nothing: it passes, prints, or sets a flag."""
+    """Return whether a statement before a `break` computes nothing: it passes, prints, or sets a flag."""
     match statement:
         case ast.Pass():
             return True
@@ -134,7 +134,7 @@ def is_harmless(statement: ast.stmt) -> bool:
 
 
 def only_asked(names: set[str], function: ast.AST) -> bool:
-    """Whether names that hold answers, and those that take them over, are read in questions of leaving alone.
+    """Return whether names that hold answers, and those that copy them, are read only in questions of leaving.
 
     Args:
         names: written by an assignment, or by a call such as `errors.append(float(err))`.
@@ -157,7 +157,7 @@ def only_asked(names: set[str], function: ast.AST) -> bool:
 
 
 def names_kept(statement: ast.stmt) -> set[str] | None:
-    """Names that a statement writes to; None where it writes to anything else."""
+    """Return the names that a statement writes to; None where it writes to anything else."""
     match statement:
         case ast.Assign(targets=targets):
             names = [target.id for target in targets if isinstance(target, ast.Name)]
@@ -174,7 +174,7 @@ def names_kept(statement: ast.stmt) -> set[str] | None:
 
 
 def is_asked(path: list[ast.AST]) -> bool:
-    """Whether the use of a name, at the end of a path, is in a question of leaving a loop."""
+    """Return whether the use of a name, at the end of a path, is in a question of leaving a loop."""
     for i, (node, below) in enumerate(pairwise(path)):
         if isinstance(node, ast.While) and below is node.test:
             return True
@@ -184,7 +184,7 @@ def is_asked(path: list[ast.AST]) -> bool:
 
 
 def walk(node: ast.AST) -> list[list[ast.AST]]:
-    """The paths from a node to all below it."""
+    """Return the paths from a node to all below it."""
     paths = [[node]]
     for child in ast.iter_child_nodes(node):
         paths += [[node, *path] for path in walk(child)]
@@ -192,7 +192,7 @@ def walk(node: ast.AST) -> list[list[ast.AST]]:
 
 
 def function_of(code: CodeType) -> ast.AST | None:
-    """The syntax tree of the function that code was compiled from; None where there is no source."""
+    """Return the syntax tree of the function that code was compiled from; None where there is no source."""
     tree = parse(code.co_filename)
     if tree is None or code.co_name == "<module>":
         return tree
@@ -206,7 +206,7 @@ def function_of(code: CodeType) -> ast.AST | None:
 
 @cache
 def parse(filename: str) -> ast.Module | None:
-    """The syntax tree of a source file; None where it cannot be read."""
+    """Return the syntax tree of a source file; None where it cannot be read."""
     try:
         return ast.parse("".join(linecache.getlines(filename))) if linecache.getlines(filename) else None
     except SyntaxError:
@@ -214,7 +214,7 @@ def parse(filename: str) -> ast.Module | None:
 
 
 def spans(node: ast.AST, start: tuple[int, int], end: tuple[int, int]) -> bool:
-    """Whether the source of a node holds all from one place to another; columns in bytes, as Python counts them."""
+    """Return whether a node's source holds all from one place to another; columns in bytes, as Python counts them."""
     if not hasattr(node, "lineno"):
         return any(spans(child, start, end) for child in ast.iter_child_nodes(node))
     return (node.lineno, node.col_offset) <= start and end <= (node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]

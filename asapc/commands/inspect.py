@@ -35,13 +35,13 @@ def example_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples
     return samples, samples
 
 
-def require_sites(findings: Findings, path: Path, listed: bool = False) -> None:
+def require_sites(findings: Findings, path: Path, shows_misses: bool = False) -> None:
     """Raise NoSinkhornError if there are no sites, quoting the first near miss.
 
     Args:
         findings: sites and misses.
         path: the model, as the user named it.
-        listed: whether the user has seen the misses.
+        shows_misses: whether the command shows the misses itself.
     """
     if findings.sites:
         return
@@ -51,7 +51,7 @@ def require_sites(findings: Findings, path: Path, listed: bool = False) -> None:
             message, "nothing in it looks like attention; asapc compiles Sinkhorn loops and no others"
         )
     miss = findings.misses[0]
+    see_all = f"run `asapc inspect {path} --why` to see all that came near, and what can be done"
     raise NoSinkhornError(
-        f"{message}; {shorten(miss.source) or miss.node}: {miss.reason}",
-        miss.hint if listed else f"run `asapc inspect {path} --why` to see all that came near, and what can be done",
+        f"{message}; {shorten(miss.source) or miss.node}: {miss.reason}", miss.hint if shows_misses else see_all
     )

@@ -1,4 +1,4 @@
-"""Holds models with open axes to what they are at other lengths than those of their samples."""
+"""Compares models with open axes, at other lengths than their samples', with what was found at those."""
 
 from collections.abc import Mapping
 
@@ -49,7 +49,7 @@ def find_at_lengths(
 ) -> Findings:
     """Find sites; with open axes, those whose loops are the same at another length too.
 
-    A scale that follows the length comes in with the scores.
+    A scale that follows the length is taken as part of the scores.
 
     Args:
         loaded: the model.
@@ -59,7 +59,7 @@ def find_at_lengths(
         early_stop: as of `capture_code`.
 
     Raises:
-        CaptureError: a loop is another one there, or the model cannot be captured, or does other operations.
+        CaptureError: a loop changes with the length, or the model cannot be captured, or does other operations.
     """
     first = findings = find_with_evidence(graph, samples)
     lengths = {name: axis.other for name, axis in open_axes(axes, samples).items()}
@@ -67,10 +67,10 @@ def find_at_lengths(
         return first
     others = resized(samples, axes, lengths)
     try:
-        captured = capture_code(loaded, others, early_stop)
+        other = capture_code(loaded, others, early_stop)
     except SamplesError as error:
         raise too_far(lengths, error) from error
-    other = build_plans(captured, others)
+    other = build_plans(other, others)
     names = node_names(graph, other)
     skipped: set[str] = set()
     while True:
@@ -79,15 +79,15 @@ def find_at_lengths(
             break
         skipped |= following
         findings = find_with_evidence(graph, samples, skipped)
-    kept = {site.wiring.plan.node for site in findings.sites}
+    plans = {site.wiring.plan.node for site in findings.sites}
     for site in first.sites:
-        if site.wiring.plan.node not in kept:
+        if site.wiring.plan.node not in plans:
             raise CaptureError(f"the temperature of {site.name} ({site.source}) follows the length in its loop", HINT)
     return findings
 
 
 def starts_that_follow(findings: Findings, others: Findings, names: Mapping[str, str]) -> set[str]:
-    """Return the nodes from which loops start whose scale is another at another length.
+    """Return the nodes of the scores of those loops whose scale changes with the length.
 
     Args:
         findings: at the one length.
@@ -95,14 +95,14 @@ def starts_that_follow(findings: Findings, others: Findings, names: Mapping[str,
         names: of nodes in the second graph by those in the first.
 
     Raises:
-        CaptureError: a loop is another one, or none.
+        CaptureError: a loop changes in anything else, or is missing at the other length.
     """
     twins = {site.wiring.plan.node: site for site in others.sites}
     following = set()
     for site in findings.sites:
         twin = twins.get(names[site.wiring.plan.node])
         if twin is None or not same(site.loop, twin.loop):
-            raise CaptureError(f"{site.name} ({site.source}) is another loop at other lengths", HINT)
+            raise CaptureError(f"the loop of {site.name} ({site.source}) changes with the length", HINT)
         if not torch.allclose(site.loop.scale, twin.loop.scale, rtol=SCALE_TOLERANCE):
             following.add(site.wiring.scores.node)
     return following
@@ -114,18 +114,20 @@ def same(one: Loop, other: Loop) -> bool:
         return True  # `dynamic.reopen` says why such a loop has one length
     if not other.uniform or (one.half_steps, one.last) != (other.half_steps, other.last):
         return False
-    # That of the other axis matters up to a factor, which is nothing where it is one number.
+    # The mass of the other axis matters up to a factor only, so that one number needs no comparison.
     last, twin = (loop.row_mass if loop.last == "rows" else loop.column_mass for loop in (one, other))
     return torch.allclose(last, twin, rtol=SCALE_TOLERANCE)
 
 
 def too_far(lengths: Lengths, error: SamplesError) -> CaptureError:
     """Return the error for lengths that a model does not take."""
-    return CaptureError(f"with {told(lengths)}, as --dynamic declares, {error}", "declare lengths that the model takes")
+    return CaptureError(
+        f"with {in_words(lengths)}, as --dynamic declares, {error}", "declare lengths that the model takes"
+    )
 
 
-def told(lengths: Lengths) -> str:
-    """Name lengths in a message."""
+def in_words(lengths: Lengths) -> str:
+    """Format lengths for a message."""
     return ", ".join(f"{name}={length}" for name, length in lengths.items())
 
 
@@ -152,7 +154,7 @@ def check_lengths(teacher: Teacher, axes: Axes) -> None:
         errors = [difference(a, b) if a.shape == b.shape else 1.0 for a, b in zip(actual, expected, strict=True)]
         if errors and max(errors) > OUTPUT_TOLERANCE:
             raise CaptureError(
-                f"with {told(lengths)}, as --dynamic declares, the outputs differ by {max(errors):.1%} from the "
+                f"with {in_words(lengths)}, as --dynamic declares, the outputs differ by {max(errors):.1%} from the "
                 "model's: something in it follows the length",
                 HINT,
             )

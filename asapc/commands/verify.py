@@ -69,12 +69,12 @@ class Verification:
         return [name for name, share in self.outside.items() if share > MAX_OUTSIDE]
 
     def data(self) -> dict[str, Any]:
-        """What `asapc verify --json` prints."""
-        known = self.fidelity.sites
+        """Return what `asapc verify --json` prints."""
+        fidelities = self.fidelity.sites
         sites = [
             {
                 "name": name,
-                "fidelity": asdict(known[name]) if name in known else None,
+                "fidelity": asdict(fidelities[name]) if name in fidelities else None,
                 "outside_calibration": share,
                 "shifted": name in self.shifted,
             }
@@ -99,12 +99,12 @@ class StoredOutputs:
     runtime = "stored"
 
     def __init__(self, outputs: Samples) -> None:
-        self.outputs, self.seen = outputs, 0
+        self.outputs, self.position = outputs, 0
 
     def __call__(self, samples: Samples) -> list[Tensor]:
-        """The outputs of the next samples."""
-        start, self.seen = self.seen, self.seen + len(samples)
-        return list(self.outputs[start : self.seen].inputs.values())
+        """Return the outputs of the next samples."""
+        start, self.position = self.position, self.position + len(samples)
+        return list(self.outputs[start : self.position].inputs.values())
 
 
 def verify_outputs(
@@ -143,8 +143,8 @@ def verify_outputs(
 def check_stored(data: Path, samples: Samples, outputs: Path, stored: Samples, runner: OnnxRuntimeRunner) -> None:
     """Raise SamplesError where samples are not of the model's inputs, or stored outputs not of its outputs for them."""
     if set(runner.names) != samples.inputs.keys():
-        held, names = ", ".join(samples.inputs), ", ".join(runner.names)
-        raise SamplesError(f"{data} holds {held}; the model's inputs are {names}", "name the arrays as the inputs")
+        arrays, names = ", ".join(samples.inputs), ", ".join(runner.names)
+        raise SamplesError(f"{data} holds {arrays}; the model's inputs are {names}", "name the arrays as the inputs")
     expected = [tuple(output.shape[1:]) for output in runner(samples[:1])]
     shapes = [tuple(output.shape[1:]) for output in stored.inputs.values()]
     if shapes != expected or len(stored) != len(samples):
@@ -173,7 +173,7 @@ def verify_model(
         show: called with the result before it is held to the budget.
 
     Raises:
-        CheckpointError: the folder is not whole, or the teacher is another one.
+        CheckpointError: the folder is not whole, or was not compiled from this teacher.
         OptionError: `unsafe_load` without a teacher.
         SamplesError: the samples do not fit the model, or do not show what a term of `config` is about.
         FidelityError: the budget is missed: that of `config`, else what the model was compiled to keep.
@@ -209,10 +209,10 @@ def rate_sites(
     # A graph is captured with two samples or more. Nothing is fitted, so that none have to be held out.
     several = samples if len(samples) > 1 else samples[[0, 0]]
     try:
-        studied = study(loaded, config, lambda loaded, config: (several, several))
+        teacher = study(loaded, config, lambda loaded, config: (several, several))
     except (CaptureError, SamplesError) as error:
         return {}, {}, f"sites are not rated, since on these samples {error}"
-    sites, stored = studied.sites, report["sites"]
+    sites, stored = teacher.sites, report["sites"]
     if [facts(site_data(site)) for site in sites] != [facts(site) for site in stored]:
         return {}, {}, "sites are not rated, since their loops do not show on these samples as they did in calibration"
     parameters = Source.at(folder / OPERATORS, CheckpointError)
@@ -223,13 +223,13 @@ def rate_sites(
         # As it was compiled, whatever the spread of these samples.
         wide = frozenset(site["name"] for site in stored if site["wide"])
         modules = operators(sites, Selection(choices, wide))
-        rated = site_fidelity(studied.graph, sites, modules, samples)
+        fidelities = site_fidelity(teacher.graph, sites, modules, samples)
     except (RuntimeError, IndexError, ValueError) as error:  # shapes that torch cannot bring together
         raise parameters.refuse(f"its parameters do not fit the model: {one_line(error)}", COMPILE) from error
-    ranges = score_ranges(studied.graph, sites, samples)
+    ranges = score_ranges(teacher.graph, sites, samples)
     calibrated = {site["name"]: site["calibration_range"] for site in stored}
     outside = {name: share_outside(scores.deviations, *calibrated[name]) for name, scores in ranges.items()}
-    return dict(rated), outside, ""
+    return dict(fidelities), outside, ""
 
 
 def facts(site: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -247,21 +247,20 @@ def hold(verification: Verification, show: Show) -> Verification:
 def budget_of(report: Mapping[str, Any], fidelity: Fidelity) -> tuple[Bound, ...]:
     """Return the budget that a report states, less what these samples cannot tell, and a limit for all outputs."""
     metrics = reached(fidelity)
-    bounds = [parse_bound(term) for term in report["budget"]]
-    told = [
+    bounds = [
         bound
-        for bound in bounds
+        for bound in map(parse_bound, report["budget"])
         if metrics[bound.metric] is not None and (fidelity.sites or bound.metric not in SITE_METRICS)
     ]
-    if not any(bound.metric == "output-error" for bound in told):
+    if not any(bound.metric == "output-error" for bound in bounds):
         compiled = max(report["fidelity"]["outputs"].values(), default=0.0)
         default = next(bound.limit for bound in DEFAULT_BUDGET if bound.metric == "output-error")
-        told.append(Bound("output-error", max(default, MAX_GROWTH * compiled)))
-    return tuple(told)
+        bounds.append(Bound("output-error", max(default, MAX_GROWTH * compiled)))
+    return tuple(bounds)
 
 
 def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Candidate:
-    """The operator that a report and the parameters beside it, those of `source`, describe.
+    """Return the operator that a report and the parameters beside it, those of `source`, describe.
 
     Raises:
         CheckpointError: it has more half-steps than the site, or lacks parameters.
@@ -291,6 +290,6 @@ def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: 
 
 
 def share_outside(spreads: Tensor, low: float, high: float) -> float:
-    """Share of values outside a range that is widened a little."""
+    """Return the share of values outside a range that is widened a little."""
     more = WIDENED * (high - low)
     return ((spreads < low - more) | (spreads > high + more)).double().mean().item()

@@ -37,11 +37,11 @@ def verify(
     # Of other outputs only sums are kept: they may be the maps of all layers.
     sums: dict[tuple[str, str], Tensor] = {}
     end_to_end = names[0], names[-1]
-    told: list[str] = []
+    floating_names: list[str] = []
     for batch in samples.batches(batch_size):
         raw = {name: runner(batch) for name, runner in hops.items()}
         outputs = {name: floating(of_hop) for name, of_hop in raw.items()}
-        told = told or output_names(hops[names[-1]], raw[names[-1]])
+        floating_names = floating_names or output_names(hops[names[-1]], raw[names[-1]])
         for name in names:
             firsts[name] = torch.cat([*([firsts[name]] if name in firsts else []), outputs[name][0]])
         for pair in {end_to_end, *pairwise(names)}:
@@ -57,7 +57,7 @@ def verify(
         logits_rel=total.rel,
         agreement=total.agreement,
         metric=metric(teacher, compiled, samples.labels),
-        outputs=dict(zip(told, relative_errors(sums[end_to_end]), strict=True)),
+        outputs=dict(zip(floating_names, relative_errors(sums[end_to_end]), strict=True)),
         hops=tuple(
             to_hop(after, sums[before, after], agreement(firsts[before], firsts[after], labelled))
             for before, after in pairwise(names)
@@ -173,7 +173,7 @@ def metric(teacher: Tensor, compiled: Tensor, labels: Tensor | None) -> Metric |
 
 
 def has_classes(output: Tensor) -> bool:
-    """Whether the output is (samples, classes): labels are one a sample."""
+    """Return whether the output is (samples, classes): labels are one a sample."""
     return output.dim() == 2 and output.shape[1] > 1
 
 

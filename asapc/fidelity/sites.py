@@ -87,7 +87,7 @@ NO_ERRORS = SiteErrors(*torch.zeros(6, dtype=torch.float64))
 
 
 def add(one: SiteErrors, other: SiteErrors) -> SiteErrors:
-    """Errors of the samples of both."""
+    """Return the errors of the samples of both."""
     return SiteErrors(*(a + b for a, b in zip(one, other, strict=True)))
 
 
@@ -177,5 +177,5 @@ def site_errors(site: Site, operator: nn.Module, loop: Reference) -> SiteErrors:
 
 
 def centre(output: Tensor, rows: Tensor) -> Tensor:
-    """Outputs (B, H, N, E) less their mean over the live rows (B, H, N, 1): what a mean of the values would miss."""
+    """Subtract from outputs (B, H, N, E) their mean over live rows (B, H, N, 1), which a mean of the values gives."""
     return (output - (output * rows).sum(dim=-2, keepdim=True) / rows.sum(dim=-2, keepdim=True).clamp_min(1)) * rows

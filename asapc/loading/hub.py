@@ -66,11 +66,11 @@ def read_hub(path: Path) -> tuple[Folder, dict[str, Any]]:
     weights: dict[str, Any] = {}
     for name, shard in shards.items():
         content = read_file(shard)
-        wanted = [key for key, place in places.items() if place == name]
-        for key in wanted:
+        keys = [key for key, place in places.items() if place == name]
+        for key in keys:
             if key not in content:
                 raise shard.refuse(f"it lacks {key[:200]}, which {index.name} says it holds")
-        weights |= {key: content[key] for key in wanted}
+        weights |= {key: content[key] for key in keys}
     size = sum(shard.size for shard in shards.values())
     return Folder(path, CheckpointError, str(path), size, (source, *shards.values())), weights
 
@@ -86,8 +86,8 @@ def find_weights(folder: Path) -> Path:
             if file.exists():
                 return file
     for mark, (kind, command) in CONVERTED.items():
-        if found := next(iter(sorted(folder.glob(mark))), None):
-            place = shlex.quote(str(found.parent))
+        if part := next(iter(sorted(folder.glob(mark))), None):
+            place = shlex.quote(str(part.parent))
             raise CheckpointError(
                 f"{folder} is a checkpoint of {kind}, in parts that no single file lists",
                 f"convert it, and give the result: {command.format(place)}",

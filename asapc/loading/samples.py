@@ -98,18 +98,18 @@ def check_values(label: str, value: Any) -> None:
 
 
 def is_class_index(labels: Tensor) -> bool:
-    """Tell whether labels are one integer a sample."""
+    """Return whether labels are one integer a sample."""
     other = labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
     return labels.dim() == 1 and not other
 
 
 def is_finite(value: Tensor) -> bool:
-    """Tell whether a tensor holds no NaN and no infinity."""
+    """Return whether a tensor holds no NaN and no infinity."""
     return bool(torch.isfinite(widened(value)).all())
 
 
 def has_nan(value: Tensor) -> bool:
-    """Tell whether a tensor holds NaN; infinities may be meant."""
+    """Return whether a tensor holds NaN; infinities may be meant."""
     return bool(torch.isnan(widened(value)).any())
 
 
@@ -144,7 +144,7 @@ def parse_shape(text: str) -> InputShape:
 
 
 def fits(low: int, high: int, dtype: torch.dtype) -> bool:
-    """Tell whether an integer dtype can hold both numbers."""
+    """Return whether an integer dtype can hold both numbers."""
     info = torch.iinfo(dtype)
     return info.min <= low and high <= info.max
 

@@ -49,7 +49,7 @@ class Reading(NamedTuple):
         return [*map(str, self.weights), *self.left]
 
 
-def load_weights(source: Source, name: str, module: nn.Module, content: Any, wanted: str | None = None) -> list[str]:
+def load_weights(source: Source, name: str, module: nn.Module, content: Any, label: str | None = None) -> list[str]:
     """Find the weights of a model in a file's content, and load them into it.
 
     Those are taken that cover the model: that its own strict `load_state_dict`, hooks and all, accepts.
@@ -59,7 +59,7 @@ def load_weights(source: Source, name: str, module: nn.Module, content: Any, wan
         name: of the model, for messages.
         module: the model.
         content: of the file: nested mappings, one of which holds the weights.
-        wanted: the label of those to take, where there are several.
+        label: the label of those to take, where there are several.
 
     Returns:
         Notes for the user: where the weights were found, and what was done to them.
@@ -72,11 +72,11 @@ def load_weights(source: Source, name: str, module: nn.Module, content: Any, wan
     candidates = [c for place, weights in tensor_mappings(content) for c in read_in_ways(place, weights, expected)]
     if not candidates:
         raise CheckpointError(f"{source} holds no weights", "save model.state_dict()")
-    if wanted is not None:
+    if label is not None:
         labels = {candidate.label: None for candidate in candidates}
-        candidates = [candidate for candidate in candidates if candidate.label == wanted]
+        candidates = [candidate for candidate in candidates if candidate.label == label]
         if not candidates:
-            raise OptionError(f"{source} holds no weights {wanted!r}", f"give one of {', '.join(labels)}")
+            raise OptionError(f"{source} holds no weights {label!r}", f"give one of {', '.join(labels)}")
     fitting = [candidate for candidate in candidates if covers(source, name, module, candidate)]
     if not fitting and any(mark in key for candidate in candidates for key in candidate.names for mark in ADAPTER):
         raise CheckpointError(
@@ -133,19 +133,19 @@ def read_in_ways(place: str, weights: Mapping[str, Any], expected: Mapping[str, 
     front; averaging adds a counter. What does not begin so, or belongs to modules that the model lacks, is left over:
     a loss, a metric, another model.
     """
-    named = {key.replace(COMPILED, ""): value for key, value in weights.items() if isinstance(key, str)}
-    if len(named) < len(weights):  # two names became one, or a name is not a string: the comparison names it
+    by_name = {key.replace(COMPILED, ""): value for key, value in weights.items() if isinstance(key, str)}
+    if len(by_name) < len(weights):  # two names became one, or a name is not a string: the comparison names it
         yield Reading(place, (), OrderedDict(weights), ())
         return
     if "n_averaged" not in expected:
-        named.pop("n_averaged", None)
+        by_name.pop("n_averaged", None)
     removed = (COMPILED,) if any(COMPILED in key for key in weights) else ()
-    for prefix in prefixes(named, expected):
-        inner = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
-        kept = {key: value for key, value in inner.items() if is_own(key, value, expected)}
-        state = OrderedDict(kept)
+    for prefix in prefixes(by_name, expected):
+        inner = {key.removeprefix(prefix): value for key, value in by_name.items() if key.startswith(prefix)}
+        own = {key: value for key, value in inner.items() if is_own(key, value, expected)}
+        state = OrderedDict(own)
         setattr(state, METADATA, rename_modules(getattr(weights, METADATA, {}), prefix))
-        left = sorted(key for key in named if not key.startswith(prefix) or key.removeprefix(prefix) not in kept)
+        left = sorted(key for key in by_name if not key.startswith(prefix) or key.removeprefix(prefix) not in own)
         yield Reading(place, (*removed, prefix) if prefix else removed, state, tuple(left))
 
 
@@ -157,19 +157,19 @@ def is_own(key: str, value: Any, expected: Mapping[str, Any]) -> bool:
     )
 
 
-def prefixes(named: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+def prefixes(names: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """Return what names of tensors may begin with before those of a model's weights; nothing at all among it."""
-    found = {"": None}
+    distinct = {"": None}
     for name in islice(expected, MAX_NAMES):
-        found |= {key[: -len(name)]: None for key in named if key.endswith(f".{name}")}
-    return list(found)
+        distinct |= {key[: -len(name)]: None for key in names if key.endswith(f".{name}")}
+    return list(distinct)
 
 
 def rename_modules(versions: Mapping[str, Any], prefix: str) -> "OrderedDict[str, Any]":
     """Return the versions of modules by their names without a prefix, as `Reading.weights` are named."""
-    named = {f"{name}.".lstrip(".").replace(COMPILED, ""): value for name, value in versions.items()}
+    by_name = {f"{name}.".lstrip(".").replace(COMPILED, ""): value for name, value in versions.items()}
     return OrderedDict(
-        (name.removeprefix(prefix).rstrip("."), value) for name, value in named.items() if name.startswith(prefix)
+        (name.removeprefix(prefix).rstrip("."), value) for name, value in by_name.items() if name.startswith(prefix)
     )
 
 
@@ -216,7 +216,7 @@ def compare_weight(source: Source, name: str, key: str, value: Any, expected: Te
 
 
 def number_kind(value: Tensor) -> tuple[bool, bool]:
-    """Say whether a tensor holds floats, and whether complex numbers; dtypes of one kind convert to one another."""
+    """Return whether a tensor holds floats, and whether complex numbers; dtypes of one kind convert to one another."""
     return value.is_floating_point(), value.is_complex()
 
 
@@ -283,7 +283,7 @@ def give_weights(source: Source, name: str, module: nn.Module, weights: Mapping[
 
 
 def place_notes(best: Reading) -> Iterator[str]:
-    """Say where the weights were found, unless that goes without saying."""
+    """Yield notes on where the weights were found, unless that goes without saying."""
     if best.place:
         yield f"weights found at {best.place!r}"
     if best.removed:
@@ -293,7 +293,7 @@ def place_notes(best: Reading) -> Iterator[str]:
 
 
 def dtype_notes(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """Say which dtypes were converted to which."""
+    """Yield notes on which dtypes were converted to which."""
     pairs = {(v.dtype, expected[k].dtype) for k, v in weights.items() if k in expected and isinstance(v, Tensor)}
     for old, new in sorted(pairs, key=str):
         if old != new:

@@ -180,7 +180,7 @@ def hinges(centred: torch.Tensor, spread: torch.Tensor, knots: torch.Tensor) -> 
 def dual_features_ref(
     own: torch.Tensor, other: torch.Tensor, slices: int, knots: torch.Tensor, paired: bool = False
 ) -> torch.Tensor:
-    """Float64 reference of `dual_features`, function by function: (B, H, F, N)."""
+    """Compute the float64 reference of `dual_features`, function by function: (B, H, F, N)."""
     own, other = own.double(), other.double()
     from_own, from_other = (list((c - c.mean(dim=-1, keepdim=True)).unbind(dim=-2)) for c in (own, other))  # deviations
     sd_own, sd_other = (

@@ -63,7 +63,7 @@ def width(points: torch.Tensor) -> int:
 
 
 def in_half(points: torch.Tensor) -> bool:
-    """Tell whether points are in half precision, which their duals never are."""
+    """Return whether points are in half precision, which their duals never are."""
     return points.dtype.itemsize <= 2
 
 

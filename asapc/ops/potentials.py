@@ -1,9 +1,9 @@
-"""Exact one-dimensional Kantorovich potentials of projected queries and keys, by sorting.
+"""Exact one-dimensional Kantorovich potentials of projected points, by sorting.
 
-In one dimension the optimal plan for the cost -x * y pairs sorted points with sorted points, so its dual
-follows in closed form: along the sorted order the potential's slope is the key that the query is paired
-with. The sign is that of scores, not of costs: the potential f belongs to the plan
-exp(x_i y_j / t + f_i / t + g_j / t) as t goes to 0, where f_i = -max_j(x_i y_j + g_j).
+The potential is that of the points `own`; `other` are those across. In one dimension the optimal plan for the cost
+-own * other pairs sorted points with sorted points, so its dual follows in closed form: along the sorted order the
+potential's slope is the point that the own one is paired with. The sign is that of scores, not of costs: the potential
+f belongs to the plan exp(own_i other_j / t + f_i / t + g_j / t) as t goes to 0, with f_i = -max_j(own_i other_j + g_j).
 """
 
 import torch
@@ -24,37 +24,37 @@ def paired_keys(queries: int, keys: int) -> tuple[list[int], list[int]]:
     return lower, upper
 
 
-def potentials(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return the query-side Kantorovich potentials for the score x * y and uniform marginals.
+def potentials(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the Kantorovich potentials of the own points for the score own * other and uniform marginals.
 
     Args:
-        x: projected queries, (..., N), any order, ties allowed.
-        y: projected keys, (..., M).
+        own: projected points whose potentials they are, (..., N), any order, ties allowed.
+        other: projected points across, (..., M).
 
     Returns:
-        (..., N), in units of x * y, each centred to mean zero over N. The cost is O(N log N + M log M), and no
+        (..., N), in units of own * other, each centred to mean zero over N. The cost is O(N log N + M log M), and no
         tensor is larger than the inputs. TopK, CumSum and Scatter suffice, which every target runtime has.
     """
-    n, m = x.shape[-1], y.shape[-1]
+    n, m = own.shape[-1], other.shape[-1]
     # topk, not sort: it is the sort that exports to ONNX. N and M are therefore fixed in the graph.
-    x_sorted, order = torch.topk(x, n, dim=-1, sorted=True)
-    y_sorted, _ = torch.topk(y, m, dim=-1, sorted=True)
+    own_sorted, order = torch.topk(own, n, dim=-1, sorted=True)
+    other_sorted, _ = torch.topk(other, m, dim=-1, sorted=True)
     lower, upper = paired_keys(n, m)
     if n == m:  # neighbours: slices are cheaper than gathers
-        slope = (y_sorted[..., :-1] + y_sorted[..., 1:]) / 2
+        slope = (other_sorted[..., :-1] + other_sorted[..., 1:]) / 2
     else:
-        slope = (y_sorted[..., lower] + y_sorted[..., upper]) / 2
-    steps = -slope * (x_sorted[..., 1:] - x_sorted[..., :-1])
-    f_sorted = torch.cat([torch.zeros_like(x[..., :1]), torch.cumsum(steps, dim=-1)], dim=-1)
-    f = torch.zeros_like(x).scatter(-1, order, f_sorted)
+        slope = (other_sorted[..., lower] + other_sorted[..., upper]) / 2
+    steps = -slope * (own_sorted[..., 1:] - own_sorted[..., :-1])
+    f_sorted = torch.cat([torch.zeros_like(own[..., :1]), torch.cumsum(steps, dim=-1)], dim=-1)
+    f = torch.zeros_like(own).scatter(-1, order, f_sorted)
     return f - f.mean(dim=-1, keepdim=True)
 
 
-def potentials_ref(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Float64 reference of `potentials`, straight from the definition, one problem and one query at a time."""
-    out = torch.empty(x.shape, dtype=torch.float64)
-    n, m = x.shape[-1], y.shape[-1]
-    for f, xs, ys in zip(out.view(-1, n), x.double().reshape(-1, n), y.double().reshape(-1, m), strict=True):
+def potentials_ref(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Compute the float64 reference of `potentials`, straight from the definition, one problem and query at a time."""
+    out = torch.empty(own.shape, dtype=torch.float64)
+    n, m = own.shape[-1], other.shape[-1]
+    for f, xs, ys in zip(out.view(-1, n), own.double().reshape(-1, n), other.double().reshape(-1, m), strict=True):
         order = torch.argsort(xs)
         ys = torch.sort(ys).values
         value = 0.0

@@ -76,7 +76,7 @@ def sinkhorn_duals(
 
 
 def scaled_duals(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> tuple[torch.Tensor, torch.Tensor]:
-    """Do as `sinkhorn_duals`, ten times as fast in float64: one matrix-vector product a half-step.
+    """Compute what `sinkhorn_duals` does, ten times as fast in float64: one matrix-vector product a half-step.
 
     Where entries that underflow in the kernel could count, or where there are masks, it falls back to `sinkhorn_duals`.
     """
@@ -133,7 +133,7 @@ def sinkhorn_plan_ref(
     row_mass: torch.Tensor | None = None,
     column_mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Float64 reference of `Sinkhorn`'s plan (B, H, N, M): the log-domain loop of its definition."""
+    """Compute the float64 reference of `Sinkhorn`'s plan (B, H, N, M): the log-domain loop of its definition."""
     scores = scores.double()
     return plan(scores, *sinkhorn_duals(scores, half_steps, last, row_mass, column_mass))
 
@@ -268,7 +268,7 @@ class Sinkhorn(nn.Module):
         values: torch.Tensor | None,
         fused: bool = True,
     ) -> torch.Tensor:
-        """Do as `forward`, with scores (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
+        """Compute what `forward` does, with scores (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
         exponent = log_row_softmax(scores, self.masked) if self.logarithm or self.wide else None
         kernel, u = start(scores, self.masked, fused) if exponent is None else (torch.exp(exponent), None)
         rows, columns = self.masses(kernel)

@@ -208,7 +208,7 @@ class SlicedDual(nn.Module):
         values: torch.Tensor | None,
         fused: bool = True,
     ) -> torch.Tensor:
-        """Do as `forward`, with scores (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
+        """Compute what `forward` does, with scores (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
         kernel, u, v, _, _ = self.scale_columns(scores, queries, keys, fused)
         if self.first_half_steps == 3:
             u = row_scaling(kernel, v)
@@ -266,7 +266,7 @@ def sliced_dual_plan_ref(
     last: Axis = "rows",
     mass: float = 1.0,
 ) -> torch.Tensor:
-    """Float64 reference of `SlicedDual`'s plan: its definition in the log domain, without rescaling."""
+    """Compute the float64 reference of `SlicedDual`'s plan: its definition in the log domain, without rescaling."""
     dims: dict[str, int] = {}
     check_shape(dims, scores, "B H N M")
     check_shape(dims, queries, "B H N D")

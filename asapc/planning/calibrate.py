@@ -73,8 +73,8 @@ def calibrate(
         for site in sites
         for features in feature_sets[site.name]
     }
-    of_fitting: list[Seen] = []
-    of_selection: list[Seen] = []
+    of_fitting: list[BatchCache] = []
+    of_selection: list[BatchCache] = []
     for step in range(1 + closure_steps):
         advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
         problems = regressions(sites, params, activations(fitting), of_fitting)
@@ -121,7 +121,7 @@ def operand_stream(graph: CapturedGraph, sites: Sequence[Site]) -> Callable[[Sam
 def without_maps(
     site: Site, features: FeatureSet, bases: tuple[Tensor, Tensor], counts: Mapping[tuple[str, Side], Tensor]
 ) -> SlicedDualParams:
-    """Parameters of a sliced dual before its first linear map is fitted.
+    """Return the parameters of a sliced dual before its first linear map is fitted.
 
     Args:
         site: the site.
@@ -144,7 +144,7 @@ def add_map(params: SlicedDualParams, weights: Tensor) -> SlicedDualParams:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class BatchCache:
     """What is known of a batch from the maps that were fitted before, since it takes long to compute.
 
     Attributes:
@@ -160,25 +160,25 @@ def regressions(
     sites: Sequence[Site],
     params: Mapping[FitKey, SlicedDualParams],
     activations: Iterator[Activations],
-    seen: list[Seen] | None = None,
+    caches: list[BatchCache] | None = None,
 ) -> dict[FitKey, Regression]:
-    """Statistics of the next linear map of each sliced dual: its vectors so far against `target_dual`.
+    """Gather statistics of the next linear map of each sliced dual: its vectors so far against `target_dual`.
 
     Args:
         sites: the sites.
         params: the sliced duals.
         activations: batches of samples.
-        seen: of the batches, where they were seen before; brought up to date.
+        caches: of the batches, empty at first; brought up to date.
     """
     problems: dict[FitKey, Regression] = {}
-    seen = [] if seen is None else seen
+    caches = [] if caches is None else caches
     for number, batch in enumerate(activations):
-        if number == len(seen):
-            seen.append(Seen())
+        if number == len(caches):
+            caches.append(BatchCache())
         for site, side in product(sites, SIDES):
             of_side = {key: p for key, p in params.items() if key.site == site.name and p.side == side}
             if of_side:
-                for key, statistics in of_batch(site, side, of_side, batch[site.name], seen[number]).items():
+                for key, statistics in of_batch(site, side, of_side, batch[site.name], caches[number]).items():
                     problems[key] = add(problems[key], statistics) if key in problems else statistics
     return {key: add_processes(statistics) for key, statistics in problems.items()}
 
@@ -188,15 +188,15 @@ def of_batch(
     side: Side,
     params: Mapping[FitKey, SlicedDualParams],
     activations: tuple[Tensor, Tensor, Tensor],
-    seen: Seen,
+    cache: BatchCache,
 ) -> dict[FitKey, Regression]:
-    """Statistics of one batch for the next linear maps of a site's sliced duals of one side."""
+    """Gather statistics of one batch for the next linear maps of a site's sliced duals of one side."""
     scores = activations[0]
-    if (site.name, side) not in seen.targets:
-        seen.targets[site.name, side] = centred_target(site, side, scores)
-    target, live = seen.targets[site.name, side]
+    if (site.name, side) not in cache.targets:
+        cache.targets[site.name, side] = centred_target(site, side, scores)
+    target, live = cache.targets[site.name, side]
     features = {key: features_of(site, of_set, activations) for key, of_set in params.items()}
-    closures = {key: seen.closures.setdefault(key, []) for key in params}
+    closures = {key: cache.closures.setdefault(key, []) for key in params}
     while pending := [key for key, of_set in params.items() if len(closures[key]) < len(of_set.weights)]:
         # All at once: the kernel is the same for all.
         duals = torch.cat([dual_of(params[key], features[key], closures[key]) for key in pending], dim=-2)
@@ -207,7 +207,7 @@ def of_batch(
 
 
 def features_of(site: Site, params: SlicedDualParams, activations: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Features (B, H, F, N) of a sliced dual."""
+    """Return the features (B, H, F, N) of a sliced dual."""
     return SlicedDual(replace(params, weights=()), site.loop.last, site.loop.masked).vectors(*activations)
 
 
@@ -218,14 +218,14 @@ def dual_of(params: SlicedDualParams, features: Tensor, closures: Sequence[Tenso
 
 
 def centred_target(site: Site, side: Side, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The dual (B, H, 1, N) to regress on, centred, and which of its points are live, as zeros and ones."""
+    """Return the dual (B, H, 1, N) to regress on, centred, and which of its points are live, as zeros and ones."""
     target = target_dual(scores, site.loop.half_steps, side, site.loop.last).unsqueeze(-2)
     live = live_mask(scores)[SIDES.index(side)] if site.loop.masked else torch.ones_like(target)
     return centre(target, live), live
 
 
 def regression(vectors: Tensor, target: Tensor, live: Tensor) -> Regression:
-    """Statistics of one batch: of vectors (B, H, F, N) against a centred target (B, H, 1, N)."""
+    """Gather statistics of one batch: of vectors (B, H, F, N) against a centred target (B, H, 1, N)."""
     vectors = centre(vectors, live)
     return Regression(
         gram=torch.einsum("bhfn,bhen->hfe", vectors, vectors),
@@ -236,19 +236,19 @@ def regression(vectors: Tensor, target: Tensor, live: Tensor) -> Regression:
 
 
 def centre(vectors: Tensor, live: Tensor) -> Tensor:
-    """Vectors (B, H, F, N) less their means over what is live (B, H, 1, N): a constant over the points is free."""
+    """Subtract from vectors (B, H, F, N) their means over what is live (B, H, 1, N): a constant over points is free."""
     means = (vectors * live).sum(dim=-1, keepdim=True) / live.sum(dim=-1, keepdim=True).clamp_min(1)
     return (vectors - means) * live
 
 
 def add(one: Regression, other: Regression) -> Regression:
-    """Statistics of the samples of both."""
+    """Combine the statistics of two sets of samples."""
     sums = (getattr(one, f.name) + getattr(other, f.name) for f in fields(Regression))
     return Regression(*sums)
 
 
 def add_processes(statistics: Regression) -> Regression:
-    """Statistics of the samples of all processes, from those of this one's share."""
+    """Combine the statistics of all processes' samples, from those of this one's share."""
     return Regression(*(total(getattr(statistics, f.name)) for f in fields(Regression)))
 
 

@@ -168,18 +168,18 @@ def choose_operator(
 
 
 def site_limits(config: CompileConfig) -> dict[str, float]:
-    """Largest errors that the budget allows a site, by the name of the metric; terms of the user replace defaults."""
+    """Return the largest errors that the budget allows a site, by metric; terms of the user replace defaults."""
     return {b.metric: b.limit for b in (*DEFAULT_BUDGET, *config.bounds()) if b.metric in SITE_METRICS}
 
 
 def relc(candidate: Candidate) -> float:
-    """Error of a candidate's attention output; not finite counts as infinite."""
+    """Return the error of a candidate's attention output; not finite counts as infinite."""
     value = inf if candidate.fidelity is None else candidate.fidelity.relc
     return inf if isnan(value) else value  # NaN would break every comparison of a sort
 
 
 def keeps(fidelity: SiteFidelity | None, most: Mapping[str, float]) -> bool:
-    """Whether a site's fidelity keeps limits, by the name of the metric; NaN never does."""
+    """Return whether a site's fidelity keeps limits, by the name of the metric; NaN never does."""
     return fidelity is not None and all(getattr(fidelity, SITE_METRICS[name]) <= most[name] for name in most)
 
 
@@ -210,7 +210,7 @@ def repair(teacher: Teacher, selection: Selection, config: CompileConfig, advanc
 
 
 def sites_that_miss(sites: Sequence[Site], fidelity: Fidelity, config: CompileConfig) -> list[str]:
-    """Names of the sites that miss their own limit; of all where none does, since all may be to blame then."""
+    """Return the names of the sites that miss their own limit; all where none does, since all may be to blame then."""
     metrics = {bound.metric for bound in config.bounds() or DEFAULT_BUDGET}
     limits_of_site = {name: limit for name, limit in site_limits(config).items() if name in metrics}
     offenders = [name for name, of_site in fidelity.sites.items() if not keeps(of_site, limits_of_site)]
@@ -236,5 +236,5 @@ def next_step(choice: Choice) -> Candidate | None:
 
 
 def gain(now: Candidate, step: Candidate) -> float:
-    """Squared error that a step removes for each millisecond that it costs."""
+    """Return the squared error that a step removes for each millisecond that it costs."""
     return (relc(now) ** 2 - relc(step) ** 2) / (step.cost - now.cost)

@@ -87,13 +87,13 @@ def fused_work(shape: Shape, module: Sinkhorn | SlicedDual, entries: float) -> d
 
 @cache
 def unit_costs() -> dict[str, float]:
-    """Milliseconds a unit of each kind of work, as measured."""
+    """Return the milliseconds that a unit of each kind of work takes, as measured."""
     costs: dict[str, float] = json.loads(MODEL.read_text())["milliseconds"]
     return costs
 
 
 def share_of_exact(selection: Selection) -> float | None:
-    """Estimated time of a selection's operators over that of exact forms; None where it keeps a loop."""
+    """Return the estimated time of a selection's operators over that of exact forms; None where it keeps a loop."""
     exact = [c.cost for choice in selection.choices.values() for c in choice.front if c.operator == "exact"]
     costs = [choice.candidate.cost for choice in selection.choices.values()]
     comparable = len(exact) == len(costs) and all(map(isfinite, costs))

@@ -52,7 +52,7 @@ def exact_operator(
 
 
 def fusable(site: Site, module: Operator) -> bool:
-    """Whether an operator has a fused form: attention on plain products, all rows and columns alike, rows last.
+    """Return whether an operator has a fused form: attention on plain products, all rows and columns alike, rows last.
 
     Keys may be left out, the same for all rows.
     """
@@ -95,12 +95,12 @@ def operators(sites: Sequence[Site], selection: Selection) -> dict[str, Operator
 
 
 def alike(one: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -> bool:
-    """Whether the same operators stand at all sites."""
+    """Return whether the same operators stand at all sites."""
     return one.keys() == other.keys() and all(settings_of(one[name]) == settings_of(other[name]) for name in one)
 
 
 def settings_of(operator: nn.Module) -> dict[str, Any]:
-    """What tells an operator from others: its kind, its attributes and its tensors."""
+    """Return what tells an operator from others: its kind, its attributes and its tensors."""
     attributes = {name: value for name, value in vars(operator).items() if not name.startswith("_")}
     tensors = {name: tensor.tolist() for name, tensor in operator.state_dict().items()}
     return {"kind": type(operator), **attributes, **tensors}

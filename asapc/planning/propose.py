@@ -88,7 +88,7 @@ def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
 
 
 def why_not_sliced(site: Site) -> str | None:
-    """Say why a sliced dual cannot replace a site; None where it can."""
+    """Return why a sliced dual cannot replace a site; None where it can."""
     if site.loop.half_steps <= MAX_EXACT_HALF_STEPS:
         return f"{site.loop.half_steps} half-steps are too few for an approximation to pay"
     if site.wiring.product is None or not bool((site.wiring.product.score_scale > 0).all()):

@@ -64,12 +64,12 @@ def remember(number: int, frame: object) -> None:
 
 
 def exit_code() -> int:
-    """The exit code of a run that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Return the exit code of a run that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + (state.signal or signal.SIGINT)
 
 
 def message() -> str:
-    """Say what an interrupted run leaves behind."""
+    """Return what to tell the user that an interrupted run leaves behind."""
     if not state.outputs:
         return "interrupted; no output was written"
     return f"interrupted; written in full before that: {', '.join(state.outputs)}"
@@ -99,6 +99,6 @@ def handled() -> Iterator[None]:
 
 
 def silence(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Do not show an interruption that came where no exception can go, as in a destructor: it is remembered."""
+    """Hide an interruption that came where no exception can go, as in a destructor: it is remembered."""
     if not issubclass(unraisable.exc_type, Interrupted):
         sys.__unraisablehook__(unraisable)

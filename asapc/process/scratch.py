@@ -23,7 +23,7 @@ SUFFIX = "[a-z0-9_]{8}"
 def scratch_folder(
     parent: Path, prefix: str, before_removal: Callable[[Path], None] = lambda folder: None
 ) -> Iterator[Path]:
-    """A new folder in `parent` that goes at the end, as do those of the same prefix whose process was killed.
+    """Yield a new folder in `parent`; remove it at the end, and those of the same prefix whose process was killed.
 
     Args:
         parent: a folder.

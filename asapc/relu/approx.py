@@ -185,7 +185,7 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 
 def bends_one_way(y: Tensor) -> bool:
-    """Tell whether equally spaced values are those of a convex function, or of a concave one."""
+    """Return whether equally spaced values are those of a convex function, or of a concave one."""
     bends = y[2:] - 2 * y[1:-1] + y[:-2]
     least = STRAIGHT * y.abs().amax()
     return bool((bends > -least).all() or (bends < least).all())

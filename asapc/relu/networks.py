@@ -50,7 +50,7 @@ def scale_ratios(peaks: Tensor) -> Tensor:
 
 
 def tent(t: Tensor, peak: Tensor) -> Tensor:
-    """Rise linearly from 0 at t = 0 to 1 at the peak, and fall back to 0 at t = 1."""
+    """Return the tent at t: it rises linearly from 0 at t = 0 to 1 at the peak, and falls back to 0 at t = 1."""
     return torch.relu(t) / peak - torch.relu(t - peak) / (peak - peak**2)
 
 

@@ -1,1 +1,1 @@
-"""The data that flows between the stages: frozen, and without logic of its own."""
+"""The data that flows between the stages, frozen. Its methods derive, check and parse it, and run no stage."""

@@ -24,7 +24,7 @@ class Bound(NamedTuple):
     limit: float
 
     def met(self, value: float) -> bool:
-        """Whether a value keeps this term; NaN never does."""
+        """Return whether a value keeps this term; NaN never does."""
         return value >= self.limit if METRICS[self.metric] == ">=" else value <= self.limit
 
     def __str__(self) -> str:

@@ -78,8 +78,8 @@ class CapturedGraph:
         nodes: Any = self.program.graph.output_node().args[0]
         pairs = zip(paths, nodes, strict=True)
         names = {node: dotted(path) or node.name for path, node in pairs if isinstance(node, Node)}
-        taken = {*self.example.inputs, *(name for name, count in Counter(names.values()).items() if count > 1)}
-        return [node.name if name in taken else name for node, name in names.items()]
+        ambiguous = {*self.example.inputs, *(name for name, count in Counter(names.values()).items() if count > 1)}
+        return [node.name if name in ambiguous else name for node, name in names.items()]
 
     @property
     def entries(self) -> int:

@@ -137,20 +137,20 @@ class Option:
 
 
 def noun(value: object) -> str:
-    """The type of a value in a TOML file, in words."""
+    """Return the type of a value in a TOML file, in words."""
     if isinstance(value, bool):
         return "a boolean"
     return next((one for kind, (one, _) in NOUNS.items() if isinstance(value, kind)), "a date or time")
 
 
 def declared(config: type) -> dict[str, Option]:
-    """The options that the fields of a dataclass declare, by the names of the fields."""
+    """Return the options that the fields of a dataclass declare, by the names of the fields."""
     hints = get_type_hints(config, include_extras=True)
     return {field.name: of_field(field, hints[field.name]) for field in dataclasses.fields(config)}
 
 
 def of_field(field: dataclasses.Field[Any], hint: Any) -> Option:
-    """The option that a field declares, completed by its name, type and default.
+    """Return the option that a field declares, completed by its name, type and default.
 
     Raises:
         TypeError: the field declares none.

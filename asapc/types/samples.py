@@ -28,6 +28,6 @@ class Samples:
         return Samples({name: value[index] for name, value in self.inputs.items()}, labels, self.cast)
 
     def batches(self, size: int) -> Iterator["Samples"]:
-        """The samples in order, `size` at a time; the last batch may be shorter."""
+        """Yield the samples in order, `size` at a time; the last batch may be shorter."""
         for start in range(0, len(self), size):
             yield self[start : start + size]

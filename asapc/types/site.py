@@ -34,7 +34,7 @@ class Operand:
     axes: str
 
     def renamed(self, names: Mapping[str, str]) -> "Operand":
-        """The operand in another graph, by the names that nodes have there."""
+        """Return the operand in another graph, by the names that nodes have there."""
         return Operand(names[self.node], self.axes)
 
 
@@ -100,7 +100,7 @@ class DotProduct:
         return values
 
     def renamed(self, names: Mapping[str, str]) -> "DotProduct":
-        """The product in another graph, by the names that nodes have there."""
+        """Return the product in another graph, by the names that nodes have there."""
         padding = None if self.padding is None else tuple(names[node] for node in self.padding)
         return replace(self, query=self.query.renamed(names), key=self.key.renamed(names), padding=padding)
 
@@ -118,7 +118,7 @@ class Attention:
     output: Operand
 
     def renamed(self, names: Mapping[str, str]) -> "Attention":
-        """The product in another graph, by the names that nodes have there."""
+        """Return the product in another graph, by the names that nodes have there."""
         return Attention(self.value.renamed(names), self.output.renamed(names))
 
 
@@ -167,7 +167,7 @@ class Wiring:
         return self.plan if self.attention is None else self.attention.output
 
     def renamed(self, names: Mapping[str, str]) -> "Wiring":
-        """The wiring in another graph, by the names that nodes have there."""
+        """Return the wiring in another graph, by the names that nodes have there."""
         return replace(
             self,
             scores=self.scores.renamed(names),

@@ -30,7 +30,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 @contextmanager
 def output_folder(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well, and else vanishes.
+    """Yield a temporary folder beside `path`; give it that name when the block ends well, else remove it.
 
     Raises:
         OutputError: `path` cannot be written, exists and `force` is not given, or holds anything that asapc did not
@@ -53,7 +53,7 @@ def output_folder(path: Path, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def output_file(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends well, and else vanishes.
+    """Yield a temporary file beside `path`; give it that name when the block ends well, else remove it.
 
     Raises:
         OutputError: `path` cannot be written, exists and `force` is not given, or is a folder.
@@ -83,11 +83,11 @@ def check_ours(path: Path) -> None:
     """Raise OutputError if `path` exists and is anything but a folder with the files that its manifest lists."""
     if not os.path.lexists(path):
         return
-    listed = listed_files(path / MANIFEST)
-    if listed is None:
+    own = listed_files(path / MANIFEST)
+    if own is None:
         raise OutputError(f"{path} was not written by asapc, and is not replaced", "give another --out")
     others = sorted(
-        entry.name for entry in os.scandir(path) if entry.name not in listed or entry.is_dir(follow_symlinks=False)
+        entry.name for entry in os.scandir(path) if entry.name not in own or entry.is_dir(follow_symlinks=False)
     )
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
@@ -119,7 +119,7 @@ def check_no_folder(path: Path) -> None:
 
 @contextmanager
 def temporary_folder(path: Path, force: bool, check: Callable[[Path], None]) -> Iterator[Path]:
-    """A hidden folder beside `path`, on its file system so that renaming is atomic; removed at the end.
+    """Yield a hidden folder beside `path`, on its file system so that renaming is atomic; remove it at the end.
 
     Folders above `path` are made as needed, and removed again if nothing came to stand in them. What killed runs left
     beside `path` is removed first, and the output that one was replacing restored.
@@ -166,7 +166,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:
-    """What to tell the user where the system refuses to write an output, or a temporary file for it."""
+    """Return what to tell the user where the system refuses to write an output, or a temporary file for it."""
     why = (error.strerror or "unknown reason").lower()
     if error.errno == errno.EFBIG:
         return OutputError(f"cannot write {path}: {why}", "raise the limit of `ulimit -f`")
@@ -196,7 +196,7 @@ def write_operators(path: Path, sites: Sequence[Site], selection: Selection) -> 
 
 
 def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineArtifact | None) -> list[dict[str, Any]]:
-    """The artefacts as the report lists them, paths relative to the folder."""
+    """Return the artefacts as the report lists them, paths relative to the folder."""
     operator = folder / "operator.safetensors"
     kinds: list[tuple[str, Path, dict[str, Any]]] = [
         *(
@@ -204,8 +204,8 @@ def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineA
             for path, opset in {onnx.path: onnx.opset for onnx in models}.items()
         ),
         *(
-            ("engine", built.path, {"builder": built.builder, "targets": list(built.targets), "refused": built.refused})
-            for built in ([] if engine is None else [engine])
+            ("engine", a.path, {"builder": a.builder, "targets": list(a.targets), "refused": a.refused})
+            for a in ([] if engine is None else [engine])
         ),
         ("operator", operator, {"builder": "asapc", "targets": []}),
     ]

@@ -71,7 +71,7 @@ def report_data(
 
 
 def site_data(site: Site) -> dict[str, Any]:
-    """A site as `asapc inspect --json` and the report show it."""
+    """Return a site as `asapc inspect --json` and the report show it."""
     epsilon = [] if site.epsilon is None else [round(e, 9) for e in site.epsilon]
     same = bool(epsilon) and max(epsilon) - min(epsilon) <= 1e-6 * abs(max(epsilon))
     return {
@@ -100,22 +100,22 @@ def shorten(source: str | None) -> str | None:
 
 
 def miss_data(miss: Miss) -> dict[str, Any]:
-    """A miss as `asapc inspect --json` and the report show it."""
+    """Return a miss as `asapc inspect --json` and the report show it."""
     return {**asdict(miss), "source": shorten(miss.source)}
 
 
 def activation_data(activation: FittedActivation) -> dict[str, Any]:
-    """A ReLU network that replaces an activation, in the report."""
+    """Return a ReLU network that replaces an activation, as the report shows it."""
     return {name: value for name, value in vars(activation).items() if name != "module"}
 
 
 def activations_note(activations: Sequence[FittedActivation]) -> str:
-    """Say what replaces smooth activations; empty where nothing does."""
+    """Return a note on what replaces smooth activations; empty where nothing does."""
     return "".join(f"; {a.nodes} {a.name} in {a.units} ReLU units" for a in activations)
 
 
 def early_stop_data(early_stops: EarlyStops | None) -> dict[str, Any] | None:
-    """Early stops as `asapc inspect --json` and the report show them; None where the model has none."""
+    """Return early stops as `asapc inspect --json` and the report show them; None where the model has none."""
     if early_stops is None:
         return None
     return {
@@ -126,7 +126,7 @@ def early_stop_data(early_stops: EarlyStops | None) -> dict[str, Any] | None:
 
 
 def early_stop_note(data: Mapping[str, Any] | None) -> str:
-    """Say in one line what `early_stop_data` holds; empty where the model has no early stops."""
+    """Return in one line what `early_stop_data` holds; empty where the model has no early stops."""
     if data is None:
         return ""
     lines = ", ".join(str(stop["source"]) for stop in data["stops"])
@@ -135,21 +135,21 @@ def early_stop_note(data: Mapping[str, Any] | None) -> str:
 
 
 def selection_note(selection: Selection) -> str:
-    """Say in one line what was selected."""
+    """Return in one line what was selected."""
     counts = Counter(choice.candidate.operator for choice in selection.choices.values())
     note = ", ".join(f"{count} {operator}" for operator, count in counts.items())
     return f"{note}; {selection.repairs} repairs" if selection.repairs else note
 
 
 def engine_note(engine: EngineResult) -> str:
-    """Say in one line what came of the engine."""
+    """Return in one line what came of the engine."""
     if engine.artifact is None:
         return "none" if engine.reason is None else f"none: {engine.reason}"
     return f"{engine.artifact.builder} for {', '.join(engine.artifact.targets)}"
 
 
 def choice_data(choice: Choice) -> dict[str, Any]:
-    """A choice in the report, with the other candidates on its front."""
+    """Return a choice as the report shows it, with the other candidates on its front."""
     return {
         **candidate_data(choice.candidate),
         "reason": choice.reason,
@@ -158,7 +158,7 @@ def choice_data(choice: Choice) -> dict[str, Any]:
 
 
 def candidate_data(candidate: Candidate) -> dict[str, Any]:
-    """A candidate in the report; slices, features and side are those of a sliced dual, else 0 and none."""
+    """Return a candidate as the report shows it; slices, features and side are a sliced dual's, else 0 and none."""
     params, fidelity = candidate.params, candidate.fidelity
     return {
         "operator": candidate.operator,
@@ -173,7 +173,7 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
 
 
 def fidelity_data(fidelity: Fidelity) -> dict[str, Any]:
-    """End-to-end fidelity in the report, with hops and variants; that of each site stands with the site."""
+    """Return end-to-end fidelity for the report, with hops and variants; that of each site stands with the site."""
     data = asdict(fidelity)
     del data["sites"]
     data["hops"] = list(data["hops"])
@@ -181,7 +181,7 @@ def fidelity_data(fidelity: Fidelity) -> dict[str, Any]:
 
 
 def verdict_data(verdict: Verdict) -> dict[str, Any]:
-    """A verdict in the report: whether the budget is kept, and for each term what was reached."""
+    """Return a verdict for the report: whether the budget is kept, and for each term what was reached."""
     terms = [
         {"term": str(term.bound), "reached": term.reached if isfinite(term.reached) else None, "met": term.met}
         for term in verdict.terms
@@ -190,7 +190,7 @@ def verdict_data(verdict: Verdict) -> dict[str, Any]:
 
 
 def latency_data(latency: Latency) -> dict[str, Any]:
-    """Runs in the report, and ratios at the largest batch: a speedup above 1 says that the compiled model is faster."""
+    """Return the runs, and ratios at the largest batch: a speedup above 1 says that the compiled model is faster."""
     batch = max(run.batch for run in latency.runs)
     p50 = {run.name: run.p50_ms for run in latency.runs if run.batch == batch}
     return {

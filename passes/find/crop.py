@@ -117,7 +117,7 @@ class CutDown:
             return site
         if not site.loop.uniform:
             raise WholeNeededError
-        lengths = {len(kept): length for length, kept in self.crop.places.items()}
+        lengths = {len(entries): length for length, entries in self.crop.places.items()}
         queries, keys = (lengths.get(size, size) for size in (site.loop.queries, site.loop.keys))
         return replace(site, loop=replace(site.loop, queries=queries, keys=keys))
 
@@ -153,14 +153,14 @@ def cut_down(candidates: Sequence[PlanCandidate], graph: CapturedGraph) -> CutDo
 
 
 def confirm(site: Site, values: Mapping[str, Tensor]) -> None:
-    """Compare a loop that was found with the whole plan of the first sample, head by head.
+    """Compare a loop with the whole plan of the first sample, head by head.
 
     Args:
         site: the site, with its own lengths.
         values: of the whole graph, by node.
 
     Raises:
-        WholeNeededError: the plan is another one.
+        WholeNeededError: the plans differ.
     """
     loop, wiring = site.loop, site.wiring
     scores, plan = (
@@ -217,7 +217,7 @@ def acts_alike(node: Node, lengths: Collection[int]) -> bool:
     return packet not in PARTS or of_source == of_node
 
 
-def places(length: int, kept: int) -> Tensor:
+def places(length: int, count: int) -> Tensor:
     """Return which entries of an axis are kept: all at its ends, others at equal distances."""
-    between = torch.linspace(ENDS, length - ENDS - 1, kept - 2 * ENDS).round().long()
+    between = torch.linspace(ENDS, length - ENDS - 1, count - 2 * ENDS).round().long()
     return torch.cat([torch.arange(ENDS), between, torch.arange(length - ENDS, length)])

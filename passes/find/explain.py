@@ -50,7 +50,7 @@ OF_POSITIVES = {aten.mul, aten.div, aten.reciprocal, aten.where, aten.masked_fil
 MAX_GUARD = 1e-4  # of a constant that keeps a divisor from zero
 BOUNDLESS = 1e6  # duals as large are those of masked entries
 FACTORIES = {aten.zeros, aten.ones, aten.full, aten.empty, aten.eye}
-# In the place of a guard: no sum is as small, so that only divisions of zero by zero still see it.
+# Replaces a guard. No sum is as small, so that only divisions of zero by zero still see it.
 TINY = 1e-290
 
 

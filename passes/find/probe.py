@@ -234,7 +234,7 @@ def respond_to_noise(
     count: tuple[int, Axis] | None = None
     certain = False
     masses: Masses = (None, None)
-    seen: list[tuple[Tensor, Tensor]] = []
+    responses: list[tuple[Tensor, Tensor]] = []
     for noise, always in noises(scores.shape, in_range):
         if certain and not always:
             break
@@ -243,11 +243,11 @@ def respond_to_noise(
         response = respond(torch.where(cells, noise / factor, scores))
         if not bool(torch.isfinite(response).all()):
             continue  # the region's own form leaves the range of float64
-        if not seen:
+        if not responses:
             equal = response if flat != noisy else respond(torch.where(cells, 0.0, scores))
             masses = marginals(equal, live, slice(flat, flat + 1))
         random_scores = torch.where(cells, noise, -inf)[sample]
-        seen.append((random_scores, response[sample]))
+        responses.append((random_scores, response[sample]))
         if not certain:
             match = count_half_steps(random_scores[:, counted], response[sample, counted], masses, most)
             if match is None:
@@ -257,7 +257,7 @@ def respond_to_noise(
                 count = steps, last
     if count is None:
         raise no_loop(most)
-    for random_scores, response in seen:
+    for random_scores, response in responses:
         duals = sinkhorn_duals(random_scores, *count, *masses)
         if difference(plan_of(random_scores, *duals), response) > EXACT_TOLERANCE:
             raise no_loop(most)

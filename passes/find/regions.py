@@ -44,8 +44,8 @@ class Region:
 
         Args:
             value: of the start.
-            arguments: what some nodes are given in the place of their own positional arguments.
-            inputs: values of some inputs in the place of their own.
+            arguments: positional arguments that replace those of some nodes.
+            inputs: values that replace those of some inputs.
 
         Raises:
             OpenRegionError: the end does not depend on the start alone.

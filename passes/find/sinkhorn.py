@@ -131,16 +131,16 @@ class Finder(Interpreter):
 
     def judge(self, candidate: PlanCandidate) -> bool:
         """Add a candidate to the sites, or to the misses where it looks like attention; return whether it is a site."""
-        seen = self.cut.candidates.get(candidate.plan.name, candidate)
+        short = self.cut.candidates.get(candidate.plan.name, candidate)  # itself where nothing is long
         try:
-            with nullcontext() if seen is candidate else whole_where_it_fails():
-                site = self.cut.whole(identify(seen, self.values, self.batch))
-            if seen is not candidate:
+            with nullcontext() if short is candidate else whole_where_it_fails():
+                site = self.cut.whole(identify(short, self.values, self.batch))
+            if short is not candidate:
                 confirm(site, self.whole_values(site))
             self.sites.append((candidate, site))
         except NotSinkhorn as reason:
             self.untold += reason.untold
-            plan = self.values[seen.plan]
+            plan = self.values[short.plan]
             # A matrix with negative entries, or one that no product reads, looks like no attention.
             if bool((plan >= 0).all()) and any(as_product(use.user) for use in candidate.uses):
                 user = candidate.uses[0].user

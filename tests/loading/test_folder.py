@@ -31,7 +31,7 @@ def compiled(tmp_path_factory) -> Path:
 
 
 def replaced(name: str):
-    """Put a pipe, a device or a link in the place of a file, or beside it."""
+    """Replace a file by a pipe, a device or a link, or put one beside it."""
     return (
         lambda path: (path.unlink(), os.mkfifo(path)),
         lambda path: (path.unlink(), path.symlink_to("/dev/zero")),

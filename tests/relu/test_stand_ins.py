@@ -1,4 +1,4 @@
-"""ReLU networks in the place of smooth activations: each alone, and in a compiled model."""
+"""ReLU networks that replace smooth activations: each alone, and in a compiled model."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Output appears whole or not at all, and never in the place of something that asapc did not write."""
+"""Output appears whole or not at all, and never replaces something that asapc did not write."""
 
 import errno
 import os
@@ -216,7 +216,7 @@ def test_a_folder_that_appears_during_the_run_is_not_replaced_without_force(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-# The tests run as root too, whom no permission keeps out: a file in the place of the parent keeps out everyone.
+# The tests run as root too, whom no permission keeps out: a file instead of the parent keeps out everyone.
 @pytest.mark.parametrize("kind", [output_folder, output_file])
 @pytest.mark.parametrize("below", ["out", "deep/out"])
 def test_an_unwritable_parent_is_refused(kind, below, tmp_path):

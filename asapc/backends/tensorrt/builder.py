@@ -99,7 +99,7 @@ def build_engine(
 
 
 def builder_package(target: Target) -> str:
-    """The Python package of a target's builder.
+    """Return the Python package of a target's builder.
 
     Raises:
         DependencyError: it is not installed, or needs a GPU.
@@ -147,7 +147,7 @@ def compile_apart(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cause(process: "subprocess.CompletedProcess[str]") -> str:
-    """Why a process ended, in a few words."""
+    """Return why a process ended, in a few words."""
     last_line = (process.stderr.strip().splitlines() or ["no output"])[-1]
     if "bad_alloc" in last_line or "MemoryError" in last_line:
         return "out of memory"

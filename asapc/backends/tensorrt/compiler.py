@@ -50,8 +50,8 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     trt = importlib.import_module(request["package"])
     if request["target"] is None:
         capabilities = trt.ComputeCapability.__members__
-        wanted = request["architectures"] or [name for name in capabilities if name.startswith("SM")]
-        candidates = {name: capabilities[name] for name in wanted}
+        names = request["architectures"] or [name for name in capabilities if name.startswith("SM")]
+        candidates = {name: capabilities[name] for name in names}
     else:
         candidates = {request["target"]: None}
     compiler = Compiler(trt, Path(request["onnx"]), request["largest_batch"], request["ranges"])
@@ -112,7 +112,7 @@ class Compiler:
         self.largest_batch, self.ranges = largest_batch, ranges
 
     def node_in(self, reason: str) -> str | None:
-        """The node that a reason of the compiler names: the longest name, since one may begin as another does."""
+        """Return the node that the compiler's reason names: the longest name, since one may begin as another does."""
         return max((name for name in self.nodes if name in reason), key=len, default=None)
 
     def build(self, capabilities: list[Any]) -> bytes:
@@ -165,6 +165,6 @@ def die_with(parent: int) -> None:
 
 
 def available_memory() -> int:
-    """Bytes of memory that are free or can be freed, on Linux."""
+    """Return the bytes of memory that are free or can be freed, on Linux."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return 1024 * int(fields["MemAvailable"].split()[0])

@@ -45,7 +45,7 @@ class Call:
         return self.attributes.get(name, default)
 
     def has(self, index: int) -> bool:
-        """Tell whether the node has an input."""
+        """Return whether the node has an input."""
         return index < len(self.inputs) and self.inputs[index] is not None
 
     def tensor(self, index: int) -> Tensor:

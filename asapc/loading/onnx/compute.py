@@ -32,7 +32,7 @@ def elementwise(function: Callable[..., Any]) -> Operator:
 
 
 def as_tensors(function: Callable[..., Tensor]) -> Operator:
-    """Do as `elementwise`, for functions that take no plain numbers."""
+    """Wrap as `elementwise` does, for functions that take no plain numbers."""
 
     def apply(call: Call) -> Tensor:
         first, *rest = (call.tensor(i) for i in range(len(call.inputs)))
@@ -52,19 +52,19 @@ def divide(left: Any, right: Any) -> Tensor:
 
 
 def modulo(call: Call) -> Tensor:
-    """Mod: the result has the sign of the divisor, with `fmod` that of the dividend."""
+    """Compute Mod: the result has the sign of the divisor, with `fmod` that of the dividend."""
     function = torch.fmod if call.get("fmod") else torch.remainder
     return function(call.tensor(0), call.tensor(1))
 
 
 def power(base: Any, exponent: Any) -> Tensor:
-    """Pow: the result has the type of the base."""
+    """Compute Pow: the result has the type of the base."""
     result: Tensor = base**exponent
     return result.to(base.dtype) if isinstance(base, Tensor) else result
 
 
 def where(call: Call) -> Tensor:
-    """Where; at most one branch may be a plain number, since two would choose their own dtype."""
+    """Compute Where; at most one branch may be a plain number, since two would choose their own dtype."""
     left, right = call.operands()[1:]
     if not isinstance(left, Tensor) and not isinstance(right, Tensor):
         left = call.tensor(1)
@@ -72,7 +72,7 @@ def where(call: Call) -> Tensor:
 
 
 def clip(call: Call) -> Tensor:
-    """Clip; the bounds are scalars."""
+    """Compute Clip; the bounds are scalars."""
     lower, upper = [*call.operands(), None, None][1:3]
     if lower is None and upper is None:
         return call.tensor(0)
@@ -106,7 +106,7 @@ def product(tensor: Tensor, axes: list[int], keep: bool) -> Tensor:
 
 
 def matmul(call: Call) -> Tensor:
-    """MatMul; with a matrix of weights it is what torch calls a linear layer."""
+    """Compute MatMul; with a matrix of weights it is what torch calls a linear layer."""
     left, right = call.tensor(0), call.tensor(1)
     if right.dim() == 2 and left.dim() > 1 and call.constant[1] and not call.constant[0]:
         return F.linear(left, right.t())
@@ -114,7 +114,7 @@ def matmul(call: Call) -> Tensor:
 
 
 def gemm(call: Call) -> Tensor:
-    """Gemm: alpha * A @ B + beta * C, of matrices."""
+    """Compute Gemm: alpha * A @ B + beta * C, of matrices."""
     left = call.tensor(0).t() if call.get("transA") else call.tensor(0)
     right = call.tensor(1) if call.get("transB") else call.tensor(1).t()
     alpha, beta, addend = call.get("alpha", 1.0), call.get("beta", 1.0), call.optional(2)
@@ -128,7 +128,7 @@ def gemm(call: Call) -> Tensor:
 
 
 def cumsum(call: Call) -> Tensor:
-    """CumSum along one axis."""
+    """Compute CumSum along one axis."""
     tensor, axis = call.tensor(0), int(call.numbers(1)[0])
     tensor = tensor.flip(axis) if call.get("reverse") else tensor
     total = tensor.cumsum(axis)
@@ -137,7 +137,7 @@ def cumsum(call: Call) -> Tensor:
 
 
 def extreme_index(function: Callable[..., Tensor]) -> Operator:
-    """ArgMax and ArgMin."""
+    """Compute ArgMax or ArgMin."""
 
     def apply(call: Call) -> Tensor:
         if call.get("select_last_index"):
@@ -148,7 +148,7 @@ def extreme_index(function: Callable[..., Tensor]) -> Operator:
 
 
 def topk(call: Call) -> tuple[Tensor, ...]:
-    """TopK: values and indices."""
+    """Compute TopK: values and indices."""
     size, axis = int(call.numbers(1)[0]), call.get("axis", -1)
     largest, ordered = bool(call.get("largest", 1)), bool(call.get("sorted", 1))
     values, indices = torch.topk(call.tensor(0), size, axis, largest, ordered)
@@ -156,14 +156,14 @@ def topk(call: Call) -> tuple[Tensor, ...]:
 
 
 def dropout(call: Call) -> Tensor:
-    """Dropout does nothing, unless the model was exported in training mode."""
+    """Compute Dropout, which does nothing unless the model was exported in training mode."""
     if call.has(2) and any(call.numbers(2)) and call.has(1) and any(call.numbers(1)):
         raise call.refuse("drops at random: the model was exported in training mode")
     return call.tensor(0)
 
 
 def isinf(call: Call) -> Tensor:
-    """IsInf, of one sign or both."""
+    """Compute IsInf, of one sign or both."""
     tensor = call.tensor(0)
     if call.get("detect_positive", 1) and call.get("detect_negative", 1):
         return torch.isinf(tensor)

@@ -14,7 +14,7 @@ MEANS = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
 
 
 def layer_norm(call: Call) -> Tensor:
-    """LayerNormalization, its first output only."""
+    """Compute LayerNormalization, its first output only."""
     only_first(call)
     tensor, scale, bias = call.tensor(0), call.tensor(1), call.optional(2)
     shape = tensor.shape[call.get("axis", -1) :]
@@ -25,7 +25,7 @@ def layer_norm(call: Call) -> Tensor:
 
 
 def rms_norm(call: Call) -> Tensor:
-    """RMSNormalization."""
+    """Compute RMSNormalization."""
     tensor = call.tensor(0)
     axes = list(range(call.get("axis", -1) % tensor.dim(), tensor.dim()))
     square = tensor.square().mean(dim=axes, keepdim=True)
@@ -33,7 +33,7 @@ def rms_norm(call: Call) -> Tensor:
 
 
 def batch_norm(call: Call) -> Tensor:
-    """BatchNormalization with the statistics from training."""
+    """Compute BatchNormalization with the statistics from training."""
     if call.get("training_mode"):
         raise call.refuse("normalises by the batch: the model was exported in training mode")
     only_first(call)
@@ -42,7 +42,7 @@ def batch_norm(call: Call) -> Tensor:
 
 
 def instance_norm(call: Call) -> Tensor:
-    """InstanceNormalization."""
+    """Compute InstanceNormalization."""
     return F.instance_norm(call.tensor(0), weight=call.tensor(1), bias=call.tensor(2), eps=call.get("epsilon", 1e-5))
 
 
@@ -69,7 +69,7 @@ def pad_ends(tensor: Tensor, begin: list[int], end: list[int], value: float) -> 
 
 
 def convolution(call: Call) -> Tensor:
-    """Conv over one, two or three axes."""
+    """Compute Conv over one, two or three axes."""
     tensor = call.tensor(0)
     rank = tensor.dim() - 2
     if tensor.dim() not in CONVOLUTIONS:
@@ -84,7 +84,7 @@ def convolution(call: Call) -> Tensor:
 
 
 def max_pool(call: Call) -> Tensor:
-    """MaxPool, its first output only."""
+    """Compute MaxPool, its first output only."""
     only_first(call)
     tensor, kernel = call.tensor(0), list(call.get("kernel_shape"))
     rank = len(kernel)
@@ -101,7 +101,7 @@ def max_pool(call: Call) -> Tensor:
 
 
 def average_pool(call: Call) -> Tensor:
-    """AveragePool."""
+    """Compute AveragePool."""
     tensor, kernel = call.tensor(0), list(call.get("kernel_shape"))
     rank = len(kernel)
     if tensor.dim() not in MEANS or call.get("ceil_mode") or any(d != 1 for d in call.get("dilations", [])):

@@ -62,7 +62,7 @@ def sizes(shape: Sequence[Any]) -> Known:
 
 
 def divide(left: Array, right: Array) -> Array:
-    """Div of ONNX: integers are divided towards zero."""
+    """Compute ONNX's Div: integers are divided towards zero."""
     if left.dtype.kind == "f":
         return np.asarray(left / right)
     quotient = left // right
@@ -72,7 +72,7 @@ def divide(left: Array, right: Array) -> Array:
 
 
 def cut(array: Array, starts: Array, ends: Array, axes: Array | None = None, steps: Array | None = None) -> Array:
-    """Slice of ONNX."""
+    """Compute ONNX's Slice."""
     places = [slice(None)] * array.ndim
     for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         step = 1 if steps is None else int(steps.flatten()[i])
@@ -97,7 +97,7 @@ def fill(array: Array, shape: Array) -> Array:
 
 
 def count_up(start: Array, limit: Array, delta: Array) -> Array:
-    """Range of ONNX."""
+    """Compute ONNX's Range."""
     if object in (start.dtype, limit.dtype, delta.dtype) or abs((limit - start) / delta) > MAX_RANGE:
         raise TypeError
     return np.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
@@ -111,7 +111,7 @@ def reshape(array: Array, shape: Array) -> Array:
 
 
 def power(left: Array, right: Array) -> Array:
-    """Pow of ONNX: the result has the type of the base."""
+    """Compute ONNX's Pow: the result has the type of the base."""
     return np.asarray(np.power(left, right)).astype(left.dtype)
 
 
@@ -167,14 +167,14 @@ def cast(array: Array, dtype: Any) -> Array:
 
 
 def constant_of_shape(shape: Array, value: Array | None) -> Array:
-    """ConstantOfShape of ONNX, for few numbers."""
+    """Compute ONNX's ConstantOfShape, for few numbers."""
     if shape.dtype == object or np.prod(shape, dtype=float) > MAX_NUMBERS:
         raise TypeError
     return np.full(tuple(shape.tolist()), np.float32(0) if value is None else value.flatten()[0])
 
 
 def reduce_prod(array: Array, attributes: Mapping[str, Any]) -> Array:
-    """ReduceProd of ONNX over a whole list."""
+    """Compute ONNX's ReduceProd over a whole list."""
     if array.ndim > 1:
         raise TypeError
     total = np.asarray(np.multiply.reduce(array.reshape(-1)))
@@ -187,7 +187,7 @@ def gather(array: Array, index: Array, attributes: Mapping[str, Any]) -> Array:
 
 
 def concat(arrays: Sequence[Array], attributes: Mapping[str, Any]) -> Array:
-    """Concat of ONNX, of arrays that may hold symbols."""
+    """Compute ONNX's Concat, of arrays that may hold symbols."""
     return np.concatenate(arrays, axis=attributes["axis"])
 
 

@@ -14,14 +14,14 @@ FOREVER = 2**31 - 1  # ends of slices at and beyond this mean "to the end"
 
 
 def shape_of(call: Call) -> Known:
-    """Shape, from `start` to `end`."""
+    """Compute Shape, from `start` to `end`."""
     value = call.inputs[0]
     shape = value.array.shape if isinstance(value, Known) else call.tensor(0).shape
     return sizes(shape[call.get("start", 0) : call.get("end")])
 
 
 def size_of(call: Call) -> Known:
-    """Size: the number of entries."""
+    """Compute Size: the number of entries."""
     total: Any = 1
     for size in call.tensor(0).shape:
         total = total * size
@@ -53,7 +53,7 @@ def flatten(call: Call) -> Tensor:
 
 
 def transpose(call: Call) -> Tensor:
-    """Transpose; without axes it reverses their order."""
+    """Compute Transpose; without axes it reverses their order."""
     tensor = call.tensor(0)
     return tensor.permute(call.get("perm", list(reversed(range(tensor.dim())))))
 
@@ -69,7 +69,7 @@ def squeeze(call: Call) -> Tensor:
 
 
 def unsqueeze(call: Call) -> Tensor:
-    """Unsqueeze; the axes are those of the result."""
+    """Compute Unsqueeze; the axes are those of the result."""
     tensor, axes = call.tensor(0), call.numbers(1)
     for axis in sorted(axis % (tensor.dim() + len(axes)) for axis in axes):
         tensor = tensor.unsqueeze(axis)
@@ -87,7 +87,7 @@ def expand(call: Call) -> Tensor:
 
 
 def concat(call: Call) -> Tensor:
-    """Concat."""
+    """Compute Concat."""
     return torch.cat([call.tensor(i) for i in range(len(call.inputs))], dim=call.get("axis"))
 
 
@@ -150,27 +150,27 @@ def within(places: Tensor, size: Any, constant: bool) -> Tensor:
 
 
 def gather_elements(call: Call) -> Tensor:
-    """GatherElements."""
+    """Compute GatherElements."""
     tensor, axis = call.tensor(0), call.get("axis", 0)
     return torch.gather(tensor, axis, within(call.tensor(1), tensor.shape[axis], False))
 
 
 def gather_nd(call: Call) -> Tensor:
-    """GatherND without batch axes."""
+    """Compute GatherND without batch axes."""
     if call.get("batch_dims", 0):
         raise call.refuse("has batch_dims")
     return call.tensor(0)[tuple(call.tensor(1).long().unbind(-1))]
 
 
 def scatter_nd(call: Call) -> Tensor:
-    """ScatterND that replaces."""
+    """Compute a ScatterND that replaces."""
     if call.get("reduction", b"none") != b"none":
         raise call.refuse("reduces what it scatters")
     return call.tensor(0).index_put(call.tensor(1).long().unbind(-1), call.tensor(2))
 
 
 def scatter_elements(call: Call) -> Tensor:
-    """ScatterElements that replaces."""
+    """Compute a ScatterElements that replaces."""
     if call.get("reduction", b"none") != b"none":
         raise call.refuse("reduces what it scatters")
     tensor, axis = call.tensor(0), call.get("axis", 0)
@@ -178,7 +178,7 @@ def scatter_elements(call: Call) -> Tensor:
 
 
 def tile(call: Call) -> Tensor:
-    """Tile."""
+    """Compute Tile."""
     tensor, repeats = call.tensor(0), call.numbers(1)
     call.limit([size * times for size, times in zip(tensor.shape, repeats, strict=True)])
     return tensor.repeat(repeats)
@@ -200,13 +200,13 @@ def pad(call: Call) -> Tensor:
 
 
 def triangle(call: Call) -> Tensor:
-    """Trilu."""
+    """Compute Trilu."""
     diagonal = int(call.numbers(1)[0]) if call.has(1) else 0
     return (torch.triu if call.get("upper", 1) else torch.tril)(call.tensor(0), diagonal)
 
 
 def count_up(call: Call) -> Tensor:
-    """Range whose ends are known; the size of the batch counts as known."""
+    """Compute a Range whose ends are known; the size of the batch counts as known."""
     start, limit, delta = (call.numbers(i)[0] for i in range(3))
     if all(isinstance(bound, int | float) for bound in (start, limit, delta)):
         call.limit([int(max((limit - start) / delta, 0)) + 1])
@@ -214,7 +214,7 @@ def count_up(call: Call) -> Tensor:
 
 
 def constant_of_shape(call: Call) -> Tensor:
-    """ConstantOfShape."""
+    """Compute ConstantOfShape."""
     value = call.get("value")
     shape = call.limit(call.numbers(0))
     if value is None:
@@ -223,7 +223,7 @@ def constant_of_shape(call: Call) -> Tensor:
 
 
 def eye_like(call: Call) -> Tensor:
-    """EyeLike, of the dtype of its input."""
+    """Compute EyeLike, of the dtype of its input."""
     tensor = call.tensor(0)
     if call.get("k", 0) or call.get("dtype") or tensor.dim() != 2:
         raise call.refuse("is more than an identity matrix")
@@ -231,7 +231,7 @@ def eye_like(call: Call) -> Tensor:
 
 
 def constant(call: Call) -> Known | Tensor:
-    """Constant inside a graph within the graph; those outside are read with the weights."""
+    """Compute a Constant inside a graph within the graph; those outside are read with the weights."""
     for name, dtype in (("value_int", np.int64), ("value_float", np.float32)):
         for attribute in (name, name + "s"):
             if attribute in call.attributes:

@@ -28,7 +28,7 @@ KEY = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def check_operator(name: str) -> bool:
-    """Tell whether the target of a node is an operator of tensors or sizes, and nothing else that torch can reach."""
+    """Return whether the target of a node is an operator of tensors or sizes, and nothing else that torch can reach."""
     if name in PLAIN_OPERATORS:
         return True
     if match := re.fullmatch(r"torch\.ops\.higher_order\.(\w+)", name):
@@ -46,7 +46,7 @@ def check_operator(name: str) -> bool:
 
 
 def check_expression(text: str) -> bool:
-    """Tell whether a symbolic size is arithmetic of symbols and numbers, quick to evaluate: torch evaluates it."""
+    """Return whether a symbolic size is arithmetic of symbols and numbers, quick to evaluate: torch evaluates it."""
     if len(text) > MAX_EXPRESSION:
         return False
     try:
@@ -56,7 +56,7 @@ def check_expression(text: str) -> bool:
 
 
 def check_size(node: ast.expr) -> bool:
-    """Do as `check_expression`, for one node."""
+    """Check one node as `check_expression` does."""
     match node:
         case ast.Constant(value=int() | float()):
             return True
@@ -76,12 +76,12 @@ def check_size(node: ast.expr) -> bool:
 
 
 def check_keyword(keyword: ast.keyword) -> bool:
-    """Do as `check_size`, for a keyword argument: an assumption about a symbol, or the precision of a number."""
+    """Check a keyword argument as `check_size` does: an assumption about a symbol, or the precision of a number."""
     return isinstance(keyword.value, ast.Constant) and keyword.value.value in (True, False, *range(100))
 
 
 def check_tree(text: str) -> bool:
-    """Tell whether a structure of inputs or outputs is of tuples, lists and dicts; others import what they name."""
+    """Return whether a structure of inputs or outputs is of tuples, lists and dicts; others import what they name."""
     try:
         version, tree = parse_json(text)
         return bool(version == 1) and check_branch(tree)
@@ -90,7 +90,7 @@ def check_tree(text: str) -> bool:
 
 
 def check_branch(tree: dict[str, object]) -> bool:
-    """Do as `check_tree`, for one branch."""
+    """Check one branch as `check_tree` does."""
     kind, context, children = tree["type"], tree["context"], tree["children_spec"]
     keys = parse_json(context) if isinstance(context, str) else context
     return (

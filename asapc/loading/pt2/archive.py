@@ -127,7 +127,7 @@ def clean(value: Any, key: str, source: Source) -> Any:
 
 
 def check_string(key: str, text: str) -> bool:
-    """Tell whether a string of a graph's JSON has the form that its key calls for."""
+    """Return whether a string of a graph's JSON has the form that its key calls for."""
     match key:
         case "expr_str":
             return check_expression(text)
@@ -143,7 +143,7 @@ def check_string(key: str, text: str) -> bool:
 
 
 def clean_entry(name: str, value: Any, key: str, source: Source) -> Any:
-    """Do as `clean`, for one entry of the mapping under `key`."""
+    """Clean one entry of the mapping under `key`, as `clean` does."""
     expected = {"range_constraints": SYMBOL, "config": WEIGHT}.get(key, NAME)
     if not expected.fullmatch(name) or name == "as_custom_obj":
         raise refusal(source, name)

@@ -13,7 +13,7 @@ Format = Literal["onnx", "safetensors", "torch", "torchscript", "exported", "arr
 
 
 def detect(source: Source) -> Format:
-    """Tell the format of a model file: from its suffix where nothing else tells it, else from its content.
+    """Return the format of a model file: from its suffix where nothing else tells it, else from its content.
 
     Raises:
         CheckpointError: it is none of these.

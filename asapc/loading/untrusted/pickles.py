@@ -34,7 +34,7 @@ def check_pickle(stream: Any, source: Source) -> None:
 
 
 def scan(stream: Any, source: Source) -> None:
-    """Do as `check_pickle`, but raise whatever the damage happens to trigger."""
+    """Check as `check_pickle` does, but raise whatever the damage happens to trigger."""
     stack: list[int] = []  # for each value the elements of a tuple, 1 for all else; 0 for a mark, or NAMED
     memo: dict[int, int] = {}
     argument: Any

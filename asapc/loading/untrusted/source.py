@@ -109,7 +109,7 @@ class Source:
 
 
 def reason(failure: OSError | ValueError) -> str:
-    """Say why a file could not be opened."""
+    """Return why a file could not be opened."""
     if isinstance(failure, OSError) and failure.errno == errno.EACCES:
         return "no permission"
     return str(getattr(failure, "strerror", None) or failure).lower()

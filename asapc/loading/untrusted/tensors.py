@@ -35,7 +35,7 @@ def read_torch(source: Source) -> Any:
 
 
 def read_torch_stream(file: IO[bytes], source: Source) -> Any:
-    """Do as `read_torch`, for an open file or a member of an archive."""
+    """Read an open file or a member of an archive, as `read_torch` does."""
     content, unread = read_torch_parts(file, source)
     if unread:
         raise source.would_run(unread[0])

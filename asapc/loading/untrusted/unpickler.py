@@ -92,5 +92,5 @@ class Unpickler(pickle.Unpickler):
 
 
 def load(file: IO[bytes], **options: Any) -> Any:
-    """Do as `pickle.load`."""
+    """Load as `pickle.load` does."""
     return Unpickler(file, **options).load()

@@ -91,7 +91,7 @@ def end_of_members(file: IO[bytes], members: list[zipfile.ZipInfo]) -> int | Non
 
 
 def is_directory(file: IO[bytes], start: int, size: int, count: int) -> bool:
-    """Tell whether a directory of so many members fills an archive of `size` bytes from `start` to its end record.
+    """Return whether a directory of so many members fills an archive of `size` bytes from `start` to its end record.
 
     Raises:
         struct.error: a record is cut off.

@@ -59,7 +59,7 @@ CHOICES = {
         "normalize",  # torch.nn.functional.normalize with p=1
         "log_of_sum",  # duals by exp, sum and log
         "by_hand",  # logsumexp by hand
-        "means",  # in the place of sums
+        "means",  # instead of sums
         "sinkformer",
     ),
     "half_steps": (2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16, 20, 21, 40),

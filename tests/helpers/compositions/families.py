@@ -179,7 +179,7 @@ def marginals_by_tokens(p, s):
 
 
 def other_powers(p, s):
-    """The norm of a power close to 1 in the place of the sum."""
+    """The norm of a power close to 1 instead of the sum."""
     q = 1 + p.constant
     return p.log_plan(s, total=lambda i, plan: (q * plan).logsumexp(p.dims[i], keepdim=True) / q)
 

@@ -90,7 +90,7 @@ def test_an_exact_operator_leaves_the_outputs_as_they_were(case):
 def test_another_operator_changes_the_outputs(case):
     softmax = {site.name: Sinkhorn(1) for site in case.sites}
     result = RewriteSinkhorn(case.sites, softmax)(case.module)
-    # Softmax in the place of Sinkhorn is no matter of rounding.
+    # Softmax instead of Sinkhorn is more than rounding.
     assert difference(case.run(result.program), case.expected) > 0.01
 
 
