@@ -155,11 +155,12 @@ def site_inputs(site: Site, tensors: Sequence[Tensor], factor: Tensor | None, fo
         return Inputs(keys @ scaled.transpose(-1, -2), queries, keys, values)
     if product.is_scores:
         return Inputs(scaled, queries, keys, values)
-    live = (true_scores(site, arranged, site.loop.scale.mean().item()) >= MIN_LIVE).to(site.wiring.dtype)
+    scale = site.loop.scale.to(site.wiring.dtype).reshape(-1, 1, 1)
+    live = (true_scores(site, arranged, scale) >= MIN_LIVE).to(site.wiring.dtype)
     return Inputs(scaled, queries, keys, values, live)
 
 
-def true_scores(site: Site, arranged: Mapping[Operand, Tensor], factor: Tensor | float | None) -> Tensor:
+def true_scores(site: Site, arranged: Mapping[Operand, Tensor], factor: Tensor | None) -> Tensor:
     """Return the scores among the operands of a site times a factor, their logarithm where the node holds exp of it."""
     scores = arranged[site.wiring.scores]
     scores = scores.log() if site.wiring.exponential else scores

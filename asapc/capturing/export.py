@@ -65,7 +65,7 @@ def export(
             # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
             # plan in place would otherwise outlive the rewrite, since such nodes never count as dead. And regions with
             # automatic casts, without gradients or under vmap into plain nodes. It takes as long as the export itself.
-            drop_idle_casts(program)
+            settle_casts(program)
             if is_plain(program):
                 program.graph.eliminate_dead_code()
                 program.graph_module.recompile()
@@ -86,13 +86,20 @@ def export(
     return program
 
 
-def drop_idle_casts(program: ExportedProgram) -> None:
-    """Remove casts to the type that a value has, in place: code that casts to be safe is plain without them."""
+def settle_casts(program: ExportedProgram) -> None:
+    """Remove casts to the type that a value has, in place, and write others as the copies that they are.
+
+    Code that casts to be safe is plain without the former, and with the latter.
+    """
     for node in program.graph.find_nodes(op="call_function", target=aten.to.dtype):
         source, dtype, *options = node.args
-        if not any(options) and not node.kwargs and source.meta["val"].dtype == dtype:
+        if any(options) or node.kwargs:
+            continue
+        if source.meta["val"].dtype == dtype:
             node.replace_all_uses_with(source, propagate_meta=False)
             program.graph.erase_node(node)
+        else:
+            node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
 
 
 def is_plain(program: ExportedProgram) -> bool:

@@ -1,5 +1,6 @@
 """ONNX files: exported whole or not at all, and run with the answers that PyTorch gives."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from helpers.tolerances import EXPORT, difference
 from torch import nn
 
 from asapc.backends.eager.runner import EagerRunner
-from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.onnxruntime.builder import decompose, export_onnx
 from asapc.backends.onnxruntime.cuda import CudaRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capturing.capture import capture_code
@@ -135,6 +136,34 @@ def pair(tmp_path):
     captured = graph(module, left=torch.rand(2, 3), right=torch.rand(2, 2))
     artifact = export_onnx(captured, tmp_path / "model.onnx", {"asapc.version": "1.2.3"})
     return EagerRunner(module), OnnxRuntimeRunner(artifact.path, threads=1)
+
+
+class Composed(nn.Module):
+    """Operations that have no ONNX form of their own, one of them with two results, at sizes that are open."""
+
+    def forward(self, points):
+        low, high = torch.aminmax(points, dim=-1, keepdim=True)
+        mask = (points > 0).to(points.dtype)
+        return (1 - mask) * (points.mT @ (high - low) + torch.addcdiv(low, high, low - 9).sum(1, keepdim=True)).mT
+
+
+def test_operations_without_a_form_of_their_own_are_decomposed_one_by_one(tmp_path):
+    points = torch.randn(4, 6, 6)
+    axes = {"points": {0: DynamicAxis("batch", 1, 8)}}
+    program = export(Composed(), {"points": points}, axes)
+    table = torch.export.default_decompositions()
+    del table[torch.ops.aten.sym_size.int]  # what traces ask for sizes with
+    module = copy.deepcopy(program.graph_module)
+    assert any(node.target in table for node in module.graph.nodes)
+    decompose(module, table)
+    assert not any(node.target in table for node in module.graph.nodes)
+    graph = CapturedGraph(program, Samples({"points": points}), axes)
+    run = OnnxRuntimeRunner(export_onnx(graph, tmp_path / "model.onnx", {}).path)
+    for batch in (1, 3, 4):
+        part = Samples({"points": points[:batch]})
+        assert difference(run(part)[0], Composed()(points[:batch])) < EXPORT
+    operations = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "Einsum" not in operations  # how the exporter writes the transposition
 
 
 def test_runners_say_what_they_run_in(pair):

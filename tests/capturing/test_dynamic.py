@@ -78,7 +78,14 @@ def test_a_mask_that_is_sliced_for_its_axes_stays_a_mask_of_any_length(tmp_path,
     torch.save(model.state_dict(), "model.pt")
     ids = torch.randint(1, 50, (32, 24)) * (torch.arange(24) < torch.randint(8, 25, (32, 1)))
     torch.save({"ids": ids}, "samples.pt")
-    options = {"model": "padded:Padded", "calib": "samples.pt", "level": 1, "seconds": 0.1, "batches": (1,)}
+    options = {
+        "model": "padded:Padded",
+        "calib": "samples.pt",
+        "level": 1,
+        "seconds": 0.1,
+        "batches": (1,),
+        "target": "onnx",
+    }
     report = asapc.compile_model("model.pt", CompileConfig(out="out", dynamic="seq=6:48", lowering="fused", **options))
     assert [site["choice"]["lowering"] for site in report.data["sites"]] == ["fused"]
     run = OnnxRuntimeRunner(tmp_path / "out" / "model.onnx")

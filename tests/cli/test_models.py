@@ -30,7 +30,9 @@ def test_compile_never_calibrates_on_random_inputs(small):
 
 @pytest.mark.usefixtures("quick")
 def test_compile_takes_weights_and_real_samples(small):
-    result = run("compile", *weights_alone(small), "--calib", samples(Path("s.npz"), count=64), *QUICK)
+    result = run(
+        "compile", *weights_alone(small), "--calib", samples(Path("s.npz"), count=64), "--target", "onnx", *QUICK
+    )
     assert result.exit_code == 0, result.stderr
     assert "16 x 16" in result.stdout
     assert "'module.'" in result.stderr
@@ -51,7 +53,7 @@ def test_inspect_and_compile_take_an_exported_program(small):
     assert result.exit_code == 0, result.stderr
     assert "16 x 16" in result.stdout
     assert "vit.py:" in result.stdout
-    result = run("compile", path, "--calib", samples(Path("s.npz"), count=64), *QUICK)
+    result = run("compile", path, "--calib", samples(Path("s.npz"), count=64), "--target", "onnx", *QUICK)
     assert result.exit_code == 0, result.stderr
     assert Path("model.asap/model.onnx").is_file()
 

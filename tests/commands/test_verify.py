@@ -28,7 +28,7 @@ def compiled(tmp_path_factory) -> Path:
     """A folder with a small model, what it was compiled to, and samples of the kind it was compiled with."""
     folder = tmp_path_factory.mktemp("recheck")
     path = write_checkpoint(folder / "model.pt")
-    compile_model(path, CompileConfig(out=folder / "out", fidelity=LOOSE, batches=(2,), seconds=0.1, threads=1))
+    compile_model(path, CompileConfig(out=folder / "out", fidelity=LOOSE, batches=(2,), seconds=0.1, target="onnx"))
     images = torch.load(path, weights_only=True)["held_out"]["inputs"]["images"].numpy()
     np.savez(folder / "same.npz", images=images, labels=np.arange(8) % 3)
     np.savez(folder / "sharp.npz", images=30 * images)

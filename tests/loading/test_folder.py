@@ -24,7 +24,7 @@ from asapc.loading.folder import read_folder
 def compiled(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("folders")
     path = write_checkpoint(folder / "model.pt", iterations=2)
-    options = {"level": 1, "fidelity": ("agreement>=0",), "batches": (1,), "seconds": 0.05, "threads": 1}
+    options = {"level": 1, "fidelity": ("agreement>=0",), "batches": (1,), "seconds": 0.05, "target": "onnx"}
     compile_model(path, CompileConfig(out=folder / "out", **options))
     np.savez(folder / "data.npz", images=np.zeros((3, 4, 4), dtype=np.float32))
     return folder / "out"

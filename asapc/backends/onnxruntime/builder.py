@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch._ops import OperatorBase
 from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from asapc.backends.base import temporary
 from asapc.capturing.export import is_plain
@@ -61,14 +64,15 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
     """
-    program = graph.program
+    # A copy, since the exporter changes what it is given, and so do we.
+    module = copy.deepcopy(graph.program.graph_module)
+    attention, aten = torch.ops.asapc.attention.default, torch.ops.aten
+    decompose(module, {attention: multi_head_attention, aten.mT.default: transposed})
+    program = with_graph(graph.program, module, PlainProgram if is_plain(graph.program) else ExportedProgram)
     with quiet_exporter():
-        if any(node.target is torch.ops.asapc.attention.default for node in program.graph.nodes):
-            program = program.run_decompositions({torch.ops.asapc.attention.default: multi_head_attention})
         try:
             exported = torch.onnx.export(
-                # A copy, since the exporter changes what it is given.
-                with_graph(program, copy.deepcopy(program.graph_module), Decomposed) if is_plain(program) else program,
+                program,
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
@@ -101,15 +105,57 @@ def name_outputs(graph: Any, names: Sequence[str]) -> None:
             value.name = name
 
 
-class Decomposed(ExportedProgram):
-    """A program that the exporter decomposes only where that changes it: tracing it anew takes half of an export."""
+class PlainProgram(ExportedProgram):
+    """A program of plain operations, which the exporter decomposes one by one.
+
+    torch traces a whole graph anew to decompose any of it, which takes half of an export.
+    """
 
     def run_decompositions(self, decomp_table: dict[OperatorBase, Callable[..., Any]] | None = None) -> ExportedProgram:
-        """Decompose the operators of a table."""
-        if decomp_table is None or any(node.target in decomp_table for node in self.graph.nodes):
-            decomposed: ExportedProgram = super().run_decompositions(decomp_table)
-            return decomposed
-        return self
+        """Decompose the operators of a table, in place."""
+        decompose(self.graph_module, decomp_table or {})
+        return with_graph(self, self.graph_module)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """Return `tensor.mT` as a transposition, where the exporter writes an Einsum."""
+    return tensor.transpose(-1, -2)
+
+
+def decompose(module: GraphModule, table: Mapping[Any, Callable[..., Any]]) -> None:
+    """Replace each operation that a table has by what its function does, in place."""
+    graph = module.graph
+    for node in [node for node in graph.nodes if node.target in table]:
+        leaves, structure = tree_flatten((node.args, node.kwargs))
+        operands = [leaf for leaf in leaves if isinstance(leaf, Node)]
+
+        def function(*values: Any, node: Node = node, leaves: Any = leaves, structure: Any = structure) -> Any:
+            following = iter(values)
+            own = [next(following) if isinstance(leaf, Node) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(own, structure)
+            results = table[node.target](*args, **kwargs)
+            return tuple(results) if isinstance(results, tuple) else results  # some have a tuple type of their own
+
+        examples = [operand.meta["val"] for operand in operands]
+        traced = make_fx(function, decomposition_table=table)(*examples).graph
+        inputs: dict[Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), operands, strict=True))
+        with graph.inserting_before(node):
+            outputs: Any = graph.graph_copy(traced, inputs)
+        if isinstance(outputs, Node):
+            node.replace_all_uses_with(outputs)
+        else:
+            for user in list(node.users):  # each takes one of several outputs by its number
+                user.replace_all_uses_with(outputs[user.args[1]])
+                graph.erase_node(user)
+        graph.erase_node(node)
+    # Each traced operation asks for sizes anew.
+    sizes: dict[Any, Node] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        first = sizes.setdefault(node.args, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+    module.recompile()
 
 
 def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
