@@ -176,6 +176,16 @@ class CompileConfig:
             default_text="the batch alone",
         ),
     ] = ""
+    output_names: Annotated[
+        str,
+        Option(
+            "--output-names",
+            "What to call the outputs of the model, in their order.",
+            OPERATORS,
+            metavar="NAME,...",
+            default_text="as the forward's dict, dataclass or named tuple calls them",
+        ),
+    ] = ""
     slices: Annotated[
         tuple[int, ...],
         Option(

@@ -133,6 +133,7 @@ target = "onnx"
 precision = "float16"
 relu_activations = 1e-3
 dynamic = "seq=16:64"
+output_names = "logits,attention"
 slices = [0, 4]
 pieces = [4]
 batches = [1, 8]
@@ -171,6 +172,7 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
         precision="float16",
         relu_activations=1e-3,
         dynamic="seq=16:64",
+        output_names="logits,attention",
         slices=(0, 4),
         pieces=(4,),
         batches=(1, 8),

@@ -1,8 +1,11 @@
 """Captures models as one graph, by their format."""
 
+from dataclasses import replace
+
 from asapc.capturing.compare import check_single, compare_stops, run
 from asapc.capturing.early_stop import Unconverged
 from asapc.capturing.export import export
+from asapc.capturing.names import name_outputs
 from asapc.capturing.onnx import check_memory, unmark
 from asapc.errors import CaptureError, CheckpointError, SamplesError
 from asapc.loading.inputs import order_inputs
@@ -36,6 +39,7 @@ def capture_code(
         axes: open axes by the input's name and their number; None for the batch alone.
 
     Raises:
+        OptionError: `loaded.output_names` are not as many as the outputs, or are names of inputs.
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
         CaptureError: the model has control flow that cannot be captured, returns more than tensors, differs for a
             batch of one, or stops early where `early_stop` refuses that.
@@ -47,19 +51,20 @@ def capture_code(
     unconverged.check_repeated()
     departures = tuple(dict.fromkeys(unconverged.departures))
     check_single(loaded.module, program, example, stops=bool(unconverged.questions))
+    graph = CapturedGraph(program, example, axes=axes, departures=departures)
     if not unconverged.questions:
-        return CapturedGraph(program, example, axes=axes, departures=departures)
+        return name_outputs(graph, loaded.output_names)
     # Values that only decided whether to stop are dead now.
     program.graph_module.graph.eliminate_dead_code()
     program.graph_module.recompile()
-    stops = compare_stops(loaded.module, program, samples, unconverged.questions)
+    stops = compare_stops(loaded.module, graph, samples, unconverged.questions)
     if stops.taken and early_stop == "refuse":
         raise CaptureError(
             f"the loop at {', '.join(stops.questions)} stops early on the samples given; taken to its bound the "
             f"outputs differ by {stops.difference:.1e}",
             "compile it with --early-stop bound, or train and evaluate it with a fixed number of iterations",
         )
-    return CapturedGraph(program, example, stops, axes, departures)
+    return name_outputs(replace(graph, early_stops=stops), loaded.output_names)
 
 
 def capture_exported(loaded: ExportedModel, samples: Samples) -> CapturedGraph:
@@ -72,9 +77,9 @@ def capture_exported(loaded: ExportedModel, samples: Samples) -> CapturedGraph:
     samples, example = prepare(loaded, samples)
     run(loaded.module, example, samples)
     if all(kind.sizes is None or None not in kind.sizes[1:] for kind in loaded.inputs.values()):
-        return CapturedGraph(loaded.program, example)
+        return name_outputs(CapturedGraph(loaded.program, example), loaded.output_names)
     # Loops are recognised at fixed lengths: axes that the archive leaves open get those of the samples.
-    return CapturedGraph(export(loaded.module, example.inputs), example)
+    return name_outputs(CapturedGraph(export(loaded.module, example.inputs), example), loaded.output_names)
 
 
 def capture_onnx(loaded: OnnxModel, samples: Samples) -> CapturedGraph:

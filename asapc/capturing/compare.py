@@ -13,7 +13,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 from asapc.capturing.lines import told
 from asapc.errors import AsapcError, CaptureError, SamplesError
 from asapc.loading.inputs import arguments
-from asapc.types.graph import EarlyStops
+from asapc.types.graph import CapturedGraph, EarlyStops
 from asapc.types.samples import Samples
 
 COMPARED_BATCH = 32  # samples at a time
@@ -120,17 +120,17 @@ def squares(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float
 
 
 def compare_stops(
-    module: nn.Module, program: ExportedProgram, samples: Samples, questions: Mapping[str, str]
+    module: nn.Module, graph: CapturedGraph, samples: Samples, questions: Mapping[str, str]
 ) -> EarlyStops:
     """Measure what omitting early stops changes: the outputs of a model against those of its graph.
 
     Raises:
         CaptureError: one of the two returns NaN or infinity where the other does not.
     """
-    graph = program.module()
+    program = graph.program.module()
     error = norm = 0.0
-    for batch in samples.batches(COMPARED_BATCH):
-        more = squares(run(module, batch, samples), run(graph, batch, samples))
+    for batch in samples.batches(graph.samples_at_once(COMPARED_BATCH)):
+        more = squares(run(module, batch, samples), run(program, batch, samples))
         error, norm = error + more[0], norm + more[1]
     if not isfinite(error):
         raise CaptureError(

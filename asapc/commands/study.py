@@ -8,6 +8,7 @@ from torch import nn
 
 from asapc.backends.eager.runner import EagerRunner
 from asapc.capturing.dynamic import at_longest, open_axes, parse_axes, reopen
+from asapc.capturing.names import parse_names
 from asapc.commands.lengths import check_lengths, find_at_lengths
 from asapc.config import CompileConfig
 from asapc.events import OnEvent, stage
@@ -49,6 +50,7 @@ def study(
     config, dump = config or CompileConfig(), dump or Dump()
     with stage("load", on_event) as step:
         loaded = model if isinstance(model, LoadedModel) else load_model(model, config)
+        loaded = replace(loaded, output_names=parse_names(config.output_names))
         calibration, held_out = gather(loaded, config)
         counts = f"{loaded.parameters:,} parameters, {len(calibration)} + {len(held_out)} samples"
         casts = [f"{name} read as float32, not float64" for name in calibration.cast]

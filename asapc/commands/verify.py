@@ -1,11 +1,12 @@
 """`asapc verify`: the fidelity of a compiled model on other samples, against its teacher or its stored outputs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
@@ -13,7 +14,7 @@ from asapc.commands.study import study
 from asapc.config import CompileConfig
 from asapc.errors import CaptureError, CheckpointError, OptionError, SamplesError, one_line
 from asapc.fidelity.budget import check_budget, judge, reached
-from asapc.fidelity.outputs import verify
+from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.loading.folder import COMPILE, MODEL, OPERATORS, read_folder
 from asapc.loading.inputs import named, order_inputs
@@ -133,11 +134,18 @@ def verify_outputs(
         )
     report = read_folder(folder)
     runner = OnnxRuntimeRunner(folder / MODEL)
-    samples, stored = named(load_samples(data), runner.names), load_samples(outputs)
+    samples, stored = narrowed(named(load_samples(data), runner.names), runner), load_samples(outputs)
     check_stored(data, samples, outputs, stored, runner)
     fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
     verification = Verification(fidelity, config.bounds() or budget_of(report, fidelity), {})
     return hold(verification, show)
+
+
+def narrowed(samples: Samples, runner: OnnxRuntimeRunner) -> Samples:
+    """Return samples with float64, numpy's default, as float32 where the file takes that."""
+    wide = [name for name in samples.inputs.keys() & runner.in_float32 if samples.inputs[name].dtype == torch.float64]
+    inputs = {**samples.inputs, **{name: samples.inputs[name].float() for name in wide}}
+    return replace(samples, inputs=inputs, cast=tuple(wide))
 
 
 def check_stored(data: Path, samples: Samples, outputs: Path, stored: Samples, runner: OnnxRuntimeRunner) -> None:
@@ -186,22 +194,38 @@ def verify_model(
     if loaded.sha256 != report["model"]["sha256"]:
         raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
     samples = order_inputs(loaded, load_samples(data))
-    sites, outside, note = rate_sites(folder, report, loaded, samples, config)
-    if note and (of_sites := [str(bound) for bound in config.bounds() if bound.metric in SITE_METRICS]):
-        raise SamplesError(f"{', '.join(of_sites)} cannot be judged: {note}", "use other samples, or omit these terms")
+    ratings = rate_sites(folder, report, loaded, samples, config)
+    if ratings.note and (of_sites := [str(bound) for bound in config.bounds() if bound.metric in SITE_METRICS]):
+        reason = f"{', '.join(of_sites)} cannot be judged: {ratings.note}"
+        raise SamplesError(reason, "use other samples, or omit these terms")
     hops = {"teacher": origin_of(loaded).reference(), "compiled": OnnxRuntimeRunner(folder / MODEL)}
-    fidelity = verify(hops, {}, sites, samples)
-    return hold(Verification(fidelity, config.bounds() or budget_of(report, fidelity), outside, note), show)
+    fidelity = verify(hops, {}, ratings.sites, samples, ratings.samples_at_once)
+    budget = config.bounds() or budget_of(report, fidelity)
+    return hold(Verification(fidelity, budget, ratings.outside, ratings.note), show)
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """What is known of the sites of a compiled model on other samples.
+
+    Attributes:
+        sites: fidelity by the site's name.
+        outside: the share of samples outside the calibrated range, by the same.
+        note: why both are empty: samples on which the loops do not show as they did in calibration, say without
+            padding, are good for all else.
+        samples_at_once: what memory allows.
+    """
+
+    sites: Mapping[str, SiteFidelity] = field(default_factory=dict)
+    outside: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+    samples_at_once: int = BATCH
 
 
 def rate_sites(
     folder: Path, report: Mapping[str, Any], loaded: LoadedModel, samples: Samples, config: CompileConfig
-) -> tuple[dict[str, SiteFidelity], dict[str, float], str]:
+) -> Ratings:
     """Rate each operator alone, in the teacher's graph on other samples.
-
-    Returns:
-        Fidelity by the site's name, the share of samples outside the calibrated range, and why there are none: samples
-        on which the loops do not show as they did in calibration, say without padding, are good for all else.
 
     Raises:
         CheckpointError: the parameters in the folder are not those of the report.
@@ -211,10 +235,11 @@ def rate_sites(
     try:
         teacher = study(loaded, config, lambda loaded, config: (several, several))
     except (CaptureError, SamplesError) as error:
-        return {}, {}, f"sites are not rated, since on these samples {error}"
-    sites, stored = teacher.sites, report["sites"]
+        return Ratings(note=f"sites are not rated, since on these samples {error}")
+    sites, stored, at_once = teacher.sites, report["sites"], teacher.graph.samples_at_once(BATCH)
     if [facts(site_data(site)) for site in sites] != [facts(site) for site in stored]:
-        return {}, {}, "sites are not rated, since their loops do not show on these samples as they did in calibration"
+        note = "sites are not rated, since their loops do not show on these samples as they did in calibration"
+        return Ratings(note=note, samples_at_once=at_once)
     parameters = Source.at(folder / OPERATORS, CheckpointError)
     tensors = read_safetensors(parameters)
     pairs = zip(sites, stored, strict=True)
@@ -229,7 +254,7 @@ def rate_sites(
     ranges = score_ranges(teacher.graph, sites, samples)
     calibrated = {site["name"]: site["calibration_range"] for site in stored}
     outside = {name: share_outside(scores.deviations, *calibrated[name]) for name, scores in ranges.items()}
-    return dict(fidelities), outside, ""
+    return Ratings(fidelities, outside, samples_at_once=at_once)
 
 
 def facts(site: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -39,6 +39,7 @@ class LoadedModel:
         inputs: what an exported model takes, by name and in its order; None for code, whose forward has parameters.
         example: inputs that are good enough to capture the model with, not to fit on; None for none.
         notes: what the user should know about how the file was read.
+        output_names: what to call the outputs, in their order; empty for the names that the model gives them.
     """
 
     module: nn.Module
@@ -50,3 +51,4 @@ class LoadedModel:
     inputs: Mapping[str, InputType] | None = None
     example: Samples | None = None
     notes: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()

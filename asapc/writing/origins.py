@@ -100,11 +100,11 @@ class OnnxFile(Origin):
 
     def adapt(self, config: CompileConfig) -> CompileConfig:
         """Keep operators to standard ONNX, as the file does; refuse options that would change the rest of the file."""
-        if config.precision != "float32" or config.dynamic or config.relu_activations:
+        if config.precision != "float32" or config.dynamic or config.relu_activations or config.output_names:
             raise OptionError(
-                "an ONNX file keeps its own precision, axes and activations",
-                "compile the checkpoint that it was exported from, or omit --precision, --dynamic and "
-                "--relu-activations",
+                "an ONNX file keeps its own precision, axes, activations and names",
+                "compile the checkpoint that it was exported from, or omit --precision, --dynamic, "
+                "--relu-activations and --output-names",
             )
         return replace(config, lowering="materialised")
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from helpers.command import QUICK, assert_user_error, run, samples, weights_alone, written
@@ -76,3 +78,14 @@ def test_inspect_takes_its_options_from_a_file_too(small):
     assert "--trust-config" in assert_user_error(run("inspect", name, "--config", options))[1]
     result = run("inspect", name, "--config", options, "--trust-config")
     assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.usefixtures("quick")
+def test_outputs_have_the_names_that_are_asked_for(small):
+    result = run("compile", small, "--output-names", "classes", "--target", "onnx", *QUICK, "--fidelity", "relc<=1")
+    assert result.exit_code == 0, result.stderr
+    session = onnxruntime.InferenceSession("small.asap/model.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["classes"]
+    assert np.isfinite(session.run(["classes"], {"images": np.zeros((3, 4, 4), np.float32)})[0]).all()
+    error, _ = assert_user_error(run("compile", small, "--output-names", "a,b", "--target", "onnx", *QUICK, "--force"))
+    assert "2 names" in error

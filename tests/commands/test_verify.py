@@ -56,6 +56,9 @@ def test_stored_outputs_do_in_place_of_the_teacher(compiled, tmp_path):
     expected = verify_model(compiled / "out", compiled / "same.npz").fidelity
     assert found.logits_rel == pytest.approx(expected.logits_rel, rel=1e-4)
     assert (found.agreement, found.metric) == (expected.agreement, expected.metric)
+    np.savez(tmp_path / "double.npz", images=images.double().numpy())  # numpy's default
+    double = verify_outputs(compiled / "out", tmp_path / "double.npz", tmp_path / "logits.npz").fidelity
+    assert double.outputs == found.outputs
     for outputs in (tmp_path / "fewer.npz", compiled / "same.npz"):
         with pytest.raises(SamplesError, match="samples and shapes"):
             verify_outputs(compiled / "out", compiled / "same.npz", outputs)

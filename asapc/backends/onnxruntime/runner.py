@@ -44,6 +44,7 @@ class OnnxRuntimeRunner:
             )
             raise BuildError(f"ONNX Runtime refuses {self.name}: {one_line(error)}", hint) from error
         self.names = [value.name for value in self.session.get_inputs()]
+        self.in_float32 = {value.name for value in self.session.get_inputs() if value.type == "tensor(float)"}
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def __call__(self, samples: Samples) -> list[Tensor]:
