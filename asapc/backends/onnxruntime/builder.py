@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OperatorBase
+from torch._guards import detect_fake_mode
+from torch._ops import OperatorBase, OpOverload
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from asapc.backends.base import temporary
 from asapc.capturing.export import is_plain
@@ -64,11 +65,12 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
     """
-    # A copy, since the exporter changes what it is given, and so do we.
+    # A copy, since the exporter changes what it is given.
     module = copy.deepcopy(graph.program.graph_module)
-    attention, aten = torch.ops.asapc.attention.default, torch.ops.aten
-    decompose(module, {attention: multi_head_attention, aten.mT.default: transposed})
     program = with_graph(graph.program, module, PlainProgram if is_plain(graph.program) else ExportedProgram)
+    table = {torch.ops.asapc.attention.default: multi_head_attention, torch.ops.aten.mT.default: transposed}
+    if any(node.target in table for node in module.graph.nodes):
+        program = program.run_decompositions(table)
     with quiet_exporter():
         try:
             exported = torch.onnx.export(
@@ -106,56 +108,81 @@ def name_outputs(graph: Any, names: Sequence[str]) -> None:
 
 
 class PlainProgram(ExportedProgram):
-    """A program of plain operations, which the exporter decomposes one by one.
+    """A program of plain operations, which the exporter decomposes one by one where it can.
 
     torch traces a whole graph anew to decompose any of it, which takes half of an export.
     """
 
     def run_decompositions(self, decomp_table: dict[OperatorBase, Callable[..., Any]] | None = None) -> ExportedProgram:
-        """Decompose the operators of a table, in place."""
-        decompose(self.graph_module, decomp_table or {})
-        return with_graph(self, self.graph_module)
+        """Decompose the operators of a table."""
+        table = decomp_table or {}
+        nodes = [node for node in self.graph.nodes if node.target in table]
+        graphs = {node: graph for node in nodes if (graph := trace_alone(node, table)) is not None}
+        if len(graphs) < len(nodes):
+            decomposed: ExportedProgram = super().run_decompositions(decomp_table)
+            return decomposed
+        for node, graph in graphs.items():
+            put_in_place(node, graph)
+        share_sizes(self.graph)
+        self.graph_module.recompile()
+        return with_graph(self, self.graph_module, PlainProgram)
 
 
-def transposed(tensor: Tensor) -> Tensor:
-    """Return `tensor.mT` as a transposition, where the exporter writes an Einsum."""
-    return tensor.transpose(-1, -2)
+def trace_alone(node: Node, table: Mapping[Any, Callable[..., Any]]) -> Graph | None:
+    """Trace what the function of a table does for a node; None where that needs the graph around it.
+
+    Some functions write in place, or make constants, which tracing takes apart for a whole graph only.
+    """
+    leaves, structure = tree_flatten((node.args, node.kwargs))
+
+    def function(*values: Any) -> Any:
+        following = iter(values)
+        args, kwargs = tree_unflatten([next(following) if isinstance(x, Node) else x for x in leaves], structure)
+        results = table[node.target](*args, **kwargs)
+        return tuple(results) if isinstance(results, tuple) else results  # some have a tuple type of their own
+
+    examples = [leaf.meta["val"] for leaf in leaves if isinstance(leaf, Node)]
+    mode = detect_fake_mode(examples)
+    if mode is None:
+        return None
+    try:
+        with mode:
+            graph = make_fx(function, decomposition_table=table)(*examples).graph
+    except Exception:  # whatever a function meets that was written for the other way
+        return None
+    calls = [other for other in graph.nodes if other.op not in ("placeholder", "output")]
+    writes = [call for call in calls if isinstance(call.target, OpOverload) and call.target._schema.is_mutable]
+    return None if writes or any(call.op != "call_function" for call in calls) else graph
 
 
-def decompose(module: GraphModule, table: Mapping[Any, Callable[..., Any]]) -> None:
-    """Replace each operation that a table has by what its function does, in place."""
-    graph = module.graph
-    for node in [node for node in graph.nodes if node.target in table]:
-        leaves, structure = tree_flatten((node.args, node.kwargs))
-        operands = [leaf for leaf in leaves if isinstance(leaf, Node)]
+def put_in_place(node: Node, graph: Graph) -> None:
+    """Replace a node by a graph of which the inputs are the nodes that it reads, in their order."""
+    operands = [leaf for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, Node)]
+    inputs: dict[Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), operands, strict=True))
+    with node.graph.inserting_before(node):
+        outputs: Any = node.graph.graph_copy(graph, inputs)
+    if isinstance(outputs, Node):
+        node.replace_all_uses_with(outputs)
+    else:
+        for user in list(node.users):  # each takes one of several outputs by its number
+            user.replace_all_uses_with(outputs[user.args[1]])
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)
 
-        def function(*values: Any, node: Node = node, leaves: Any = leaves, structure: Any = structure) -> Any:
-            following = iter(values)
-            own = [next(following) if isinstance(leaf, Node) else leaf for leaf in leaves]
-            args, kwargs = tree_unflatten(own, structure)
-            results = table[node.target](*args, **kwargs)
-            return tuple(results) if isinstance(results, tuple) else results  # some have a tuple type of their own
 
-        examples = [operand.meta["val"] for operand in operands]
-        traced = make_fx(function, decomposition_table=table)(*examples).graph
-        inputs: dict[Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), operands, strict=True))
-        with graph.inserting_before(node):
-            outputs: Any = graph.graph_copy(traced, inputs)
-        if isinstance(outputs, Node):
-            node.replace_all_uses_with(outputs)
-        else:
-            for user in list(node.users):  # each takes one of several outputs by its number
-                user.replace_all_uses_with(outputs[user.args[1]])
-                graph.erase_node(user)
-        graph.erase_node(node)
-    # Each traced operation asks for sizes anew.
+def share_sizes(graph: Graph) -> None:
+    """Ask for each size once: each operation that was traced alone asks anew."""
     sizes: dict[Any, Node] = {}
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
         first = sizes.setdefault(node.args, node)
         if first is not node:
             node.replace_all_uses_with(first)
-            graph.erase_node(node)
-    module.recompile()
+            node.graph.erase_node(node)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """Return `tensor.mT` as a transposition, where the exporter writes an Einsum."""
+    return tensor.transpose(-1, -2)
 
 
 def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
