@@ -5,7 +5,7 @@ from dataclasses import replace
 from asapc.capturing.compare import check_single, compare_stops, run
 from asapc.capturing.early_stop import Unconverged
 from asapc.capturing.export import export
-from asapc.capturing.names import name_outputs
+from asapc.capturing.names import rename_outputs
 from asapc.capturing.onnx import check_memory, unmark
 from asapc.errors import CaptureError, CheckpointError, SamplesError
 from asapc.loading.inputs import order_inputs
@@ -52,8 +52,9 @@ def capture_code(
     departures = tuple(dict.fromkeys(unconverged.departures))
     check_single(loaded.module, program, example, stops=bool(unconverged.questions))
     graph = CapturedGraph(program, example, axes=axes, departures=departures)
+    rename_outputs(graph, loaded.output_names)
     if not unconverged.questions:
-        return name_outputs(graph, loaded.output_names)
+        return graph
     # Values that only decided whether to stop are dead now.
     program.graph_module.graph.eliminate_dead_code()
     program.graph_module.recompile()
@@ -64,22 +65,24 @@ def capture_code(
             f"outputs differ by {stops.difference:.1e}",
             "compile it with --early-stop bound, or train and evaluate it with a fixed number of iterations",
         )
-    return name_outputs(replace(graph, early_stops=stops), loaded.output_names)
+    return replace(graph, early_stops=stops)
 
 
 def capture_exported(loaded: ExportedModel, samples: Samples) -> CapturedGraph:
     """Return the graph of a torch.export archive with a dynamic batch axis alone, once the model has run on samples.
 
     Raises:
+        OptionError: `loaded.output_names` are not as many as the outputs, or are names of inputs.
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
         CaptureError: the model returns more than tensors.
     """
     samples, example = prepare(loaded, samples)
     run(loaded.module, example, samples)
-    if all(kind.sizes is None or None not in kind.sizes[1:] for kind in loaded.inputs.values()):
-        return name_outputs(CapturedGraph(loaded.program, example), loaded.output_names)
+    is_fixed = all(kind.sizes is None or None not in kind.sizes[1:] for kind in loaded.inputs.values())
     # Loops are recognised at fixed lengths: axes that the archive leaves open get those of the samples.
-    return name_outputs(CapturedGraph(export(loaded.module, example.inputs), example), loaded.output_names)
+    graph = CapturedGraph(loaded.program if is_fixed else export(loaded.module, example.inputs), example)
+    rename_outputs(graph, loaded.output_names)
+    return graph
 
 
 def capture_onnx(loaded: OnnxModel, samples: Samples) -> CapturedGraph:

@@ -24,7 +24,7 @@ def parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def name_outputs(graph: CapturedGraph, names: Sequence[str]) -> CapturedGraph:
+def rename_outputs(graph: CapturedGraph, names: Sequence[str]) -> None:
     """Have a graph return its outputs under names, in place.
 
     Args:
@@ -35,7 +35,7 @@ def name_outputs(graph: CapturedGraph, names: Sequence[str]) -> CapturedGraph:
         OptionError: there are more or fewer names than outputs, or an input has one of them.
     """
     if not names:
-        return graph
+        return
     if len(names) != len(graph.output_names):
         outputs = ", ".join(graph.output_names)
         raise OptionError(
@@ -50,4 +50,3 @@ def name_outputs(graph: CapturedGraph, names: Sequence[str]) -> CapturedGraph:
     nodes: Any = graph.program.graph.output_node().args[0]
     keys = [next(following) if isinstance(node, Node) else f"none {number}" for number, node in enumerate(nodes)]
     signature.out_spec = tree_structure(dict.fromkeys(keys, 0))
-    return graph

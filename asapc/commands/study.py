@@ -48,9 +48,10 @@ def study(
         AsapcError: the model, its samples or an option is at fault. Finding no loop is not an error.
     """
     config, dump = config or CompileConfig(), dump or Dump()
+    output_names = parse_names(config.output_names)
     with stage("load", on_event) as step:
         loaded = model if isinstance(model, LoadedModel) else load_model(model, config)
-        loaded = replace(loaded, output_names=parse_names(config.output_names))
+        loaded = replace(loaded, output_names=output_names)
         calibration, held_out = gather(loaded, config)
         counts = f"{loaded.parameters:,} parameters, {len(calibration)} + {len(held_out)} samples"
         casts = [f"{name} read as float32, not float64" for name in calibration.cast]

@@ -1,12 +1,11 @@
 """`asapc verify`: the fidelity of a compiled model on other samples, against its teacher or its stored outputs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
@@ -17,7 +16,7 @@ from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.loading.folder import COMPILE, MODEL, OPERATORS, read_folder
-from asapc.loading.inputs import named, order_inputs
+from asapc.loading.inputs import named, narrowed, order_inputs
 from asapc.loading.model import load_model
 from asapc.loading.samples import load_samples
 from asapc.loading.untrusted.source import Source
@@ -134,18 +133,11 @@ def verify_outputs(
         )
     report = read_folder(folder)
     runner = OnnxRuntimeRunner(folder / MODEL)
-    samples, stored = narrowed(named(load_samples(data), runner.names), runner), load_samples(outputs)
+    samples, stored = narrowed(named(load_samples(data), runner.names), runner.in_float32), load_samples(outputs)
     check_stored(data, samples, outputs, stored, runner)
     fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
     verification = Verification(fidelity, config.bounds() or budget_of(report, fidelity), {})
     return hold(verification, show)
-
-
-def narrowed(samples: Samples, runner: OnnxRuntimeRunner) -> Samples:
-    """Return samples with float64, numpy's default, as float32 where the file takes that."""
-    wide = [name for name in samples.inputs.keys() & runner.in_float32 if samples.inputs[name].dtype == torch.float64]
-    inputs = {**samples.inputs, **{name: samples.inputs[name].float() for name in wide}}
-    return replace(samples, inputs=inputs, cast=tuple(wide))
 
 
 def check_stored(data: Path, samples: Samples, outputs: Path, stored: Samples, runner: OnnxRuntimeRunner) -> None:

@@ -5,7 +5,7 @@ import inspect
 import re
 import shlex
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,12 +36,17 @@ def order_inputs(loaded: LoadedModel, samples: Samples) -> Samples:
             "name the arrays as the parameters of the model's forward",
         )
     inputs = {name: samples.inputs[name] for name in names if name in samples.inputs}
-    cast = tuple(name for name, value in inputs.items() if value.dtype == torch.float64 and in_float32(loaded, name))
-    inputs |= {name: inputs[name].float() for name in cast}
-    ordered = Samples(inputs, samples.labels, samples.cast or cast)
+    ordered = narrowed(replace(samples, inputs=inputs), [name for name in inputs if in_float32(loaded, name)])
     for name, kind in (loaded.inputs or {}).items():
         compare_type(loaded, name, ordered.inputs[name], kind)
     return ordered
+
+
+def narrowed(samples: Samples, names: Collection[str]) -> Samples:
+    """Return samples with float64, numpy's default, as float32 in the inputs of these names."""
+    cast = tuple(name for name, value in samples.inputs.items() if name in names and value.dtype == torch.float64)
+    inputs = {**samples.inputs, **{name: samples.inputs[name].float() for name in cast}}
+    return replace(samples, inputs=inputs, cast=samples.cast or cast)
 
 
 def named(samples: Samples, names: Sequence[str]) -> Samples:

@@ -17,7 +17,7 @@ from torch._ops import OperatorBase, OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.fx.node import map_arg
 
 from asapc.backends.base import temporary
 from asapc.capturing.export import is_plain
@@ -115,12 +115,17 @@ class PlainProgram(ExportedProgram):
 
     def run_decompositions(self, decomp_table: dict[OperatorBase, Callable[..., Any]] | None = None) -> ExportedProgram:
         """Decompose the operators of a table."""
-        table = decomp_table or {}
-        nodes = [node for node in self.graph.nodes if node.target in table]
-        graphs = {node: graph for node in nodes if (graph := trace_alone(node, table)) is not None}
-        if len(graphs) < len(nodes):
-            decomposed: ExportedProgram = super().run_decompositions(decomp_table)
-            return decomposed
+        table = torch.export.default_decompositions() if decomp_table is None else decomp_table
+        graphs: dict[Node, Graph] = {}
+        for node in self.graph.nodes:
+            if node.target in table:
+                graph = trace_alone(node, table)
+                if graph is None:
+                    decomposed: ExportedProgram = super().run_decompositions(decomp_table)
+                    return decomposed
+                graphs[node] = graph
+        if not graphs:
+            return self
         for node, graph in graphs.items():
             put_in_place(node, graph)
         share_sizes(self.graph)
@@ -133,15 +138,15 @@ def trace_alone(node: Node, table: Mapping[Any, Callable[..., Any]]) -> Graph | 
 
     Some functions write in place, or make constants, which tracing takes apart for a whole graph only.
     """
-    leaves, structure = tree_flatten((node.args, node.kwargs))
+    operands = node.all_input_nodes
 
     def function(*values: Any) -> Any:
-        following = iter(values)
-        args, kwargs = tree_unflatten([next(following) if isinstance(x, Node) else x for x in leaves], structure)
+        value_of = dict(zip(operands, values, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), value_of.__getitem__)
         results = table[node.target](*args, **kwargs)
         return tuple(results) if isinstance(results, tuple) else results  # some have a tuple type of their own
 
-    examples = [leaf.meta["val"] for leaf in leaves if isinstance(leaf, Node)]
+    examples = [operand.meta["val"] for operand in operands]
     mode = detect_fake_mode(examples)
     if mode is None:
         return None
@@ -157,8 +162,7 @@ def trace_alone(node: Node, table: Mapping[Any, Callable[..., Any]]) -> Graph | 
 
 def put_in_place(node: Node, graph: Graph) -> None:
     """Replace a node by a graph of which the inputs are the nodes that it reads, in their order."""
-    operands = [leaf for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, Node)]
-    inputs: dict[Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), operands, strict=True))
+    inputs: dict[Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
     with node.graph.inserting_before(node):
         outputs: Any = node.graph.graph_copy(graph, inputs)
     if isinstance(outputs, Node):
