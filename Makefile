@@ -1,9 +1,10 @@
-# `make demo` compiles the shipped checkpoint, `make test` runs the tests; both install what they need into .venv.
+# `make demo` compiles the shipped checkpoint, `make test` runs the tests, `make test-all` the slow ones too. All install
+# what they need into .venv.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-all check install clean
 
 # Installed anew when the project's requirements change.
 $(VENV)/.installed: pyproject.toml setup.py
@@ -19,9 +20,14 @@ install: $(VENV)/.installed
 demo: install
 	$(BIN)/asapc compile models/digits.pt --out digits.asap --force
 
+# A worker takes up to 2 GB.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: install
-	# A worker takes up to 2 GB.
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-all: install
+	$(PYTEST)
 
 check: install
 	$(BIN)/ruff check .

@@ -53,6 +53,7 @@ def test_the_folder_of_the_readme_is_made_by_its_own_command() -> None:
     assert FIRST_COMPILE in SHIPPED
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs(readme_folder: Path) -> None:
     (code,) = (text for text in PYTHON if 'compile_model("models/digits.pt"' in text)
     program = f"from helpers.quick import quick_compilation\nwith quick_compilation():\n{indent(code, '    ')}"

@@ -8,6 +8,7 @@ import sys
 import onnx
 import pytest
 import torch
+from helpers.slow import slow
 from onnx import TensorProto, helper
 from torch import nn
 
@@ -134,10 +135,10 @@ class InPrecision(nn.Module):
 # Of operators that differ in one respect only, the one with more of it; a compiler takes seconds for each.
 DYNAMIC = (
     "sliced dual with slices",
-    "masked sliced dual",
+    slow("masked sliced dual"),
     "projected Sinkhorn, wide",
     "masked fused sliced dual",
-    "masked Sinkhorn",
+    slow("masked Sinkhorn"),
     "Sinkhorn with masses",
 )
 
@@ -164,7 +165,7 @@ def test_an_engine_is_built_in_half_precision(name, precision, ahead_of_time, tm
     assert engine.targets == tuple(ONE)
 
 
-@pytest.mark.parametrize("name", ["fused sliced dual", "masked Sinkhorn"])
+@pytest.mark.parametrize("name", ["masked Sinkhorn", slow("fused sliced dual")])
 def test_an_engine_is_built_for_a_range_of_lengths(name, ahead_of_time, tmp_path):
     open_axes = {0: DynamicAxis("batch", 1, 4), 2: DynamicAxis("seq", 2, 6000)}  # more than TensorRT sorts
     axes = dict.fromkeys(("queries", "keys", "values"), open_axes)

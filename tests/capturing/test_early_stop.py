@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from helpers.slow import slow_beyond
 from helpers.stopping import (
     BOUND,
     ROUNDING,
@@ -26,7 +27,7 @@ from asapc.errors import CaptureError
 from asapc.types.samples import Samples
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("spelling", slow_beyond(SPELLINGS))
 def test_a_loop_is_captured_at_its_bound(spelling):
     samples = scores()
     stops, bound = Loop(SPELLINGS[spelling]), Loop(lambda *of: False)

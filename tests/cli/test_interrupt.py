@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command import QUICK
+from helpers.slow import slow
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # Far more than it takes on a busy machine; no test waits for it unless it fails.
@@ -134,7 +135,7 @@ with output_file(Path("result.txt"), force=False) as file:
 
 
 # Imports come before "load", and after "export" NVIDIA's compiler runs in a process of its own.
-@pytest.mark.parametrize(("stage", "number"), [("load", signal.SIGINT), ("export", signal.SIGTERM)])
+@pytest.mark.parametrize(("stage", "number"), [("load", signal.SIGINT), slow("export", signal.SIGTERM)])
 def test_a_signal_leaves_nothing_behind(stage, number, small, tmp_path_factory, monkeypatch):
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setenv("TMPDIR", str(temporary))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.slow import slow
 
 COMMAND = """
 from pathlib import Path
@@ -36,7 +37,7 @@ def spin(shell: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "shell", ["$RUN | head -n 1", "$RUN --json | true", "$RUN >&-", "$RUN 2>&-", "$RUN 2>/dev/full"]
+    "shell", ["$RUN | head -n 1", slow("$RUN --json | true"), "$RUN >&-", slow("$RUN 2>&-"), slow("$RUN 2>/dev/full")]
 )
 def test_a_stream_that_nobody_reads_ends_no_run(shell):
     result = spin(shell)

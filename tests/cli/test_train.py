@@ -15,6 +15,7 @@ def test_train_refuses_a_recipe_that_there_is_none_of():
     assert "digits" in hint
 
 
+@pytest.mark.slow
 def test_train_writes_a_checkpoint_that_loads_and_is_not_overwritten(tmp_path):
     result = run("train", "digits", "--epochs", 1, "--seed", 3, "--out", "model.pt")
     assert result.exit_code == 0, result.output

@@ -252,6 +252,7 @@ COMMAND = "import sys; from asapc.cli import main; sys.argv = ['asapc', 'compile
 LIBRARY = "import asapc; asapc.compile_model('small.pt', asapc.CompileConfig(out='library', target='onnx', **{}))"
 
 
+@pytest.mark.slow
 def test_the_command_and_the_library_give_the_same_bytes(tmp_path):
     """In two processes with two hash seeds, so that the order of a set cannot hide."""
     write_checkpoint(tmp_path / "small.pt")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers.paths import ROOT
+from helpers.paths import ROOT, TESTS
 
 FIRST_COMPILE = "asapc compile models/digits.pt"  # of the README
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +47,23 @@ def write_sources(page: Path, folder: Path) -> None:
         name = re.match(r"# (\w+\.py)\n", text)
         if language == "python" and name:
             (folder / name[1]).write_text(text)
+
+
+QUICK_COMMAND = """
+from helpers.quick import quick_compilation
+from asapc.cli import main
+with quick_compilation():
+    main()
+"""
+
+
+# ONNX Runtime's and torch's threads only wait for each other on small models.
+QUICK_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+
+
+def run_quickly(arguments: list[str], folder: Path) -> str:
+    """Run the command in a folder as `helpers.quick` does; return what it prints."""
+    return run(["-c", QUICK_COMMAND, *arguments], folder, **QUICK_ENVIRONMENT)
 
 
 def run(words: list[str], folder: Path, **environment: str) -> str:

@@ -106,6 +106,7 @@ def test_folders_of_other_kinds_are_refused(tmp_path):
     assert "compiled folder" in assert_refused(CheckpointError, load_model, tmp_path)
 
 
+@pytest.mark.slow
 def test_parts_of_distributed_training_are_converted_by_the_command_in_the_hint(tmp_path):
     expected = Tiny().state_dict()
     with warnings.catch_warnings():

@@ -37,6 +37,7 @@ def torchrun(count, *args, cwd):
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_processes_fit_what_one_does(tmp_path):
     teacher = cached_teacher(sound)
     alone = teacher.calibrate(slices=2, closure_steps=2, pieces=3)

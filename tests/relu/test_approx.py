@@ -110,6 +110,7 @@ def test_few_samples_are_met_and_what_lies_between_is_left_to_the_manifold():
     assert errors[0] < errors[1]
 
 
+@pytest.mark.slow
 def test_a_function_that_bends_both_ways_gets_two_networks():
     y = torch.sin(6 * X)
     assert not bends_one_way(y)

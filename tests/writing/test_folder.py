@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.slow import slow
 
 from asapc.errors import OutputError
 from asapc.writing.folder import output_file, output_folder, write_json, write_manifest
@@ -157,7 +158,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("renames", [0, 1])
+@pytest.mark.parametrize("renames", [slow(0), 1])
 def test_a_kill_while_the_folder_is_replaced_loses_nothing(renames, tmp_path):
     out = written(tmp_path / "out")
     before = tree(tmp_path)

@@ -4,6 +4,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers.slow import slow
 from helpers.tolerances import LOGITS
 from onnx import TensorProto
 
@@ -15,7 +16,7 @@ TYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 MOST = {"float16": 2e-3, "bfloat16": 2e-2}
 
 
-@pytest.fixture(scope="module", params=[("float16", "fused"), ("bfloat16", "materialised")], ids=str)
+@pytest.fixture(scope="module", params=[("float16", "fused"), slow(("bfloat16", "materialised"))], ids=str)
 def compiled(request, point_model):
     """A precision, a point-set transformer compiled with an open length and in that precision, and its teacher."""
     precision, lowering = request.param

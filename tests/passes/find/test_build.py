@@ -3,6 +3,7 @@ import functools
 import pytest
 import torch
 from helpers.relowering import captured
+from helpers.slow import slow_beyond
 from helpers.tolerances import FLOAT64, difference
 from helpers.zoo import NEGATIVES, POSITIVES
 from torch import nn
@@ -223,7 +224,7 @@ def names(module):
     return [node.name for node in module.graph.nodes]
 
 
-by_spelling = pytest.mark.parametrize("written", SPELLINGS, ids=lambda written: written.__name__)
+by_spelling = pytest.mark.parametrize("written", slow_beyond(SPELLINGS), ids=lambda written: written.__name__)
 
 
 @by_spelling

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.fitted import studied
 from helpers.relowering import PROBED, captured, outputs, relowered, worst
+from helpers.slow import slow_beyond
 from helpers.tolerances import FLOAT32
 from helpers.zoo import NEGATIVES, POSITIVES
 
@@ -52,7 +53,7 @@ def found(name):
     return inputs, graph, find_sinkhorn(graph, Samples(inputs)[:PROBED])
 
 
-@by_name(FOUND)
+@by_name(slow_beyond(FOUND, 3))
 def test_every_loop_is_found_as_declared(case):
     _, _, findings = found(case.name)
     loops = [site.loop for site in findings.sites]
@@ -81,12 +82,13 @@ def test_the_exact_operator_changes_no_output(case):
     relowering_changes_nothing(case, exported=False)
 
 
+@pytest.mark.slow
 @by_name([case for i, case in enumerate(FOUND) if i % EXPORTED == 0 or case.name in VIEWED])
 def test_the_exact_operator_changes_no_output_of_the_graph_exported_again(case):
     relowering_changes_nothing(case, exported=True)
 
 
-@by_name([case for i, case in enumerate(FOUND) if case.sites[0].masked and i % 2])
+@by_name(slow_beyond(case for i, case in enumerate(FOUND) if case.sites[0].masked and i % 2))
 def test_a_mask_of_keys_alone_needs_no_scores(case):
     inputs, graph, findings = found(case.name)
     operators = {site.name: exact_operator(site) for site in findings.sites}

@@ -19,6 +19,7 @@ from helpers.attention import (
     softmax,
     source_text,
 )
+from helpers.slow import slow
 from helpers.tolerances import FLOAT32, FLOAT64
 from torch import nn
 
@@ -29,7 +30,7 @@ from asapc.types.samples import Samples
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)
-@pytest.mark.parametrize(("half_steps", "last"), [(2, "rows"), (3, "columns"), (5, "rows"), (10, "columns")])
+@pytest.mark.parametrize(("half_steps", "last"), [(5, "rows"), (10, "columns"), slow(2, "rows"), slow(3, "columns")])
 def test_every_coding_style_is_recognised(style, half_steps, last):
     findings = find(Attention(sinkhorn(style, half_steps, last)))
     assert findings.misses == ()
@@ -55,7 +56,7 @@ def test_a_loop_that_overwrites_the_scores_is_recognised():
     assert site.epsilon == pytest.approx([0.5, 0.5], rel=FLOAT64)
 
 
-@pytest.mark.parametrize("half_steps", [2, 3, 4, 7, 20, 21, 40])
+@pytest.mark.parametrize("half_steps", [2, 3, slow(4), slow(7), slow(20), slow(21), 40])
 @pytest.mark.parametrize("last", ["rows", "columns"])
 def test_even_and_odd_numbers_of_half_steps_are_counted_from_either_axis(half_steps, last):
     [site] = find(Attention(sinkhorn(log_domain, half_steps, last))).sites
