@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from asapc.ops.guarded import GuardedSinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.planning.costs import estimate
@@ -48,6 +49,8 @@ def exact_operator(
         if mass.numel() > 1 or (axis == loop.last and usual(mass.item(), default) != default)
     }
     steps, logarithm = half_steps or loop.half_steps, site.wiring.logarithm
+    if loop.guard is not None and steps == loop.half_steps:
+        return GuardedSinkhorn(steps, loop.last, loop.guard, **masses, masked=loop.masked, logarithm=logarithm)
     return Sinkhorn(steps, loop.last, **masses, masked=loop.masked, logarithm=logarithm, wide=wide, lowering=lowering)
 
 
@@ -61,6 +64,7 @@ def fusable(site: Site, module: Operator) -> bool:
     products = product is not None and ((product.is_scores and not site.loop.masked) or product.padding is not None)
     plain = products and attention is not None and site.loop.uniform and not site.wiring.logarithm
     usual_mass = getattr(module, "mass", 1.0) == 1.0 and getattr(module, "row_mass", None) is None
+    plain = plain and not isinstance(module, GuardedSinkhorn)
     return plain and usual_mass and module.last == "rows" and not module.wide
 
 

@@ -38,6 +38,35 @@ class Operand:
         return Operand(names[self.node], self.axes)
 
 
+@dataclass(frozen=True)
+class Guard:
+    """A constant that keeps the divisors of a loop from zero, and what they are.
+
+    With it no factor of a row or column cancels out any more: it matters what the kernel is and what the masses are.
+
+    Attributes:
+        constant: the constant, positive.
+        clamped: whether divisors are no less than the constant; else it is added to them.
+        axes: which sums have it.
+        divides: what is divided: the plan so far, by its own sums, or the masses, by the sums of the kernel scaled on
+            the other axis.
+        kernel: what the first half-step finds: exponentials of the scores, as they are, less the largest along its axis
+            or less the largest of all; or their softmax along that axis, the first half-step without a constant.
+        other_mass: what the axis is scaled to that is not normalised last: each row or column to 1, or so that rows
+            and columns have the same total.
+        total: masses within the loop, against those of the plan in the end: the same, or divided by the number of
+            rows or columns.
+    """
+
+    constant: float
+    clamped: bool
+    axes: Literal["both", "rows", "columns"]
+    divides: Literal["plan", "masses"]
+    kernel: Literal["plain", "softmax", "first", "matrix"]
+    other_mass: Literal["one", "balanced"]
+    total: Literal["same", "rows", "columns"]
+
+
 @dataclass(frozen=True, eq=False)
 class Loop:
     """The mathematics of a site: rows and columns of exp(scale * scores) are scaled to fixed masses by turns.
@@ -50,8 +79,10 @@ class Loop:
         row_mass, column_mass: (1,) or (N,) and (1,) or (M,), float64: what rows and columns of the plan are scaled
             to. That of the last axis is what its sums are, the other's matters up to a factor.
         masked: whether entries below `ops.scaling.MIN_LIVE` are left out: key padding, and padded queries.
-        reach: up to how many times the samples' scores the model computes this loop. Beyond, constants that it adds to
-            divisors act, which are no part of the loop; infinite where there are none.
+        guard: a constant that keeps divisors from zero and acts on up to 30 times the samples' scores; None where none
+            does, or where it acts in a way that is not known.
+        reach: up to how many times the samples' scores the model computes this loop without its guard; infinite where
+            there is none.
     """
 
     half_steps: int
@@ -63,7 +94,13 @@ class Loop:
     row_mass: Tensor
     column_mass: Tensor
     masked: bool
+    guard: Guard | None = None
     reach: float = inf
+
+    @property
+    def exact(self) -> bool:
+        """Whether the loop, with its guard, is the model's on all scores."""
+        return self.guard is not None or self.reach == inf
 
     @property
     def uniform(self) -> bool:

@@ -85,6 +85,7 @@ def site_data(site: Site) -> dict[str, Any]:
         "keys": site.loop.keys,
         "head_dim": site.head_dim,
         "masked": site.loop.masked,
+        "guarded": site.loop.guard is not None,
         "reach": site.loop.reach if isfinite(site.loop.reach) else None,
         "ends_in": "attention" if site.wiring.applied else "plan",
         "share": round(site.share, 4),

@@ -30,6 +30,7 @@ from asapc.passes.find.kinds import (
     makes_scores,
     packet_of,
     size_of,
+    view_source,
 )
 from asapc.passes.find.products import Product, as_product, shape_of
 from asapc.passes.find.regions import descend
@@ -37,6 +38,7 @@ from asapc.passes.layout import follow_axes, positions
 from asapc.types.graph import hint
 
 aten = torch.ops.aten
+KERNELS = {aten.exp, aten.softmax, aten._softmax}
 MAX_STEPS = 6  # views and elementwise steps that may stand between a plan and its use
 MAX_STARTS = 16  # nodes of the plan's shape that are tried as scores, from the first on
 
@@ -169,8 +171,30 @@ def walk_back(plan: Node) -> tuple[set[Node], set[Node]]:
 def find_starts(plan: Node, region: set[Node], closure: set[Node]) -> list[Node]:
     """Return the first nodes of a plan's shape that its loop may start from, in the order of the graph."""
     late = inside_loop(plan, region) | {plan}
-    starts = [n for n in sorted(closure - late) if is_matrix(n) and shape_of(n) == shape_of(plan)]
-    return starts[:MAX_STARTS]
+    alike = [n for n in sorted(closure) if is_matrix(n) and shape_of(n) == shape_of(plan)]
+    starts = [n for n in alike if n not in late]
+    # With a constant in it a softmax is no half-step: the loop starts after it.
+    raised = [n for n in alike if n in late and is_raised(n) and not late & set(kernel_of(n).all_input_nodes)]
+    return starts[:MAX_STARTS] + raised[:1]
+
+
+def is_raised(node: Node) -> bool:
+    """Return whether a node adds a constant to exponentials of scores, or to their softmax."""
+    return packet_of(node) is aten.add and packet_of(kernel_of(node)) in KERNELS and is_offset(node)
+
+
+def kernel_of(node: Node) -> Node:
+    """Return what makes the tensor that a node adds to."""
+    kernel = node.all_input_nodes[0]
+    while (source := view_source(kernel)) is not None:
+        kernel = source
+    return kernel
+
+
+def is_offset(node: Node) -> bool:
+    """Return whether a node adds one number to a tensor."""
+    first, second = node.args[:2]
+    return not isinstance(second, Node) or (size_of(second) == "1" and is_constant(second) and isinstance(first, Node))
 
 
 def score_product(node: Node) -> Product | None:

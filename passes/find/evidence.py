@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from asapc.ops.scaling import MIN_LIVE
-from asapc.passes.find.sinkhorn import find_sinkhorn, is_same_in_all
+from asapc.passes.find.requirements import is_same_in_all
+from asapc.passes.find.sinkhorn import find_sinkhorn
 from asapc.passes.record import record
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples

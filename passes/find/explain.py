@@ -47,7 +47,6 @@ DIVISIONS = {aten.reciprocal, aten.log, aten.log2}
 # What leaves a logarithm one, or a positive number one, apart from constants that it adds.
 OF_LOGARITHMS = {aten.add, aten.sub, aten.rsub, aten.neg, aten.where, aten.masked_fill, aten.nan_to_num, aten.index_put}
 OF_POSITIVES = {aten.mul, aten.div, aten.reciprocal, aten.where, aten.masked_fill, aten.nan_to_num, *EXTREMES}
-MAX_GUARD = 1e-4  # of a constant that keeps a divisor from zero
 BOUNDLESS = 1e6  # duals as large are those of masked entries
 FACTORIES = {aten.zeros, aten.ones, aten.full, aten.empty, aten.eye}
 # Replaces a guard. No sum is as small, so that only divisions of zero by zero still see it.
@@ -60,26 +59,30 @@ class Explanation:
 
     Attributes:
         ideal: arguments of the nodes that keep a divisor from zero, by node, with TINY for their constant.
+        constants: their constants, and whether each is a limit; else it is added.
         reductions: how many of its nodes sum over a matrix or vector: no fewer than it has half-steps.
         in_range: whether it stays in range on any scores, since it takes logarithms of sums at once.
         unexplained: the first node that is no step of a loop; None where there is none.
     """
 
     ideal: Mapping[Node, tuple[Any, ...]]
+    constants: Collection[tuple[float, bool]]
     reductions: int
     in_range: bool
     unexplained: Node | None
 
 
-def explain(region: Region) -> Explanation:
-    """Explain a region node by node."""
-    ideal = {node: args for node in region.nodes if (args := without_guard(node, region.inputs)) is not None}
-    unexplained = (node for node in region.nodes if node not in ideal and not is_step(node, region))
+def explain(region: Region, exponential: bool = False) -> Explanation:
+    """Explain a region node by node; `exponential` says that it starts from exponentials of scores."""
+    guards = {node: guard for node in region.nodes if (guard := read_guard(node, region.inputs)) is not None}
+    ideal = {node: args for node, (_, args) in guards.items()}
+    constants = {(constant, packet_of(node) is not aten.add) for node, (constant, _) in guards.items()}
+    unexplained = (node for node in region.nodes if node not in ideal and not is_step(node, region, exponential))
     sums = [node for node in region.nodes if is_mixing(node) or packet_of(node) in PRODUCTS]
     # Where a comparison tells masked entries by their size, live ones must not get as small.
     compared = any(packet_of(node) in COMPARISONS for node in region.nodes)
     in_range = not compared and all(packet_of(node) in LOG_SUMS | EXTREMES for node in sums)
-    return Explanation(ideal, len(sums), in_range, next(unexplained, None))
+    return Explanation(ideal, constants, len(sums), in_range, next(unexplained, None))
 
 
 def foreign_inputs(region: Region) -> Iterator[Node]:
@@ -96,7 +99,8 @@ def is_fixed(node: Node) -> bool:
     stack, visited = [node], set[Node]()
     while stack:
         node = stack.pop()
-        if node in visited or node.op != "call_function":
+        outside = node not in region.nodes and node is not region.start
+        if node in visited or packet in sources or node in sources or outside:
             continue
         visited.add(node)
         packet = packet_of(node)
@@ -132,13 +136,15 @@ def is_mask(value: Tensor) -> bool:
     return bool(((value == 0) | (value == 1)).all()) or bool(((value == 0) | (value < MIN_LIVE)).all())
 
 
-def is_step(node: Node, region: Region) -> bool:
+def is_step(node: Node, region: Region, exponential: bool = False) -> bool:
     """Return whether a node is a step of a Sinkhorn loop, as far as it alone shows."""
     if not isinstance(node.meta.get("val"), Tensor | tuple | list):
         return True  # a size
     packet = packet_of(node)
     if packet in COMPARISONS:
-        return is_check(node, region)
+        return is_check(node, region, exponential)
+    if packet is aten.add and len(node.args) > 1 and any(constant_of(a, region.inputs) for a in node.args[:2]):
+        return not any(isinstance(a, Node) and is_positive(a, region, exponential) for a in node.args[:2])
     if packet in SMOOTH:
         # A number that follows the inputs' sizes is one number for this batch alone.
         return all(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
@@ -157,7 +163,7 @@ def is_step(node: Node, region: Region) -> bool:
     return packet in MOVING | CONDITIONS or node.target is operator.getitem or is_view(node)
 
 
-def is_check(node: Node, region: Region) -> bool:
+def is_check(node: Node, region: Region, exponential: bool) -> bool:
     """Return whether a comparison asks for what is zero, infinite or masked, and for no other threshold."""
     limit, compared = constant_of(node.args[1], region.inputs), node.args[0]
     if limit is None or not isinstance(compared, Node):
@@ -165,9 +171,15 @@ def is_check(node: Node, region: Region) -> bool:
     if limit in (-inf, inf):
         return True
     if limit == 0:
-        return comes_from(compared, region, OF_POSITIVES, {aten.exp, aten.softmax, aten._softmax, aten.sum, *PRODUCTS})
+        return is_positive(compared, region, exponential)
     far = limit <= MIN_LIVE or limit >= BOUNDLESS
     return far and comes_from(compared, region, OF_LOGARITHMS | {aten.mul, aten.div}, LOG_SUMS | {aten.log})
+
+
+def is_positive(node: Node, region: Region, exponential: bool) -> bool:
+    """Return whether a node holds a kernel or a plan, sums of them, or vectors that scale them."""
+    sources = {aten.exp, aten.softmax, aten._softmax, aten.sum, *PRODUCTS}
+    return comes_from(node, region, OF_POSITIVES, sources | ({region.start} if exponential else set()))
 
 
 def comes_from(node: Node, region: Region, through: Collection[Any], sources: Collection[Any]) -> bool:
@@ -179,7 +191,12 @@ def comes_from(node: Node, region: Region, through: Collection[Any], sources: Co
     while stack:
         node = stack.pop()
         packet = packet_of(node)
-        if node in visited or packet in sources or (node not in region.nodes and node is not region.start):
+        if (
+            node in visited
+            or packet in sources
+            or node in sources
+            or (node not in region.nodes and node is not region.start)
+        ):
             continue
         visited.add(node)
         if node is region.start:
@@ -192,8 +209,8 @@ def comes_from(node: Node, region: Region, through: Collection[Any], sources: Co
     return True
 
 
-def without_guard(node: Node, inputs: Mapping[Node, Any]) -> tuple[Any, ...] | None:
-    """Return the arguments of a node that keeps a divisor from zero, with TINY for its constant; None for others."""
+def read_guard(node: Node, inputs: Mapping[Node, Any]) -> tuple[float, tuple[Any, ...]] | None:
+    """Return the constant by which a node keeps a divisor from zero, and its arguments with TINY instead; else None."""
     packet = packet_of(node)
     if packet not in (aten.add, aten.clamp, aten.clamp_min, aten.maximum) or node.kwargs or len(node.args) < 2:
         return None
@@ -201,12 +218,12 @@ def without_guard(node: Node, inputs: Mapping[Node, Any]) -> tuple[Any, ...] | N
         return None  # it has an upper limit too
     for place, other in ((0, 1), (1, 0)):
         total, constant = node.args[place], constant_of(node.args[other], inputs)
-        if isinstance(total, Node) and constant is not None and 0 < constant <= MAX_GUARD and is_total(total):
+        if isinstance(total, Node) and constant is not None and 0 < constant < inf and is_total(total):
             if not is_divisor(node):
                 return None
             limit = node.args[other]
             tiny = inputs[limit].new_tensor(TINY) if isinstance(limit, Node) else TINY
-            return tuple(tiny if i == other else argument for i, argument in enumerate(node.args))
+            return constant, tuple(tiny if i == other else argument for i, argument in enumerate(node.args))
     return None
 
 

@@ -12,22 +12,20 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from asapc.passes.find.candidates import PlanCandidate, propose
+from asapc.passes.find.candidates import PlanCandidate, is_raised, propose
 from asapc.passes.find.crop import CutDown, WholeNeededError, confirm, cut_down, whole_where_it_fails
 from asapc.passes.find.describe import describe, module_path, source_line
-from asapc.passes.find.explain import Explanation, explain, foreign_inputs, name_of
+from asapc.passes.find.explain import explain
 from asapc.passes.find.frames import Frame, frames
-from asapc.passes.find.kinds import is_constant
+from asapc.passes.find.guards import find_guard
 from asapc.passes.find.probe import (
     MASKED_LATER,
-    PLAN_TOLERANCE,
     Live,
     NotSinkhorn,
     difference,
@@ -37,16 +35,21 @@ from asapc.passes.find.probe import (
 )
 from asapc.passes.find.products import as_product
 from asapc.passes.find.regions import OpenRegionError, Region
+from asapc.passes.find.requirements import (
+    UNEXPLAINED,
+    require_evidence,
+    require_guard,
+    require_own,
+    require_steps,
+    require_uniform,
+)
 from asapc.passes.record import record
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
-from asapc.types.site import Findings, Loop, Miss, Site
+from asapc.types.site import Findings, Miss, Site
 
-UNEXPLAINED = 5  # nearness of a start after which comes what is no step of a loop
 # Scores are multiplied by these where the plan's smallest entries are zero even in float64.
 MILD = (0.1, 0.01)
-# Multiples of the samples' scores on which constants in divisors are tried, and by how much they may change the plan.
-REACHES, REACH_TOLERANCE = (3.0, 10.0, 30.0), 1e-4
 
 
 def find_sinkhorn(graph: CapturedGraph, samples: Samples, skipped: Collection[str] = ()) -> Findings:
@@ -226,10 +229,11 @@ class Trial:
         scores = frame.arrange(self.value.log() if self.exponential else self.value)
         plan = self.arrange_plan(self.plan)
         scale, live = self.find_scale(scores, plan)
-        explanation = explain(self.region)
+        explanation = explain(self.region, self.exponential)
+        respond = partial(self.respond, ideal=explanation.ideal)
         try:
-            respond = partial(self.respond, ideal=explanation.ideal)
-            loop = probe(scores, plan, scale, live, respond, explanation.reductions, explanation.in_range)
+            ideal = respond(scores) if explanation.ideal else plan
+            loop = probe(scores, ideal, scale, live, respond, explanation.reductions, explanation.in_range)
         except NotSinkhorn:
             require_steps(explanation)  # what acts on sharper scores
             raise
@@ -239,7 +243,10 @@ class Trial:
         require_uniform(self.region, loop)
         if not candidate.cut:  # of a part, the model has computed no plan
             require_precision(values[candidate.plan].double(), self.plan)
-        loop = replace(loop, reach=self.reach(scores, explanation.ideal))
+        if explanation.ideal:
+            guard, reach = find_guard(loop, scores, explanation.constants, self.respond, respond)
+            loop = replace(loop, guard=guard, reach=reach)
+            require_guard(loop, explanation, difference(plan, ideal))
         return describe(candidate, start, frame, loop, values, self.exponential, self.logarithm)
 
     def find_scale(self, scores: Tensor, plan: Tensor) -> tuple[Tensor, Live]:
@@ -253,16 +260,6 @@ class Trial:
                 with suppress(NotSinkhorn):
                     return find_scale(factor * scores, self.respond(factor * scores))
         raise failure
-
-    def reach(self, scores: Tensor, ideal: Mapping[Node, tuple[Any, ...]]) -> float:
-        """Return up to how many times these scores constants in divisors make no difference; see `Loop.reach`."""
-        reached = 1.0 if ideal else inf
-        for factor in REACHES if ideal else ():
-            plans = (self.respond(factor * scores, nodes) for nodes in ({}, ideal))
-            if difference(*plans) > REACH_TOLERANCE:
-                break
-            reached = factor
-        return reached
 
     def respond(self, scores: Tensor, ideal: Mapping[Node, tuple[Any, ...]] | None = None) -> Tensor:
         """Return the plan that the loop makes of other scores, both (B, H, N, M) in float64.
@@ -308,91 +305,29 @@ def identify(candidate: PlanCandidate, values: Mapping[Node, Any], batch: int) -
         "if this is a Sinkhorn loop, build its plan for each sample, a matrix of the scores' shape, and multiply that",
         nearness=-1,
     )
+    limited: Site | None = None
     for exponential in (False, True):
-        if exponential and failure.nearness not in (MASKED_LATER, UNEXPLAINED):
-            break  # exp(scores) may start the loop only where what is done to the kernel stood in the way
-        for trial in trials(candidate, values, batch, exponential):
+        # exp(scores) may start the loop only where what is done to the kernel stood in the way.
+        in_the_way = limited is not None or failure.nearness in (MASKED_LATER, UNEXPLAINED)
+        starts = [s for s in candidate.starts if not exponential or in_the_way or is_raised(s)]
+        for trial in trials(replace(candidate, starts=tuple(starts)), values, batch, exponential):
             try:
-                return trial.judge(values)
+                site = trial.judge(values)
             except NotSinkhorn as reason:
                 failure = max(failure, reason, key=lambda error: error.nearness)  # the first of equals
-    raise failure
-
-
-def require_steps(explanation: Explanation) -> None:
-    """Raise NotSinkhorn if a node of the region is no step of a loop: on other samples it may act."""
-    if explanation.unexplained is not None:
-        raise NotSinkhorn(
-            f"{name_of(explanation.unexplained)} is no step of a Sinkhorn loop: it does not show on the samples, but "
-            "may on others",
-            "leave it out, or apply it to the scores before the loop",
-            nearness=UNEXPLAINED,
-        )
-
-
-def require_own(region: Region, value: Tensor, plan: Tensor) -> None:
-    """Raise NotSinkhorn if the plan depends on more that changes with the model's inputs than scores and masks.
-
-    Terms of rows or columns that the loop takes off again may be read: other ones give the same plan.
-    """
-    for node in foreign_inputs(region):
-        if difference(region(value, inputs={node: unlike(region.inputs[node])}), plan) > PLAN_TOLERANCE:
-            raise NotSinkhorn(
-                f"the loop reads {name_of(node)}, which changes with the model's inputs and is neither its scores nor "
-                "a mask",
-                "let what comes from the inputs scale or shift the scores before the loop",
-                nearness=UNEXPLAINED,
-            )
-
-
-def require_evidence(candidate: PlanCandidate, values: Mapping[Node, Any]) -> None:
-    """Raise NotSinkhorn if the loop reads an input, such as a mask, that is constant on the samples.
-
-    Its effect does not show then, and a rewrite could leave it out.
-    """
-    constant = [n for n in sorted(candidate.side_inputs) if is_same_in_all(n, values.get(n)) and not is_constant(n)]
-    if constant:
-        raise NotSinkhorn(
-            f"the loop reads {constant[0].name}, which depends on the model's inputs but is constant on the samples, "
-            "so its effect cannot be determined",
-            "use samples on which it varies: for a mask, some with padding",
-            nearness=4,
-            untold=tuple(node.name for node in constant),
-        )
-
-
-def require_uniform(region: Region, loop: Loop) -> None:
-    """Raise NotSinkhorn if masses that differ by row or column could come from what changes with the inputs."""
-    varying = [node for node in sorted(region.inputs) if not is_constant(node)]
-    if varying and not loop.uniform:
-        raise NotSinkhorn(
-            f"the masses of rows or columns may depend on {name_of(varying[0])}, which changes with the model's inputs",
-            "take masses from parameters alone",
-            nearness=UNEXPLAINED,
-        )
-
-
-def unlike(value: Tensor) -> Tensor:
-    """Return a tensor of the same shape with other values of about the same size."""
-    if not value.is_floating_point():
-        return ~value if value.dtype == torch.bool else value + 1
-    size = value.abs().nan_to_num(posinf=0.0).mean()
-    ramp = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).reshape(value.shape)
-    return -2 * value.flip(list(range(value.dim()))) + (1 + size) * ramp
+            else:
+                if site.loop.exact:
+                    return site
+                # What a loop without guards does not see, such as a norm beside a product, may be in a later start.
+                limited = limited or site
+    if limited is None:
+        raise failure
+    return limited
 
 
 def is_same_everywhere(value: Any) -> bool:
     """Return whether a value is a tensor of several entries that are all equal."""
     return isinstance(value, Tensor) and value.numel() > 1 and bool((value == value.flatten()[0]).all())
-
-
-def is_same_in_all(node: Node, value: Any) -> bool:
-    """Return whether a node's value is a tensor that is the same for all samples."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
-        return False
-    open_axes = [axis for axis, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)]
-    axis = open_axes[0] if open_axes else 0
-    return bool((value == value.narrow(axis, 0, 1)).all())
 
 
 def unique(name: str, others: Collection[str]) -> str:

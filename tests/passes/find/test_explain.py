@@ -75,6 +75,7 @@ CARRIED = {
     "where_of_the_plan": lambda s: (lambda p: torch.where(p > 1e-9, p, 0.0))(loop(s)),
     "top_k_of_the_plan": lambda s: (lambda p: p * largest(p, QUERIES))(loop(s)),
     "power_of_the_plan": lambda s: loop(s) ** 1.0,
+    "large_guard": lambda s: kernel_loop(s.exp(), lambda total: total.clamp_min(1e-3)),
     "guarded_power": lambda s: loop(s).clamp(min=1e-30) ** 1.0,
 }
 # Steps of the loop themselves, with a word of the line that is named.
@@ -94,7 +95,6 @@ REFUSED = {
         "amin",
     ),
     "soft_clamp": (lambda s: potentials(s, lambda f: -torch.logaddexp(-f, torch.tensor(-60.0))), "logaddexp"),
-    "large_guard": (lambda s: kernel_loop(s.exp(), lambda total: total.clamp_min(1e-3)), "clamp_min"),
     "guard_from_above": (lambda s: kernel_loop(s.exp(), lambda total: total.clamp(1e-9, 1e9)), "clamp"),
 }
 
@@ -168,6 +168,7 @@ def test_what_acts_on_far_larger_scores_only_is_no_loop(name):
 def test_constants_that_keep_divisors_from_zero_belong_to_the_loop(guard):
     [site] = find(Attention(lambda s: kernel_loop((4 * (s - s.amax(-1, keepdim=True))).exp(), guard))).sites
     assert (site.loop.half_steps, site.loop.last) == (STEPS, "rows")
+    assert site.loop.guard is not None
     assert 1 <= site.loop.reach < 30  # at thirty times these scores, sums of columns are as small
 
 

@@ -1,0 +1,89 @@
+"""Reads off a loop how a constant keeps its divisors from zero, so that the exact form can carry it.
+
+The loop is computed on scores that are so sharp that its constant acts, and compared with loops that have one in each
+of the ways in which code writes it.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import fields
+from itertools import product
+from math import inf
+from typing import get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from asapc.ops.guarded import guarded_plan_ref
+from asapc.passes.find.probe import difference
+from asapc.types.site import Guard, Loop
+
+# Multiples of the samples' scores on which constants are tried, and by how much they may change the plan.
+REACHES, REACH_TOLERANCE = (1.0, 3.0, 10.0, 30.0), 1e-4
+SHIFTS = (-30.0, -10.0, 10.0, 30.0)  # of scores, in units of the temperature
+TOLERANCE = 1e-9  # relative, of plans in float64
+SOME = slice(0, 2)  # samples, and heads, that all readings are tried on
+
+
+def find_guard(
+    loop: Loop,
+    scores: Tensor,
+    constants: Collection[tuple[float, bool]],
+    respond: Callable[[Tensor], Tensor],
+    ideal: Callable[[Tensor], Tensor],
+) -> tuple[Guard | None, float]:
+    """Return the guard of a loop, None where no constant acts or none of the readings fits, and its reach without one.
+
+    Args:
+        loop: the loop less its constants.
+        scores: (B, H, N, M) as the scores node has them, float64.
+        constants: those in its divisors, and whether they are limits; they are added elsewhere.
+        respond: the plan that the model's loop makes of such scores.
+        ideal: the same without constants.
+    """
+    tried, reach = list[tuple[Tensor, Tensor]](), inf
+    for factor, before in zip(REACHES, (0.0, *REACHES), strict=False):
+        plan = respond(factor * scores)
+        if not bool(torch.isfinite(plan).all()):
+            reach = min(reach, before)
+            break  # the model's own form ends here
+        tried.append((factor * scores * loop.scale[:, None, None], plan))
+        if difference(plan, ideal(factor * scores)) > REACH_TOLERANCE:
+            reach = min(reach, before)
+    if reach == inf or len(constants) != 1:
+        return None, reach
+    # Other sums of rows and columns: a constant may not act in the first half-steps otherwise.
+    for shift in shifts(scores):
+        shifted = scores + shift / loop.scale[:, None, None]
+        plan = respond(shifted)
+        if bool(torch.isfinite(plan).all()):
+            tried.append((shifted * loop.scale[:, None, None], plan))
+    [(constant, clamped)] = constants
+    fitting = (
+        guard for guard in readings(constant, clamped) if fits(guard, loop, tried, SOME) and fits(guard, loop, tried)
+    )
+    return next(fitting, None), reach
+
+
+def shifts(scores: Tensor) -> Iterator[Tensor]:
+    """Yield terms of rows and columns, in units of the temperature."""
+    generator = torch.Generator().manual_seed(0)
+    for size in SHIFTS:
+        rows, columns = (torch.randn(n, generator=generator, dtype=scores.dtype) for n in scores.shape[-2:])
+        yield size * (1 + (rows[:, None] + columns) / 2)
+
+
+def readings(constant: float, clamped: bool) -> Iterator[Guard]:
+    """Yield the guards that a constant may be."""
+    hints = get_type_hints(Guard)
+    for reading in product(*(get_args(hints[field.name]) for field in fields(Guard)[2:])):
+        yield Guard(constant, clamped, *reading)
+
+
+def fits(guard: Guard, loop: Loop, tried: Collection[tuple[Tensor, Tensor]], some: slice = slice(None)) -> bool:
+    """Return whether a loop with a guard gives the plans of scores in units of the temperature, for some samples."""
+    masses = (loop.row_mass, loop.column_mass)
+    return all(
+        difference(guarded_plan_ref(scores[some, some], loop.half_steps, loop.last, guard, *masses), plan[some, some])
+        < TOLERANCE
+        for scores, plan in reversed(tuple(tried))  # constants act most on the sharpest
+    )

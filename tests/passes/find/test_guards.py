@@ -1,0 +1,126 @@
+"""Constants that keep divisors from zero are read off a loop, and the exact form carries them."""
+
+import pytest
+import torch
+from helpers.attention import QUERIES, Attention, find
+from helpers.relowering import outputs, worst
+from torch import nn
+
+from asapc.capturing.export import export
+from asapc.passes.find.sinkhorn import find_sinkhorn
+from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
+from asapc.planning.operators import exact_operator
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+
+TURNS = 5
+
+
+def divided(kernel, constant, start="rows"):
+    """The plan is divided by its own sums."""
+    for _ in range(TURNS):
+        for dim in (-1, -2) if start == "rows" else (-2, -1):
+            kernel = kernel / (kernel.sum(dim, keepdim=True) + constant)
+    return kernel
+
+
+def by_vectors(scores, divide, rows=1.0, columns=1.0):
+    """Masses are divided by the sums of the kernel that the other vector scales."""
+    kernel = scores.exp()
+    u = torch.ones_like(kernel[..., :1])
+    for _ in range(TURNS):
+        v = divide(columns, (kernel * u).sum(-2, keepdim=True))
+        u = divide(rows, (kernel * v).sum(-1, keepdim=True))
+    return u * kernel * v
+
+
+def by_logarithms(scores, constant):
+    f = torch.zeros_like(scores[..., :1])
+    for _ in range(TURNS):
+        g = -torch.log((scores + f).exp().sum(-2, keepdim=True) + constant)
+        f = -torch.log((scores + g).exp().sum(-1, keepdim=True) + constant)
+    return (scores + f + g).exp()
+
+
+LOOPS = {
+    "division": lambda s: divided(s.exp(), 1e-8),
+    "division_by_a_large_constant": lambda s: divided(s.exp(), 0.1),
+    "columns_first": lambda s: divided(s.exp(), 1e-6, "columns"),
+    "less_the_largest_of_rows": lambda s: divided((s - s.amax(-1, keepdim=True)).exp(), 1e-6),
+    "less_the_largest_of_all": lambda s: divided((s - s.amax((-2, -1), keepdim=True)).exp(), 1e-6),
+    "after_softmax": lambda s: divided(s.softmax(-1), 1e-6, "columns"),
+    "after_softmax_and_a_constant": lambda s: divided(s.softmax(-1) + 1e-6, 1e-6, "columns"),
+    "vectors": lambda s: by_vectors(s, lambda mass, total: mass / (total + 1e-6)),
+    "vectors_that_are_limited": lambda s: by_vectors(s, lambda mass, total: mass / total.clamp_min(1e-4)),
+    "vectors_to_uniform_masses": lambda s: (
+        s.shape[-2] * by_vectors(s, lambda mass, total: mass / (total + 1e-6), 1 / s.shape[-2], 1 / s.shape[-1])
+    ),
+    "logarithms": lambda s: by_logarithms(s, 1e-6),
+    "of_columns_alone": lambda s: divided_by_columns(s),
+    "an_offset_before_the_exponential": lambda s: divided((2 * s - 4).exp(), 1e-5),
+}
+
+
+def divided_by_columns(scores):
+    plan = scores.exp()
+    for _ in range(TURNS):
+        plan = plan / (plan.sum(-2, keepdim=True) + 1e-3)
+        plan = plan / plan.sum(-1, keepdim=True)
+    return plan
+
+
+def found(module, x):
+    graph = CapturedGraph(export(module, {"x": x[:2]}), Samples({"x": x[:2]}))
+    return graph, find_sinkhorn(graph, Samples({"x": x[:3]}))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_exact_form_carries_the_constant_at_any_scale(name):
+    torch.manual_seed(0)
+    module = Attention(LOOPS[name]).double().eval()
+    x = torch.randn(5, QUERIES, 16, dtype=torch.float64)
+    graph, findings = found(module, x)
+    [site] = findings.sites
+    assert site.loop.guard is not None
+    changed = RewriteSinkhorn([site], {site.name: exact_operator(site)})(graph.program.module()).program
+    for scale in (0.1, 1.0, 3.0, 10.0, 30.0):
+        inputs = {"x": scale**0.5 * x}
+        assert worst(outputs(changed, inputs), outputs(module, inputs)) < 1e-9, scale
+
+
+def test_constants_that_differ_are_refused_where_they_act():
+    def plan(scores):
+        kernel = scores.exp()
+        for constant in (1e-2, 1e-1, 1.0):
+            kernel = divided(kernel, constant)
+        return kernel
+
+    findings = find(Attention(plan))
+    assert findings.sites == ()
+    assert any("in a way that is not known" in miss.reason for miss in findings.misses), findings.misses
+
+
+class Mixed(nn.Module):
+    """A 4 x 4 matrix for each token mixes four streams, as hyper-connections do; applied transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.mix, self.out = nn.Linear(8, 4 * 6), nn.Linear(24, 16), nn.Linear(24, 5)
+
+    def forward(self, x):
+        streams = self.inner(x).unflatten(-1, (4, 6))
+        scores = 2 * self.mix(streams.flatten(2).tanh()).unflatten(-1, (4, 4))
+        plan = divided(scores.softmax(-1) + 1e-6, 1e-6, "columns")
+        return self.out((plan.mT @ streams).flatten(2))
+
+
+def test_the_mixing_of_hyper_connections_is_exact():
+    torch.manual_seed(0)
+    module = Mixed().double().eval()
+    x = torch.randn(5, 12, 8, dtype=torch.float64)
+    graph, findings = found(module, x)
+    [site] = findings.sites
+    assert (site.loop.half_steps, site.loop.last) == (2 * TURNS, "columns")  # of the transpose
+    changed = RewriteSinkhorn([site], {site.name: exact_operator(site)})(graph.program.module()).program
+    for scale in (1.0, 10.0, 100.0):
+        assert worst(outputs(changed, {"x": scale * x}), outputs(module, {"x": scale * x})) < 1e-9
