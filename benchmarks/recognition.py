@@ -156,7 +156,7 @@ def fuzz(count: int, seed: int) -> Row:
     """Judge random models, every other one a near-miss, at five scales and in other company; write as it goes."""
     kinds: dict[str, Counter[str]] = {"sinkhorn": Counter(), "near_misses": Counter()}
     families: dict[str, Counter[str]] = {}
-    examples: dict[str, list[str]] = {"wrong": [], "limited": [], "not_found": [], "crashed": []}
+    examples: dict[str, list[str]] = {"wrong": [], "not_found": [], "crashed": []}
     largest = 0.0
     # A process keeps what torch compiled and traced; a fresh one now and then bounds the memory.
     pool = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=quieten, max_tasks_per_child=50)
@@ -170,9 +170,9 @@ def fuzz(count: int, seed: int) -> Row:
                 families.setdefault(composition.poison, Counter())[kind] += 1
             if verdict is None:
                 examples["crashed"].append(f"{composition}: {crash}")
-            elif kind in ("wrong", "limited"):
+            elif kind == "wrong":
                 change = f"{verdict.difference:.1e}, from {verdict.scale:g} times the scores on"
-                examples[kind].append(f"{composition}: {change}")
+                examples["wrong"].append(f"{composition}: {change}")
             elif kind == "right":
                 largest = max(largest, verdict.difference)
             elif sinkhorn:
@@ -337,10 +337,9 @@ def fuzz_section(row: Row) -> Iterator[str]:
         f"{loops - len(row['not_found'])} are found. Of {others} near-misses of {len(row['families'])} families "
         f"{near_misses.get('refused', 0)} are refused; the others hold a loop all the same, before or after what they "
         f"do else. In {len(row['wrong'])} the exact form changes outputs by more than {WRONG:.0e}; elsewhere the most "
-        f"is {row['largest_difference']:.0e}. In {len(row['limited'])} a constant of at most 1e-4 in the divisors acts "
-        f"on larger scores, as `reach` says. {len(row['crashed'])} crashed."
+        f"is {row['largest_difference']:.0e}. {len(row['crashed'])} crashed."
     )
-    titles = {"wrong": "Changed", "limited": "Limited", "not_found": "Not found", "crashed": "Crashed"}
+    titles = {"wrong": "Changed", "not_found": "Not found", "crashed": "Crashed"}
     for key, title in titles.items():
         if row[key]:
             yield ""

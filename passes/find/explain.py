@@ -99,8 +99,7 @@ def is_fixed(node: Node) -> bool:
     stack, visited = [node], set[Node]()
     while stack:
         node = stack.pop()
-        outside = node not in region.nodes and node is not region.start
-        if node in visited or packet in sources or node in sources or outside:
+        if node in visited or node.op != "call_function":
             continue
         visited.add(node)
         packet = packet_of(node)
@@ -191,12 +190,8 @@ def comes_from(node: Node, region: Region, through: Collection[Any], sources: Co
     while stack:
         node = stack.pop()
         packet = packet_of(node)
-        if (
-            node in visited
-            or packet in sources
-            or node in sources
-            or (node not in region.nodes and node is not region.start)
-        ):
+        outside = node not in region.nodes and node is not region.start
+        if node in visited or {node, packet} & set(sources) or outside:
             continue
         visited.add(node)
         if node is region.start:

@@ -27,7 +27,7 @@ from asapc.errors import CaptureError
 from asapc.types.samples import Samples
 
 
-@pytest.mark.parametrize("spelling", slow_beyond(SPELLINGS))
+@pytest.mark.parametrize("spelling", slow_beyond(SPELLINGS, 4))
 def test_a_loop_is_captured_at_its_bound(spelling):
     samples = scores()
     stops, bound = Loop(SPELLINGS[spelling]), Loop(lambda *of: False)
@@ -108,7 +108,7 @@ class Checked(nn.Module):
         return x + f
 
 
-@pytest.mark.parametrize("kind", [While, Stagnation, Done, History, OneCell, Checked])
+@pytest.mark.parametrize("kind", slow_beyond([While, Stagnation, Done, History, OneCell, Checked]))
 def test_other_loops_are_captured_at_their_bound(kind):
     samples = scores()
     f = torch.zeros_like(samples.inputs["x"][..., :1])

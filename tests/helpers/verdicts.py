@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 
 import torch
-from helpers.compositions import GUARDED, Composed, inputs_of, pick
+from helpers.compositions import Composed, inputs_of, pick
 from helpers.relowering import PROBED, captured, outputs
 
 from asapc.passes.find.sinkhorn import find_sinkhorn
@@ -17,7 +17,6 @@ from asapc.types.samples import Samples
 
 SCALES = (0.1, 1.0, 3.0, 10.0, 30.0)  # of the scores, against those that the finder sees
 WRONG = 1e-4  # relative; rounding in float64 stays far below
-MAX_GUARD = 1e-4  # a constant in divisors of at most this belongs to a loop, and the rewrite drops it
 # Scores of a matrix that lie farther apart leave the range of float64 in loops that are not in the log domain.
 MAX_RANGE = 250.0
 
@@ -27,7 +26,7 @@ class Verdict:
     """What became of one model.
 
     Attributes:
-        kind: "refused"; else "right", "wrong", or "limited" where only a small constant in divisors may be missing.
+        kind: "refused", "right" or "wrong".
         sites: half-steps and last axis of each.
         scale: the first at which an output differs; None where none does.
         difference: the largest relative one.
@@ -70,7 +69,7 @@ def judged(composition):
             largest = max(largest, error)
             if error > WRONG and first is None:
                 first = scale
-    kind = "right" if first is None else "limited" if guarded(composition) else "wrong"
+    kind = "right" if first is None else "wrong"
     sites = tuple((site.loop.half_steps, site.loop.last) for site in findings.sites)
     return Verdict(kind, sites, first, largest, beyond)
 
@@ -104,13 +103,6 @@ def in_range(module, inputs):
     with torch.no_grad():
         scores = module.scores(x, inputs.get("context", x))
     return (scores.max() - scores.min()).item() < MAX_RANGE
-
-
-def guarded(composition):
-    """Whether a model's divisors hold a constant that the exact operator drops."""
-    if composition.poison == "none":
-        return composition.style == "normalize"
-    return composition.poison in GUARDED and composition.constant <= MAX_GUARD
 
 
 def double(inputs):

@@ -5,13 +5,12 @@ else.
 """
 
 from .choices import CHOICES, POISONS, Composition, consistent, pick
-from .families import FAMILIES, GUARDED, LONG
+from .families import FAMILIES, LONG
 from .models import Composed, inputs_of
 
 __all__ = [
     "CHOICES",
     "FAMILIES",
-    "GUARDED",
     "LONG",
     "POISONS",
     "Composed",

@@ -374,14 +374,6 @@ FAMILIES = {
     "plan_by_number_of_samples": of_plan(lambda p, plan: plan * (p.x.shape[0] / 2)),
 }
 LONG = tuple(name for name in FAMILIES if name.startswith("long_"))
-# The finder takes a small constant in divisors for part of a loop, and the exact operator has none.
-GUARDED = (
-    "small_constant",
-    "added_constant",
-    "constant_from_below",
-    "maximum_with_a_constant",
-    "constant_in_a_logarithm",
-)
 # In whatever style a composition is, they hold exponentials of scores.
 ON_KERNELS = (
     *(name for name in FAMILIES if name.endswith(("_kernel", "_vectors")) or "constant" in name),

@@ -35,7 +35,7 @@ FILES = [
     slow("columns_then_rows", False),
     ("kernel_times_mask_on_values", False),
     slow("relative_bias", False),
-    ("merged_bmm", False),
+    slow("merged_bmm", False),
 ]
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.attention import QUERIES, Attention, find, log_domain, order, source_text
 from helpers.relowering import outputs, worst
+from helpers.slow import slow, slow_beyond
 from torch import nn
 
 from asapc.capturing.export import export
@@ -253,7 +254,7 @@ def test_a_temperature_of_the_batch_comes_in_with_the_scores(statistic):
         assert worst(outputs(changed, {"x": part}), outputs(module, {"x": part})) < 1e-6
 
 
-@pytest.mark.parametrize(("half_steps", "last"), [(202, "rows"), (401, "columns")])
+@pytest.mark.parametrize(("half_steps", "last"), [(202, "rows"), slow(401, "columns")])
 def test_long_loops_are_counted_though_they_have_converged(half_steps, last):
     torch.manual_seed(0)
     [site] = find(Attention(lambda s: log_domain(s, order(half_steps, last)))).sites
@@ -291,7 +292,9 @@ def frozen(scores, steps=40):
     return plan.exp()
 
 
-@pytest.mark.parametrize("plan", [slowly_annealed, over_relaxed, by_head, frozen], ids=lambda plan: plan.__name__)
+@pytest.mark.parametrize(
+    "plan", slow_beyond([slowly_annealed, over_relaxed, by_head, frozen]), ids=lambda plan: plan.__name__
+)
 def test_other_loops_that_converge_to_the_same_are_told_apart(plan):
     torch.manual_seed(0)
     assert find(Attention(plan)).sites == ()
@@ -339,7 +342,7 @@ class Padded(nn.Module):
         return (plan.exp() @ v).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("lengths", [(1, 6), (6, 1), (1, 4), (2, 1, 5)])
+@pytest.mark.parametrize("lengths", slow_beyond([(1, 6), (6, 1), (2, 1, 5), (1, 4)]))
 def test_a_sample_of_length_one_does_not_hide_a_masked_loop(lengths):
     torch.manual_seed(0)
     mask = torch.arange(QUERIES) < torch.tensor(lengths)[:, None]

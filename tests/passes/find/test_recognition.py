@@ -29,8 +29,7 @@ REFUSED = {
 REWRITTEN, EXPORTED = 3, 12
 # Their results are viewed otherwise than the operator's lie in memory, which shows when they are exported again.
 VIEWED = {"multi_query_by_equations"}
-# Masked by keys alone, the same for all rows, in loops that end on rows and keep no divisor from zero: they have a fused
-# form.
+# Masked by keys alone, the same for all rows, in loops that end on rows and guard no divisor: they have a fused form.
 PADDED_KEYS = {
     *("keys_remasked", "keys_reset", "additive", "lengths", "softmax_heads_last"),
     "attention_mask",

@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers.compositions import CHOICES, POISONS, Composed, Composition, consistent, inputs_of
 from helpers.relowering import examined
+from helpers.slow import slow
 from helpers.verdicts import drawn, judged
 
 WRONG = 1e-4  # relative, float32: rounding of long loops stays below, another function does not
-JUDGED = 24  # random models, true loops and near-misses in turn; `python -m benchmarks.recognition --fuzz` tries more
+# Random models, true loops and near-misses in turn; `python -m benchmarks.recognition --fuzz` tries more.
+JUDGED = [*range(24), *map(slow, range(24, 200))]
 
 
 def examine(composition):
@@ -20,7 +22,7 @@ def examine(composition):
     return examined(module, seen, *fresh)
 
 
-@pytest.mark.parametrize("number", range(JUDGED))
+@pytest.mark.parametrize("number", JUDGED)
 def test_a_rewrite_changes_nothing_at_any_scale_and_in_any_company(number):
     composition = drawn(number)
     verdict = judged(composition)
