@@ -224,7 +224,11 @@ def scaling_chain(operand: Node) -> list[Node]:
     path = [operand]
     while True:
         node = path[0]
-        varying = [n for n in node.all_input_nodes if not is_constant(n) and is_matrix(n)]
+        matrices = [n for n in node.all_input_nodes if is_matrix(n)]
+        # Learned queries depend on no input at all; what scales them is smaller.
+        varying = [n for n in matrices if not is_constant(n)] or [
+            n for n in matrices if len(matrices) == 1 or size_of(n) == size_of(node)
+        ]
         scales = node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.neg.default)
         if not (is_view(node) or scales) or len(varying) != 1 or node.target is aten.cat.default:
             return path

@@ -6,7 +6,6 @@ with a bias, that with a mask. The loop starts at the first from which the regio
 in numbers. Names of classes, modules and functions play no part; they only label the result.
 """
 
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from asapc.passes.find.requirements import (
     require_steps,
     require_uniform,
 )
+from asapc.passes.find.stopwatch import time_nodes
 from asapc.passes.record import record
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -100,7 +100,6 @@ class Finder(Interpreter):
             self.releases.setdefault(end, []).append(node)
         self.values: dict[Node, Any] = {}
         self.ends: dict[str, Tensor] = {}  # whole values for the first sample, of nodes that are judged in part
-        self.seconds: dict[Node, float] = {}
         self.sites: list[tuple[PlanCandidate, Site]] = []
         self.misses: list[tuple[PlanCandidate, Miss]] = []
         self.untold: list[str] = []
@@ -114,9 +113,7 @@ class Finder(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """Run one node; judge the candidates whose use begins at it."""
-        start = time.perf_counter()
         value = super().run_node(n)
-        self.seconds[n] = time.perf_counter() - start
         if n in self.last_use:
             self.values |= ({n: value} if n in self.whole else {}) | self.cut.values(n, value)
             if n.name in self.cut.ends:  # where heads are in the batch, all samples are kept
@@ -172,12 +169,13 @@ class Finder(Interpreter):
 
     def name_sites(self, sites: Sequence[tuple[PlanCandidate, Site]]) -> Iterator[Site]:
         """Yield sites with unique names and with their share of the time."""
-        total = sum(self.seconds.values())
+        seconds = time_nodes(self.module, self.samples) if sites else {}
+        total = sum(seconds.values())
         names: set[str] = set()
         for candidate, site in sites:
             name = unique(site.name, names)
             names.add(name)
-            share = sum(self.seconds.get(node, 0.0) for node in candidate.region) / total
+            share = sum(seconds[node] for node in candidate.region) / total
             yield replace(site, name=name, share=share)
 
     def distinct_misses(self, nodes: Collection[Node], places: Collection[tuple[str | None, str]]) -> list[Miss]:

@@ -206,3 +206,32 @@ def test_sites_are_named_after_their_modules_in_the_order_of_the_graph_and_never
     names = [site.name for site in sites]
     assert names[:2] == ["blocks.0", "blocks.1"]
     assert len(set(names)) == 3
+
+
+class Learned(nn.Module):
+    """Cross-attention from learned queries, the scale on one side, on both or on the scores."""
+
+    def __init__(self, scaled):
+        super().__init__()
+        self.scaled, self.seeds = scaled, nn.Parameter(torch.randn(6, WIDTH))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def scale(self, place, value):
+        return value * 0.5 if place in self.scaled else value
+
+    def forward(self, x):
+        q = self.scale("seeds", self.seeds).expand(x.shape[0], -1, -1)
+        q = self.scale("queries", self.to_q(q) if "layer" in self.scaled else q)
+        scores = self.scale("scores", q @ self.scale("keys", self.to_k(x)).mT)
+        return sinkhorn(log_domain, 6, "rows")(scores) @ self.to_v(x)
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [("seeds",), ("queries",), ("layer", "queries"), ("keys",), ("queries", "keys")],
+    ids="-".join,
+)
+def test_a_scale_counts_on_whichever_side_it_stands(scaled):
+    [site] = find(Learned(scaled)).sites
+    factor = 0.5 ** len([place for place in scaled if place != "layer"])
+    assert site.epsilon == pytest.approx([1 / (WIDTH**0.5 * factor)], rel=FLOAT32)

@@ -1,0 +1,43 @@
+"""Times the nodes of a graph, for the share of the time that a site takes."""
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Interpreter, Node
+
+from asapc.types.samples import Samples
+
+# The first run, which allocates memory and wakes threads, is timed only where it takes so many seconds.
+RUNS, SECONDS = 5, 1.0
+
+
+class NodeTimer(Interpreter):
+    """Runs a graph, and keeps the least time of each node."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.seconds: dict[Node, float] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node."""
+        start = time.perf_counter()
+        value = super().run_node(n)
+        seconds = time.perf_counter() - start
+        self.seconds[n] = min(seconds, self.seconds.get(n, seconds))
+        return value
+
+
+def time_nodes(module: nn.Module, samples: Samples) -> dict[Node, float]:
+    """Return the seconds that each node takes, the least of several runs."""
+    timer = NodeTimer(module)
+    start = time.perf_counter()
+    with torch.no_grad():
+        for run in range(RUNS):
+            timer.run(*samples.inputs.values(), enable_io_processing=False)
+            if time.perf_counter() - start > SECONDS:
+                break
+            if run == 0:
+                timer.seconds.clear()
+    return timer.seconds
