@@ -16,8 +16,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -159,9 +158,9 @@ def fuzz(count: int, seed: int) -> Row:
     examples: dict[str, list[str]] = {"wrong": [], "not_found": [], "crashed": []}
     largest = 0.0
     # A process keeps what torch compiled and traced; a fresh one now and then bounds the memory.
-    pool = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=quieten, max_tasks_per_child=50)
-    with pool:
-        for number, (verdict, crash) in enumerate(pool.map(tried, range(count), repeat(seed))):
+    # (concurrent.futures has such a pool too; it stops for ever when two processes are renewed at once.)
+    with get_context("spawn").Pool(initializer=quieten, maxtasksperchild=50) as pool:
+        for number, (verdict, crash) in enumerate(pool.imap(partial(tried, seed=seed), range(count))):
             composition = drawn(number, seed)
             sinkhorn = composition.poison == "none"
             kind = verdict.kind if verdict else "crashed"

@@ -7,7 +7,7 @@ product that computes the scores.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ from asapc.passes.find.kinds import (
     is_mixing,
     is_reduction,
     is_view,
+    maker,
     makes_scores,
     packet_of,
     size_of,
-    view_source,
 )
 from asapc.passes.find.products import Product, as_product, shape_of
 from asapc.passes.find.regions import descend
@@ -39,6 +39,8 @@ from asapc.types.graph import hint
 
 aten = torch.ops.aten
 KERNELS = {aten.exp, aten.softmax, aten._softmax}
+EXTREMES = {aten.max, aten.min, aten.amax, aten.amin}
+COMPARISONS = {aten.gt, aten.ge, aten.lt, aten.le}
 MAX_STEPS = 6  # views and elementwise steps that may stand between a plan and its use
 MAX_STARTS = 16  # nodes of the plan's shape that are tried as scores, from the first on
 
@@ -90,17 +92,33 @@ def propose(graph: Graph) -> Iterator[PlanCandidate]:
 
 
 def matrix_operands(node: Node) -> list[tuple[Node, Node]]:
-    """Return the matrices that a node consumes, as pairs of node and operand; for `(a * b).sum()`, of `a * b` and a."""
+    """Return the matrices that a node consumes, as pairs of node and operand; for `(a * b).sum()`, of `a * b` and a.
+
+    A sum of a matrix alone is a step of a loop; its largest entries are what matchers read.
+    """
     operands = list(dict.fromkeys(node.all_input_nodes))
     if node.op == "output":
         return [(node, operand) for operand in operands]
     if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor | tuple | list):
         return []
-    if is_reduction(node):
-        return factors_of_sum(operands[0])
+    if is_reduction(node) and not is_lookup(node):
+        return factors_of_sum(maker(operands[0]))
     if is_elementwise(node) or is_view(node):
         return []
     return [(node, operand) for operand in operands]
+
+
+def is_lookup(node: Node) -> bool:
+    """Return whether a node takes the largest entries of a matrix, and not to take them off again or to mask it."""
+    size = size_of(node.all_input_nodes[0])
+    stack, visited = [node] if packet_of(node) in EXTREMES else [], set[Node]()
+    while stack:
+        for user in set(stack.pop().users) - visited:
+            if is_matrix(user) and size_of(user) == size:
+                return False
+            visited.add(user)
+            stack.append(user)
+    return packet_of(node) in EXTREMES
 
 
 def factors_of_sum(factor: Node) -> list[tuple[Node, Node]]:
@@ -108,6 +126,8 @@ def factors_of_sum(factor: Node) -> list[tuple[Node, Node]]:
     if factor.target is not aten.mul.Tensor or len(factor.all_input_nodes) != 2:
         return []
     left, right = factor.all_input_nodes
+    if size_of(left) == size_of(right):  # costs of a transport
+        return [(factor, left), (factor, right)]
     # Within a loop one factor depends on the other: the scaling vector on the kernel.
     return [
         (factor, one)
@@ -119,22 +139,28 @@ def factors_of_sum(factor: Node) -> list[tuple[Node, Node]]:
 def paths_to(operand: Node) -> Iterator[tuple[Node, ...]]:
     """Yield paths to an operand from nodes before it, through views and elementwise steps that keep the size."""
     # Breadth first, so that the shortest path to a node comes up first.
-    paths: list[tuple[Node, ...]] = [(operand,)] if is_matrix(operand) else []
+    paths: list[tuple[Node, ...]] = [(operand,)] if may_carry(operand) else []
     visited: set[Node] = set()
     while paths:
         path = paths.pop(0)
         if path[0] not in visited:
             visited.add(path[0])
-            yield path
+            if is_matrix(path[0]):
+                yield path
             if len(path) <= MAX_STEPS:
                 paths += [(source, *path) for source in carried_inputs(path[0])]
+
+
+def may_carry(node: Node) -> bool:
+    """Return whether a node is a matrix, or tells which entries of one are large."""
+    return is_matrix(node) or packet_of(node) in COMPARISONS
 
 
 def carried_inputs(node: Node) -> list[Node]:
     """Return the matrices that a view or an elementwise step passes on: as a whole, or in part where it is a cut."""
     if not (is_view(node) or is_elementwise(node)):
         return []
-    return [n for n in node.all_input_nodes if is_matrix(n) and (size_of(n) == size_of(node) or is_cut(node))]
+    return [n for n in node.all_input_nodes if may_carry(n) and (size_of(n) == size_of(node) or is_cut(node))]
 
 
 def trace_back(plan: Node, uses: Sequence[Use]) -> PlanCandidate | None:
@@ -174,8 +200,8 @@ def find_starts(plan: Node, region: set[Node], closure: set[Node]) -> list[Node]
     alike = [n for n in sorted(closure) if is_matrix(n) and shape_of(n) == shape_of(plan)]
     starts = [n for n in alike if n not in late]
     # With a constant in it a softmax is no half-step: the loop starts after it.
-    raised = [n for n in alike if n in late and is_raised(n) and not late & set(kernel_of(n).all_input_nodes)]
-    return starts[:MAX_STARTS] + raised[:1]
+    raised = (n for n in alike if n in late and is_raised(n) and not late & set(kernel_of(n).all_input_nodes))
+    return [*starts[:MAX_STARTS], *islice(raised, 1)]
 
 
 def is_raised(node: Node) -> bool:
@@ -185,10 +211,7 @@ def is_raised(node: Node) -> bool:
 
 def kernel_of(node: Node) -> Node:
     """Return what makes the tensor that a node adds to."""
-    kernel = node.all_input_nodes[0]
-    while (source := view_source(kernel)) is not None:
-        kernel = source
-    return kernel
+    return maker(node.all_input_nodes[0])
 
 
 def is_offset(node: Node) -> bool:

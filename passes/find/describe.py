@@ -21,7 +21,7 @@ from asapc.passes.find.candidates import (
     score_product,
 )
 from asapc.passes.find.frames import Frame, place
-from asapc.passes.find.kinds import is_view, view_source
+from asapc.passes.find.kinds import is_view, maker
 from asapc.passes.find.probe import Live, difference, double_centre
 from asapc.passes.find.products import Product
 from asapc.passes.find.regions import OpenRegionError, Region, double
@@ -277,13 +277,6 @@ def is_pure(node: Node) -> bool:
 def readers(node: Node) -> list[Node]:
     """Return the users of a node, less those that compute nothing."""
     return [user for user in node.users if user.users or user.op == "output"]
-
-
-def maker(node: Node) -> Node:
-    """Return the node that computes what a chain of views, dropout among them, passes on."""
-    while (source := view_source(node)) is not None:
-        node = source
-    return node
 
 
 def source_line(node: Node) -> str | None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from asapc.ops.scaling import MIN_LIVE
-from asapc.passes.find.describe import maker, source_line
-from asapc.passes.find.kinds import SIZES_ONLY, is_constant, is_mixing, is_view, packet_of
+from asapc.passes.find.describe import source_line
+from asapc.passes.find.kinds import SIZES_ONLY, is_constant, is_mixing, is_view, maker, packet_of
 from asapc.passes.find.regions import Region
 
 aten = torch.ops.aten

@@ -132,6 +132,13 @@ def is_mixing(node: Node) -> bool:
     return is_reduction(node) or as_product(node) is not None
 
 
+def maker(node: Node) -> Node:
+    """Return the node that computes what a chain of views, dropout among them, passes on."""
+    while (source := view_source(node)) is not None:
+        node = source
+    return node
+
+
 def size_of(node: Node) -> str | None:
     """Return the symbolic number of entries, as text."""
     if SIZE not in node.meta:

@@ -118,11 +118,14 @@ class Finder(Interpreter):
             self.values |= ({n: value} if n in self.whole else {}) | self.cut.values(n, value)
             if n.name in self.cut.ends:  # where heads are in the batch, all samples are kept
                 self.ends[n.name] = value[:1].clone() if len(value) == self.batch else value
+        found: list[Node] = []
         for candidate in sorted(self.candidates.get(n, ()), key=lambda c: c.plan, reverse=True):
+            if any(all(plan in use.path for use in candidate.uses) for plan in found):
+                continue  # a stage of that plan's loop
             if candidate.plan not in self.verdicts:
                 self.verdicts[candidate.plan] = self.judge(candidate)
             if self.verdicts[candidate.plan]:
-                break  # the candidates before a plan are stages of its loop
+                found.append(candidate.plan)
         for node in self.releases.get(n, ()):
             self.values.pop(node, None)
             self.ends.pop(node.name, None)
@@ -157,10 +160,10 @@ class Finder(Interpreter):
         """Return sites and misses, without those that are only a stage of another site's loop."""
         inside: set[Node] = set().union(*(c.region - {c.plan} for c, _ in self.sites))
         plans = {candidate.plan for candidate, _ in self.sites}
+        sites = [(candidate, site) for candidate, site in self.sites if not is_stage(candidate, plans, inside)]
+        # What is computed from the plan of a site, its exponential say, reads that site.
         sites = [
-            (candidate, site)
-            for candidate, site in self.sites
-            if not all(plans & set(use.path[1:]) or use.user in inside for use in candidate.uses)
+            (c, s) for c, s in sites if not any(o is not c and o.plan in c.region and alike(s, t) for o, t in sites)
         ]
         carriers = {node for candidate, _ in sites for use in candidate.uses for node in use.path}
         places = {(site.source, site.name) for _, site in sites}
@@ -326,6 +329,17 @@ def identify(candidate: PlanCandidate, values: Mapping[Node, Any], batch: int) -
 def is_same_everywhere(value: Any) -> bool:
     """Return whether a value is a tensor of several entries that are all equal."""
     return isinstance(value, Tensor) and value.numel() > 1 and bool((value == value.flatten()[0]).all())
+
+
+def is_stage(candidate: PlanCandidate, plans: set[Node], inside: Collection[Node]) -> bool:
+    """Return whether all uses of a plan lie inside other loops, or come from one of some other plans."""
+    sources = [plans & set(use.path[1:]) for use in candidate.uses if use.user not in inside]
+    return not sources or bool(set.intersection(*sources))
+
+
+def alike(one: Site, two: Site) -> bool:
+    """Return whether two sites are the same loop."""
+    return (one.loop.half_steps, one.loop.last) == (two.loop.half_steps, two.loop.last)
 
 
 def unique(name: str, others: Collection[str]) -> str:

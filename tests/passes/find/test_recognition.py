@@ -31,7 +31,7 @@ REWRITTEN, EXPORTED = 3, 12
 VIEWED = {"multi_query_by_equations"}
 # Masked by keys alone, the same for all rows, in loops that end on rows and guard no divisor: they have a fused form.
 PADDED_KEYS = {
-    *("keys_remasked", "keys_reset", "additive", "lengths", "softmax_heads_last"),
+    *("keys_remasked", "keys_reset", "additive", "softmax_heads_last"),
     "attention_mask",
 }
 FOUND = [case for case in POSITIVES if case.name not in REFUSED]
