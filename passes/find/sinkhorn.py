@@ -338,8 +338,9 @@ def is_stage(candidate: PlanCandidate, plans: set[Node], inside: Collection[Node
 
 
 def alike(one: Site, two: Site) -> bool:
-    """Return whether two sites are the same loop."""
-    return (one.loop.half_steps, one.loop.last) == (two.loop.half_steps, two.loop.last)
+    """Return whether two sites are the same loop of the same scores."""
+    (of_one, of_two), (first, second) = (one.loop, two.loop), (one.wiring.scores.node, two.wiring.scores.node)
+    return (of_one.half_steps, of_one.last, first) == (of_two.half_steps, of_two.last, second)
 
 
 def unique(name: str, others: Collection[str]) -> str:
