@@ -83,25 +83,3 @@ class Stabilised(nn.Module):
 
 def test_largest_scores_that_are_taken_off_are_no_use():
     assert find(Stabilised()).sites == ()
-
-
-class Twice(nn.Module):
-    """A plan that a head returns, and that is the scores of a second loop of as many turns."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = Matcher(lambda log_plan, scores, b: (log_plan.amax(1), log_plan.exp()))
-
-    def forward(self, a, b):
-        largest, plan = self.first(a, b)
-        scores, f = 5 * plan, torch.zeros_like(plan[..., :1])
-        for _ in range(TURNS):
-            g = -(scores + f).logsumexp(-2, keepdim=True)
-            f = -(scores + g).logsumexp(-1, keepdim=True)
-        return largest, (scores + f + g).exp() @ b
-
-
-def test_a_loop_on_the_plan_of_another_is_a_site_of_its_own():
-    torch.manual_seed(0)
-    found = find(Twice(), a=torch.randn(4, QUERIES, WIDTH), b=torch.randn(4, QUERIES + 2, WIDTH))
-    assert [site.loop.half_steps for site in found.sites] == [2 * TURNS, 2 * TURNS]
