@@ -5,6 +5,7 @@ u * kernel * v, so the scaling form carries it. Half-steps that divide the plan 
 masses by the sums of the kernel scaled on the other axis, differ only in whether what u and v were before counts.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from asapc.types.site import Axis, Guard
 # Largest scaling vectors, against the largest number: they are multiplied by values. A column of zeros is divided by
 # the constant again and again.
 LARGEST = 1e-6
+SUMMED: Mapping[Axis, int] = {"rows": -1, "columns": -2}  # the dimension that the sums of an axis go over
 
 
 class GuardedSinkhorn(Sinkhorn):
@@ -99,17 +101,30 @@ def guarded_plan_ref(
     axis = first_axis(half_steps, last)
     kernel = torch.exp(guarded_exponent(scores.double(), guard, axis))
     masses = guarded_masses(kernel, guard, last, row_mass, column_mass)
-    plan, vectors = kernel, {"rows": torch.ones_like(kernel[..., :1]), "columns": torch.ones_like(kernel[..., :1, :])}
+    factor = total(kernel, guard)
+    of_rows = masses["rows"].unsqueeze(-1)
+    plan = scale_by_turns(kernel, half_steps, axis, guard, {"rows": of_rows, "columns": masses["columns"]}, SUMMED)
+    return plan if factor is None else plan * factor
+
+
+def scale_by_turns(
+    kernel: torch.Tensor,
+    half_steps: int,
+    first: Axis,
+    guard: Guard,
+    masses: Mapping[Axis, torch.Tensor],
+    summed: Mapping[Axis, int],
+) -> torch.Tensor:
+    """Return what half-steps on the matrix itself make of a kernel; `summed` says over which dimension sums go."""
+    plan, axis = kernel, first
+    vectors: dict[Axis, torch.Tensor] = {}
     for step in range(half_steps):
         if step > 0 or guard.kernel != "softmax":
-            matrix = plan if guard.divides == "plan" else kernel * vectors[other(axis)]
-            sums = matrix.sum(dim=-1 if axis == "rows" else -2, keepdim=True)
-            mass = masses[axis].unsqueeze(-1) if axis == "rows" else masses[axis]
-            vectors[axis] = mass / guarded(sums, axis, guard)
-            plan = matrix * vectors[axis]
+            scaled = plan if guard.divides == "plan" else kernel * vectors.get(other(axis), 1.0)
+            vectors[axis] = masses[axis] / guarded(scaled.sum(dim=summed[axis], keepdim=True), axis, guard)
+            plan = scaled * vectors[axis]
         axis = other(axis)
-    factor = total(kernel, guard)
-    return plan if factor is None else plan * factor
+    return plan
 
 
 def guarded(sums: torch.Tensor, axis: Axis, guard: Guard) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from asapc.ops.guarded import GuardedSinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
+from asapc.ops.small import SmallSinkhorn
 from asapc.planning.costs import estimate
 from asapc.types.choices import Candidate, Selection
 from asapc.types.options import Lowering
@@ -16,6 +17,7 @@ from asapc.types.site import Site
 Operator = Sinkhorn | SlicedDual
 
 MASS_TOLERANCE = 1e-6  # a last marginal within this of the usual one is the usual one
+SMALL = 25  # entries of matrices that count by their number and not by their size
 # Beyond this many bytes of scores the fused form may take this many times as long as the materialised one.
 MAX_MATRIX, MAX_SLOWER = 2**28, 3.0
 
@@ -49,6 +51,8 @@ def exact_operator(
         if mass.numel() > 1 or (axis == loop.last and usual(mass.item(), default) != default)
     }
     steps, logarithm = half_steps or loop.half_steps, site.wiring.logarithm
+    if steps == loop.half_steps and loop.queries * loop.keys <= SMALL and not (loop.masked or logarithm):
+        return SmallSinkhorn(steps, loop.last, loop.guard, **masses)
     if loop.guard is not None and steps == loop.half_steps:
         return GuardedSinkhorn(steps, loop.last, loop.guard, **masses, masked=loop.masked, logarithm=logarithm)
     return Sinkhorn(steps, loop.last, **masses, masked=loop.masked, logarithm=logarithm, wide=wide, lowering=lowering)
@@ -64,7 +68,7 @@ def fusable(site: Site, module: Operator) -> bool:
     products = product is not None and ((product.is_scores and not site.loop.masked) or product.padding is not None)
     plain = products and attention is not None and site.loop.uniform and not site.wiring.logarithm
     usual_mass = getattr(module, "mass", 1.0) == 1.0 and getattr(module, "row_mass", None) is None
-    plain = plain and not isinstance(module, GuardedSinkhorn)
+    plain = plain and not isinstance(module, GuardedSinkhorn | SmallSinkhorn)
     return plain and usual_mass and module.last == "rows" and not module.wide
 
 

@@ -6,6 +6,7 @@ from helpers.tolerances import FLOAT64, difference
 
 from asapc.ops.guarded import GuardedSinkhorn, guarded_plan_ref
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
+from asapc.ops.small import SmallSinkhorn
 from asapc.passes.find.guards import readings
 from asapc.types.site import Guard
 
@@ -22,6 +23,9 @@ def test_the_scaling_form_equals_its_reference_for_every_guard(half_steps, last,
         operator = GuardedSinkhorn(half_steps, last, guard)
         assert difference(operator(SCORES), expected) < FLOAT64, guard
         assert difference(operator(SCORES, values=VALUES), expected @ VALUES) < FLOAT64, guard
+        small = SmallSinkhorn(half_steps, last, guard)
+        assert difference(small(SCORES), expected) < FLOAT64, guard
+        assert difference(small(SCORES, values=VALUES), expected @ VALUES) < FLOAT64, guard
         logarithm = GuardedSinkhorn(half_steps, last, guard, logarithm=True)(SCORES)
         assert difference(logarithm.exp(), expected) < FLOAT64, guard
 
