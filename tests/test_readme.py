@@ -2,7 +2,6 @@
 
 import shlex
 from pathlib import Path
-from textwrap import indent
 
 import pytest
 from helpers import documents
@@ -56,6 +55,5 @@ def test_the_folder_of_the_readme_is_made_by_its_own_command() -> None:
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs(readme_folder: Path) -> None:
     (code,) = (text for text in PYTHON if 'compile_model("models/digits.pt"' in text)
-    program = f"from helpers.quick import quick_compilation\nwith quick_compilation():\n{indent(code, '    ')}"
-    assert "PASSED" in documents.run(["-c", program], readme_folder, PYTHONPATH=str(ROOT / "tests"))
+    assert "PASSED" in documents.run(documents.quick_words(code), readme_folder)
     assert (readme_folder / "exact.asap" / "model.onnx").is_file()

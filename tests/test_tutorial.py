@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from helpers.documents import code_blocks, commands, run, run_quickly, write_sources
+from helpers.documents import code_blocks, commands, quick_words, run, write_sources
 from helpers.paths import ROOT
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -19,7 +19,7 @@ def test_the_tutorial_leads_from_a_model_to_onnx_runtime(tmp_path: Path) -> None
     printed = ""
     for line in LINES:
         program, *words = shlex.split(line)
-        printed = (run if program == "python" else run_quickly)(words, tmp_path)
+        printed = run(words if program == "python" else [*quick_words(), *words], tmp_path)
     classes, labels = (re.findall(r"\d", line) for line in printed.splitlines())
     assert len(classes) == len(labels) == 10
     # A few seconds of training need not give the same weights on every machine.

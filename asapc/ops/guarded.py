@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from asapc.ops.scaling import scaled_plan
+from asapc.ops.scaling import column_sums, scaled_plan
 from asapc.ops.sinkhorn import Sinkhorn, first_axis, other
 from asapc.types.site import Axis, Guard
 
@@ -69,8 +69,7 @@ class GuardedSinkhorn(Sinkhorn):
         axis = self.first
         for step in range(self.half_steps):
             if step > 0 or self.guard.kernel != "softmax":
-                weights, own = vectors[other(axis)], vectors[axis]
-                sums = (matrix[axis].new_ones(1, matrix[axis].shape[-2]) if weights is None else weights) @ matrix[axis]
+                sums, own = column_sums(matrix[axis], vectors[other(axis)]), vectors[axis]
                 if self.guard.divides == "plan" and own is not None:
                     vector = own * masses[axis] / guarded(own * sums, axis, self.guard)
                 else:

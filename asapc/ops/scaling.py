@@ -67,10 +67,14 @@ def start(scores: torch.Tensor, masked: bool, fused: bool) -> tuple[torch.Tensor
     return kernel, row_scaling(kernel, None)
 
 
+def column_sums(kernel: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
+    """Return the sums (B, H, 1, M) of the columns of u * kernel."""
+    return (kernel.new_ones(1, kernel.shape[-2]) if u is None else u) @ kernel
+
+
 def column_scaling(kernel: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
     """Return the vector v (B, H, 1, M), up to a constant, with which the columns of u * kernel * v have equal sums."""
-    u = kernel.new_ones(1, kernel.shape[-2]) if u is None else u
-    return 1 / (u @ kernel).clamp_min(MIN_SUM)
+    return 1 / column_sums(kernel, u).clamp_min(MIN_SUM)
 
 
 def row_scaling(kernel: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:

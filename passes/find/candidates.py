@@ -16,7 +16,10 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from asapc.passes.find.kinds import (
+    EXTREMES,
+    KERNELS,
     LAYERS,
+    ORDERINGS,
     SAME_VALUES,
     STATISTICS,
     depends_on,
@@ -38,9 +41,6 @@ from asapc.passes.layout import follow_axes, positions
 from asapc.types.graph import hint
 
 aten = torch.ops.aten
-KERNELS = {aten.exp, aten.softmax, aten._softmax}
-EXTREMES = {aten.max, aten.min, aten.amax, aten.amin}
-COMPARISONS = {aten.gt, aten.ge, aten.lt, aten.le}
 MAX_STEPS = 6  # views and elementwise steps that may stand between a plan and its use
 MAX_STARTS = 16  # nodes of the plan's shape that are tried as scores, from the first on
 
@@ -110,15 +110,16 @@ def matrix_operands(node: Node) -> list[tuple[Node, Node]]:
 
 def is_lookup(node: Node) -> bool:
     """Return whether a node takes the largest entries of a matrix, and not to take them off again or to mask it."""
-    size = size_of(node.all_input_nodes[0])
-    stack, visited = [node] if packet_of(node) in EXTREMES else [], set[Node]()
+    if packet_of(node) not in EXTREMES:
+        return False
+    size, stack, visited = size_of(node.all_input_nodes[0]), [node], set[Node]()
     while stack:
         for user in set(stack.pop().users) - visited:
             if is_matrix(user) and size_of(user) == size:
                 return False
             visited.add(user)
             stack.append(user)
-    return packet_of(node) in EXTREMES
+    return True
 
 
 def factors_of_sum(factor: Node) -> list[tuple[Node, Node]]:
@@ -153,7 +154,7 @@ def paths_to(operand: Node) -> Iterator[tuple[Node, ...]]:
 
 def may_carry(node: Node) -> bool:
     """Return whether a node is a matrix, or tells which entries of one are large."""
-    return is_matrix(node) or packet_of(node) in COMPARISONS
+    return is_matrix(node) or packet_of(node) in ORDERINGS
 
 
 def carried_inputs(node: Node) -> list[Node]:

@@ -18,7 +18,17 @@ from torch.fx import Node
 
 from asapc.ops.scaling import MIN_LIVE
 from asapc.passes.find.describe import source_line
-from asapc.passes.find.kinds import SIZES_ONLY, is_constant, is_mixing, is_view, maker, packet_of
+from asapc.passes.find.kinds import (
+    EXTREMES,
+    KERNELS,
+    ORDERINGS,
+    SIZES_ONLY,
+    is_constant,
+    is_mixing,
+    is_view,
+    maker,
+    packet_of,
+)
 from asapc.passes.find.regions import Region
 
 aten = torch.ops.aten
@@ -37,12 +47,11 @@ MOVING = {
     *(aten.copy, aten.where, aten.masked_fill, aten.alias, aten.detach, aten.expand_as, aten.constant_pad_nd),
     *(aten.diag_embed, aten.diag, aten.diagonal, aten.lift_fresh_copy, *JOINS, aten.repeat, aten.tile),
 }
-EXTREMES = {aten.amax, aten.amin, aten.max, aten.min}
 CONDITIONS = {
     *(aten.isinf, aten.isnan, aten.isfinite, aten.isneginf, aten.isposinf, aten.any, aten.all),
     *(aten.logical_not, aten.logical_and, aten.logical_or, aten.bitwise_not, aten.bitwise_and, aten.bitwise_or),
 }
-COMPARISONS = {aten.eq, aten.ne, aten.gt, aten.ge, aten.lt, aten.le}
+COMPARISONS = {aten.eq, aten.ne, *ORDERINGS}
 DIVISIONS = {aten.reciprocal, aten.log, aten.log2}
 # What leaves a logarithm one, or a positive number one, apart from constants that it adds.
 OF_LOGARITHMS = {aten.add, aten.sub, aten.rsub, aten.neg, aten.where, aten.masked_fill, aten.nan_to_num, aten.index_put}
@@ -72,12 +81,12 @@ class Explanation:
     unexplained: Node | None
 
 
-def explain(region: Region, exponential: bool = False) -> Explanation:
-    """Explain a region node by node; `exponential` says that it starts from exponentials of scores."""
+def explain(region: Region) -> Explanation:
+    """Explain a region node by node."""
     guards = {node: guard for node in region.nodes if (guard := read_guard(node, region.inputs)) is not None}
     ideal = {node: args for node, (_, args) in guards.items()}
     constants = {(constant, packet_of(node) is not aten.add) for node, (constant, _) in guards.items()}
-    unexplained = (node for node in region.nodes if node not in ideal and not is_step(node, region, exponential))
+    unexplained = (node for node in region.nodes if node not in ideal and not is_step(node, region))
     sums = [node for node in region.nodes if is_mixing(node) or packet_of(node) in PRODUCTS]
     # Where a comparison tells masked entries by their size, live ones must not get as small.
     compared = any(packet_of(node) in COMPARISONS for node in region.nodes)
@@ -135,15 +144,15 @@ def is_mask(value: Tensor) -> bool:
     return bool(((value == 0) | (value == 1)).all()) or bool(((value == 0) | (value < MIN_LIVE)).all())
 
 
-def is_step(node: Node, region: Region, exponential: bool = False) -> bool:
+def is_step(node: Node, region: Region) -> bool:
     """Return whether a node is a step of a Sinkhorn loop, as far as it alone shows."""
     if not isinstance(node.meta.get("val"), Tensor | tuple | list):
         return True  # a size
     packet = packet_of(node)
     if packet in COMPARISONS:
-        return is_check(node, region, exponential)
+        return is_check(node, region)
     if packet is aten.add and len(node.args) > 1 and any(constant_of(a, region.inputs) for a in node.args[:2]):
-        return not any(isinstance(a, Node) and is_positive(a, region, exponential) for a in node.args[:2])
+        return not any(isinstance(a, Node) and is_positive(a, region) for a in node.args[:2])
     if packet in SMOOTH:
         # A number that follows the inputs' sizes is one number for this batch alone.
         return all(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
@@ -162,7 +171,7 @@ def is_step(node: Node, region: Region, exponential: bool = False) -> bool:
     return packet in MOVING | CONDITIONS or node.target is operator.getitem or is_view(node)
 
 
-def is_check(node: Node, region: Region, exponential: bool) -> bool:
+def is_check(node: Node, region: Region) -> bool:
     """Return whether a comparison asks for what is zero, infinite or masked, and for no other threshold."""
     limit, compared = constant_of(node.args[1], region.inputs), node.args[0]
     if limit is None or not isinstance(compared, Node):
@@ -170,15 +179,15 @@ def is_check(node: Node, region: Region, exponential: bool) -> bool:
     if limit in (-inf, inf):
         return True
     if limit == 0:
-        return is_positive(compared, region, exponential)
+        return is_positive(compared, region)
     far = limit <= MIN_LIVE or limit >= BOUNDLESS
     return far and comes_from(compared, region, OF_LOGARITHMS | {aten.mul, aten.div}, LOG_SUMS | {aten.log})
 
 
-def is_positive(node: Node, region: Region, exponential: bool) -> bool:
+def is_positive(node: Node, region: Region) -> bool:
     """Return whether a node holds a kernel or a plan, sums of them, or vectors that scale them."""
-    sources = {aten.exp, aten.softmax, aten._softmax, aten.sum, *PRODUCTS}
-    return comes_from(node, region, OF_POSITIVES, sources | ({region.start} if exponential else set()))
+    start = {region.start} if region.exponential else set()
+    return comes_from(node, region, OF_POSITIVES, KERNELS | PRODUCTS | {aten.sum} | start)
 
 
 def comes_from(node: Node, region: Region, through: Collection[Any], sources: Collection[Any]) -> bool:
@@ -191,7 +200,7 @@ def comes_from(node: Node, region: Region, through: Collection[Any], sources: Co
         node = stack.pop()
         packet = packet_of(node)
         outside = node not in region.nodes and node is not region.start
-        if node in visited or {node, packet} & set(sources) or outside:
+        if node in visited or outside or node in sources or packet in sources:
             continue
         visited.add(node)
         if node is region.start:

@@ -85,5 +85,5 @@ def fits(guard: Guard, loop: Loop, tried: Collection[tuple[Tensor, Tensor]], som
     return all(
         difference(guarded_plan_ref(scores[some, some], loop.half_steps, loop.last, guard, *masses), plan[some, some])
         < TOLERANCE
-        for scores, plan in reversed(tuple(tried))  # constants act most on the sharpest
+        for scores, plan in reversed(tuple(tried))  # what comes last tells most readings apart
     )

@@ -32,14 +32,14 @@ UNTAGGED = {
 # Operators that return their input as it is: dropout does in evaluation mode, and a cast keeps positions.
 SAME_VALUES = {aten.clone.default, aten._to_copy.default, aten.to.dtype, aten.dropout.default, aten.contiguous.default}
 DIAGONALS = {aten.diag_embed.default, aten.diag.default}
+KERNELS = {aten.exp, aten.softmax, aten._softmax}  # what holds exponentials of scores
+EXTREMES = {aten.amax, aten.amin, aten.max, aten.min}
+ORDERINGS = {aten.gt, aten.ge, aten.lt, aten.le}
 REDUCTIONS = {
+    *EXTREMES,
     aten.sum,
     aten.mean,
     aten.logsumexp,
-    aten.amax,
-    aten.amin,
-    aten.max,
-    aten.min,
     aten.norm,
     aten.linalg_vector_norm,
     aten.softmax,

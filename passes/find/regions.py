@@ -23,10 +23,18 @@ class Region:
         end: where it ends.
         within: nodes that may take part.
         values: of nodes outside, as the graph computed them.
+        exponential: whether the start holds exp(scores).
     """
 
-    def __init__(self, start: Node, end: Node, within: Collection[Node], values: Mapping[Node, Any]) -> None:
-        self.start, self.end = start, end
+    def __init__(
+        self,
+        start: Node,
+        end: Node,
+        within: Collection[Node],
+        values: Mapping[Node, Any],
+        exponential: bool = False,
+    ) -> None:
+        self.start, self.end, self.exponential = start, end, exponential
         below = descend({start}, [node for node in sorted(within) if start < node])
         nodes = ancestors(end, below)  # between start and end
         inputs = {n for node in nodes for n in node.all_input_nodes} - nodes - {start}

@@ -163,7 +163,9 @@ class Finder(Interpreter):
         sites = [(candidate, site) for candidate, site in self.sites if not is_stage(candidate, plans, inside)]
         # What is computed from the plan of a site, its exponential say, reads that site.
         sites = [
-            (c, s) for c, s in sites if not any(o is not c and o.plan in c.region and alike(s, t) for o, t in sites)
+            (candidate, site)
+            for candidate, site in sites
+            if not any(c.plan in candidate.region - {candidate.plan} and loop_of(s) == loop_of(site) for c, s in sites)
         ]
         carriers = {node for candidate, _ in sites for use in candidate.uses for node in use.path}
         places = {(site.source, site.name) for _, site in sites}
@@ -207,7 +209,6 @@ class Trial:
         region: the loop as a function of the start's value.
         value: the start's value, float64.
         plan: the region's value for it, float64.
-        exponential: whether the start holds exp(scores).
         logarithm: whether the plan node holds log(plan).
     """
 
@@ -217,7 +218,6 @@ class Trial:
     region: Region
     value: Tensor
     plan: Tensor
-    exponential: bool
     logarithm: bool
 
     def judge(self, values: Mapping[Node, Any]) -> Site:
@@ -227,10 +227,10 @@ class Trial:
             NotSinkhorn: read in this way it is no site.
         """
         candidate, start, frame = self.candidate, self.start, self.frame
-        scores = frame.arrange(self.value.log() if self.exponential else self.value)
+        scores = frame.arrange(self.value.log() if self.region.exponential else self.value)
         plan = self.arrange_plan(self.plan)
         scale, live = self.find_scale(scores, plan)
-        explanation = explain(self.region, self.exponential)
+        explanation = explain(self.region)
         respond = partial(self.respond, ideal=explanation.ideal)
         try:
             ideal = respond(scores) if explanation.ideal else plan
@@ -248,7 +248,7 @@ class Trial:
             guard, reach = find_guard(loop, scores, explanation.constants, self.respond, respond)
             loop = replace(loop, guard=guard, reach=reach)
             require_guard(loop, explanation, difference(plan, ideal))
-        return describe(candidate, start, frame, loop, values, self.exponential, self.logarithm)
+        return describe(candidate, start, frame, loop, values, self.region.exponential, self.logarithm)
 
     def find_scale(self, scores: Tensor, plan: Tensor) -> tuple[Tensor, Live]:
         """Return what `probe.find_scale` says; where entries of the plan underflow to zero, of milder scores."""
@@ -270,7 +270,7 @@ class Trial:
             ideal: arguments of nodes, as in `explain.Explanation`.
         """
         value = self.frame.restore(scores)
-        return self.arrange_plan(self.region(value.exp() if self.exponential else value, ideal))
+        return self.arrange_plan(self.region(value.exp() if self.region.exponential else value, ideal))
 
     def arrange_plan(self, value: Tensor) -> Tensor:
         """Return the plan (B, H, N, M) from a value of its node."""
@@ -284,13 +284,13 @@ def trials(candidate: PlanCandidate, values: Mapping[Node, Any], batch: int, exp
         value = values[start].double()
         if exponential and bool((value < 0).any()):
             continue
-        region = Region(start, candidate.plan, candidate.region, values)
+        region = Region(start, candidate.plan, candidate.region, values, exponential)
         try:
             plan = region(value)
         except OpenRegionError:
             continue
         for frame in frames(candidate, values[candidate.plan].shape, batch):
-            yield Trial(candidate, start, frame, region, value, plan, exponential, logarithm)
+            yield Trial(candidate, start, frame, region, value, plan, logarithm)
 
 
 def identify(candidate: PlanCandidate, values: Mapping[Node, Any], batch: int) -> Site:
@@ -337,10 +337,9 @@ def is_stage(candidate: PlanCandidate, plans: set[Node], inside: Collection[Node
     return not sources or bool(set.intersection(*sources))
 
 
-def alike(one: Site, two: Site) -> bool:
-    """Return whether two sites are the same loop of the same scores."""
-    (of_one, of_two), (first, second) = (one.loop, two.loop), (one.wiring.scores.node, two.wiring.scores.node)
-    return (of_one.half_steps, of_one.last, first) == (of_two.half_steps, of_two.last, second)
+def loop_of(site: Site) -> tuple[str, int, str]:
+    """Return what tells the loop of a site from others of its graph."""
+    return site.wiring.scores.node, site.loop.half_steps, site.loop.last
 
 
 def unique(name: str, others: Collection[str]) -> str:

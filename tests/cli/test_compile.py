@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 from helpers.command import QUICK, assert_user_error, folder, run, written
-from helpers.documents import QUICK_COMMAND, QUICK_ENVIRONMENT
+from helpers.documents import quick_words
 from helpers.paths import ROOT
 
 import asapc
@@ -67,8 +67,8 @@ def test_options_reach_the_library_and_those_on_the_command_line_win(small, monk
 def compiled(small, tmp_path_factory):
     """The small model, compiled once in a process of its own."""
     place = tmp_path_factory.mktemp("compiled")
-    command = [sys.executable, "-c", QUICK_COMMAND, "compile", small, *QUICK, "--fidelity", "relc<=1"]
-    result = subprocess.run(command, cwd=place, env=QUICK_ENVIRONMENT, capture_output=True, text=True, check=False)
+    command = [sys.executable, *quick_words(), "compile", small, *QUICK, "--fidelity", "relc<=1"]
+    result = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return place, result
 

@@ -248,7 +248,6 @@ def test_the_first_level_rewrites_exactly_and_its_engine_builds(from_file):
     assert engine["targets"]
 
 
-COMMAND = "import sys; from asapc.cli import main; sys.argv = ['asapc', 'compile', 'small.pt', *{}]; main()"
 LIBRARY = "import asapc; asapc.compile_model('small.pt', asapc.CompileConfig(out='library', target='onnx', **{}))"
 
 
@@ -258,10 +257,9 @@ def test_the_command_and_the_library_give_the_same_bytes(tmp_path):
     write_checkpoint(tmp_path / "small.pt")
     arguments = ["--out", "command", "--target", "onnx", "--batch", "1", "--seconds", "0.05", "--threads", "1"]
     options = {"batches": (1,), "seconds": 0.05, "threads": 1}
-    for seed, code in (("1", COMMAND.format(arguments)), ("12345", LIBRARY.format(options))):
-        body = "\n    ".join(code.split("; "))
-        program = f"from helpers.quick import quick_compilation\nwith quick_compilation():\n    {body}"
-        documents.run(["-c", program], tmp_path, PYTHONHASHSEED=seed, PYTHONPATH=str(ROOT / "tests"))
+    command = [*documents.quick_words(), "compile", "small.pt", *arguments]
+    for seed, words in (("1", command), ("12345", documents.quick_words(LIBRARY.format(options)))):
+        documents.run(words, tmp_path, PYTHONHASHSEED=seed)
     for name in ("operator.safetensors", "model.onnx"):
         one, other = (tmp_path / folder / name for folder in ("command", "library"))
         assert one.read_bytes() == other.read_bytes(), name

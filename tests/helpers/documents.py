@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 from helpers.paths import ROOT, TESTS
 
@@ -49,21 +50,11 @@ def write_sources(page: Path, folder: Path) -> None:
             (folder / name[1]).write_text(text)
 
 
-QUICK_COMMAND = """
-from helpers.quick import quick_compilation
-from asapc.cli import main
-with quick_compilation():
-    main()
-"""
-
-
-# ONNX Runtime's and torch's threads only wait for each other on small models.
-QUICK_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-
-
-def run_quickly(arguments: list[str], folder: Path) -> str:
-    """Run the command in a folder as `helpers.quick` does; return what it prints."""
-    return run(["-c", QUICK_COMMAND, *arguments], folder, **QUICK_ENVIRONMENT)
+def quick_words(code: str = "from asapc.cli import main\nmain()") -> list[str]:
+    """What to give to Python so that it runs some code, the command by default, as `helpers.quick` does."""
+    path = f"import sys; sys.path.insert(1, {str(TESTS)!r})"
+    body = indent(code, "    ")
+    return ["-c", f"{path}\nfrom helpers.quick import quick_compilation\nwith quick_compilation():\n{body}"]
 
 
 def run(words: list[str], folder: Path, **environment: str) -> str:
