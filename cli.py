@@ -38,7 +38,8 @@ app = typer.Typer(
 out = Console(file=cast(IO[str], Stream("stdout", required=True)), highlight=False)
 err = Console(file=cast(IO[str], Stream("stderr", required=False)), highlight=False)
 
-EXIT_CODES = "Exit codes: 0 done, 1 input at fault, 2 usage, 3 fidelity budget missed, 70 defect, 130 interrupted."
+ENDS = "Exit codes: 0 done, 1 input at fault, 2 usage, {}70 defect, 130 or 143 interrupted."
+BUDGET_MISSED = "3 fidelity budget missed, "
 KEYWORD_ONLY = reflection.Parameter.KEYWORD_ONLY
 READS = [OPTIONS[name] for name in ("model", "model_args", "weights", "inputs", "input_shape", "unsafe_load")]
 CONFIG_FILE = Option("--config", "Options in TOML; the command line wins.", metavar="FILE", name="config", kind=Path)
@@ -86,6 +87,7 @@ def command(*examples: str, takes: Collection[Option] = ()) -> Callable[[Callabl
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
+        ends = ENDS.format(BUDGET_MISSED if "fidelity" in {option.name for option in takes} else "")
         own = [p for p in reflection.signature(function).parameters.values() if p.name != "options"]
         parameters = [parameter(option) for option in (*takes, CONFIG_FILE, TRUST_CONFIG)] if takes else []
 
@@ -100,7 +102,7 @@ def command(*examples: str, takes: Collection[Option] = ()) -> Callable[[Callabl
         # Typer reads parameters off the signature.
         parameters += [p.replace(kind=KEYWORD_ONLY) for p in own]
         cast(Any, run).__signature__ = reflection.Signature(parameters)
-        app.command(epilog="\n\n".join(["Examples:", *examples, EXIT_CODES]))(run)
+        app.command(epilog="\n\n".join(["Examples:", *examples, ends]))(run)
         return function
 
     return add
@@ -129,6 +131,8 @@ ModelFile = Annotated[
     Path,
     typer.Argument(metavar="FILE", help="Checkpoint, weights (with --model), torch.export archive (.pt2) or ONNX."),
 ]
+a_file = functools.partial(typer.Option, metavar="FILE")
+a_number = functools.partial(typer.Option, metavar="NUMBER")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 
@@ -140,7 +144,7 @@ def options_of(config: Path | None, trust: bool | None, values: dict[str, Any]) 
     return replace(base, **changes)
 
 
-@app.callback(invoke_without_command=True, epilog=EXIT_CODES)
+@app.callback(invoke_without_command=True, epilog=ENDS.format(BUDGET_MISSED))
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
@@ -221,15 +225,13 @@ def inspect(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
     options: CompileConfig,
-    data: Annotated[
-        Path, typer.Option(help="Samples, .npz, .npy or .pt, with labels if there are any.", show_default=False)
-    ],
+    data: Annotated[Path, a_file(help="Samples, .npz, .npy or .pt, with labels if there are any.", show_default=False)],
     teacher: Annotated[
-        Path | None, typer.Option(help="The model that was compiled.", show_default="where the report says it was")
+        Path | None, a_file(help="The model that was compiled.", show_default="where the report says it was")
     ] = None,
     outputs: Annotated[
         Path | None,
-        typer.Option(
+        a_file(
             help="What the teacher returned for these samples, .npz, .npy or .pt, to compare with instead: an array "
             "for each output, in their order.",
             show_default=False,
@@ -263,14 +265,14 @@ def approx(
     expression: Annotated[
         str, typer.Argument(metavar="FUNCTION", help='Of x, such as "x**3" or "tanh(3*x)".', show_default=False)
     ],
-    depth: Annotated[int, typer.Option(help="Hidden layers of width 4, each of which doubles the pieces.")] = 5,
+    depth: Annotated[int, a_number(help="Hidden layers of width 4, each of which doubles the pieces.")] = 5,
     domain: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Interval of x.")] = "0,1",
-    points: Annotated[int, typer.Option(help="Equally spaced points to fit and to take errors on.")] = 500,
-    runs: Annotated[int, typer.Option(help="Independent starts.")] = 30,
-    out_file: Annotated[Path, typer.Option("--out", help="ONNX file to write.")] = Path("approx.onnx"),
-    plot: Annotated[Path | None, typer.Option(help="Picture to draw, .png, .svg or .pdf.", show_default=False)] = None,
+    points: Annotated[int, a_number(help="Equally spaced points to fit and to take errors on.")] = 500,
+    runs: Annotated[int, a_number(help="Independent starts.")] = 30,
+    out_file: Annotated[Path, a_file("--out", help="ONNX file to write.")] = Path("approx.onnx"),
+    plot: Annotated[Path | None, a_file(help="Picture to draw, .png, .svg or .pdf.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the starts.")] = 0,
+    seed: Annotated[int, a_number(help="Seed of the starts.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Approximate a function by a ReLU network with exponentially many linear pieces."""
@@ -296,10 +298,10 @@ def approx(
 @command("asapc train digits --out mine.pt", "asapc train digits --epochs 1 --seed 3")
 def train(
     recipe: Annotated[str, typer.Argument(metavar="digits", help="What to train.", show_default=False)],
-    out_file: Annotated[Path, typer.Option("--out", help="Checkpoint to write.")] = Path("model.pt"),
+    out_file: Annotated[Path, a_file("--out", help="Checkpoint to write.")] = Path("model.pt"),
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint if it exists.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 70,
+    seed: Annotated[int, a_number(help="Seed of weights and batches.")] = 0,
+    epochs: Annotated[int, a_number(min=1, help="Passes over the training data.")] = 70,
 ) -> None:
     """Train a model with Sinkhorn attention, and its softmax twin for comparison."""
     from asapc.models import digits

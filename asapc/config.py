@@ -9,6 +9,7 @@ from stat import S_ISREG
 from typing import Annotated, Any
 
 from asapc.errors import OptionError
+from asapc.types.axes import parse_ranges
 from asapc.types.budget import DEFAULT_BUDGET, METRICS, Bound, parse_bound
 from asapc.types.options import EarlyStopRule, Level, Lowering, LoweringRule, Option, Precision, Range, Target, declared
 from asapc.types.plain import check_plain
@@ -29,7 +30,7 @@ class CompileConfig:
     """Options of a compilation.
 
     Raises:
-        OptionError: a value is out of range, none of the choices, or a budget that cannot be read.
+        OptionError: a value is out of range, none of the choices, or a budget or axes that cannot be read.
     """
 
     out: Annotated[
@@ -143,7 +144,7 @@ class CompileConfig:
             "What to build besides model.onnx. auto: an engine where one can be built, else a warning; onnx: nothing; "
             "tensorrt, which needs a GPU, or tensorrt-rtx: that engine, or an error.",
             OPERATORS,
-            metavar="TARGET",
+            metavar="TARGET",  # the choices, which the sentence has, would break at 80 columns
         ),
     ] = "auto"
     precision: Annotated[
@@ -246,6 +247,7 @@ class CompileConfig:
         for name, option in OPTIONS.items():
             object.__setattr__(self, name, option.clean(getattr(self, name)))
         self.bounds()
+        list(parse_ranges(self.dynamic))
 
     def bounds(self) -> tuple[Bound, ...]:
         """Return the fidelity budget, parsed."""
@@ -270,7 +272,7 @@ class CompileConfig:
         """
         content = read_toml(path)
         options = {key: option for option in OPTIONS.values() for key in (option.key, option.name)}
-        values: dict[str, Any] = {}
+        values: dict[str, tuple[str, Any]] = {}
         for key, value in content.items():
             if key not in options:
                 keys = ", ".join(option.key for option in OPTIONS.values())
@@ -283,8 +285,11 @@ class CompileConfig:
                 )
             if option.name in values:
                 raise OptionError(f"{path} sets both `{option.key}` and `{option.name}`", "keep one: they are the same")
-            values[option.name] = option.read(key, value)
-        return cls(**values)
+            values[option.name] = (key, value)
+        try:
+            return cls(**{name: OPTIONS[name].read(key, value) for name, (key, value) in values.items()})
+        except OptionError as error:
+            raise OptionError(f"in {path}: {error}", error.hint) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:

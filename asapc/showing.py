@@ -49,7 +49,7 @@ def inspection(sites: list[dict[str, Any]]) -> Iterator[Grid | str]:
         )
         for site in sites
     ]
-    columns = ("site", "T", "ends on", "epsilon", "heads", "N x M", "mask", "time")
+    columns = ("site", "half-steps", "ends on", "epsilon", "heads", "N x M", "mask", "time")
     yield Grid("Sinkhorn attention", columns, ("site", "ends on", "mask"), [rows])
     for site in sites:
         kind = "" if site["ends_in"] == "attention" else ", a plan alone,"

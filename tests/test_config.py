@@ -105,7 +105,9 @@ def test_a_config_reads_its_budget_when_it_is_made():
 def test_an_option_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(OptionError) as caught:
         CompileConfig(**{name: value})
-    assert name in str(caught.value)
+    flag = OPTIONS[name].flag
+    assert str(caught.value).startswith(f"{flag} cannot be ")
+    assert flag in caught.value.hint
     assert name in caught.value.hint
 
 
@@ -225,7 +227,7 @@ def test_a_toml_file_takes_the_names_of_flags_and_of_attributes_and_one_value_fo
 def test_a_toml_file_is_refused_with_what_was_expected_and_what_it_has(line, message, tmp_path):
     with pytest.raises(OptionError) as caught:
         CompileConfig.from_toml(toml(tmp_path, line))
-    assert str(caught.value) == message
+    assert str(caught.value) == f"in {tmp_path / 'options.toml'}: {message}"
 
 
 def test_an_empty_toml_file_gives_the_defaults(tmp_path):

@@ -9,7 +9,7 @@ from helpers.documents import FIRST_COMPILE, code_blocks, commands
 from helpers.paths import ROOT
 
 README, TUTORIAL = ROOT / "README.md", ROOT / "docs" / "tutorial.md"
-# Those of installing and of `make` are run by .ci/run, on a clean checkout; training by tests/cli/test_train.py.
+# .ci/run runs those that install, and `make`, on a clean checkout; tests/cli/test_train.py, of `make test-all`, trains.
 SKIPPED = ("make ", "pip ", "asapc train ")
 
 
@@ -52,7 +52,6 @@ def test_the_folder_of_the_readme_is_made_by_its_own_command() -> None:
     assert FIRST_COMPILE in SHIPPED
 
 
-@pytest.mark.slow
 def test_the_python_of_the_readme_runs(readme_folder: Path) -> None:
     (code,) = (text for text in PYTHON if 'compile_model("models/digits.pt"' in text)
     assert "PASSED" in documents.run(documents.quick_words(code), readme_folder)

@@ -4,7 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 from helpers.documents import code_blocks, commands, quick_words, run, write_sources
 from helpers.paths import ROOT
 
@@ -12,7 +11,6 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 LINES = [line for language, text in code_blocks(TUTORIAL) if language == "sh" for line in commands(text)]
 
 
-@pytest.mark.slow
 def test_the_tutorial_leads_from_a_model_to_onnx_runtime(tmp_path: Path) -> None:
     write_sources(TUTORIAL, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"my_model.py", "train.py", "run.py"}

@@ -7,7 +7,7 @@ place, or it branches on a length and cannot be compiled that way.
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,13 +16,12 @@ from torch.fx import Graph, Node
 
 from asapc.capturing.capture import capture_code
 from asapc.errors import CaptureError, OptionError
+from asapc.types.axes import FORM, parse_ranges
 from asapc.types.graph import BATCH_AXIS, Axes, CapturedGraph, DynamicAxis
 from asapc.types.model import LoadedModel
 from asapc.types.options import EarlyStopRule
 from asapc.types.samples import Samples
 from asapc.types.site import Site
-
-FORM = "use batch=1:64, seq=16:2048 for the second axis of every input, or INPUT.AXIS=LOW:HIGH, separated by commas"
 
 
 def parse_axes(text: str, samples: Samples) -> Axes:
@@ -46,19 +45,6 @@ def parse_axes(text: str, samples: Samples) -> Axes:
         for of, axis in places:
             axes[of][axis] = DynamicAxis(re.sub(r"\W", "_", name), low, high)
     return axes
-
-
-def parse_ranges(text: str) -> Iterator[tuple[str, int, int]]:
-    """Yield the name, the least and the largest length of each axis of such a description.
-
-    Raises:
-        OptionError: it is not of that form.
-    """
-    for term in filter(None, text.split(",")):
-        match = re.fullmatch(r"\s*([^\s=]{1,80})=(\d{1,9}):(\d{1,9})\s*", term)
-        if match is None:
-            raise OptionError(f"cannot read the dynamic axis {term[:200]!r}", FORM)
-        yield match[1], int(match[2]), int(match[3])
 
 
 def find_places(name: str, samples: Samples) -> list[tuple[str, int]]:

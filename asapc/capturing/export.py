@@ -65,7 +65,7 @@ def export(
             # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
             # plan in place would otherwise outlive the rewrite, since such nodes never count as dead. And regions with
             # automatic casts, without gradients or under vmap into plain nodes. It takes as long as the export itself.
-            settle_casts(program)
+            settle(program)
             if is_plain(program):
                 program.graph.eliminate_dead_code()
                 program.graph_module.recompile()
@@ -86,20 +86,43 @@ def export(
     return program
 
 
-def settle_casts(program: ExportedProgram) -> None:
-    """Remove casts to the type that a value has, in place, and write others as the copies that they are.
+def settle(program: ExportedProgram) -> None:
+    """Write operators that most models have as what the pass would make of them, in place.
 
-    Code that casts to be safe is plain without the former, and with the latter.
+    These are casts, copies into order, dropout in evaluation, and slices by their length.
     """
-    for node in program.graph.find_nodes(op="call_function", target=aten.to.dtype):
-        source, dtype, *options = node.args
-        if any(options) or node.kwargs:
-            continue
-        if source.meta["val"].dtype == dtype:
-            node.replace_all_uses_with(source, propagate_meta=False)
-            program.graph.erase_node(node)
-        else:
-            node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+    for node in list(program.graph.nodes):
+        match node.target, node.args:
+            case aten.to.dtype | aten.to.device | aten.to.dtype_layout, _:
+                settle_cast(program, node)
+            case aten.contiguous.default, (source,) if not node.kwargs:
+                node.target, node.kwargs = aten.clone.default, {"memory_format": torch.contiguous_format}
+            case aten.dropout.default, (source, _, False):
+                drop(program, node, source)
+            case aten.narrow.default, (source, dim, int(start), int(length)) if start >= 0:
+                node.target, node.args = aten.slice.Tensor, (source, dim, start, start + length)
+
+
+def settle_cast(program: ExportedProgram, node: Node) -> None:
+    """Drop a cast to the type that a value has, and write another as the copy that it is."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    source = given.pop("self")
+    value = source.meta["val"]
+    dtype = given.pop("dtype", None) or value.dtype
+    stays = all(given.pop(place, None) in (None, getattr(value, place)) for place in ("device", "layout"))
+    if not stays or any(given.values()):  # asks for a copy, or for an order in memory
+        return
+    if value.dtype == dtype:
+        drop(program, node, source)
+    else:
+        node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+
+
+def drop(program: ExportedProgram, node: Node, source: Node) -> None:
+    """Use what a node reads in its place."""
+    node.replace_all_uses_with(source, propagate_meta=False)
+    program.graph.erase_node(node)
 
 
 def is_plain(program: ExportedProgram) -> bool:

@@ -1,8 +1,8 @@
-"""Sinkhorn loops with a constant that keeps their divisors from zero, which code adds everywhere and few papers do.
+"""Sinkhorn loops with a guard, a constant that keeps their divisors from zero: common in code, rare in papers.
 
-The constant acts as soon as sums are as small: on sharp scores, and in small matrices. The plan is still
-u * kernel * v, so the scaling form carries it. Half-steps that divide the plan by its own sums, and those that divide
-masses by the sums of the kernel scaled on the other axis, differ only in whether what u and v were before counts.
+A guard acts where sums are as small as its constant: on sharp scores. The plan is still u * kernel * v, so that the
+scaling form holds. A half-step may divide the plan by its own sums, or masses by the sums of the kernel scaled on the
+other axis. With a guard the two differ: in the first the new u depends on the one before.
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from asapc.ops.scaling import column_sums, scaled_plan
 from asapc.ops.sinkhorn import Sinkhorn, first_axis, other
 from asapc.types.site import Axis, Guard
 
-# Largest scaling vectors, against the largest number: they are multiplied by values. A column of zeros is divided by
-# the constant again and again.
-LARGEST = 1e-6
+# Limit of scaling vectors as a share of the largest float, since they are multiplied with values. Where a column is all
+# zeros, each half-step divides its vector by the constant once more.
+MAX_VECTOR = 1e-6
 SUMMED: Mapping[Axis, int] = {"rows": -1, "columns": -2}  # the dimension that the sums of an axis go over
 
 
@@ -74,7 +74,7 @@ class GuardedSinkhorn(Sinkhorn):
                     vector = own * masses[axis] / guarded(own * sums, axis, self.guard)
                 else:
                     vector = masses[axis] / guarded(sums, axis, self.guard)
-                vectors[axis] = vector.clamp_max(LARGEST * torch.finfo(vector.dtype).max)
+                vectors[axis] = vector.clamp_max(MAX_VECTOR * torch.finfo(vector.dtype).max)
             axis = other(axis)
         return vectors
 
@@ -127,7 +127,7 @@ def scale_by_turns(
 
 
 def guarded(sums: torch.Tensor, axis: Axis, guard: Guard) -> torch.Tensor:
-    """Return sums over an axis as they divide."""
+    """Return the divisors that a guard makes of the sums of an axis."""
     if guard.axes not in ("both", axis):
         return sums
     return sums.clamp_min(guard.constant) if guard.clamped else sums + guard.constant

@@ -93,6 +93,11 @@ class Option:
         return self.flag.lstrip("-")
 
     @property
+    def names(self) -> str:
+        """The flag, and where Python calls it otherwise its name there."""
+        return self.flag if self.key.replace("-", "_") == self.name else f"{self.flag} (in Python {self.name})"
+
+    @property
     def shown_default(self) -> str:
         """The default as help shows it, empty where there is nothing to show."""
         if self.default_text or self.kind is bool:
@@ -108,12 +113,11 @@ class Option:
         """
         if self.choices and value not in self.choices:
             *others, last = map(str, self.choices)
-            hint = f"give {self.name} ({self.flag}) the value {', '.join(others)} or {last}"
-            raise OptionError(f"{self.name} is {value!r}", hint)
+            raise OptionError(f"{self.flag} cannot be {value!r}", f"give {self.names} {', '.join(others)} or {last}")
         numbers = value if self.many else (value,)
         if self.range is not None and not (numbers and all(number in self.range for number in numbers)):
             shown = ", ".join(map(str, numbers)) or "empty"
-            raise OptionError(f"{self.name} is {shown}", f"give {self.name} ({self.flag}) a value {self.range}")
+            raise OptionError(f"{self.flag} cannot be {shown}", f"give {self.names} a value {self.range}")
         return Path(value) if self.kind is Path and value is not None else value
 
     def read(self, key: str, value: Any) -> Any:

@@ -80,7 +80,7 @@ class Loop:
             to. That of the last axis is what its sums are, the other's matters up to a factor.
         masked: whether entries below `ops.scaling.MIN_LIVE` are left out: key padding, and padded queries.
         guard: a constant that keeps divisors from zero and acts on up to 30 times the samples' scores; None where none
-            does, or where it acts in a way that is not known.
+            does, or where no guard explains how it acts.
         reach: up to how many times the samples' scores the model computes this loop without its guard; infinite where
             there is none.
     """

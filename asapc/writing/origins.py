@@ -12,12 +12,12 @@ from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.onnxruntime.splicer import splice_onnx
 from asapc.capturing.capture import capture_code, capture_exported, capture_onnx
-from asapc.capturing.dynamic import parse_ranges
 from asapc.config import CompileConfig
 from asapc.errors import OptionError
 from asapc.loading.onnx.module import OnnxModel
 from asapc.loading.pt2.program import ExportedModel
 from asapc.types.artifacts import OnnxArtifact
+from asapc.types.axes import parse_ranges
 from asapc.types.graph import CapturedGraph
 from asapc.types.model import LoadedModel
 from asapc.types.options import EarlyStopRule

@@ -71,7 +71,7 @@ class Explanation:
         constants: their constants, and whether each is a limit; else it is added.
         reductions: how many of its nodes sum over a matrix or vector: no fewer than it has half-steps.
         in_range: whether it stays in range on any scores, since it takes logarithms of sums at once.
-        unexplained: the first node that is no step of a loop; None where there is none.
+        unexplained: the first node that does not belong to a loop; None where there is none.
     """
 
     ideal: Mapping[Node, tuple[Any, ...]]

@@ -1,7 +1,7 @@
-"""Reads off a loop how a constant keeps its divisors from zero, so that the exact form can carry it.
+"""Finds out how the constant of a loop keeps its divisors from zero, so that the exact form can do the same.
 
-The loop is computed on scores that are so sharp that its constant acts, and compared with loops that have one in each
-of the ways in which code writes it.
+The loop runs on scores so sharp that its constant acts. The guard is the one, of all ways in which code writes such a
+constant, with which the reference loop gives the same plans.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -17,11 +17,12 @@ from asapc.ops.guarded import guarded_plan_ref
 from asapc.passes.find.probe import difference
 from asapc.types.site import Guard, Loop
 
-# Multiples of the samples' scores on which constants are tried, and by how much they may change the plan.
+# Multiples of the samples' scores on which a loop is compared with itself less its constants, and from which relative
+# difference on they count.
 REACHES, REACH_TOLERANCE = (1.0, 3.0, 10.0, 30.0), 1e-4
 SHIFTS = (-30.0, -10.0, 10.0, 30.0)  # of scores, in units of the temperature
 TOLERANCE = 1e-9  # relative, of plans in float64
-SOME = slice(0, 2)  # samples, and heads, that all readings are tried on
+SOME = slice(0, 2)  # of samples and of heads, on which all guards are tried first
 
 
 def find_guard(
@@ -31,27 +32,28 @@ def find_guard(
     respond: Callable[[Tensor], Tensor],
     ideal: Callable[[Tensor], Tensor],
 ) -> tuple[Guard | None, float]:
-    """Return the guard of a loop, None where no constant acts or none of the readings fits, and its reach without one.
+    """Return the guard of a loop, and its reach without one; no guard where no constant acts, or none fits.
 
     Args:
         loop: the loop less its constants.
         scores: (B, H, N, M) as the scores node has them, float64.
-        constants: those in its divisors, and whether they are limits; they are added elsewhere.
-        respond: the plan that the model's loop makes of such scores.
-        ideal: the same without constants.
+        constants: those in its divisors, each with whether it is a lower limit; else it is added.
+        respond: returns the plan that the model's loop makes of such scores.
+        ideal: returns the plan without constants.
     """
     tried, reach = list[tuple[Tensor, Tensor]](), inf
     for factor, before in zip(REACHES, (0.0, *REACHES), strict=False):
         plan = respond(factor * scores)
         if not bool(torch.isfinite(plan).all()):
             reach = min(reach, before)
-            break  # the model's own form ends here
+            break  # the model's own arithmetic overflows
         tried.append((factor * scores * loop.scale[:, None, None], plan))
         if difference(plan, ideal(factor * scores)) > REACH_TOLERANCE:
             reach = min(reach, before)
     if reach == inf or len(constants) != 1:
         return None, reach
-    # Other sums of rows and columns: a constant may not act in the first half-steps otherwise.
+    # On scores like the samples' a constant may not act in the first half-steps; with other sums of rows and columns it
+    # does, so that all places where it may stand can be told apart.
     for shift in shifts(scores):
         shifted = scores + shift / loop.scale[:, None, None]
         plan = respond(shifted)
@@ -73,14 +75,14 @@ def shifts(scores: Tensor) -> Iterator[Tensor]:
 
 
 def readings(constant: float, clamped: bool) -> Iterator[Guard]:
-    """Yield the guards that a constant may be."""
+    """Yield every guard with this constant."""
     hints = get_type_hints(Guard)
     for reading in product(*(get_args(hints[field.name]) for field in fields(Guard)[2:])):
         yield Guard(constant, clamped, *reading)
 
 
 def fits(guard: Guard, loop: Loop, tried: Collection[tuple[Tensor, Tensor]], some: slice = slice(None)) -> bool:
-    """Return whether a loop with a guard gives the plans of scores in units of the temperature, for some samples."""
+    """Return whether a loop with a guard gives these plans, of scores in units of the temperature, for some samples."""
     masses = (loop.row_mass, loop.column_mass)
     return all(
         difference(guarded_plan_ref(scores[some, some], loop.half_steps, loop.last, guard, *masses), plan[some, some])

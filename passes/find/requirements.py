@@ -1,4 +1,4 @@
-"""What a region has to be besides a loop in numbers: of steps alone, of its scores alone, the same for all inputs."""
+"""Conditions on a region whose numbers are those of a loop on the samples: it has to be one on all inputs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,26 +14,27 @@ from asapc.passes.find.probe import PLAN_TOLERANCE, NotSinkhorn, difference
 from asapc.passes.find.regions import Region
 from asapc.types.site import Loop
 
-UNEXPLAINED = 5  # nearness of a start after which comes what is no step of a loop
+UNEXPLAINED = 5  # how near to a loop a region is that fails one of these conditions
 
 
 def require_steps(explanation: Explanation) -> None:
-    """Raise NotSinkhorn if a node of the region is no step of a loop: on other samples it may act."""
+    """Raise NotSinkhorn if a node of the region does not belong to a loop: it may act on other samples."""
     if explanation.unexplained is not None:
         raise NotSinkhorn(
-            f"{name_of(explanation.unexplained)} is no step of a Sinkhorn loop: it does not show on the samples, but "
-            "may on others",
+            f"{name_of(explanation.unexplained)} is not part of a Sinkhorn loop: it has no effect on the samples, but "
+            "may have on others",
             "leave it out, or apply it to the scores before the loop",
             nearness=UNEXPLAINED,
         )
 
 
 def require_guard(loop: Loop, explanation: Explanation, error: float) -> None:
-    """Raise NotSinkhorn if constants in divisors change the plan on the samples, and not in a way that is known."""
+    """Raise NotSinkhorn if constants in divisors change the plan on the samples, and no guard explains how."""
     if loop.guard is None and error > PLAN_TOLERANCE:
         raise NotSinkhorn(
-            f"{name_of(next(iter(explanation.ideal)))} changes the plan by {error:.1e}, in a way that is not known",
-            "add one constant to all divisors, or a smaller one",
+            f"{name_of(next(iter(explanation.ideal)))} changes the plan by {error:.1e}, and not as one constant "
+            "in all divisors does",
+            "add one constant to all divisors, or smaller ones",
             nearness=UNEXPLAINED,
         )
 
@@ -48,7 +49,7 @@ def require_own(region: Region, value: Tensor, plan: Tensor) -> None:
             raise NotSinkhorn(
                 f"the loop reads {name_of(node)}, which changes with the model's inputs and is neither its scores nor "
                 "a mask",
-                "let what comes from the inputs scale or shift the scores before the loop",
+                "scale or shift the scores by it before the loop",
                 nearness=UNEXPLAINED,
             )
 
@@ -70,7 +71,7 @@ def require_evidence(candidate: PlanCandidate, values: Mapping[Node, Any]) -> No
 
 
 def require_uniform(region: Region, loop: Loop) -> None:
-    """Raise NotSinkhorn if masses that differ by row or column could come from what changes with the inputs."""
+    """Raise NotSinkhorn if masses differ by row or column and may depend on the model's inputs."""
     varying = [node for node in sorted(region.inputs) if not is_constant(node)]
     if varying and not loop.uniform:
         raise NotSinkhorn(

@@ -1,4 +1,4 @@
-"""Times the nodes of a graph, for the share of the time that a site takes."""
+"""Times the nodes of a graph, from which the share of a site in the model's time follows."""
 
 import time
 from typing import Any
@@ -9,12 +9,13 @@ from torch.fx import Interpreter, Node
 
 from asapc.types.samples import Samples
 
-# The first run, which allocates memory and wakes threads, is timed only where it takes so many seconds.
-RUNS, SECONDS = 5, 1.0
+# Runs, and the seconds after which no other is begun. The first, which allocates memory and wakes threads, counts only
+# where it alone takes longer.
+MAX_RUNS, MAX_SECONDS = 5, 1.0
 
 
 class NodeTimer(Interpreter):
-    """Runs a graph, and keeps the least time of each node."""
+    """Runs a graph and keeps the least time of each node."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -30,13 +31,13 @@ class NodeTimer(Interpreter):
 
 
 def time_nodes(module: nn.Module, samples: Samples) -> dict[Node, float]:
-    """Return the seconds that each node takes, the least of several runs."""
+    """Return the seconds that each node takes: the least of several runs, or those of the only one if that is long."""
     timer = NodeTimer(module)
     start = time.perf_counter()
     with torch.no_grad():
-        for run in range(RUNS):
+        for run in range(MAX_RUNS):
             timer.run(*samples.inputs.values(), enable_io_processing=False)
-            if time.perf_counter() - start > SECONDS:
+            if time.perf_counter() - start > MAX_SECONDS:
                 break
             if run == 0:
                 timer.seconds.clear()

@@ -251,7 +251,6 @@ def test_the_first_level_rewrites_exactly_and_its_engine_builds(from_file):
 LIBRARY = "import asapc; asapc.compile_model('small.pt', asapc.CompileConfig(out='library', target='onnx', **{}))"
 
 
-@pytest.mark.slow
 def test_the_command_and_the_library_give_the_same_bytes(tmp_path):
     """In two processes with two hash seeds, so that the order of a set cannot hide."""
     write_checkpoint(tmp_path / "small.pt")

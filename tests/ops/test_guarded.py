@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.tolerances import FLOAT64, difference
+from helpers.tolerances import FLOAT32, FLOAT64, difference
 
 from asapc.ops.guarded import GuardedSinkhorn, guarded_plan_ref
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
@@ -45,9 +45,20 @@ def test_a_constant_that_does_not_act_leaves_the_plain_loop(half_steps):
         assert difference(guarded_plan_ref(SCORES, half_steps, "rows", guard), expected) < FLOAT64, guard
 
 
+@pytest.mark.parametrize("clamped", [False, True], ids=["added", "clamped"])
+def test_vectors_of_any_size_that_products_with_values_can_take_are_those_of_the_loop(clamped):
+    """Sums of 1e-10 are divided by constants as small: vectors have to reach 1e10, far from the largest float32."""
+    scores = SCORES.float() - 25.0
+    for guard in readings(1e-12, clamped):
+        expected = guarded_plan_ref(scores, 7, "rows", guard)
+        plan = GuardedSinkhorn(7, "rows", guard)(scores)
+        assert difference(plan.double(), expected) < FLOAT32, guard
+
+
 def test_columns_that_are_zero_in_float32_stay_zero():
     scores = SCORES.float().clone()
     scores[..., 2] = -200.0  # exp gives 0
-    plan = GuardedSinkhorn(40, "rows", Guard(1e-6, False, "both", "plan", "plain", "one", "same"))(scores)
-    assert torch.isfinite(plan).all()
+    operator = GuardedSinkhorn(40, "rows", Guard(1e-6, False, "both", "plan", "plain", "one", "same"))
+    plan, result = operator(scores), operator(scores, values=100 * VALUES.float())
     assert (plan[..., 2] == 0).all()
+    assert difference(result, plan @ (100 * VALUES.float())) < FLOAT32
