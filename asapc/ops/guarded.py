@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from asapc.ops.scaling import column_sums, scaled_plan
+from asapc.ops.scaling import column_sums, log_scaled, scaled_plan
 from asapc.ops.sinkhorn import Sinkhorn, first_axis, other
 from asapc.types.site import Axis, Guard
 
@@ -52,8 +52,7 @@ class GuardedSinkhorn(Sinkhorn):
         if factor is not None:
             u = factor.unsqueeze(0) if u is None else u * factor
         if self.logarithm:
-            exponent = exponent if u is None else exponent + torch.log(u).transpose(-1, -2)
-            return exponent if v is None else exponent + torch.log(v)
+            return log_scaled(exponent, u, v)
         return scaled_plan(kernel, u, v, values, turned=False)
 
     @property

@@ -82,6 +82,13 @@ def row_scaling(kernel: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:
     return column_scaling(kernel.transpose(-1, -2), v)
 
 
+def log_scaled(exponent: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None) -> torch.Tensor:
+    """Return the logarithm (B, H, N, M) of u * exp(exponent) * v; see `scaled_plan`."""
+    if u is not None:
+        exponent = exponent + torch.log(u).transpose(-1, -2)
+    return exponent if v is None else exponent + torch.log(v)
+
+
 def scaled_plan(
     kernel: torch.Tensor,
     u: torch.Tensor | None,

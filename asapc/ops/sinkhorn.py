@@ -10,9 +10,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.fused import attend, half_step
 from asapc.ops.scaling import (
+    MIN_LIVE,
     MIN_SUM,
     column_scaling,
     log_row_softmax,
+    log_scaled,
     row_scaling,
     scaled_plan,
     scaling_exponent,
@@ -21,6 +23,9 @@ from asapc.ops.scaling import (
 from asapc.types.options import Lowering
 from asapc.types.site import Axis
 
+# Half-steps after which a wide kernel takes up the scaling vectors (Schmitzer 2019, "Stabilized sparse scaling
+# algorithms", section 3.2): over hundreds these leave the range of float32, and of float64 too.
+MAX_STEPS = 40
 # Like `scaling.MAX_SPREAD`, but for float64 and scaling vectors too: their products stay within its range of 745.
 MAX_SPREAD_FLOAT64 = 200.0
 # Least sums of rows and columns of a kernel below which its entries, from 1e-308 on, could have lost what counts.
@@ -276,16 +281,19 @@ class Sinkhorn(nn.Module):
         if self.wide and exponent is not None and self.half_steps > 1:
             exponent, shift = scaling_exponent(exponent, self.masked)
             kernel, u = torch.exp(exponent), times(u, torch.exp(shift))
+            if self.masked:  # the vectors of masked rows and columns grow without end
+                exponent = torch.where(scores >= MIN_LIVE, exponent, -torch.inf)
         v: torch.Tensor | None = None
         for step in range(1, self.half_steps):
+            if self.wide and exponent is not None and step % MAX_STEPS == 0:
+                exponent = log_scaled(exponent, u, v)
+                kernel, u, v = torch.exp(exponent), None, None
             if step % 2:
                 v = times(column_scaling(kernel, u), columns)
             else:
                 u = times(row_scaling(kernel, v), rows)
         if self.logarithm and exponent is not None:
-            log_plan = exponent
-            log_plan = log_plan if u is None else log_plan + torch.log(u).transpose(-1, -2)
-            log_plan = log_plan if v is None else log_plan + torch.log(v)
+            log_plan = log_scaled(exponent, u, v)
             return log_plan.transpose(-1, -2) if self.turned else log_plan
         return scaled_plan(kernel, u, v, values, self.turned)
 

@@ -11,7 +11,7 @@ from math import isfinite, log2
 from pathlib import Path
 from typing import NamedTuple
 
-from asapc.ops.sinkhorn import Sinkhorn
+from asapc.ops.sinkhorn import MAX_STEPS, Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.types.choices import Selection
 from asapc.types.site import Site
@@ -48,7 +48,8 @@ def work(
     total: dict[str, float] = {"call": 1, "product": entries * 2 * shape.head_dim, "softmax": entries}
     if isinstance(module, Sinkhorn):
         steps = module.half_steps - 1  # the softmax is the first
-        passes += 3 * module.wide  # to level the kernel on the other axis too
+        # To level the kernel on the other axis too, and to take up the scaling vectors.
+        passes += module.wide * (3 + 2 * (steps // MAX_STEPS))
     else:
         steps = module.half_steps - module.wide
         passes += module.wide  # to add the dual to the scores
