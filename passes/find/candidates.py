@@ -228,8 +228,12 @@ def score_product(node: Node) -> Product | None:
 
 def inside_loop(plan: Node, region: set[Node]) -> set[Node]:
     """Return the nodes of a region that depend on a sum over a matrix of the plan's size: no loop starts there."""
-    sums = {node for node in region if is_sum(node) and any(size_of(n) == size_of(plan) for n in node.all_input_nodes)}
-    return sums | descend(sums, sorted(region))
+    size, ordered = size_of(plan), sorted(region)
+    products = {node for node in region if makes_scores(node) and size_of(node) == size}
+    # What is summed before the scores is no step: queries, for their norms, may happen to have the plan's size.
+    after = descend(products, ordered) if products else region
+    sums = {node for node in after if is_sum(node) and any(size_of(n) == size for n in node.all_input_nodes)}
+    return sums | descend(sums, ordered)
 
 
 def is_sum(node: Node) -> bool:
