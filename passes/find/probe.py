@@ -142,8 +142,7 @@ def find_live(plan: Tensor) -> Live:
     positive = plan > 0
     live = Live(positive.any(dim=-1, keepdim=True).double(), positive.any(dim=-2, keepdim=True).double())
     if not torch.equal(positive, live.cells):
-        causal = plan.shape[-2] == plan.shape[-1] and not bool(positive.triu(1).any())
-        if causal and bool(positive.tril(-1).any()):
+        if is_causal(plan):
             raise NotSinkhorn(
                 "the plan is strictly causal; a doubly-stochastic causal plan is the identity, so there is no "
                 "Sinkhorn loop to keep",
@@ -153,10 +152,28 @@ def find_live(plan: Tensor) -> Live:
         raise NotSinkhorn(
             f"{zeros:.1%} of the plan is zero, and not in whole rows and columns: the plan is not an exponential of "
             "the scores, or the mask is not key padding",
-            "mask only padding, whole keys or queries, and use exp instead of ReLU; for causal, banded and top-k "
-            "masks, use softmax",
+            "mask the scores before the loop, whole keys or queries, or so that no row or column is ever empty, as in "
+            "a window; use exp instead of ReLU, and softmax for causal and top-k masks",
         )
     return live
+
+
+def is_causal(plan: Tensor) -> bool:
+    """Return whether a plan leaves out what comes later, or what comes earlier, and nothing else as a whole."""
+    positive = plan > 0
+    square = plan.shape[-2] == plan.shape[-1]
+    return square and any(
+        not bool(half.triu(1).any()) and bool(half.tril(-1).any()) for half in (positive, positive.transpose(-1, -2))
+    )
+
+
+def never_empty(plan: Tensor) -> bool:
+    """Return whether each row and column of a plan has an entry that is positive in all samples and heads.
+
+    Such are windows, and bins for what matches nothing. The best of each row may leave a column empty on other inputs.
+    """
+    positive = (plan > 0).all(dim=1).all(dim=0)
+    return bool(positive.any(dim=-1).all() and positive.any(dim=-2).all())
 
 
 def probe(

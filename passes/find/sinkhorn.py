@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from asapc.ops.scaling import MIN_LIVE
 from asapc.passes.find.candidates import PlanCandidate, is_raised, propose
 from asapc.passes.find.crop import CutDown, WholeNeededError, confirm, cut_down, whole_where_it_fails
 from asapc.passes.find.describe import describe, module_path, source_line
@@ -29,6 +30,8 @@ from asapc.passes.find.probe import (
     NotSinkhorn,
     difference,
     find_scale,
+    is_causal,
+    never_empty,
     probe,
     require_precision,
 )
@@ -251,15 +254,27 @@ class Trial:
         return describe(candidate, start, frame, loop, values, self.region.exponential, self.logarithm)
 
     def find_scale(self, scores: Tensor, plan: Tensor) -> tuple[Tensor, Live]:
-        """Return what `probe.find_scale` says; where entries of the plan underflow to zero, of milder scores."""
+        """Return what `probe.find_scale` says; where entries of the plan are zero, of other scores.
+
+        Milder ones show whether they underflow, ordinary ones in the place of those whether they are a mask of the
+        scores, such as a window, that the loop itself knows nothing of.
+        """
         try:
             return find_scale(scores, plan)
         except NotSinkhorn as reason:
             failure = reason
-        if bool((plan == 0).any()):
-            for factor in MILD:
-                with suppress(NotSinkhorn):
-                    return find_scale(factor * scores, self.respond(factor * scores))
+        zero = plan == 0
+        if not bool(zero.any()):
+            raise failure
+        for factor in MILD:
+            with suppress(NotSinkhorn):
+                return find_scale(factor * scores, self.respond(factor * scores))
+        if never_empty(plan) and not is_causal(plan):
+            with suppress(NotSinkhorn):
+                unmasked = torch.where(zero, scores[~zero].mean(), scores)
+                scale, live = find_scale(unmasked, self.respond(unmasked))
+                if bool((scores * scale[:, None, None] < MIN_LIVE)[zero].all()):
+                    return scale, live
         raise failure
 
     def respond(self, scores: Tensor, ideal: Mapping[Node, tuple[Any, ...]] | None = None) -> Tensor:

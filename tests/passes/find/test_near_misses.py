@@ -33,11 +33,6 @@ def causal(scores):
     return log_domain(scores.masked_fill(~mask, -math.inf), order(1, "rows"))
 
 
-def banded(scores):
-    mask = torch.ones(QUERIES, QUERIES, dtype=torch.bool).tril(1).triu(-1)
-    return log_domain(scores.masked_fill(~mask, -math.inf), order(6, "rows"))
-
-
 def nothing(scores):
     return scores
 
@@ -64,7 +59,6 @@ def relaxed(scores):
         (relaxed, "half-steps"),
         (normalised_sigmoid, "multiple of the scores"),
         (causal, "causal"),
-        (banded, "not in whole rows and columns"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
