@@ -192,7 +192,7 @@ def compile(
 def inspect(
     file: ModelFile,
     options: CompileConfig,
-    why: Annotated[bool, typer.Option("--why", help="Show what came near and was turned down.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="Show near misses, and why each was refused.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the Sinkhorn attention of a checkpoint."""

@@ -310,7 +310,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise OptionError(f"cannot read {path}: it nests too deeply", hint) from None
     except OSError as error:
-        raise OptionError(f"cannot read {path}: {(error.strerror or 'no such file').lower()}", hint) from None
+        missing = isinstance(error, FileNotFoundError)
+        why, hint = ("no such file", "check the path") if missing else ((error.strerror or "no file").lower(), hint)
+        raise OptionError(f"cannot read {path}: {why}", hint) from None
     except ValueError as error:  # no TOML, no text, or no path
         raise OptionError(f"cannot read {path}: {str(error)[:300]}", hint) from None
     return content

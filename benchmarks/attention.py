@@ -45,9 +45,9 @@ RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "lowerings.md"
 ITERATIONS, HEADS, SIZE = 20, 8, 64
 BATCHES, LENGTHS = (1, 8), (64, 196, 256, 512, 1024, 2048, 4096)
-# The loop as written holds several matrices of scores; beyond so many entries it does not fit, or takes minutes.
+# The loop as written holds several matrices of scores; beyond this many entries it does not fit, or takes minutes.
 TEACHER_ENTRIES = 8 * 4096 * 4096
-# Beyond so many, matrices of scores take so many GB that no two sessions with one fit: each goes alone with the floor.
+# Beyond this many, two sessions with a matrix of scores do not fit into memory: each goes alone with the floor.
 TOGETHER_ENTRIES = 8 * 8 * 2048 * 2048
 FLOOR = "softmax, fused"
 TORCH_LENGTHS, TORCH_FORMS = (256, 1024), ("teacher", "softmax, fused", "exact 40", "parabolas, 3")

@@ -39,7 +39,7 @@ FEATURES = FeatureSet(pieces=8)
 def main() -> None:
     """Calibrate in processes of their own, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, help="calibrate with so many, here")
+    parser.add_argument("--tokens", type=int, help="number of tokens to calibrate with, in this process")
     tokens = parser.parse_args().tokens
     if tokens is not None:
         with processes() as rank:
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def measure(tokens: int) -> dict[str, Any]:
-    """Calibrate on so many tokens, and say what that took."""
+    """Calibrate on a number of tokens, and say what that took."""
     torch.manual_seed(0)
     model = PointTransformer(iterations=10).eval()
     samples = Samples({"points": point_sets(-(-tokens // POINTS), seed=0)[0]})

@@ -42,7 +42,7 @@ from benchmarks.fits import HELD_OUT, Part, linear, of_slices, part, random_dire
 from benchmarks.teachers import studied
 
 RESULTS = Path(__file__).resolve().parent / "results" / "relu_maps.json"
-DEPTH, MAX_DEVIATIONS, PENALTY = 3, 3.0, 1e-5  # 8 pieces over so many standard deviations to each side
+DEPTH, MAX_DEVIATIONS, PENALTY = 3, 3.0, 1e-5  # 8 pieces over three standard deviations to each side
 STEPS, FREE_STEPS, RATE, FREE_RATE, LOOK_EVERY = 200, 300, 0.05, 3e-3, 25
 LENGTH, HEADS, SIZE = 1024, 8, 64
 

@@ -36,8 +36,8 @@ Show = Callable[["Verification"], None]
 # A site has left the range of its calibration where more than this share of the samples lies outside of it, widened
 # by so much of its width at either end.
 MAX_OUTSIDE, WIDENED = 0.05, 0.1
-# Without a term of its own, the error of outputs may grow to so many times what it was when the model was compiled, or
-# to the default limit: equal classes alone do not say that outputs are still those of the teacher.
+# Without a term of its own, the error of outputs may grow to this many times that of the compilation, or to the default
+# limit: equal classes alone do not say that outputs are still those of the teacher.
 MAX_GROWTH = 4.0
 
 

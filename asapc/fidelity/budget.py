@@ -13,7 +13,7 @@ from asapc.types.results import Fidelity, Hop
 HINTS = {
     "capture": "early stops are left out of a captured graph: train and evaluate the model with a fixed number of "
     "iterations; `--early-stop refuse` refuses such models before they are compiled, see docs/recognition.md",
-    "amortisation": "loosen the budget, ask for the exact form with -O1, or keep the model as it is",
+    "amortisation": "loosen the budget, ask for the exact form with -O1 unless you have it, or keep the model as it is",
     "activations": "give --relu-activations a smaller error",
     "precision": "ask for another --precision: float32 costs nothing in fidelity",
     "export": "ONNX Runtime should compute what torch does: report the model, or loosen the budget",

@@ -1,6 +1,7 @@
 """Reads folders that `asapc compile` wrote, or that somebody wants to be taken for one."""
 
 import json
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -39,6 +40,8 @@ def list_files(folder: Path) -> set[str]:
     try:
         entries = sorted(folder.iterdir())
     except (OSError, ValueError):
+        if not os.path.lexists(folder):
+            raise CheckpointError(f"cannot read {folder}: no such folder", "check the path") from None
         raise CheckpointError(f"{folder} was not written by `asapc compile`", COMPILE) from None
     for entry in entries:
         if entry.is_symlink() or not entry.is_file():

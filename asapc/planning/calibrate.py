@@ -30,7 +30,7 @@ from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Site
 
-BATCH = 16  # samples, where they are short; a pass holds the scores of every site for so many
+BATCH = 16  # samples, where they are short; a pass holds the scores of every site for that many
 
 
 class FitKey(NamedTuple):

@@ -19,9 +19,9 @@ MAX_EXACT_HALF_STEPS = 3  # an estimate is followed by as many, so that a loop t
 TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
 # TensorRT sorts no more than this many elements; longer sites get no slices.
 MAX_SORT = 3840
-# Fits and choices look at so many scores of the largest site, and at no fewer samples.
-MAX_SCORES, LEAST_SAMPLES = 2**27, 4
-SELECTION_SHARE = 4  # one in so many calibration samples chooses between candidates and is not fitted on
+# Limits of what fits and choices look at: most scores of the largest site, fewest samples.
+MAX_SCORES, MIN_SAMPLES = 2**27, 4
+SELECTION_SHARE = 4  # one in four calibration samples chooses between candidates and is not fitted on
 
 
 def propose(
@@ -61,7 +61,7 @@ def sliced_duals(site: Site, features: FeatureSet, params: SlicedDualParams) -> 
 
 def enough(teacher: Teacher) -> Samples:
     """Return as many calibration samples as a fit needs: few long ones, each of which has as many points as tokens."""
-    most = max(LEAST_SAMPLES, MAX_SCORES // teacher.graph.entries) * processes_sharing()
+    most = max(MIN_SAMPLES, MAX_SCORES // teacher.graph.entries) * processes_sharing()
     return teacher.calibration[:most]
 
 

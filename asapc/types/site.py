@@ -167,7 +167,7 @@ class Wiring:
         scores: the node that the loop starts from.
         plan: the node that the loop ends in.
         dtype: of the scores.
-        groups: the graph has the heads in so many groups, on an axis of their own where there are several.
+        groups: number of groups that the graph has the heads in, on an axis of their own where there are several.
         exponential: the scores node holds exp(scores): the mask or the temperature comes in after the exp.
         logarithm: the plan node holds log(plan).
         product: the product of queries and keys that is in the scores; None where there is none.

@@ -1,6 +1,6 @@
 """When the gate closes, and what is said then."""
 
-from math import nan
+from math import inf, nan
 
 import pytest
 
@@ -40,6 +40,18 @@ def test_a_budget_is_met_or_missed(met, missed):
         check_budget(fidelity(), [met, missed])
     assert caught.value.exit_code == 3
     assert caught.value.hint
+
+
+def test_a_model_that_is_better_than_its_teacher_drops_nothing():
+    check_budget(fidelity(metric=Metric("accuracy", 0.9, 0.95)), [Bound("metric-drop", 0.0)])
+
+
+@pytest.mark.parametrize(
+    "broken", [{"logits_rel": nan}, {"hops": (Hop("export", inf, inf, None),)}], ids=["output", "hop"]
+)
+def test_outputs_that_are_not_finite_keep_no_budget(broken):
+    with pytest.raises(FidelityError, match="NaN or infinity"):
+        check_budget(fidelity(**broken), [Bound("relc", 1.0)])
 
 
 def test_without_a_budget_the_default_holds():

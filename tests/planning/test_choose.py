@@ -5,16 +5,29 @@ from itertools import product
 from math import nan
 
 import pytest
+import torch
 from helpers.fitted import cached_teacher, site, sound
 from helpers.tolerances import FLOAT32, difference
 
 from asapc.config import CompileConfig
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
-from asapc.planning.choose import MARGIN, check, choose, choose_operator, decide, front, next_step, repair
+from asapc.planning.choose import (
+    MARGIN,
+    check,
+    choose,
+    choose_operator,
+    decide,
+    front,
+    gain,
+    judge,
+    next_step,
+    repair,
+    sites_that_miss,
+)
 from asapc.planning.operators import build, operators, rivals
-from asapc.planning.propose import TRUNCATED, feature_sets, propose
+from asapc.planning.propose import TRUNCATED, enough, feature_sets, propose, split
 from asapc.types.choices import Candidate, Choice, Selection
-from asapc.types.results import SiteFidelity
+from asapc.types.results import Fidelity, SiteFidelity
 
 
 def candidate(operator, cost, relc, half_steps=5, column=0.0):
@@ -52,9 +65,46 @@ def test_every_term_of_the_budget_counts():
     assert choose_operator(site(40), [EXACT, lopsided], DEFAULT).candidate is lopsided
 
 
-def test_an_error_that_is_nan_keeps_no_budget():
+def test_an_error_that_is_nan_keeps_no_budget_and_is_no_step_of_a_front():
     broken = candidate("sliced_dual", 1.0, nan)
     assert choose_operator(site(40), [EXACT, broken], DEFAULT).candidate is EXACT
+    assert list(front([broken, EXACT, CLOSE])) == [CLOSE, EXACT]
+    assert next_step(Choice(broken, "", (CLOSE, EXACT))) is CLOSE
+
+
+def test_of_equal_cost_the_operator_with_fewer_half_steps_is_chosen():
+    long, short = (candidate("sliced_dual", 3.0, 0.01, half_steps=count) for count in (9, 5))
+    assert choose_operator(site(40), [EXACT, long, short], DEFAULT).candidate is short
+
+
+def test_a_gain_is_a_squared_error_a_millisecond():
+    rough, close = candidate("sliced_dual", 1.0, 0.5), candidate("sliced_dual", 5.0, 0.3)
+    assert gain(rough, close) == pytest.approx((0.25 - 0.09) / 4)
+
+
+def test_sites_are_judged_by_the_metrics_of_the_budget_alone():
+    """The default's relc does not count where the user's budget is about something else."""
+    far = Fidelity(4, 0.0, 0.9, None, {}, (), {}, {"a": SiteFidelity(0.5, 0.0, 0.0, 0.0), "b": CLOSE.fidelity})
+    sites = [replace(site(40), name=name) for name in ("a", "b")]
+    assert sites_that_miss(sites, far, CompileConfig(fidelity=("agreement>=0.95",))) == ["a", "b"]
+    assert sites_that_miss(sites, far, CompileConfig(fidelity=("agreement>=0.95", "relc<=0.1"))) == ["a"]
+    assert sites_that_miss(sites, far, DEFAULT) == ["a"]
+
+
+def test_candidates_are_judged_on_samples_that_were_not_fitted_and_for_the_largest_batch(teacher, monkeypatch):
+    asked = {}
+
+    def judge_and_note(graph, sites, candidates, wide, samples, batch, lowering):
+        asked.update(samples=samples, batch=batch)
+        return judge(graph, sites, candidates, wide, samples, batch, lowering)
+
+    monkeypatch.setattr("asapc.planning.choose.judge", judge_and_note)
+    choose(teacher.studied, CompileConfig(batches=(1, 7, 2), pieces=(0,)))
+    choosing, fitted = split(enough(teacher.studied))
+    assert asked["batch"] == 7
+    for name, value in asked["samples"].inputs.items():
+        assert torch.equal(value, choosing.inputs[name])
+        assert not torch.equal(value, fitted.inputs[name][: len(value)])
 
 
 def test_a_site_is_kept_where_even_the_exact_form_fails():

@@ -1,6 +1,6 @@
 """What operators take, counted by hand: two samples of three heads, four queries, five keys, a head size of six."""
 
-from math import log2
+from math import inf, log2
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from helpers.fitted import site
 
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
-from asapc.planning.costs import Shape, estimate, unit_costs, work
-from asapc.types.choices import SlicedDualParams
+from asapc.planning.costs import Shape, estimate, share_of_exact, unit_costs, work
+from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 
 SHAPE = Shape(batch=2, heads=3, queries=4, keys=5, head_dim=6)
 MATRICES = 2 * 3
@@ -104,6 +104,13 @@ def test_an_estimate_is_the_sum_of_all_work_in_milliseconds():
     costs = unit_costs()
     expected = sum(count * costs[kind] for kind, count in work(SHAPE, Sinkhorn(5)).items())
     assert estimate(site(**sizes), Sinkhorn(5), batch=2) == pytest.approx(expected)
+
+
+def test_a_selection_that_keeps_a_loop_has_no_share_of_the_exact_forms_time():
+    exact, half, kept = (Candidate(name, 5, cost) for name, cost in (("exact", 4.0), ("truncated", 2.0), ("keep", inf)))
+    choices = [Choice(candidate, "", (half, exact)) for candidate in (exact, half, kept)]
+    assert share_of_exact(Selection({"a": choices[0], "b": choices[1]})) == pytest.approx(6 / 8)
+    assert share_of_exact(Selection({"a": choices[0], "b": choices[2]})) is None
 
 
 def test_scores_that_are_products_are_made_transposed_and_others_have_to_be_turned():
