@@ -24,8 +24,8 @@ from asapc.types.options import Lowering
 from asapc.types.site import Axis
 
 # Half-steps after which a wide kernel takes up the scaling vectors (Schmitzer 2019, "Stabilized sparse scaling
-# algorithms", section 3.2): over hundreds these leave the range of float32, and of float64 too.
-MAX_STEPS = 40
+# algorithms", section 3.2): in the end these leave the range of float32, and of float64 too, of sharp scores after 30.
+MAX_STEPS = 20
 # Like `scaling.MAX_SPREAD`, but for float64 and scaling vectors too: their products stay within its range of 745.
 MAX_SPREAD_FLOAT64 = 200.0
 # Least sums of rows and columns of a kernel below which its entries, from 1e-308 on, could have lost what counts.
