@@ -42,6 +42,8 @@ PLACES = {
     "rich": ("asapc.cli", False),
     "typer": ("asapc.cli", False),
     "onnxruntime": ("asapc.backends.onnxruntime", True),
+    "transformers": ("asapc.loading.described", True),
+    "huggingface_hub": ("asapc.loading.described", True),
     "tensorrt": ("asapc.backends.tensorrt", True),
     "tensorrt_rtx": ("asapc.backends.tensorrt", True),
 }

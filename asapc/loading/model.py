@@ -12,6 +12,7 @@ from torch import nn
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, OptionError, one_line
 from asapc.loading.checkpoint import FORMAT, build_checkpoint, checkpoint_samples
+from asapc.loading.described import build_described
 from asapc.loading.factories import build_model, working_directory_importable
 from asapc.loading.hub import is_hub, read_hub
 from asapc.loading.onnx.module import load_onnx
@@ -81,9 +82,11 @@ def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedM
 
 
 def load_folder(path: Path, config: CompileConfig) -> LoadedModel:
-    """Read a model from the files of a folder."""
+    """Read a model from the files of a folder, built as its config.json describes it unless the options say how."""
     folder, weights = read_hub(path)
-    return load_content(folder, Content(weights), config)
+    place = path if path.is_dir() else path.parent
+    described = None if config.model is not None else build_described(place, weights)
+    return load_content(folder, Content(weights), config, described)
 
 
 def load_file(path: Path, config: CompileConfig) -> LoadedModel:
@@ -151,16 +154,27 @@ def run_file(source: Source) -> Any:
         ) from error
 
 
-def load_content(source: Source, content: Content, config: CompileConfig) -> LoadedModel:
-    """Load a model from a file's content: a checkpoint of `asapc train`, weights, or where code ran a whole module."""
+def load_content(
+    source: Source, content: Content, config: CompileConfig, described: tuple[str, nn.Module] | None = None
+) -> LoadedModel:
+    """Load a model from a file's content: a checkpoint of `asapc train`, weights, or where code ran a whole module.
+
+    Args:
+        source: the file.
+        content: what it holds.
+        config: options; the model that they name is built.
+        described: a model that is built already, with its name.
+    """
     value, notes = content.value, list(content.notes)
     calibration = held_out = None
     if isinstance(value, Mapping) and value.get("format") == FORMAT:
         calibration, held_out = (checkpoint_samples(source, value, key) for key in ("calibration", "held_out"))
     if config.model is not None:
-        module = unwrapped(build_model(config.model, config.model_args))
+        described = config.model, unwrapped(build_model(config.model, config.model_args))
+    if described is not None:
+        name, module = described
         with content.explaining():
-            notes += load_weights(source, config.model, module, value, config.weights)
+            notes += load_weights(source, name, module, value, config.weights)
     elif isinstance(value, Mapping) and value.get("format") == FORMAT:
         module = build_checkpoint(source, value)
     elif match := next(find_modules(value), None):

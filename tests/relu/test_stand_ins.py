@@ -145,5 +145,5 @@ def test_a_compiled_model_has_relu_alone_and_says_what_that_costs(point_model):
 
 @pytest.mark.parametrize("error", [-1.0, float("nan"), float("inf")])
 def test_an_error_that_makes_no_sense_is_refused(error):
-    with pytest.raises(OptionError, match="relu_activations"):
+    with pytest.raises(OptionError, match="--relu-activations cannot be"):
         CompileConfig(relu_activations=error)

@@ -1,0 +1,83 @@
+"""Folders whose config.json names a model of transformers."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.hostile import assert_refused
+from transformers import BertConfig, BertForMaskedLM
+
+from asapc.errors import CheckpointError, DependencyError, OptionError
+from asapc.loading.model import load_model
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model as `save_pretrained` writes it: its output weights are tied to the embeddings, and not saved again."""
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def change(folder: Path, **settings: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_a_model_is_built_and_has_the_weights_that_transformers_gives_it(folder):
+    ids = torch.randint(40, (2, 7))
+    loaded = load_model(folder).module
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, BertForMaskedLM.from_pretrained(folder).eval()(ids).logits)
+
+
+def test_code_that_the_folder_names_is_never_run(folder):
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    change(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForMaskedLM": "evil.Model"}, trust_remote_code=True)
+    change(folder, attn_implementation="somebody/kernels")
+    load_model(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_a_class_that_transformers_lacks_is_named(folder):
+    for name in ("BertForEverything", "os", "BertConfig", "../evil", 3):
+        change(folder, architectures=[name])
+        assert str(name) in assert_refused(OptionError, load_model, folder)
+
+
+def test_a_model_far_larger_than_its_weights_is_not_built(folder):
+    change(folder, vocab_size=10**9)
+    assert "34,000,010,256 numbers" in assert_refused(CheckpointError, load_model, folder)
+
+
+def test_settings_that_transformers_refuses_are_told(folder):
+    change(folder, num_attention_heads=5)
+    assert "transformers cannot build BertForMaskedLM: ValueError" in assert_refused(
+        CheckpointError, load_model, folder
+    )
+
+
+def test_weights_of_another_size_are_refused_as_with_a_model_of_ones_own(folder):
+    change(folder, intermediate_size=24)
+    assert "BertForMaskedLM" in assert_refused(CheckpointError, load_model, folder)
+
+
+def test_nothing_is_fetched_to_build_a_model(folder):
+    backbone = {"backbone": "somebody/backbone", "use_pretrained_backbone": True, "use_timm_backbone": False}
+    change(folder, architectures=["DetrForObjectDetection"], model_type="detr", backbone_config=None, **backbone)
+    assert "transformers cannot build" in assert_refused(CheckpointError, load_model, folder)
+
+
+def test_without_transformers_it_is_said_how_to_install_it(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = assert_refused(DependencyError, load_model, folder)
+    assert "transformers" in message
+
+
+def test_what_describes_no_model_of_transformers_needs_one_to_be_named(folder):
+    (folder / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    assert "does not say which model" in assert_refused(CheckpointError, load_model, folder)
