@@ -79,7 +79,7 @@ class Loop:
         row_mass, column_mass: (1,) or (N,) and (1,) or (M,), float64: what rows and columns of the plan are scaled
             to. That of the last axis is what its sums are, the other's matters up to a factor.
         masked: whether entries below `ops.scaling.MIN_LIVE` are left out: key padding, and padded queries.
-        guard: a constant that keeps divisors from zero and acts on up to 30 times the samples' scores; None where none
+        guard: a constant that keeps divisors from zero and acts on up to 100 times the samples' scores; None where none
             does, or where no guard explains how it acts.
         reach: up to how many times the samples' scores the model computes this loop without its guard; infinite where
             there is none.

@@ -19,7 +19,7 @@ from asapc.types.site import Guard, Loop
 
 # Multiples of the samples' scores on which a loop is compared with itself less its constants, and from which relative
 # difference on they count.
-REACHES, REACH_TOLERANCE = (1.0, 3.0, 10.0, 30.0), 1e-4
+REACHES, REACH_TOLERANCE = (1.0, 3.0, 10.0, 30.0, 100.0), 1e-4
 SHIFTS = (-30.0, -10.0, 10.0, 30.0)  # of scores, in units of the temperature
 TOLERANCE = 1e-9  # relative, of plans in float64
 SOME = slice(0, 2)  # of samples and of heads, on which all guards are tried first
