@@ -247,7 +247,7 @@ class CompileConfig:
         for name, option in OPTIONS.items():
             object.__setattr__(self, name, option.clean(getattr(self, name)))
         self.bounds()
-        list(parse_ranges(self.dynamic))
+        parse_ranges(self.dynamic)
 
     def bounds(self) -> tuple[Bound, ...]:
         """Return the fidelity budget, parsed."""
@@ -309,10 +309,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         check_plain(content)
     except RecursionError:
         raise OptionError(f"cannot read {path}: it nests too deeply", hint) from None
+    except FileNotFoundError:
+        raise OptionError(f"cannot read {path}: no such file", "check the path") from None
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        why, hint = ("no such file", "check the path") if missing else ((error.strerror or "no file").lower(), hint)
-        raise OptionError(f"cannot read {path}: {why}", hint) from None
+        raise OptionError(f"cannot read {path}: {(error.strerror or 'no file').lower()}", hint) from None
     except ValueError as error:  # no TOML, no text, or no path
         raise OptionError(f"cannot read {path}: {str(error)[:300]}", hint) from None
     return content

@@ -115,10 +115,10 @@ class Option:
             *others, last = map(str, self.choices)
             raise OptionError(f"{self.flag} cannot be {value!r}", f"give {self.names} {', '.join(others)} or {last}")
         numbers = value if self.many else (value,)
-        wrong = () if self.range is None else [number for number in numbers if number not in self.range]
-        if wrong or (self.range is not None and not numbers):
-            shown = wrong[0] if wrong else "empty"
-            raise OptionError(f"{self.flag} cannot be {shown}", f"give {self.names} a value {self.range}")
+        if self.range is not None:
+            wrong = next((number for number in numbers if number not in self.range), None if numbers else "empty")
+            if wrong is not None:
+                raise OptionError(f"{self.flag} cannot be {wrong}", f"give {self.names} a value {self.range}")
         return Path(value) if self.kind is Path and value is not None else value
 
     def read(self, key: str, value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Every kind of file that people have a model in, as small as can be, and what asapc says of it."""
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from contextlib import chdir
@@ -15,13 +14,13 @@ import onnx
 import torch
 from safetensors.torch import save_file
 from torch.export import Dim, save
-from transformers import BertConfig, BertForMaskedLM
 
 from asapc.config import OPTIONS, CompileConfig
 from asapc.errors import AsapcError
 from asapc.loading.model import load_model
 
 from .hostile import Tiny
+from .hub_folders import described, sharded
 from .onnx_files import to_onnx
 
 MODEL = "helpers.hostile:Tiny"  # in the document it is the reader's own
@@ -62,27 +61,12 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     return dict(Tiny().state_dict())
 
 
-def prefixed(prefix: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{key}": value for key, value in weights(seed).items()}
+def with_loss() -> dict[str, torch.Tensor]:
+    return {f"model.{key}": value for key, value in weights().items()} | {"criterion.weight": torch.ones(2)}
 
 
 def saved(content: Callable[[], Any], **options: Any) -> Callable[[str], Any]:
     return lambda file: torch.save(content(), file, **options)
-
-
-def sharded(folder: str) -> None:
-    os.mkdir(folder)
-    places = {}
-    for number, (key, value) in enumerate(weights().items()):
-        places[key] = f"model-{number + 1:05}-of-{len(weights()):05}.safetensors"
-        save_file({key: value}, Path(folder) / places[key])
-    (Path(folder) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-
-
-def described(folder: str) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertForMaskedLM(BertConfig(vocab_size=40, **sizes)).save_pretrained(folder)
 
 
 def marked(name: str) -> Callable[[str], None]:
@@ -125,7 +109,7 @@ FORMATS = [
     Format(
         "training checkpoint, weights of a loss beside the model's",
         "epoch.ckpt",
-        saved(lambda: {"epoch": 3, "state_dict": prefixed("model.") | {"criterion.weight": torch.ones(2)}}),
+        saved(lambda: {"epoch": 3, "state_dict": with_loss()}),
     ),
     Format(
         "checkpoint with numbers of numpy and a Namespace",
@@ -145,8 +129,8 @@ FORMATS = [
     ),
     Format("weights of another model", "other.pt", saved(lambda: {"other.weight": torch.ones(2)})),
     Format("adapter (LoRA)", "adapter.pt", saved(lambda: {"base_model.model.head.lora_A.weight": torch.ones(2, 4)})),
-    Format("Hugging Face, shards", "folder", sharded),
-    Format("Hugging Face, transformers' own model", "bert", described, NOTHING),
+    Format("Hugging Face, shards", "folder", lambda file: sharded(Path(file))),
+    Format("Hugging Face, transformers' own model", "bert", lambda file: described(Path(file)), NOTHING),
     Format("DeepSpeed", "parts", marked("zero_to_fp32.py")),
     Format("torch.distributed.checkpoint, FSDP", "parts", marked(".metadata")),
     Format("pickled module", "module.pt", saved(Tiny), NOTHING),

@@ -7,20 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.hostile import assert_refused
-from transformers import BertConfig, BertForMaskedLM
+from helpers.hub_folders import described
+from transformers import BertForMaskedLM
 
 from asapc.errors import CheckpointError, DependencyError, OptionError
 from asapc.loading.model import load_model
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40}
-
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model as `save_pretrained` writes it: its output weights are tied to the embeddings, and not saved again."""
-    torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path / "bert")
-    return tmp_path / "bert"
+    return described(tmp_path / "bert")
 
 
 def change(folder: Path, **settings: object) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 from helpers.hostile import Tiny, assert_refused, hint_of
+from helpers.hub_folders import WRITERS, sharded, weights
 from safetensors.torch import save_file
 
 from asapc.config import CompileConfig
@@ -18,32 +19,12 @@ from asapc.errors import CheckpointError
 from asapc.loading.model import load_model
 
 TINY = CompileConfig(model="helpers.hostile:Tiny")
-WRITERS = {"safetensors": save_file, "bin": torch.save}
 STEMS = {"safetensors": ("model", "diffusion_pytorch_model"), "bin": ("pytorch_model", "diffusion_pytorch_model")}
 LAYOUTS = [(suffix, stem) for suffix, stems in STEMS.items() for stem in stems]
 
 
-def weights():
-    torch.manual_seed(5)
-    return Tiny().state_dict()
-
-
 def same(loaded) -> bool:
     return all(torch.equal(value, loaded.module.state_dict()[key]) for key, value in weights().items())
-
-
-def sharded(folder, suffix="safetensors", stem="model"):
-    """Two shards and their index; a config beside them, as always."""
-    folder.mkdir()
-    (folder / "config.json").write_text('{"architectures": ["Tiny"]}')
-    parts = {}
-    for number, (key, value) in enumerate(weights().items()):
-        parts.setdefault(f"{stem}-0000{number % 2 + 1}-of-00002.{suffix}", {})[key] = value.contiguous()
-    for name, part in parts.items():
-        WRITERS[suffix](part, folder / name)
-    index = {"metadata": {"total_size": 1}, "weight_map": {key: name for name, part in parts.items() for key in part}}
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-    return folder / f"{stem}.{suffix}.index.json"
 
 
 @pytest.mark.parametrize(("suffix", "stem"), LAYOUTS)
