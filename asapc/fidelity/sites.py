@@ -169,7 +169,7 @@ def site_errors(site: Site, operator: nn.Module, loop: Reference) -> SiteErrors:
     return SiteErrors(
         output=((output.double() - loop.output) * loop.rows).square().sum(),
         norm=centre(loop.output, loop.rows).square().sum(),
-        total_variation=((plan - loop.plan) * loop.rows).abs_().sum(dim=-1).double().sum() / 2 / typical,
+        total_variation=((plan - loop.plan).abs_().sum(dim=-1, keepdim=True) * loop.rows).double().sum() / 2 / typical,
         row_mass=((row_mass - loop.row_mass) * loop.rows).abs().sum() / typical,
         column_mass=(off * loop.rows).sum(),
         rows=loop.rows.sum().double(),

@@ -18,7 +18,7 @@ from asapc.ops.features import dual_features, dual_features_ref, estimate, live_
 from asapc.ops.fused import attend, half_step
 from asapc.ops.scaling import MIN_LIVE, column_scaling, row_scaling, scaled_plan, start
 from asapc.ops.shapes import check_shape
-from asapc.ops.sinkhorn import scaled_duals
+from asapc.ops.sinkhorn import scaled_duals, times
 from asapc.types.choices import Side, SlicedDualParams
 from asapc.types.options import Lowering
 from asapc.types.site import Axis
@@ -28,15 +28,27 @@ from asapc.types.site import Axis
 MAX_LOG = 60.0
 
 
-def first_half_steps(side: Side, last: Axis) -> int:
+def bias_side(last: Axis) -> Side:
+    """Return the side whose dual is a bias of the softmax over the `last` axis."""
+    return "keys" if last == "rows" else "queries"
+
+
+def first_half_steps(side: Side, last: Axis, one_pass: bool = False) -> int:
     """Count the half-steps from an estimate of a side's dual to a plan whose `last` axis is normalised.
 
     The first normalises the other side's axis, the second the side's own. Each closure step adds two.
+
+    Raises:
+        ValueError: one pass from a side whose dual is no bias of the last softmax.
     """
-    return 3 if (side == "keys") == (last == "rows") else 2
+    if not one_pass:
+        return 3 if side == bias_side(last) else 2
+    if side != bias_side(last):
+        raise ValueError(f"one pass that ends on {last} needs the dual of the {bias_side(last)}")
+    return 1
 
 
-def target_dual(scores: torch.Tensor, half_steps: int, side: Side, last: Axis) -> torch.Tensor:
+def target_dual(scores: torch.Tensor, half_steps: int, side: Side, last: Axis, one_pass: bool = False) -> torch.Tensor:
     """Return the target of an estimate: a loop's own dual, as many half-steps before its end as follow the estimate.
 
     From there the operator takes the same half-steps as the loop, and so reaches the loop's plan exactly.
@@ -46,11 +58,12 @@ def target_dual(scores: torch.Tensor, half_steps: int, side: Side, last: Axis) -
         half_steps: of the loop, at least as many as `first_half_steps`; for just as many the dual is 0.
         side: the points whose dual it is.
         last: the axis that the loop normalises last.
+        one_pass: whether a single half-step follows.
 
     Returns:
         (B, H, M) for keys, (B, H, N) for queries.
     """
-    before = half_steps - first_half_steps(side, last)
+    before = half_steps - first_half_steps(side, last, one_pass)
     if before == 0:
         return torch.zeros_like(scores[..., 0, :] if side == "keys" else scores[..., 0])
     f, g = scaled_duals(scores, before, "columns" if side == "keys" else "rows")
@@ -66,6 +79,9 @@ class SlicedDual(nn.Module):
     estimate, a fitted closure step: an extrapolation with coefficients learned once that aims at the finite teacher,
     where plain extra iterations would drift to the converged plan (docs/method.md). The closure of the last estimate
     gives a plan whose columns were normalised last; where rows come last, one half-step more follows.
+
+    In one pass there is no closure: the estimate is of the keys' dual at the loop's end, and the softmax over the keys
+    with that bias is the plan.
 
     All of it works on one kernel, softmax(scores). Where the scores spread too far for float32, the kernel is
     softmax(scores + first estimate): its columns sum nearly to their marginals, so scaling vectors stay near 1 whatever
@@ -95,7 +111,7 @@ class SlicedDual(nn.Module):
         self.last, self.wide, self.lowering = last, wide, lowering
         self.slices, self.steps, self.paired = params.slices, len(params.weights) - 1, params.paired
         self.turned, self.masked, self.mass = params.side == "queries", masked, mass
-        self.first_half_steps = first_half_steps(params.side, last)
+        self.first_half_steps = first_half_steps(params.side, last, params.one_pass)
         self.register_buffer("query_basis", params.query_basis)
         self.register_buffer("key_basis", params.key_basis)
         self.register_buffer("knots", params.knots)
@@ -209,11 +225,18 @@ class SlicedDual(nn.Module):
         fused: bool = True,
     ) -> torch.Tensor:
         """Compute what `forward` does, with scores (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
-        kernel, u, v, _, _ = self.scale_columns(scores, queries, keys, fused)
+        v: torch.Tensor | None = None
+        if self.first_half_steps == 1:
+            live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
+            bias = self.estimates(queries, keys, live_columns, live_rows)
+            kernel, u = start(scores + bias, self.masked, fused)
+        else:
+            kernel, u, v, _, _ = self.scale_columns(scores, queries, keys, fused)
         if self.first_half_steps == 3:
             u = row_scaling(kernel, v)
         # A factor on the axis that was not normalised last does not matter.
-        return scaled_plan(kernel, u, v if self.mass == 1.0 else v * self.mass, values, self.turned)
+        v = times(v, None if self.mass == 1.0 else kernel.new_full((1, 1), self.mass))
+        return scaled_plan(kernel, u, v, values, self.turned)
 
     def from_points(
         self,
@@ -235,6 +258,8 @@ class SlicedDual(nn.Module):
         own, other = (scaled, keys) if self.turned else (keys, scaled)
         live_own, live_other = (None, live) if self.turned else (live, None)
         estimates = self.estimates(queries, keys, live_own, live_other)
+        if self.first_half_steps == 1:
+            return attend(scaled, keys, estimates, values, live)
         dual = half_step(other, own, estimates[..., :1, :], live_own)
         closures: list[torch.Tensor] = []
         for step in range(1, self.steps + 1):
@@ -281,9 +306,11 @@ def sliced_dual_plan_ref(
     for weights in params.weights:
         g = torch.einsum("hf,bhfm->bhm", weights.double(), torch.stack(vectors, dim=-2))
         f = row_step(scores, g)
+        if params.one_pass:
+            break
         g = column_step(scores, f, torch.ones(()))
         vectors.append(g)
-    if first_half_steps(params.side, last) == 3:
+    if first_half_steps(params.side, last, params.one_pass) == 3:
         f = row_step(scores, g)
     oriented = mass * plan(scores, f, g)
     return oriented if params.side == "keys" else oriented.transpose(-1, -2)

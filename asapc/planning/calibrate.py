@@ -31,6 +31,8 @@ from asapc.types.samples import Samples
 from asapc.types.site import Site
 
 BATCH = 16  # samples, where they are short; a pass holds the scores of every site for that many
+# Queries, and keys, that a fit looks at: beyond as many, more points say less than they cost.
+MAX_POINTS = 2048
 
 
 class FitKey(NamedTuple):
@@ -77,10 +79,11 @@ def calibrate(
     of_selection: list[BatchCache] = []
     for step in range(1 + closure_steps):
         advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
-        problems = regressions(sites, params, activations(fitting), of_fitting)
+        open_params = {key: of_set for key, of_set in params.items() if not (step and key.features.one_pass)}
+        problems = regressions(sites, open_params, activations(fitting), of_fitting)
         # The penalty is chosen on other samples: on its own the smallest always fits best.
-        others = regressions(sites, params, activations(selection), of_selection)
-        params = {key: add_map(params[key], fit(problems[key], others[key])) for key in params}
+        others = regressions(sites, open_params, activations(selection), of_selection)
+        params |= {key: add_map(params[key], fit(problems[key], others[key])) for key in open_params}
     dtypes = {site.name: site.wiring.dtype for site in sites}
     return {key: to_dtype(of_set, dtypes[key.site]) for key, of_set in params.items()}
 
@@ -91,9 +94,27 @@ def activation_stream(graph: CapturedGraph, sites: Sequence[Site]) -> Callable[[
 
     def activations(samples: Samples) -> Iterator[Activations]:
         for values in operands(share(samples)):
-            yield {site.name: activation(site, values) for site in sites}
+            yield {site.name: thin(activation(site, values)) for site in sites}
 
     return activations
+
+
+def thin(activations: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep MAX_POINTS queries and keys of a site's activations, drawn with a fixed seed: a smaller transport problem.
+
+    Its duals are those of the whole one, but for a constant and for noise that a fit over thousands of points averages.
+    """
+    scores, queries, keys = activations
+    rows, columns = drawn(scores.shape[-2]), drawn(scores.shape[-1])
+    return scores[..., rows, :][..., columns], queries[..., rows, :], keys[..., columns, :]
+
+
+def drawn(count: int) -> Tensor | slice:
+    """Return which of so many points are kept, in their order."""
+    if count <= MAX_POINTS:
+        return slice(None)
+    # Not every other one: points may lie on a grid.
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MAX_POINTS].sort().values
 
 
 def operand_stream(graph: CapturedGraph, sites: Sequence[Site]) -> Callable[[Samples], Iterator[dict[str, Tensor]]]:
@@ -135,7 +156,9 @@ def without_maps(
     slices = min(features.slices, site.head_dim or 0)
     # Coordinates are sorted by how much of the score they carry, so that the first are the ones to keep.
     query_basis, key_basis = (basis[..., : max(COORDINATES, slices)] for basis in bases)
-    return SlicedDualParams(query_basis, key_basis, slices, knots, side=features.side, paired=features.paired)
+    return SlicedDualParams(
+        query_basis, key_basis, slices, knots, side=features.side, paired=features.paired, one_pass=features.one_pass
+    )
 
 
 def add_map(params: SlicedDualParams, weights: Tensor) -> SlicedDualParams:
@@ -148,11 +171,11 @@ class BatchCache:
     """What is known of a batch from the maps that were fitted before, since it takes long to compute.
 
     Attributes:
-        targets: what `centred_target` returns, by the site's name and the side.
+        targets: what `centred_target` returns, by the site's name, the side and whether one pass follows.
         closures: of the estimates of each sliced dual so far, each (B, H, 1, N).
     """
 
-    targets: dict[tuple[str, Side], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    targets: dict[tuple[str, Side, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
     closures: dict[FitKey, list[Tensor]] = field(default_factory=dict)
 
 
@@ -192,9 +215,9 @@ def of_batch(
 ) -> dict[FitKey, Regression]:
     """Gather statistics of one batch for the next linear maps of a site's sliced duals of one side."""
     scores = activations[0]
-    if (site.name, side) not in cache.targets:
-        cache.targets[site.name, side] = centred_target(site, side, scores)
-    target, live = cache.targets[site.name, side]
+    for one_pass in {key.features.one_pass for key in params}:
+        if (site.name, side, one_pass) not in cache.targets:
+            cache.targets[site.name, side, one_pass] = centred_target(site, side, scores, one_pass)
     features = {key: features_of(site, of_set, activations) for key, of_set in params.items()}
     closures = {key: cache.closures.setdefault(key, []) for key in params}
     while pending := [key for key, of_set in params.items() if len(closures[key]) < len(of_set.weights)]:
@@ -203,7 +226,12 @@ def of_batch(
         closed = scaled_closures(scores.transpose(-1, -2) if side == "queries" else scores, duals)
         for key, closure in zip(pending, closed.unbind(dim=-2), strict=True):
             closures[key].append(closure.unsqueeze(-2))
-    return {key: regression(torch.cat([features[key], *closures[key]], dim=-2), target, live) for key in params}
+    return {
+        key: regression(
+            torch.cat([features[key], *closures[key]], dim=-2), *cache.targets[site.name, side, key.features.one_pass]
+        )
+        for key in params
+    }
 
 
 def features_of(site: Site, params: SlicedDualParams, activations: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -217,9 +245,9 @@ def dual_of(params: SlicedDualParams, features: Tensor, closures: Sequence[Tenso
     return torch.einsum("hf,bhfn->bhn", params.weights[len(closures)], vectors).unsqueeze(-2)
 
 
-def centred_target(site: Site, side: Side, scores: Tensor) -> tuple[Tensor, Tensor]:
+def centred_target(site: Site, side: Side, scores: Tensor, one_pass: bool) -> tuple[Tensor, Tensor]:
     """Return the dual (B, H, 1, N) to regress on, centred, and which of its points are live, as zeros and ones."""
-    target = target_dual(scores, site.loop.half_steps, side, site.loop.last).unsqueeze(-2)
+    target = target_dual(scores, site.loop.half_steps, side, site.loop.last, one_pass).unsqueeze(-2)
     live = live_mask(scores)[SIDES.index(side)] if site.loop.masked else torch.ones_like(target)
     return centre(target, live), live
 

@@ -51,8 +51,9 @@ def work(
         # To level the kernel on the other axis too, and to take up the scaling vectors.
         passes += module.wide * (3 + 2 * (steps // MAX_STEPS))
     else:
-        steps = module.half_steps - module.wide
-        passes += module.wide  # to add the dual to the scores
+        in_kernel = module.wide or module.half_steps == 1
+        steps = module.half_steps - in_kernel
+        passes += in_kernel  # to add the dual to the scores
         total |= estimate_work(shape, module)
     return total | {"pass": entries * passes, "half_step": steps, "vector": matrices * steps, "matvec": entries * steps}
 

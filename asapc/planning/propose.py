@@ -6,7 +6,7 @@ from itertools import product
 from math import inf
 
 from asapc.config import CompileConfig
-from asapc.ops.sliced_dual import first_half_steps
+from asapc.ops.sliced_dual import bias_side, first_half_steps
 from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.distributed import processes_sharing
 from asapc.types.choices import SIDES, Candidate, FeatureSet, SlicedDualParams
@@ -52,8 +52,8 @@ def propose(
 
 def sliced_duals(site: Site, features: FeatureSet, params: SlicedDualParams) -> Iterator[Candidate]:
     """Yield the sliced duals of one fit, one for each number of closure steps that is shorter than the loop."""
-    first = first_half_steps(features.side, site.loop.last)
-    for steps in range(1 + MAX_CLOSURE_STEPS):
+    first = first_half_steps(features.side, site.loop.last, features.one_pass)
+    for steps in range(len(params.weights)):
         half_steps = first + 2 * steps
         if half_steps < site.loop.half_steps:
             yield Candidate("sliced_dual", half_steps, inf, None, truncate(params, steps))
@@ -79,7 +79,8 @@ def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
     sortable = not site.loop.masked and not config.dynamic and max(site.loop.queries, site.loop.keys) <= MAX_SORT
     slices = [s for s in config.slices if s == 0 or sortable] or [0]
     paired = (False, True) if (site.head_dim or 0) > 1 else (False,)
-    return [FeatureSet(*values) for values in product(slices, config.pieces, SIDES, paired)]
+    sets = [FeatureSet(*values) for values in product(slices, config.pieces, SIDES, paired)]
+    return sets + [s._replace(one_pass=True) for s in sets if s.side == bias_side(site.loop.last)]
 
 
 def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:

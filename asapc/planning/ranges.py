@@ -46,9 +46,9 @@ def deviation(scores: Tensor) -> Tensor:
     """Compute the standard deviation (B,) of the finite scores (B, H, N, M), mean over the heads."""
     live = scores.isfinite()
     count = live.sum(dim=(-1, -2), keepdim=True).clamp_min(1)
-    finite = torch.where(live, scores, 0.0)
-    centred = torch.where(live, finite - finite.sum(dim=(-1, -2), keepdim=True) / count, 0.0)
-    return (centred.square().sum(dim=(-1, -2), keepdim=True) / count).sqrt().flatten(1).mean(dim=1)
+    means = torch.where(live, scores, 0.0).sum(dim=(-1, -2), keepdim=True) / count
+    centred = torch.where(live, scores - means, 0.0)
+    return (centred.square().sum(dim=(-1, -2)) / count.squeeze(-1, -2)).sqrt().mean(dim=1)
 
 
 def wide_sites(ranges: Mapping[str, ScoreRange]) -> frozenset[str]:

@@ -41,12 +41,14 @@ class FeatureSet(NamedTuple):
         pieces: linear pieces that hinges give the first coordinates; 0 for no hinges.
         side: the points whose dual it is.
         paired: whether products of two coordinates are features.
+        one_pass: whether the dual is that of the loop's end, from which one half-step gives the plan.
     """
 
     slices: int = 0
     pieces: int = 0
     side: Side = "keys"
     paired: bool = False
+    one_pass: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,7 @@ class SlicedDualParams:
             (H, F + 2) ..., over the features and the closures so far. Empty before the fit.
         side: the points whose dual is estimated.
         paired: whether there are features of pairs of coordinates.
+        one_pass: whether the dual is that of the loop's end; then there is one linear map.
     """
 
     query_basis: Tensor
@@ -72,6 +75,7 @@ class SlicedDualParams:
     weights: tuple[Tensor, ...] = ()
     side: Side = "keys"
     paired: bool = False
+    one_pass: bool = False
 
     @property
     def features(self) -> list[str]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, pair_matrices, project
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
-from asapc.ops.sliced_dual import SlicedDual, first_half_steps, sliced_dual_plan_ref, target_dual
+from asapc.ops.sliced_dual import SlicedDual, bias_side, first_half_steps, sliced_dual_plan_ref, target_dual
 from asapc.types.choices import SlicedDualParams
 
 quick = settings(max_examples=40, deadline=None)
@@ -18,11 +18,15 @@ HEADS, DIM, MASS = 3, 4, 0.6
 
 
 @st.composite
-def cases(draw, dtypes=(torch.float64, torch.float32), most_slices=DIM):
-    """Random parameters of 1 to 4 sets of weights; scores, queries, keys, values, all of one dtype; the last axis."""
+def cases(draw, dtypes=(torch.float64, torch.float32), most_slices=DIM, axes=("rows", "columns")):
+    """Random parameters of 1 to 4 sets of weights, or of one pass; scores, queries, keys, values; the last axis.
+
+    All tensors have one dtype.
+    """
     dtype = draw(st.sampled_from(dtypes))
     n, m, slices = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(0, most_slices))
-    sets = draw(st.integers(1, 4))
+    last, one_pass = draw(st.sampled_from(axes)), draw(st.booleans())
+    sets = 1 if one_pass else draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
 
     def normal(*shape):
@@ -37,13 +41,13 @@ def cases(draw, dtypes=(torch.float64, torch.float32), most_slices=DIM):
         slices=slices,
         knots=normal(HEADS, coordinates, pieces),
         weights=tuple(normal(HEADS, features + step) / features for step in range(sets)),
-        side=draw(st.sampled_from(["queries", "keys"])),
+        side=bias_side(last) if one_pass else draw(st.sampled_from(["queries", "keys"])),
         paired=paired,
+        one_pass=one_pass,
     )
     queries, keys, values = normal(2, HEADS, n, DIM), normal(2, HEADS, m, DIM), normal(2, HEADS, m, 5)
     # A bias on some: the scores need not be a multiple of q.k.
     bias = normal(n, m) if draw(st.booleans()) else 0
-    last = draw(st.sampled_from(["rows", "columns"]))
     return params, scale_of(dtype) * queries @ keys.transpose(-1, -2) + bias, queries, keys, values, last
 
 
@@ -69,19 +73,19 @@ def test_the_operator_equals_its_reference(case):
 
 
 @quick
-@given(cases(most_slices=2))
+@given(cases(most_slices=2, axes=["rows"]))
 def test_the_fused_form_equals_the_reference(case):
     params, _, queries, keys, values, _ = case
     scaled = scale_of(queries.dtype) * queries
     scores = scaled.double() @ keys.double().transpose(-1, -2)
     expected = sliced_dual_plan_ref(scores, queries, keys, params) @ values.double()
-    seen = SlicedDual(params, lowering="fused").from_points(scaled, queries, keys, values)
-    assert seen.dtype == queries.dtype
-    assert difference(seen, expected) < tolerance(queries)
+    actual = SlicedDual(params, lowering="fused").from_points(scaled, queries, keys, values)
+    assert actual.dtype == queries.dtype
+    assert difference(actual, expected) < tolerance(queries)
 
 
 @quick
-@given(cases(most_slices=0), st.integers(1, 9))
+@given(cases(most_slices=0, axes=["rows"]), st.integers(1, 9))
 def test_the_fused_form_of_masked_keys_equals_that_without_them(case, count):
     params, _, queries, keys, values, _ = case
     count = min(count, keys.shape[-2])
@@ -89,8 +93,8 @@ def test_the_fused_form_of_masked_keys_equals_that_without_them(case, count):
     scores = scaled.double() @ keys[..., :count, :].double().transpose(-1, -2)
     expected = sliced_dual_plan_ref(scores, queries, keys[..., :count, :], params) @ values[..., :count, :].double()
     live = (torch.arange(keys.shape[-2]) < count).to(queries.dtype).expand(2, HEADS, 1, -1)
-    seen = SlicedDual(params, lowering="fused").from_points(scaled, queries, keys, values, live)
-    assert difference(seen, expected) < tolerance(queries)
+    actual = SlicedDual(params, lowering="fused").from_points(scaled, queries, keys, values, live)
+    assert difference(actual, expected) < tolerance(queries)
 
 
 @quick
@@ -98,12 +102,12 @@ def test_the_fused_form_of_masked_keys_equals_that_without_them(case, count):
 def test_features_equal_their_reference(case):
     params, _, queries, keys, _, _ = case
     x, y = project(queries, params.query_basis), project(keys, params.key_basis)
-    seen = dual_features(x, y, params.slices, params.knots, params.paired)
-    assert seen.shape == (2, HEADS, params.weights[0].shape[-1], queries.shape[-2])
+    actual = dual_features(x, y, params.slices, params.knots, params.paired)
+    assert actual.shape == (2, HEADS, params.weights[0].shape[-1], queries.shape[-2])
     # Each is determined up to a constant over the points.
-    seen = seen - seen.mean(dim=-1, keepdim=True)
+    actual = actual - actual.mean(dim=-1, keepdim=True)
     expected = dual_features_ref(x, y, params.slices, params.knots, params.paired)
-    assert difference(seen, expected - expected.mean(dim=-1, keepdim=True)) < tolerance(queries)
+    assert difference(actual, expected - expected.mean(dim=-1, keepdim=True)) < tolerance(queries)
 
 
 @quick
@@ -157,8 +161,8 @@ def test_permuted_queries_permute_the_output_and_permuted_keys_leave_it(case, ra
     rows, columns = random.sample(range(n), n), random.sample(range(m), m)
     operator = SlicedDual(params, last)
     permuted = scores[..., rows, :][..., columns]
-    seen = operator(permuted, queries[..., rows, :], keys[..., columns, :], values[..., columns, :])
-    assert difference(seen, operator(scores, queries, keys, values)[..., rows, :]) < FLOAT64
+    actual = operator(permuted, queries[..., rows, :], keys[..., columns, :], values[..., columns, :])
+    assert difference(actual, operator(scores, queries, keys, values)[..., rows, :]) < FLOAT64
 
 
 @quick
@@ -197,10 +201,10 @@ def test_without_weights_the_vectors_are_the_features():
 def test_the_teachers_own_dual_gives_the_teachers_plan(seed, n, m, side, last):
     """The target of the fit: the dual so many half-steps before the end, with these taken, is the loop itself."""
     scores = 3 * torch.randn(2, HEADS, n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    for half_steps in (3, 4, 7, 10):
-        f = g = target_dual(scores, half_steps, side, last)
+    for half_steps, one_pass in product((3, 4, 7, 10), {False, side == bias_side(last)}):
+        f = g = target_dual(scores, half_steps, side, last, one_pass)
         axes = ["rows", "columns", "rows"] if side == "keys" else ["columns", "rows", "columns"]
-        for axis in axes[: first_half_steps(side, last)]:
+        for axis in axes[: first_half_steps(side, last, one_pass)]:
             f, g = (row_step(scores, g), g) if axis == "rows" else (f, column_step(scores, f))
         assert axis == last
         assert difference(plan(scores, f, g), sinkhorn_plan_ref(scores, half_steps, last)) < FLOAT64
@@ -225,6 +229,23 @@ def test_constant_points_give_finite_output(case, constant):
         keys = keys[..., :1, :].expand_as(keys)
     scores = scale_of(torch.float32) * queries @ keys.transpose(-1, -2)
     assert torch.isfinite(SlicedDual(params, last)(scores, queries, keys, values)).all()
+
+
+def test_one_pass_needs_the_dual_that_is_a_bias_of_the_last_softmax():
+    for last in ("rows", "columns"):
+        assert first_half_steps(bias_side(last), last, one_pass=True) == 1
+    with pytest.raises(ValueError, match="one pass that ends on rows needs the dual of the keys"):
+        first_half_steps("queries", "rows", one_pass=True)
+
+
+def test_one_pass_takes_one_call_of_fused_attention(monkeypatch):
+    calls = []
+    monkeypatch.setattr("asapc.ops.fused.attention", lambda *points: calls.append(points) or torch.zeros(1, 1, 5, 6))
+    basis = torch.eye(DIM).unsqueeze(0)
+    weights = (torch.ones(1, DIM + 1),)
+    params = SlicedDualParams(basis, basis, 0, torch.zeros(1, 0, 0), weights, one_pass=True)
+    SlicedDual(params, lowering="fused").from_points(*(torch.randn(1, 1, 5, size) for size in (DIM, DIM, DIM, 6)))
+    assert len(calls) == 1
 
 
 def test_the_reference_refuses_tensors_that_do_not_fit_each_other():
@@ -273,10 +294,10 @@ def test_the_vectors_of_masked_points_are_zero_and_the_others_as_without_them(ca
     params, scores, queries, keys, _, last = case
     live_points = scores.shape[-1 if params.side == "keys" else -2]
     padded, *points = with_padding(case, more_queries, more_keys, mask)
-    seen = SlicedDual(params, last, masked=True).vectors(padded, *points[:2])
+    actual = SlicedDual(params, last, masked=True).vectors(padded, *points[:2])
     expected = SlicedDual(params, last).vectors(scores, queries, keys)
-    assert (seen[..., live_points:] == 0).all()
-    live = seen[..., :live_points] - seen[..., :live_points].mean(dim=-1, keepdim=True)
+    assert (actual[..., live_points:] == 0).all()
+    live = actual[..., :live_points] - actual[..., :live_points].mean(dim=-1, keepdim=True)
     # A constant over the points is free. Relative to the vectors: centred they may be zero.
     error = live - (expected - expected.mean(dim=-1, keepdim=True))
     assert error.norm() < FLOAT64 * (1 + expected.norm())

@@ -26,8 +26,8 @@ seeds = st.integers(0, 10**6)
 def test_the_balanced_bases_keep_every_score(seed):
     queries, keys = correlated_points(seed), correlated_points(seed + 10, tokens=7)
     query_basis, key_basis = balance(scatter(queries), scatter(keys), SCALE)
-    seen = (queries @ query_basis) @ (keys @ key_basis).transpose(-1, -2)
-    assert difference(seen, scores_of(queries, keys, SCALE)) < SOLVE
+    actual = (queries @ query_basis) @ (keys @ key_basis).transpose(-1, -2)
+    assert difference(actual, scores_of(queries, keys, SCALE)) < SOLVE
 
 
 @quick
@@ -66,5 +66,5 @@ def test_degenerate_points_have_finite_bases_that_keep_the_scores(which, kind):
     query_basis, key_basis = balance(scatter(queries), scatter(keys), SCALE)
     assert torch.isfinite(query_basis).all()
     assert torch.isfinite(key_basis).all()
-    seen = (queries @ query_basis) @ (keys @ key_basis).transpose(-1, -2)
-    assert difference(seen, scores_of(queries, keys, SCALE)) < SOLVE
+    actual = (queries @ query_basis) @ (keys @ key_basis).transpose(-1, -2)
+    assert difference(actual, scores_of(queries, keys, SCALE)) < SOLVE

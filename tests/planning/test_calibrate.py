@@ -13,7 +13,7 @@ from asapc.ops.features import dual_features, project
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual, sliced_dual_plan_ref, target_dual
 from asapc.planning.bases import balanced_bases
-from asapc.planning.calibrate import FitKey, calibrate, regressions
+from asapc.planning.calibrate import FitKey, calibrate, regressions, thin
 from asapc.planning.hinges import count_places
 from asapc.types.choices import SIDES, FeatureSet, SlicedDualParams
 from asapc.types.samples import Samples
@@ -76,10 +76,10 @@ def test_the_queries_dual_is_the_keys_with_queries_and_keys_exchanged(last):
     exchanged = {"rows": "columns", "columns": "rows"}[last]
     one = {KEY: SlicedDualParams(*bases, 2, NO_KNOTS)}
     other = {KEY: SlicedDualParams(*bases[::-1], 2, NO_KNOTS, side="queries")}
-    seen = regressions([site(last=exchanged, queries=7)], other, batches(keys, queries, 4))[KEY]
+    actual = regressions([site(last=exchanged, queries=7)], other, batches(keys, queries, 4))[KEY]
     expected = regressions([site(last=last)], one, batches(queries, keys, 4))[KEY]
-    assert difference(seen.gram, expected.gram) < FLOAT64
-    assert difference(seen.moment, expected.moment) < FLOAT64
+    assert difference(actual.gram, expected.gram) < FLOAT64
+    assert difference(actual.moment, expected.moment) < FLOAT64
 
 
 def test_a_later_map_is_fitted_on_the_closures_of_the_maps_before_it():
@@ -114,15 +114,15 @@ def test_a_masked_site_is_fitted_on_what_is_live_alone(step):
     weights = (torch.ones(HEADS, DIM + 1, dtype=torch.float64) / 10,) * step
     params = {KEY: SlicedDualParams(*bases, 0, NO_KNOTS, weights)}
     expected = regressions([plain], params, iter([activations(queries, keys)]))[KEY]
-    seen = regressions([masked], params, iter([batch]))[KEY]
+    actual = regressions([masked], params, iter([batch]))[KEY]
     place = [{"attention": bases}]
     one, other = (
         count_places([s], *place, iter([b])) for s, b in ((plain, activations(queries, keys)), (masked, batch))
     )
     assert all(difference(one["attention", side], other["attention", side]) < FLOAT64 for side in SIDES)
-    assert seen.count == expected.count == 4 * TOKENS
-    assert difference(seen.gram, expected.gram) < FLOAT64
-    assert difference(seen.moment, expected.moment) < FLOAT64
+    assert actual.count == expected.count == 4 * TOKENS
+    assert difference(actual.gram, expected.gram) < FLOAT64
+    assert difference(actual.moment, expected.moment) < FLOAT64
 
 
 def dead_query_axes(qkv):
@@ -198,6 +198,18 @@ def test_a_fit_gives_in_float32_what_it_gives_in_float64(change):
     scores, queries, keys, values = teacher.inputs
     expected = sliced_dual_plan_ref(scores, queries, keys, fitted) @ values.double()
     assert difference(SlicedDual(fitted)(*teacher.inputs), expected) < FLOAT32
+
+
+def test_a_long_site_is_fitted_on_some_of_its_points(teacher, monkeypatch):
+    whole = teacher.calibrate()
+    monkeypatch.setattr("asapc.planning.calibrate.MAX_POINTS", 12)  # of 16
+    points = normal(0, 4, HEADS, 16, DIM), normal(1, 4, HEADS, 11, DIM)
+    scores, queries, keys = thin(activations(*points)["attention"])
+    assert scores.shape == (4, HEADS, 12, 11)
+    assert difference(scores, scores_of(queries, keys, SCALE)) < FLOAT64
+    part = teacher.calibrate()
+    assert not torch.equal(part.weights[0], whole.weights[0])
+    assert teacher.error(SlicedDual(part)) < 0.5 * teacher.error(Sinkhorn(3))
 
 
 class Pivots(torch.nn.Module):

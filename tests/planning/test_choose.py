@@ -159,8 +159,8 @@ def test_fused_passes_that_are_asked_for_stay_fused_at_level_one(teacher):
 
 def test_candidates_are_the_exact_form_its_truncations_and_sliced_duals_of_every_feature_set(teacher):
     config = CompileConfig(slices=(0, 2), pieces=(0, 4))
-    found = propose(teacher.studied, config)
-    candidates = found[teacher.site.name]
+    result = propose(teacher.studied, config)
+    candidates = result[teacher.site.name]
     steps = teacher.site.loop.half_steps
     assert candidates[0].operator == "exact"
     truncated = [c.half_steps for c in candidates if c.operator == "truncated"]
@@ -169,9 +169,9 @@ def test_candidates_are_the_exact_form_its_truncations_and_sliced_duals_of_every
     kinds = {
         (c.params.slices, c.params.knots.numel() > 0, c.params.side, c.params.paired, c.half_steps) for c in sliced
     }
-    taken = {"keys": (3, 5, 7, 9, 11, 13), "queries": (2, 4, 6, 8, 10, 12)}
-    sets = product((0, 2), (False, True), taken, (False, True))
-    assert kinds == {(*of, t) for of in sets for t in taken[of[2]] if t < steps}
+    half_steps = {"keys": (1, 3, 5, 7, 9, 11, 13), "queries": (2, 4, 6, 8, 10, 12)}  # 1 is one pass
+    sets = product((0, 2), (False, True), half_steps, (False, True))
+    assert kinds == {(*of, t) for of in sets for t in half_steps[of[2]] if t < steps}
     assert len(kinds) == len(sliced)
     assert all(build(teacher.site, c).half_steps == c.half_steps for c in candidates)
 
@@ -196,10 +196,10 @@ def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
     lines = []
     for budget, expected in (("relc<=0.3", middle), ("relc<=1e-5", exact)):
         config = CompileConfig(fidelity=(budget, "agreement>=0"))
-        made = repair(teacher.studied, start, config, lines.append)
-        assert made.choices[name].candidate is expected, check(teacher.studied, made)
-        assert made.repairs == curve.index(expected)
-    assert "held-out" in made.choices[name].reason
+        selection = repair(teacher.studied, start, config, lines.append)
+        assert selection.choices[name].candidate is expected, check(teacher.studied, selection)
+        assert selection.repairs == curve.index(expected)
+    assert "held-out" in selection.choices[name].reason
     assert lines
 
 
@@ -258,25 +258,25 @@ def test_a_budget_on_the_whole_model_alone_lets_sites_go_as_far_as_it_does(teach
     # With two half-steps this site's relc is above 1, which no budget allows.
     for budget, expected in (("agreement>=0", 2), ("relc<=1", 3), ("output-error<=0", exact.half_steps)):
         config = CompileConfig(fidelity=(budget,))
-        made = decide(teacher.studied, candidates, Selection({}), config)
-        assert made.choices[name].candidate.half_steps == expected
-    assert made.repairs > 0
+        selection = decide(teacher.studied, candidates, Selection({}), config)
+        assert selection.choices[name].candidate.half_steps == expected
+    assert selection.repairs > 0
 
 
 def test_a_budget_that_nothing_keeps_leaves_the_closest(teacher):
     start = Selection({teacher.site.name: Choice(EXACT, "", (EXACT,))})
     config = CompileConfig(fidelity=("relc<=1e-30",))
     start = Selection({teacher.site.name: replace(start.choices[teacher.site.name])})
-    made = repair(teacher.studied, start, config, lambda detail: None)
-    assert made.choices[teacher.site.name].candidate is EXACT
+    selection = repair(teacher.studied, start, config, lambda detail: None)
+    assert selection.choices[teacher.site.name].candidate is EXACT
 
 
 def test_rivals_take_as_many_half_steps_as_they_are_said_to(teacher):
     name = teacher.site.name
-    found = rivals(
+    result = rivals(
         [teacher.site], Selection({name: Choice(candidate("sliced_dual", 1.0, 0.1), "")}, frozenset([name])), 1
     )
-    assert found["teacher"] == {}
-    assert (found["exact"][name].half_steps, found["exact"][name].wide) == (teacher.site.loop.half_steps, True)
-    assert found["truncated"][name].half_steps == 5
-    assert found["softmax"][name].half_steps == 1
+    assert result["teacher"] == {}
+    assert (result["exact"][name].half_steps, result["exact"][name].wide) == (teacher.site.loop.half_steps, True)
+    assert result["truncated"][name].half_steps == 5
+    assert result["softmax"][name].half_steps == 1

@@ -1,5 +1,6 @@
 """What operators take, counted by hand: two samples of three heads, four queries, five keys, a head size of six."""
 
+from dataclasses import replace
 from math import inf, log2
 
 import pytest
@@ -64,6 +65,22 @@ def test_a_dual_of_the_keys_takes_their_features_and_all_of_its_half_steps():
         "project": points * 6,
         "hinge": MATRICES * 5 * 2 * 7,  # at the keys alone
         "sort": MATRICES * 2 * (5 * log2(5) + 4 * 2),
+    }
+
+
+def test_one_pass_takes_an_estimate_and_adds_it_to_the_scores():
+    weights = (torch.ones(3, COORDINATES + 1),)
+    params = replace(sliced_dual(features=COORDINATES + 1), weights=weights, one_pass=True)
+    points = MATRICES * (5 + 4) * COORDINATES
+    nothing = {"paired": 0, "form": 0, "hinge": 0, "sort": 0}
+    estimated = {"estimate": 1, "coordinate": points, "project": points * 6, **nothing}
+    assert work(SHAPE, SlicedDual(params)) == {**SCORES, "pass": ENTRIES, **half_steps(0), **estimated}
+    assert work(SHAPE, SlicedDual(params, lowering="fused")) == {
+        "call": 1,
+        "fused_call": 1,
+        "fused_softmax": ENTRIES,
+        "fused_product": ENTRIES * (7 + 6),  # with the bias as one more channel
+        **estimated,
     }
 
 

@@ -15,10 +15,10 @@ def test_knots_part_the_points_in_equal_shares():
     points = (points - points.mean()) / points.std(correction=0)
     bins = ((points.flatten() / MAX_DEVIATIONS + 1) * BINS / 2).long().clamp(0, BINS - 1)
     counts = torch.bincount(bins, minlength=BINS).double().view(1, 1, -1)
-    seen = quantiles(counts, 8)
+    actual = quantiles(counts, 8)
     expected = torch.quantile(points.flatten(), torch.arange(1, 8, dtype=torch.float64) / 8)
-    assert seen.shape == (1, 1, 7)
-    assert (seen.flatten() - expected).abs().max() < 2 * MAX_DEVIATIONS / BINS
+    assert actual.shape == (1, 1, 7)
+    assert (actual.flatten() - expected).abs().max() < 2 * MAX_DEVIATIONS / BINS
 
 
 @pytest.mark.parametrize("side", SIDES)

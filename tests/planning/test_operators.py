@@ -62,8 +62,8 @@ def test_rivals_are_lowered_as_the_compiled_model_is():
     long = plain(queries=4096, keys=4096)
     chosen = Selection({long.name: Choice(Candidate("truncated", 4, 1.0), "")})
     for wanted, expected in ((None, "fused"), ("materialised", "materialised"), ("fused", "fused")):
-        found = rivals([long], chosen, 1, wanted)
-        assert {found[name][long.name].lowering for name in ("truncated", "softmax")} == {expected}
+        result = rivals([long], chosen, 1, wanted)
+        assert {result[name][long.name].lowering for name in ("truncated", "softmax")} == {expected}
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,14 @@ def test_the_deviation_is_that_of_what_is_not_masked():
 
 def test_each_sample_has_its_place_and_the_limits_hold_them_all():
     teacher = cached_teacher(sound)
-    found = score_ranges(teacher.graph, [teacher.site], teacher.samples)[teacher.site.name]
-    assert found.deviations.shape == (len(teacher.samples),)
+    result = score_ranges(teacher.graph, [teacher.site], teacher.samples)[teacher.site.name]
+    assert result.deviations.shape == (len(teacher.samples),)
     alone = score_ranges(teacher.graph, [teacher.site], teacher.samples[5:7])[teacher.site.name]
-    assert difference(alone.deviations, found.deviations[5:7]) < FLOAT64
-    low, high = limits({"a": found})["a"]
+    assert difference(alone.deviations, result.deviations[5:7]) < FLOAT64
+    low, high = limits({"a": result})["a"]
     assert 0 < low <= high
-    assert low == found.deviations.min()
-    assert found.kernel_spread <= MAX_SPREAD
+    assert low == result.deviations.min()
+    assert result.kernel_spread <= MAX_SPREAD
 
 
 def test_scores_far_apart_spread_the_kernel():

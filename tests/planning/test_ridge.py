@@ -46,8 +46,8 @@ def test_the_penalty_falls_on_standardised_weights(penalty):
 def test_the_unit_of_a_feature_does_not_change_the_fit():
     x, y = problem()
     unit = torch.tensor([1.0, 0.1, 30.0, 7.0], dtype=torch.float64)
-    seen = ridge(regression(x * unit, y), 1e-3) * unit
-    assert difference(seen, ridge(regression(x, y), 1e-3)) < FLOAT64
+    actual = ridge(regression(x * unit, y), 1e-3) * unit
+    assert difference(actual, ridge(regression(x, y), 1e-3)) < FLOAT64
 
 
 def test_a_feature_that_is_zero_gets_weight_zero_and_leaves_the_others():
