@@ -113,7 +113,7 @@ class CompileConfig:
         bool,
         Option(
             "--unsafe-load",
-            "Read a pickled module or other Python objects. This runs code that stands in the file, with your rights: "
+            "Read a pickled module or other Python objects. This runs code that is in the file, with your rights: "
             "only for files that you would run as a program.",
             READING,
             code=True,

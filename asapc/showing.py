@@ -53,7 +53,7 @@ def inspection(sites: list[dict[str, Any]]) -> Iterator[Grid | str]:
     yield Grid("Sinkhorn attention", columns, ("site", "ends on", "mask"), [rows])
     for site in sites:
         kind = "" if site["ends_in"] == "attention" else ", a plan alone,"
-        yield f"{site['name']}{kind} stands at {site['source']}"
+        yield f"{site['name']}{kind} is at {site['source']}"
         yield from reach(site)
 
 
@@ -209,7 +209,8 @@ def latency_grid(data: dict[str, Any]) -> Grid:
             fixed(variant["metric"]),
         )
         groups.setdefault(run["batch"], []).append(row)
-    title = f"Latency in ONNX Runtime, ms a batch, {latency['threads']} threads, {latency['device']}"
+    threads = f"{latency['threads']} thread{'s' * (latency['threads'] != 1)}"
+    title = f"Latency in ONNX Runtime, ms a batch, {threads}, {latency['device']}"
     columns = ("batch", "variant", "median", "p90", "p99", "x compiled", "agreement", "accuracy")
     return Grid(title, columns, ("variant",), list(groups.values()))
 

@@ -204,8 +204,10 @@ def function():
     import onnxruntime
     importlib.import_module("tensorrt")
 """
-    found = [(target, lazy) for node, lazy in nodes(ast.parse(code)) for target in targets("asapc.passes.record", node)]
-    assert found == [
+    result = [
+        (target, lazy) for node, lazy in nodes(ast.parse(code)) for target in targets("asapc.passes.record", node)
+    ]
+    assert result == [
         ("asapc.config", False),
         ("asapc.loading", False),
         ("asapc.ops.sinkhorn", False),

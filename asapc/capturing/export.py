@@ -106,12 +106,12 @@ def settle(program: ExportedProgram) -> None:
 def settle_cast(program: ExportedProgram, node: Node) -> None:
     """Drop a cast to the type that a value has, and write another as the copy that it is."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    source = given.pop("self")
+    arguments: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    source = arguments.pop("self")
     value = source.meta["val"]
-    dtype = given.pop("dtype", None) or value.dtype
-    stays = all(given.pop(place, None) in (None, getattr(value, place)) for place in ("device", "layout"))
-    if not stays or any(given.values()):  # asks for a copy, or for an order in memory
+    dtype = arguments.pop("dtype", None) or value.dtype
+    stays = all(arguments.pop(place, None) in (None, getattr(value, place)) for place in ("device", "layout"))
+    if not stays or any(arguments.values()):  # asks for a copy, or for an order in memory
         return
     if value.dtype == dtype:
         drop(program, node, source)

@@ -6,6 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
@@ -16,7 +17,7 @@ from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.loading.folder import COMPILE, MODEL, OPERATORS, read_folder
-from asapc.loading.inputs import named, narrowed, order_inputs
+from asapc.loading.inputs import compare_types, named, narrowed, order_inputs
 from asapc.loading.model import load_model
 from asapc.loading.samples import load_samples
 from asapc.loading.untrusted.source import Source
@@ -133,7 +134,8 @@ def verify_outputs(
         )
     report = read_folder(folder)
     runner = OnnxRuntimeRunner(folder / MODEL)
-    samples, stored = narrowed(named(load_samples(data), runner.names), runner.in_float32), load_samples(outputs)
+    in_float32 = [name for name, kind in runner.inputs.items() if kind.dtype == torch.float32]
+    samples, stored = narrowed(named(load_samples(data), list(runner.inputs)), in_float32), load_samples(outputs)
     check_stored(data, samples, outputs, stored, runner)
     fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
     verification = Verification(fidelity, config.bounds() or budget_of(report, fidelity), {})
@@ -142,9 +144,10 @@ def verify_outputs(
 
 def check_stored(data: Path, samples: Samples, outputs: Path, stored: Samples, runner: OnnxRuntimeRunner) -> None:
     """Raise SamplesError where samples are not of the model's inputs, or stored outputs not of its outputs for them."""
-    if set(runner.names) != samples.inputs.keys():
-        arrays, names = ", ".join(samples.inputs), ", ".join(runner.names)
+    if runner.inputs.keys() != samples.inputs.keys():
+        arrays, names = ", ".join(samples.inputs), ", ".join(runner.inputs)
         raise SamplesError(f"{data} holds {arrays}; the model's inputs are {names}", "name the arrays as the inputs")
+    compare_types(Path(runner.name), samples, runner.inputs)
     expected = [tuple(output.shape[1:]) for output in runner(samples[:1])]
     shapes = [tuple(output.shape[1:]) for output in stored.inputs.values()]
     if shapes != expected or len(stored) != len(samples):
@@ -185,12 +188,13 @@ def verify_model(
     loaded = load_model(teacher or Path(report["model"]["path"]), config)
     if loaded.sha256 != report["model"]["sha256"]:
         raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
-    samples = order_inputs(loaded, load_samples(data))
+    samples, compiled = order_inputs(loaded, load_samples(data)), OnnxRuntimeRunner(folder / MODEL)
+    compare_types(folder / MODEL, samples, compiled.inputs)
     ratings = rate_sites(folder, report, loaded, samples, config)
     if ratings.note and (of_sites := [str(bound) for bound in config.bounds() if bound.metric in SITE_METRICS]):
         reason = f"{', '.join(of_sites)} cannot be judged: {ratings.note}"
         raise SamplesError(reason, "use other samples, or omit these terms")
-    hops = {"teacher": origin_of(loaded).reference(), "compiled": OnnxRuntimeRunner(folder / MODEL)}
+    hops = {"teacher": origin_of(loaded).reference(), "compiled": compiled}
     fidelity = verify(hops, {}, ratings.sites, samples, ratings.samples_at_once)
     budget = config.bounds() or budget_of(report, fidelity)
     return hold(Verification(fidelity, budget, ratings.outside, ratings.note), show)
@@ -287,7 +291,8 @@ def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: 
         raise source.refuse(f"{site.name} has fewer half-steps than the operator that replaced it", COMPILE)
     params = None
     if choice["operator"] == "sliced_dual":
-        parts = ("query_basis", "key_basis", "knots", *(f"weights.{i}" for i in range(choice["half_steps"] // 2)))
+        maps = max(1, choice["half_steps"] // 2)
+        parts = ("query_basis", "key_basis", "knots", *(f"weights.{i}" for i in range(maps)))
         for part in parts:
             if f"{site.name}.{part}" not in tensors:
                 raise source.refuse(f"it lacks {part} of {site.name}", COMPILE)
@@ -300,6 +305,7 @@ def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: 
             weights=tuple(weights),
             side=choice["side"] or "keys",
             paired="pairs" in choice["features"],
+            one_pass=choice["half_steps"] == 1,
         )
         if query_basis.shape != key_basis.shape or params.slices > query_basis.shape[-1]:
             raise source.refuse(f"its bases do not fit {site.name}", COMPILE)

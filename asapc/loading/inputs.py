@@ -7,6 +7,7 @@ import shlex
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +38,7 @@ def order_inputs(loaded: LoadedModel, samples: Samples) -> Samples:
         )
     inputs = {name: samples.inputs[name] for name in names if name in samples.inputs}
     ordered = narrowed(replace(samples, inputs=inputs), [name for name in inputs if in_float32(loaded, name)])
-    for name, kind in (loaded.inputs or {}).items():
-        compare_type(loaded, name, ordered.inputs[name], kind)
+    compare_types(loaded.path, ordered, loaded.inputs or {})
     return ordered
 
 
@@ -90,15 +90,17 @@ def input_names(loaded: LoadedModel, samples: Samples) -> tuple[list[str], list[
     return names, [name for p in named if p.default is p.empty for name in of_parameter[p.name]]
 
 
-def compare_type(loaded: LoadedModel, name: str, value: Tensor, kind: InputType) -> None:
-    """Raise SamplesError where an input is not what an exported model takes."""
-    sizes = tuple(value.shape) if kind.sizes is None else kind.sizes
-    same = len(sizes) == value.dim() and all(s in (None, n) for s, n in zip(sizes, value.shape, strict=True))
-    if not same or value.dtype != kind.dtype:
-        expected = ", ".join("any" if size is None else str(size) for size in sizes[1:])
+def compare_types(path: Path, samples: Samples, inputs: Mapping[str, InputType]) -> None:
+    """Raise SamplesError where samples are not what the exported model in a file takes."""
+    for name, kind in inputs.items():
+        value = samples.inputs[name]
+        sizes = tuple(value.shape) if kind.sizes is None else kind.sizes
+        same = len(sizes) == value.dim() and all(s in (None, n) for s, n in zip(sizes, value.shape, strict=True))
+        if same and value.dtype == kind.dtype:
+            continue
+        expected = ", ".join(["batch", *("any" if size is None else str(size) for size in sizes[1:])])
         raise SamplesError(
-            f"{name} is {tuple(value.shape)} {value.dtype}; {loaded.path} was exported with (batch, {expected}) "
-            f"{kind.dtype}",
+            f"{name} is {tuple(value.shape)} {value.dtype}; {path} takes ({expected}) {kind.dtype}",
             "give samples of that shape and dtype",
         )
 

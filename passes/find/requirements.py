@@ -42,7 +42,7 @@ def require_guard(loop: Loop, explanation: Explanation, error: float) -> None:
 def require_own(region: Region, value: Tensor, plan: Tensor) -> None:
     """Raise NotSinkhorn if the plan depends on more that changes with the model's inputs than scores and masks.
 
-    Terms of rows or columns that the loop takes off again may be read: other ones give the same plan.
+    Terms of rows or columns that the loop takes off again may be read: others give the same plan.
     """
     for node in foreign_inputs(region):
         if difference(region(value, inputs={node: unlike(region.inputs[node])}), plan) > PLAN_TOLERANCE:

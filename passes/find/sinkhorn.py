@@ -121,14 +121,14 @@ class Finder(Interpreter):
             self.values |= ({n: value} if n in self.whole else {}) | self.cut.values(n, value)
             if n.name in self.cut.ends:  # where heads are in the batch, all samples are kept
                 self.ends[n.name] = value[:1].clone() if len(value) == self.batch else value
-        found: list[Node] = []
+        plans: list[Node] = []
         for candidate in sorted(self.candidates.get(n, ()), key=lambda c: c.plan, reverse=True):
-            if any(all(plan in use.path for use in candidate.uses) for plan in found):
+            if any(all(plan in use.path for use in candidate.uses) for plan in plans):
                 continue  # a stage of that plan's loop
             if candidate.plan not in self.verdicts:
                 self.verdicts[candidate.plan] = self.judge(candidate)
             if self.verdicts[candidate.plan]:
-                found.append(candidate.plan)
+                plans.append(candidate.plan)
         for node in self.releases.get(n, ()):
             self.values.pop(node, None)
             self.ends.pop(node.name, None)
@@ -256,7 +256,7 @@ class Trial:
     def find_scale(self, scores: Tensor, plan: Tensor) -> tuple[Tensor, Live]:
         """Return what `probe.find_scale` says; where entries of the plan are zero, of other scores.
 
-        Milder ones show whether they underflow, ordinary ones in the place of those whether they are a mask of the
+        Milder ones show whether they underflow, ordinary ones instead of those whether they are a mask of the
         scores, such as a window, that the loop itself knows nothing of.
         """
         try:

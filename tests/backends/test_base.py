@@ -22,8 +22,8 @@ def test_a_runner_that_remembers_runs_once_on_each_part():
     runner, samples = Counting(), Samples({"x": torch.arange(6.0)})
     remembering = RememberingRunner(runner)
     for _ in range(2):
-        seen = torch.cat([remembering(batch)[0] for batch in samples.batches(4)])
-        assert torch.equal(seen, 2 * torch.arange(6.0))
+        actual = torch.cat([remembering(batch)[0] for batch in samples.batches(4)])
+        assert torch.equal(actual, 2 * torch.arange(6.0))
     assert runner.calls == 2
     assert torch.equal(remembering(samples[:2])[0], torch.tensor([0.0, 2.0]))  # the same place, another length
     assert (runner.calls, remembering.runtime) == (3, "counting")

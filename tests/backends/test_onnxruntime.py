@@ -103,8 +103,8 @@ def test_outputs_have_the_names_that_the_forward_gives_them(kind, names, tmp_pat
     _, runner = exported(module, tmp_path)
     assert runner.outputs == names
     samples = Samples({"x": torch.rand(3, 6, 4)})
-    for seen, expected in zip(runner(samples), EagerRunner(module)(samples), strict=True):
-        assert difference(seen, expected) < EXPORT
+    for actual, expected in zip(runner(samples), EagerRunner(module)(samples), strict=True):
+        assert difference(actual, expected) < EXPORT
 
 
 def test_outputs_of_the_name_of_an_operation_within_are_no_second_of_it(tmp_path):
@@ -115,17 +115,17 @@ def test_outputs_of_the_name_of_an_operation_within_are_no_second_of_it(tmp_path
     _, runner = exported(Swapped(), tmp_path)
     samples = Samples({"x": torch.rand(3, 6, 4)})
     assert runner.outputs == ["tanh", "exp"]
-    for seen, expected in zip(runner(samples), EagerRunner(Swapped())(samples), strict=True):
-        assert difference(seen, expected) < EXPORT
+    for actual, expected in zip(runner(samples), EagerRunner(Swapped())(samples), strict=True):
+        assert difference(actual, expected) < EXPORT
 
 
 def test_norms_of_mixed_types_are_written_as_torch_computes_them(tmp_path):
     captured, runner = exported(MixedNorms(), tmp_path)
     samples = Samples({"x": torch.rand(3, 6, 4)})
     (expected,) = EagerRunner(MixedNorms().eval())(samples)
-    for seen in (runner(samples)[0], EagerRunner(captured.program.module())(samples)[0]):
-        assert seen.dtype == expected.dtype
-        assert difference(seen, expected) < 2e-3  # float16
+    for actual in (runner(samples)[0], EagerRunner(captured.program.module())(samples)[0]):
+        assert actual.dtype == expected.dtype
+        assert difference(actual, expected) < 2e-3  # float16
 
 
 @pytest.fixture
@@ -179,9 +179,9 @@ def test_runners_say_what_they_run_in(pair):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_both_runners_give_the_same_outputs_in_the_same_order_for_every_batch(pair, batch):
     samples = Samples({"left": torch.rand(batch, 3), "right": torch.rand(batch, 2)})
-    expected, seen = (runner(samples) for runner in pair)
-    assert len(expected) == len(seen) == 2
-    for reference, candidate in zip(expected, seen, strict=True):
+    expected, actual = (runner(samples) for runner in pair)
+    assert len(expected) == len(actual) == 2
+    for reference, candidate in zip(expected, actual, strict=True):
         assert candidate.shape == reference.shape
         assert torch.linalg.vector_norm(candidate - reference) <= EXPORT * torch.linalg.vector_norm(reference)
 
@@ -207,8 +207,8 @@ def test_a_layer_with_a_gelu_gives_the_same_and_the_erf_form_is_one_kernel(tmp_p
     samples = Samples({"input": 4 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))})
     artifact = export_onnx(graph(module, **samples.inputs), tmp_path / "model.onnx", {})
     onnx.checker.check_model(onnx.load(artifact.path), full_check=True)
-    (expected,), (seen,) = EagerRunner(module)(samples), OnnxRuntimeRunner(artifact.path, threads=1)(samples)
-    assert torch.linalg.vector_norm(seen - expected) <= EXPORT * torch.linalg.vector_norm(expected)
+    (expected,), (actual,) = EagerRunner(module)(samples), OnnxRuntimeRunner(artifact.path, threads=1)(samples)
+    assert torch.linalg.vector_norm(actual - expected) <= EXPORT * torch.linalg.vector_norm(expected)
 
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -299,8 +299,8 @@ def test_the_batch_is_called_batch(tmp_path):
             return x.flatten(0, 1), x.exp()
 
     path = export_onnx(graph(Reshapes(), x=torch.rand(2, 3, 4)), tmp_path / "model.onnx", {}).path
-    found = onnx.load(path).graph
-    dims = [value.type.tensor_type.shape.dim[0].dim_param for value in (*found.input, *found.output)]
+    result = onnx.load(path).graph
+    dims = [value.type.tensor_type.shape.dim[0].dim_param for value in (*result.input, *result.output)]
     assert dims == ["batch", "3*batch", "batch"]
 
 
@@ -329,16 +329,16 @@ def test_fused_attention_is_onnx_runtimes_own_and_never_holds_the_scores(fused, 
     assert "Softmax" not in {node.op_type for node in model.graph.node}
     for batch in (1, 2, 4):
         samples = fused.example[[i % 2 for i in range(batch)]]
-        expected, seen = EagerRunner(Fused())(samples)[0], OnnxRuntimeRunner(artifact.path)(samples)[0]
-        assert torch.linalg.vector_norm(seen - expected) <= EXPORT * torch.linalg.vector_norm(expected)
+        expected, actual = EagerRunner(Fused())(samples)[0], OnnxRuntimeRunner(artifact.path)(samples)[0]
+        assert torch.linalg.vector_norm(actual - expected) <= EXPORT * torch.linalg.vector_norm(expected)
 
 
 def test_fused_attention_has_a_standard_form_that_gives_the_same(fused, tmp_path):
     paths = [tmp_path / "own.onnx", tmp_path / "standard.onnx"]
     own, standard = (export_onnx(fused, path, {}, standard=path.stem == "standard") for path in paths)
     assert {node.domain for node in onnx.load(standard.path).graph.node} == {""}
-    expected, seen = (OnnxRuntimeRunner(artifact.path)(fused.example)[0] for artifact in (own, standard))
-    assert torch.linalg.vector_norm(seen - expected) <= EXPORT * torch.linalg.vector_norm(expected)
+    expected, actual = (OnnxRuntimeRunner(artifact.path)(fused.example)[0] for artifact in (own, standard))
+    assert torch.linalg.vector_norm(actual - expected) <= EXPORT * torch.linalg.vector_norm(expected)
 
 
 def test_open_axes_are_named_in_the_file(tmp_path):
@@ -353,8 +353,8 @@ def test_open_axes_are_named_in_the_file(tmp_path):
     assert names == [["batch", "", "n"], ["batch", "", "m"], ["batch", "", "m"]]
     shapes = {"queries": (3, 3, 5, 4), "keys": (3, 3, 30, 4), "values": (3, 3, 30, 5)}
     other = Samples({name: torch.randn(shape) for name, shape in shapes.items()})
-    expected, seen = EagerRunner(Fused())(other)[0], OnnxRuntimeRunner(artifact.path)(other)[0]
-    assert torch.linalg.vector_norm(seen - expected) <= EXPORT * torch.linalg.vector_norm(expected)
+    expected, actual = EagerRunner(Fused())(other)[0], OnnxRuntimeRunner(artifact.path)(other)[0]
+    assert torch.linalg.vector_norm(actual - expected) <= EXPORT * torch.linalg.vector_norm(expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

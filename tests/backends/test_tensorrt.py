@@ -176,10 +176,10 @@ def test_an_engine_is_built_for_a_range_of_lengths(name, ahead_of_time, tmp_path
 def test_every_target_is_built_for_or_refused_with_a_reason(ahead_of_time, tmp_path):
     import tensorrt_rtx
 
-    known = {name for name in tensorrt_rtx.ComputeCapability.__members__ if name.startswith("SM")}
+    capabilities = {name for name in tensorrt_rtx.ComputeCapability.__members__ if name.startswith("SM")}
     artifact = exported(OPERATORS["sliced dual"](), tmp_path / "model.onnx")
     engine = build_engine(artifact, tmp_path / "model.engine", largest_batch=2)
-    assert {*engine.targets, *engine.refused} == known
+    assert {*engine.targets, *engine.refused} == capabilities
     assert not set(engine.targets) & engine.refused.keys()
     assert all(reason.strip() for reason in engine.refused.values())
     assert list(engine.targets) == sorted(engine.targets, key=lambda name: int(name[2:]))

@@ -127,9 +127,9 @@ def test_the_size_of_the_difference_is_that_of_the_outputs_on_all_samples():
     stops = Loop(SPELLINGS["item"], tol=0.5)
     graph = captured(stops, samples)
     expected = torch.cat([output(stops, batch) for batch in samples.batches(32)])
-    seen = output(graph.program.module(), samples)
+    actual = output(graph.program.module(), samples)
     assert graph.early_stops.taken
-    assert graph.early_stops.difference == pytest.approx(difference(seen, expected), rel=1e-4)
+    assert graph.early_stops.difference == pytest.approx(difference(actual, expected), rel=1e-4)
 
 
 def test_a_model_that_stops_earlier_is_refused_where_that_is_asked_for():
@@ -238,11 +238,11 @@ def test_nothing_is_answered_once_capture_has_ended_even_by_an_error():
 
 
 def test_other_threads_get_true_answers_meanwhile():
-    seen, running, stop = [], threading.Event(), threading.Event()
+    actual, running, stop = [], threading.Event(), threading.Event()
 
     def ask():
         while not stop.is_set():
-            seen.append(bool(torch.ones(()) < 2) and float(torch.ones(())) == 1.0)
+            actual.append(bool(torch.ones(()) < 2) and float(torch.ones(())) == 1.0)
             running.set()
 
     thread = threading.Thread(target=ask)
@@ -253,7 +253,7 @@ def test_other_threads_get_true_answers_meanwhile():
     finally:
         stop.set()
         thread.join()
-    assert all(seen)
+    assert all(actual)
 
 
 def test_outside_of_a_trace_the_mode_answers_nothing():

@@ -59,9 +59,9 @@ def test_questions_of_constants_are_answered_truthfully(name):
     before = {key: value.clone() for key, value in module.state_dict().items()}
     graph = captured(module, samples, early_stop="refuse")
     assert graph.early_stops is None
-    seen, expected = output(graph.program.module(), samples), output(module, samples)
-    assert seen.shape == expected.shape
-    assert difference(seen, expected) < ROUNDING
+    actual, expected = output(graph.program.module(), samples), output(module, samples)
+    assert actual.shape == expected.shape
+    assert difference(actual, expected) < ROUNDING
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 

@@ -53,11 +53,11 @@ def test_a_defect_exits_with_70_a_traceback_and_a_request_to_report_it(small, mo
 
 
 def test_options_reach_the_library_and_those_on_the_command_line_win(small, monkeypatch):
-    seen = []
-    monkeypatch.setattr(asapc.commands.compile, "compile_model", lambda *args: seen.extend(args[:2]) or 1 / 0)
+    actual = []
+    monkeypatch.setattr(asapc.commands.compile, "compile_model", lambda *args: actual.extend(args[:2]) or 1 / 0)
     toml = written(Path("o.toml"), b'seed = 1\nthreads = 3\nslices = [4]\nout = "there"\n')
     run("compile", small, "--config", toml, "--seed", 2, "--batch", 1, "--batch", 8, "--fidelity", "relc<=0.1")
-    assert seen == [
+    assert actual == [
         small,
         CompileConfig(out=Path("there"), seed=2, threads=3, slices=(4,), batches=(1, 8), fidelity=("relc<=0.1",)),
     ]

@@ -36,14 +36,14 @@ def compiled(tmp_path_factory) -> Path:
 
 
 def test_on_the_data_it_was_compiled_with_it_says_what_the_report_says(compiled):
-    found = verify_model(compiled / "out", compiled / "same.npz")
+    verification = verify_model(compiled / "out", compiled / "same.npz")
     report = json.loads((compiled / "out" / "report.json").read_text())
-    assert found.fidelity.logits_rel == pytest.approx(report["fidelity"]["logits_rel"], rel=1e-3)
-    assert found.fidelity.agreement == report["fidelity"]["agreement"]
+    assert verification.fidelity.logits_rel == pytest.approx(report["fidelity"]["logits_rel"], rel=1e-3)
+    assert verification.fidelity.agreement == report["fidelity"]["agreement"]
     [site] = report["sites"]
-    assert found.fidelity.sites[site["name"]].relc == pytest.approx(site["fidelity"]["relc"], rel=1e-3)
+    assert verification.fidelity.sites[site["name"]].relc == pytest.approx(site["fidelity"]["relc"], rel=1e-3)
     assert site["choice"]["operator"] != "keep"
-    assert found.fidelity.metric is not None
+    assert verification.fidelity.metric is not None
 
 
 def test_stored_outputs_do_in_place_of_the_teacher(compiled, tmp_path):
@@ -52,13 +52,13 @@ def test_stored_outputs_do_in_place_of_the_teacher(compiled, tmp_path):
     with torch.no_grad():
         np.savez(tmp_path / "logits.npz", logits=teacher(images).numpy())
         np.savez(tmp_path / "fewer.npz", logits=teacher(images[:5]).numpy())
-    found = verify_outputs(compiled / "out", compiled / "same.npz", tmp_path / "logits.npz").fidelity
+    verification = verify_outputs(compiled / "out", compiled / "same.npz", tmp_path / "logits.npz").fidelity
     expected = verify_model(compiled / "out", compiled / "same.npz").fidelity
-    assert found.logits_rel == pytest.approx(expected.logits_rel, rel=1e-4)
-    assert (found.agreement, found.metric) == (expected.agreement, expected.metric)
+    assert verification.logits_rel == pytest.approx(expected.logits_rel, rel=1e-4)
+    assert (verification.agreement, verification.metric) == (expected.agreement, expected.metric)
     np.savez(tmp_path / "double.npz", images=images.double().numpy())  # numpy's default
     double = verify_outputs(compiled / "out", tmp_path / "double.npz", tmp_path / "logits.npz").fidelity
-    assert double.outputs == found.outputs
+    assert double.outputs == verification.outputs
     for outputs in (tmp_path / "fewer.npz", compiled / "same.npz"):
         with pytest.raises(SamplesError, match="samples and shapes"):
             verify_outputs(compiled / "out", compiled / "same.npz", outputs)
@@ -77,9 +77,9 @@ def test_the_budget_is_that_of_the_report_as_far_as_the_samples_tell(compiled, t
     # Without a term on their error, outputs may come to differ by some times what they did.
     assert budget_of(report, whole) == (Bound("agreement", 0.5), Bound("output-error", 0.4))
     assert budget_of({**report, "budget": ["output-error<=0.2"]}, whole) == (Bound("output-error", 0.2),)
-    found = verify_model(compiled / "out", compiled / "same.npz")
-    assert [str(term.bound) for term in found.verdict.terms] == ["relc<=1", "agreement>=0", "output-error<=0.05"]
-    assert found.verdict.passed
+    verification = verify_model(compiled / "out", compiled / "same.npz")
+    assert [str(term.bound) for term in verification.verdict.terms] == ["relc<=1", "agreement>=0", "output-error<=0.05"]
+    assert verification.verdict.passed
 
 
 def test_outputs_that_are_others_fail_though_their_classes_agree(compiled, tmp_path):
@@ -97,10 +97,10 @@ def test_outputs_that_are_others_fail_though_their_classes_agree(compiled, tmp_p
 )
 def test_samples_that_do_not_show_the_loops_are_good_for_the_outputs(compiled, tmp_path, change):
     np.savez(tmp_path / "data.npz", images=change(np.load(compiled / "same.npz")["images"]))
-    found = verify_model(compiled / "out", tmp_path / "data.npz")
-    assert found.verdict.passed
-    if found.note:
-        assert found.fidelity.sites == {}
+    verification = verify_model(compiled / "out", tmp_path / "data.npz")
+    assert verification.verdict.passed
+    if verification.note:
+        assert verification.fidelity.sites == {}
         with pytest.raises(SamplesError, match="relc"):
             verify_model(compiled / "out", tmp_path / "data.npz", config=CompileConfig(fidelity=("relc<=0.5",)))
 
@@ -153,10 +153,24 @@ def test_a_folder_that_changed_or_lacks_a_file_is_refused(compiled, name, tmp_pa
         assert "compile" in caught.value.hint
 
 
-def test_samples_that_do_not_fit_are_refused(compiled, tmp_path):
-    np.savez(tmp_path / "wrong.npz", pictures=np.zeros((3, 4, 4), dtype=np.float32))
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"pictures": np.zeros((3, 4, 4), np.float32)}, "the samples hold pictures"),
+        ({"images": np.zeros((3, 4, 5), np.float32)}, "takes (batch, 4, 4) torch.float32"),
+        ({"images": np.zeros((3, 4), np.float32)}, "takes (batch, 4, 4) torch.float32"),
+        ({"images": np.zeros((3, 4, 4), np.int64)}, "images is (3, 4, 4) torch.int64"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(compiled, tmp_path, arrays, reason):
+    data, outputs = tmp_path / "wrong.npz", tmp_path / "outputs.npz"
+    np.savez(data, **arrays)
+    np.savez(outputs, logits=np.zeros((3, 10), np.float32))
+    with pytest.raises(SamplesError) as caught:
+        verify_model(compiled / "out", data)
+    assert reason in str(caught.value)
     with pytest.raises(SamplesError):
-        verify_model(compiled / "out", tmp_path / "wrong.npz")
+        verify_outputs(compiled / "out", data, outputs)
 
 
 def test_the_command_prints_the_sites_and_exits_by_the_budget(compiled):

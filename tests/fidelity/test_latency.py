@@ -87,15 +87,15 @@ def test_times_are_milliseconds_of_a_call(lab):
     runs = measure(lab.runners, SAMPLES, batch=2, seconds=0.0)
     assert [(run.name, run.runtime, run.batch) for run in runs] == [(n, "fake", 2) for n in "abc"]
     for run, milliseconds in zip(runs, (1, 2, 4), strict=True):
-        seen = (run.p50_ms, run.p90_ms, run.p99_ms, run.mean_ms)
-        assert seen == pytest.approx([milliseconds] * 4)
+        actual = (run.p50_ms, run.p90_ms, run.p99_ms, run.mean_ms)
+        assert actual == pytest.approx([milliseconds] * 4)
         assert run.std_ms == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(("batch", "seen"), [(1, [0]), (3, [0, 1, 2]), (7, [0, 1, 2, 0, 1, 2, 0])])
-def test_all_runners_get_the_same_batch_of_samples_repeated_where_there_are_too_few(batch, seen, lab):
+def test_all_runners_get_the_same_batch_of_samples_repeated_where_there_are_too_few(batch, actual, lab):
     measure(lab.runners, SAMPLES, batch, seconds=0.0)
-    assert all(inputs == seen for _, inputs in lab.log)
+    assert all(inputs == actual for _, inputs in lab.log)
 
 
 def test_percentiles_are_those_of_the_times():

@@ -113,10 +113,10 @@ INDEX = Samples({"index": torch.arange(4)}, torch.tensor([0, 1, 2, 0]))
 
 def test_each_hop_is_compared_with_the_one_before_and_the_last_with_the_first():
     outputs = {"teacher": LOGITS, "capture": LOGITS + 1, "amortisation": LOGITS + 3, "export": LOGITS + 7}
-    found = verify({name: Constant(value) for name, value in outputs.items()}, {}, {}, INDEX)
-    assert [(hop.name, hop.max_abs) for hop in found.hops] == [("capture", 1), ("amortisation", 2), ("export", 4)]
-    assert found.logits_rel == pytest.approx(7 * 12**0.5 / 40**0.5)
-    assert (found.samples, found.agreement, found.metric) == (4, 1.0, Metric("accuracy", 1.0, 1.0))
+    result = verify({name: Constant(value) for name, value in outputs.items()}, {}, {}, INDEX)
+    assert [(hop.name, hop.max_abs) for hop in result.hops] == [("capture", 1), ("amortisation", 2), ("export", 4)]
+    assert result.logits_rel == pytest.approx(7 * 12**0.5 / 40**0.5)
+    assert (result.samples, result.agreement, result.metric) == (4, 1.0, Metric("accuracy", 1.0, 1.0))
 
 
 def test_a_hop_is_as_bad_as_its_worst_output_and_integers_have_no_part_in_it():
@@ -127,12 +127,12 @@ def test_a_hop_is_as_bad_as_its_worst_output_and_integers_have_no_part_in_it():
         "amortisation": Constant(tokens, LOGITS + 1, 3 * maps),
     }
     many = Samples({"index": torch.arange(4).repeat(20)})  # several batches
-    found = verify(hops, {}, {}, many)
-    capture, amortisation = found.hops
+    result = verify(hops, {}, {}, many)
+    capture, amortisation = result.hops
     assert (capture.rel, capture.agreement) == (pytest.approx(2.0), 1.0)
     assert capture.max_abs == pytest.approx(2 * maps.max().item())
     assert amortisation.rel == pytest.approx((12 / 40) ** 0.5)
-    assert found.logits_rel == amortisation.rel  # of the first floating output alone
+    assert result.logits_rel == amortisation.rel  # of the first floating output alone
     broken = verify(hops | {"export": Constant(tokens, LOGITS + 1, maps * nan)}, {}, {}, many)
     with pytest.raises(FidelityError, match="from the step of export on"):
         check_budget(broken, ())
@@ -141,9 +141,9 @@ def test_a_hop_is_as_bad_as_its_worst_output_and_integers_have_no_part_in_it():
 def test_variants_are_compared_with_the_teacher():
     hops = {"teacher": Constant(LOGITS), "export": Constant(LOGITS + 1)}
     variants = {"same": Constant(LOGITS), "wrong": Constant(LOGITS.roll(1, dims=1))}
-    found = verify(hops, variants, {}, INDEX).variants
-    assert (found["same"].logits_rel, found["same"].agreement) == (0.0, 1.0)
-    assert found["wrong"].agreement == 0.0
+    result = verify(hops, variants, {}, INDEX).variants
+    assert (result["same"].logits_rel, result["same"].agreement) == (0.0, 1.0)
+    assert result["wrong"].agreement == 0.0
 
 
 # In the first case NaN stands where the teacher's class does, so that argmax over NaN gives the right answer.

@@ -32,20 +32,20 @@ def teacher():
 
 def test_the_exact_operator_costs_nothing_but_rounding(teacher):
     graph, (site,), samples = teacher
-    found = site_fidelity(graph, [site], {site.name: exact_operator(site)}, samples)[site.name]
-    assert found.relc < FLOAT32
-    assert found.plan_tv < FLOAT32
-    assert found.row_marginal_error < FLOAT32
+    result = site_fidelity(graph, [site], {site.name: exact_operator(site)}, samples)[site.name]
+    assert result.relc < FLOAT32
+    assert result.plan_tv < FLOAT32
+    assert result.row_marginal_error < FLOAT32
 
 
 def test_softmax_in_the_place_of_sinkhorn_shows_in_every_number_but_the_rows(teacher):
     graph, (site,), samples = teacher
     softmax = Sinkhorn(1)
     exact = site_fidelity(graph, [site], {site.name: exact_operator(site)}, samples)[site.name]
-    found = site_fidelity(graph, [site], {site.name: softmax}, samples)[site.name]
+    result = site_fidelity(graph, [site], {site.name: softmax}, samples)[site.name]
     for name in ("relc", "plan_tv", "column_marginal_error"):
-        assert getattr(found, name) > 10 * getattr(exact, name)
-    assert found.row_marginal_error < FLOAT32
+        assert getattr(result, name) > 10 * getattr(exact, name)
+    assert result.row_marginal_error < FLOAT32
 
 
 class Zero(torch.nn.Module):
@@ -57,11 +57,11 @@ class Zero(torch.nn.Module):
 
 def test_an_operator_without_mass_has_errors_that_are_known(teacher):
     graph, (site,), samples = teacher
-    found = site_fidelity(graph, [site], {site.name: Zero()}, samples)[site.name]
-    assert found.row_marginal_error == pytest.approx(1)
-    assert found.column_marginal_error == pytest.approx(1)
-    assert found.plan_tv == pytest.approx(0.5)  # half of the plan's mass, which is 1 a row
-    assert found.relc >= 1  # the teacher's output over itself without its mean
+    result = site_fidelity(graph, [site], {site.name: Zero()}, samples)[site.name]
+    assert result.row_marginal_error == pytest.approx(1)
+    assert result.column_marginal_error == pytest.approx(1)
+    assert result.plan_tv == pytest.approx(0.5)  # half of the plan's mass, which is 1 a row
+    assert result.relc >= 1  # the teacher's output over itself without its mean
 
 
 class NotANumber(Zero):
@@ -73,8 +73,8 @@ class NotANumber(Zero):
 
 def test_an_operator_that_returns_nan_has_no_finite_error(teacher):
     graph, (site,), samples = teacher
-    found = site_fidelity(graph, [site], {site.name: NotANumber()}, samples)[site.name]
-    assert isnan(found.relc) or found.relc == inf
+    result = site_fidelity(graph, [site], {site.name: NotANumber()}, samples)[site.name]
+    assert isnan(result.relc) or result.relc == inf
 
 
 def test_sites_without_an_operator_are_left_out(teacher):
@@ -121,11 +121,11 @@ def padded():
 
 def test_the_exact_operator_of_a_masked_site_costs_nothing_but_rounding(padded):
     graph, site, samples = padded
-    found = site_fidelity(graph, [site], {site.name: exact_operator(site)}, samples)[site.name]
-    assert max(found.relc, found.plan_tv, found.row_marginal_error) < FLOAT32
+    result = site_fidelity(graph, [site], {site.name: exact_operator(site)}, samples)[site.name]
+    assert max(result.relc, result.plan_tv, result.row_marginal_error) < FLOAT32
     # The teacher's own columns: half-steps that end on rows leave them off.
     reference = site_fidelity(graph, [site], {site.name: Sinkhorn(301, masked=True)}, samples)[site.name]
-    assert reference.column_marginal_error < min(FLOAT32, found.column_marginal_error)
+    assert reference.column_marginal_error < min(FLOAT32, result.column_marginal_error)
 
 
 def test_an_operator_that_does_not_see_the_mask_is_found_out(padded):
@@ -168,7 +168,7 @@ def test_a_plan_whose_logarithm_is_the_answer_is_compared_as_a_plan():
     graph = CapturedGraph(export(Matching().eval(), samples[:2].inputs), samples[:2])
     [site] = find_sinkhorn(graph, samples[:2]).sites
     assert (site.wiring.logarithm, site.loop.last, site.wiring.applied) == (True, "columns", False)
-    found = site_fidelity(graph, [site], {site.name: exact_operator(site)}, samples)[site.name]
-    assert max(found.relc, found.plan_tv, found.column_marginal_error) < FLOAT32
+    result = site_fidelity(graph, [site], {site.name: exact_operator(site)}, samples)[site.name]
+    assert max(result.relc, result.plan_tv, result.column_marginal_error) < FLOAT32
     fewer = site_fidelity(graph, [site], {site.name: exact_operator(site, 2)}, samples)[site.name]
     assert min(fewer.relc, fewer.plan_tv) > 0.01

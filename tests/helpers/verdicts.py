@@ -52,9 +52,9 @@ def judged(composition):
     """Capture a model, find its loops in two samples, and compare the exact operators with the model itself."""
     torch.manual_seed(composition.seed)
     module = Composed(composition).double().eval()
-    seen = Samples(double(inputs_of(composition, PROBED, composition.seed + 1, composition.padding_seen)))
-    graph = captured(module, seen.inputs)
-    findings = find_sinkhorn(graph, seen)
+    samples = Samples(double(inputs_of(composition, PROBED, composition.seed + 1, composition.padding_seen)))
+    graph = captured(module, samples.inputs)
+    findings = find_sinkhorn(graph, samples)
     if not findings.sites:
         return Verdict("refused", reasons=tuple(miss.reason for miss in findings.misses))
     exact = {site.name: exact_operator(site, wide=True) for site in findings.sites}

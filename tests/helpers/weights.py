@@ -20,5 +20,5 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def same(loaded, expected: dict[str, torch.Tensor]) -> bool:
-    found = loaded.module.state_dict()
-    return found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+    result = loaded.module.state_dict()
+    return result.keys() == expected.keys() and all(torch.equal(result[k], expected[k]) for k in result)

@@ -230,8 +230,8 @@ def test_a_checkpoint_of_asapc_may_be_read_as_another_model(shipped):
 
 
 def changed(**changes) -> dict:
-    found = weights() | {name.replace("__", "."): value for name, value in changes.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    result = weights() | {name.replace("__", "."): value for name, value in changes.items()}
+    return {name: value for name, value in result.items() if value is not None}
 
 
 @pytest.mark.parametrize(

@@ -78,16 +78,16 @@ def test_a_constant_in_f_changes_the_closure_by_that_constant_alone(problem, con
 @given(problems())
 def test_the_closed_plan_does_not_see_column_constants_in_the_scores(problem):
     scores, f, g = problem
-    seen = plan(scores + g.unsqueeze(-2), *closure(scores + g.unsqueeze(-2), f))
-    assert difference(seen, plan(scores, *closure(scores, f))) < FLOAT64
+    actual = plan(scores + g.unsqueeze(-2), *closure(scores + g.unsqueeze(-2), f))
+    assert difference(actual, plan(scores, *closure(scores, f))) < FLOAT64
 
 
 @quick
 @given(problems())
 def test_a_row_constant_in_the_scores_is_a_dual(problem):
     scores, f, _ = problem
-    seen = plan(scores + f.unsqueeze(-1), *closure(scores + f.unsqueeze(-1), torch.zeros_like(f)))
-    assert difference(seen, plan(scores, *closure(scores, f))) < FLOAT64
+    actual = plan(scores + f.unsqueeze(-1), *closure(scores + f.unsqueeze(-1), torch.zeros_like(f)))
+    assert difference(actual, plan(scores, *closure(scores, f))) < FLOAT64
 
 
 @pytest.mark.parametrize("half_steps", range(3, 13))
@@ -133,10 +133,10 @@ def test_masked_rows_and_columns_have_dual_zero_and_take_no_part(problem, data):
     masked = torch.full_like(scores, -math.inf)
     masked[..., :rows, :columns] = scores[..., :rows, :columns]
     live = masked[..., :rows, :columns]
-    seen = row_step(masked, g)
-    assert difference(seen[..., :rows], row_step(live, g[..., :columns])) < FLOAT64
-    assert (seen[..., rows:] == 0).all()
+    actual = row_step(masked, g)
+    assert difference(actual[..., :rows], row_step(live, g[..., :columns])) < FLOAT64
+    assert (actual[..., rows:] == 0).all()
     mass = torch.full((1,), n / m, dtype=torch.float64)
-    seen = column_step(masked, f)
-    assert difference(seen[..., :columns], column_step(live, f[..., :rows], mass)) < FLOAT64
-    assert (seen[..., columns:] == 0).all()
+    actual = column_step(masked, f)
+    assert difference(actual[..., :columns], column_step(live, f[..., :rows], mass)) < FLOAT64
+    assert (actual[..., columns:] == 0).all()

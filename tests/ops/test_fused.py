@@ -36,17 +36,17 @@ def test_a_half_step_is_that_of_the_scores(case, dtype):
     queries, keys, values, dual = case
     limit = FLOAT64 if dtype == torch.float64 else FLOAT32
     scores = queries @ keys.transpose(-1, -2)
-    given = [tensor.to(dtype) for tensor in case]
+    tensors = [tensor.to(dtype) for tensor in case]
     expected = row_step(scores, dual.squeeze(-2)).unsqueeze(-2)
     # Where one score lies far above the mean of all, the share of the mean is none in float32.
     if (-expected - scores.mean(dim=-1).unsqueeze(-2) - dual.mean(dim=-1, keepdim=True)).amax() < 80:
-        assert difference(half_step(given[0], given[1], given[3]), expected) < limit
+        assert difference(half_step(tensors[0], tensors[1], tensors[3]), expected) < limit
         assert (
-            difference(half_step(given[0], given[1], None), row_step(scores, 0 * dual.squeeze(-2)).unsqueeze(-2))
+            difference(half_step(tensors[0], tensors[1], None), row_step(scores, 0 * dual.squeeze(-2)).unsqueeze(-2))
             < limit
         )
     plan = torch.softmax(scores + dual, dim=-1)
-    assert difference(attend(given[0], given[1], given[3], given[2]), plan @ values) < limit
+    assert difference(attend(tensors[0], tensors[1], tensors[3], tensors[2]), plan @ values) < limit
 
 
 @quick
@@ -57,13 +57,13 @@ def test_masked_keys_have_no_part_in_it(case, seed, dtype):
     live = (torch.rand(2, 1, 1, keys.shape[-2], generator=torch.Generator().manual_seed(seed)) < 0.6).expand(dual.shape)
     live = live | (live.sum(dim=-1, keepdim=True) == 0)
     scores = (queries @ keys.transpose(-1, -2)).masked_fill(~live, -math.inf)
-    given = [tensor.to(dtype) for tensor in (*case, live)]
+    tensors = [tensor.to(dtype) for tensor in (*case, live)]
     expected = row_step(scores, dual.squeeze(-2)).unsqueeze(-2)
     means = [(torch.where(live, x, 0).sum(dim=-1) / live.sum(dim=-1)).unsqueeze(-2) for x in (scores, dual)]
     if (-expected - means[0] - means[1]).amax() < 80:
-        assert difference(half_step(given[0], given[1], given[3], given[4]), expected) < limit
+        assert difference(half_step(tensors[0], tensors[1], tensors[3], tensors[4]), expected) < limit
     plan = torch.softmax(scores + dual, dim=-1)
-    assert difference(attend(given[0], given[1], given[3], given[2], given[4]), plan @ values) < limit
+    assert difference(attend(tensors[0], tensors[1], tensors[3], tensors[2], tensors[4]), plan @ values) < limit
 
 
 @pytest.mark.parametrize("half_steps", [1, 2, 5, 20])
@@ -75,9 +75,9 @@ def test_a_masked_loop_equals_the_materialised_one_where_all_is_masked_too(half_
     expected = Sinkhorn(half_steps, masked=True)(scores.double(), None, None, values.double())
     assert (expected[2] == 0).all()
     points = [tensor.to(dtype) for tensor in (queries, queries, keys, values)]
-    seen = Sinkhorn(half_steps, lowering="fused").from_points(*points, live.float())
-    assert difference(seen, expected) < (FLOAT32 if dtype == torch.float32 else 3e-3)
-    assert (seen[2] == 0).all()
+    actual = Sinkhorn(half_steps, lowering="fused").from_points(*points, live.float())
+    assert difference(actual, expected) < (FLOAT32 if dtype == torch.float32 else 3e-3)
+    assert (actual[2] == 0).all()
 
 
 def test_a_half_step_on_columns_exchanges_queries_and_keys():
@@ -102,8 +102,8 @@ def test_a_fused_loop_equals_the_reference(half_steps, shape):
     queries, keys = (torch.randn(2, HEADS, n, 8) for n in shape)
     values = torch.randn(2, HEADS, shape[1], 5)
     expected = sinkhorn_plan_ref(queries @ keys.transpose(-1, -2) / math.sqrt(8), half_steps) @ values.double()
-    seen = Sinkhorn(half_steps, lowering="fused").from_points(queries / math.sqrt(8), queries, keys, values)
-    assert difference(seen, expected) < FLOAT32
+    actual = Sinkhorn(half_steps, lowering="fused").from_points(queries / math.sqrt(8), queries, keys, values)
+    assert difference(actual, expected) < FLOAT32
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3e-3), (torch.bfloat16, 3e-2)], ids=str)
@@ -115,6 +115,6 @@ def test_half_precision_points_lose_no_more_than_their_own_rounding(dtype, most,
     expected = sinkhorn_plan_ref(scores, half_steps) @ values.double()
     q, k, v = (points.to(dtype) for points in (queries, keys, values))
     operator = Sinkhorn(half_steps)
-    seen = operator.from_points(q, q, k, v) if fused else operator((q @ k.transpose(-1, -2)).float(), q, k, v)
-    assert seen.dtype == dtype
-    assert difference(seen, expected) < most
+    actual = operator.from_points(q, q, k, v) if fused else operator((q @ k.transpose(-1, -2)).float(), q, k, v)
+    assert actual.dtype == dtype
+    assert difference(actual, expected) < most

@@ -20,9 +20,9 @@ def largest_score(x, y):
     return 1 + (x.abs().max() * y.abs().max()).item()
 
 
-def same(seen, expected, x, y):
+def same(actual, expected, x, y):
     # Relative to the scores: the potentials themselves may be zero.
-    return (seen - expected).abs().max() < FLOAT64 * largest_score(x, y)
+    return (actual - expected).abs().max() < FLOAT64 * largest_score(x, y)
 
 
 def c_transform(duals, scores):
@@ -49,8 +49,8 @@ def test_the_potential_is_its_own_double_c_transform(x, y):
     # The feasible duals are already the largest ones, on every query, also where the plan is not unique.
     scores = x.unsqueeze(-1) * y
     f = potentials_ref(x, y)
-    seen = c_transform(c_transform(f, scores), scores.T)
-    assert same(seen, f, x, y)
+    actual = c_transform(c_transform(f, scores), scores.T)
+    assert same(actual, f, x, y)
 
 
 def test_two_points_by_hand():
@@ -86,9 +86,9 @@ def test_potentials_equal_the_reference(dtype, tolerance, n, m, seed, tied):
     if tied:
         x, y = x.round(), y.round()
     x, y = x.to(dtype), y.to(dtype)
-    seen = potentials(x, y)
-    assert seen.dtype == dtype
-    assert difference(seen, potentials_ref(x, y)) < tolerance
+    actual = potentials(x, y)
+    assert actual.dtype == dtype
+    assert difference(actual, potentials_ref(x, y)) < tolerance
 
 
 @quick

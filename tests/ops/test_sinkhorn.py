@@ -59,8 +59,8 @@ def test_the_reference_divides_by_row_sums_and_column_sums_in_turn(seed, n, m, h
 @quick
 @given(seeds, sizes, sizes, st.integers(1, 9), axes)
 def test_the_axis_of_the_last_half_step_has_its_marginals(seed, n, m, half_steps, last):
-    seen = loop(5 * normal(seed, 2, 3, n, m), half_steps, last)
-    sums, expected = (seen.sum(dim=-1), 1.0) if last == "rows" else (seen.sum(dim=-2), n / m)
+    actual = loop(5 * normal(seed, 2, 3, n, m), half_steps, last)
+    sums, expected = (actual.sum(dim=-1), 1.0) if last == "rows" else (actual.sum(dim=-2), n / m)
     assert difference(sums, torch.full_like(sums, expected)) < FLOAT64
 
 
@@ -71,11 +71,11 @@ def test_duals_from_one_kernel_are_those_of_the_loop(seed, n, m, half_steps, las
     scores = scale * normal(seed, 2, 3, n, m)
     if masked:
         scores[0, :, :, m // 2 :] = -torch.inf
-    for seen, expected in zip(
+    for actual, expected in zip(
         scaled_duals(scores, half_steps, last), sinkhorn_duals(scores, half_steps, last), strict=True
     ):
-        assert seen.shape == expected.shape
-        assert torch.allclose(seen, expected, rtol=1e-10, atol=1e-9, equal_nan=True)
+        assert actual.shape == expected.shape
+        assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-9, equal_nan=True)
 
 
 def test_iterates_alternate_from_the_axis_they_are_given():
@@ -164,8 +164,8 @@ def test_what_is_wholly_masked_has_no_part_in_the_spread_of_a_kernel():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
 def test_one_half_step_on_rows_is_softmax_attention(dtype, tolerance):
     queries, keys, values = (normal(i, 2, 3, n, 8).to(dtype) for i, n in enumerate([5, 7, 7]))
-    seen = Sinkhorn(1)(0.7 * queries @ keys.transpose(-1, -2), queries, keys, values)
-    assert difference(seen, F.scaled_dot_product_attention(queries, keys, values, scale=0.7)) < tolerance
+    actual = Sinkhorn(1)(0.7 * queries @ keys.transpose(-1, -2), queries, keys, values)
+    assert difference(actual, F.scaled_dot_product_attention(queries, keys, values, scale=0.7)) < tolerance
 
 
 @quick
@@ -174,8 +174,8 @@ def test_permuted_queries_permute_the_output_and_permuted_keys_leave_it(seed, n,
     scores, values = 2 * normal(seed, 2, 3, n, m), normal(seed + 1, 2, 3, m, 4)
     sinkhorn = Sinkhorn(half_steps, last)
     rows, columns = random.sample(range(n), n), random.sample(range(m), m)
-    seen = sinkhorn(scores[..., rows, :][..., columns], values=values[..., columns, :])
-    assert difference(seen, sinkhorn(scores, values=values)[..., rows, :]) < FLOAT64
+    actual = sinkhorn(scores[..., rows, :][..., columns], values=values[..., columns, :])
+    assert difference(actual, sinkhorn(scores, values=values)[..., rows, :]) < FLOAT64
 
 
 @settings(max_examples=150, deadline=None)
@@ -255,8 +255,8 @@ def test_the_scaling_form_keeps_to_masses_as_the_reference_does(
 def test_a_factor_on_the_mass_of_the_axis_that_is_not_last_changes_nothing(seed, n, m, half_steps, last, factor):
     scores, (rows, columns) = normal(seed, 2, 3, n, m), masses(seed + 1, n, m, one=False)
     other = (rows, factor * columns) if last == "rows" else (factor * rows, columns)
-    seen, expected = (Sinkhorn(half_steps, last, *pair)(scores) for pair in (other, (rows, columns)))
-    assert difference(seen, expected) < FLOAT64
+    actual, expected = (Sinkhorn(half_steps, last, *pair)(scores) for pair in (other, (rows, columns)))
+    assert difference(actual, expected) < FLOAT64
 
 
 @quick

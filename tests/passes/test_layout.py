@@ -72,8 +72,8 @@ def expected(axes, last_two, sizes, groups, heads):
 def test_every_entry_lands_where_its_letters_say(case):
     last_two, (axes, sizes, groups) = case
     heads = groups * sizes["h"]
-    seen = arrange(numbered(axes, sizes), axes, last_two, groups, heads)
-    assert torch.equal(seen, expected(axes, last_two, sizes, groups, heads))
+    actual = arrange(numbered(axes, sizes), axes, last_two, groups, heads)
+    assert torch.equal(actual, expected(axes, last_two, sizes, groups, heads))
 
 
 @quick
@@ -122,12 +122,12 @@ def sources(draw):
 def test_axes_are_followed_through_permutations_and_new_axes(source, data):
     letters, shape = source
     order = data.draw(st.permutations(range(4)))
-    seen, wanted = positions(shape).permute(order), [letters[i] for i in order]
+    actual, wanted = positions(shape).permute(order), [letters[i] for i in order]
     for _ in range(data.draw(st.integers(0, 2))):
-        axis = data.draw(st.integers(0, seen.dim()))
-        seen = seen.unsqueeze(axis)
+        axis = data.draw(st.integers(0, actual.dim()))
+        actual = actual.unsqueeze(axis)
         wanted.insert(axis, "1")
-    assert follow_axes(seen, letters, shape) == "".join(wanted)
+    assert follow_axes(actual, letters, shape) == "".join(wanted)
 
 
 @quick
@@ -155,35 +155,36 @@ def test_aligning_is_arranging_and_restoring(axes, heads, data):
 @given(sources(), st.data())
 def test_what_takes_axes_apart_is_not_followed(source, data):
     letters, shape = source
-    seen = positions(shape)
+    actual = positions(shape)
     axis = data.draw(st.integers(0, 3))
     kind = data.draw(st.sampled_from(["flip", "roll", "expand", "repeat", "merge"]))
     if kind == "flip":
-        seen = seen.flip(axis)
+        actual = actual.flip(axis)
     elif kind == "roll":
-        seen = seen.roll(1, axis)
+        actual = actual.roll(1, axis)
     elif kind == "expand":
-        seen = seen.unsqueeze(axis).expand(*shape[:axis], 2, *shape[axis:])
+        actual = actual.unsqueeze(axis).expand(*shape[:axis], 2, *shape[axis:])
     elif kind == "repeat":
-        seen = seen.repeat_interleave(2, axis)
+        actual = actual.repeat_interleave(2, axis)
     else:
         assume({letters[axis], letters[(axis + 1) % 4]} != {"b", "h"})
-        seen = seen.movedim((axis, (axis + 1) % 4), (0, 1)).flatten(0, 1)
-    assert follow_axes(seen, letters, shape) is None
+        actual = actual.movedim((axis, (axis + 1) % 4), (0, 1)).flatten(0, 1)
+    assert follow_axes(actual, letters, shape) is None
 
 
 def test_heads_that_were_taken_apart_and_stacked_are_followed():
-    seen = positions((2, 3, 4, 5))
+    actual = positions((2, 3, 4, 5))
     assert (
-        follow_axes(torch.cat([part.squeeze(1) for part in seen.split(1, dim=1)], dim=0), "bhnm", seen.shape) == "ynm"
+        follow_axes(torch.cat([part.squeeze(1) for part in actual.split(1, dim=1)], dim=0), "bhnm", actual.shape)
+        == "ynm"
     )
-    assert follow_axes(torch.stack(seen.unbind(1), dim=-1), "bhnm", seen.shape) == "bnmh"
+    assert follow_axes(torch.stack(actual.unbind(1), dim=-1), "bhnm", actual.shape) == "bnmh"
 
 
 def test_a_part_of_an_axis_is_none():
-    seen = positions((2, 3, 4, 5))
-    assert follow_axes(seen[..., 1:], "bhnm", seen.shape) is None
-    assert follow_axes(seen[..., :-1], "bhnm", seen.shape) is None
+    actual = positions((2, 3, 4, 5))
+    assert follow_axes(actual[..., 1:], "bhnm", actual.shape) is None
+    assert follow_axes(actual[..., :-1], "bhnm", actual.shape) is None
 
 
 @quick

@@ -36,9 +36,9 @@ def elsewhere(tmp_path, monkeypatch):
     ],
 )
 def test_expressions_are_read_as_python_reads_them(text, function):
-    seen = parse_function(text)(X)
-    assert seen.shape == X.shape
-    assert torch.allclose(seen, function(X))
+    actual = parse_function(text)(X)
+    assert actual.shape == X.shape
+    assert torch.allclose(actual, function(X))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_few_samples_are_met_and_what_lies_between_is_left_to_the_manifold():
     assert free.errors.amax() < bound.errors.amin() / 2
     alone = train(bound.networks, x, y, 1)  # all the freedom there is, between samples too
     with torch.no_grad():
-        errors = [(found.networks(X) - torch.sin(X)).square().mean() for found in (free, alone)]
+        errors = [(result.networks(X) - torch.sin(X)).square().mean() for result in (free, alone)]
     assert errors[0] < errors[1]
 
 
@@ -116,9 +116,9 @@ def test_a_function_that_bends_both_ways_gets_two_networks():
     assert not bends_one_way(y)
     assert bends_one_way(X**2)
     assert bends_one_way(2 * X + 1)
-    found = approximate("sin(6*x)", depth=3, points=200, runs=4)
-    assert found.network[0].out_features == 8
-    assert next(row for row in found.rows if row.name == "compelled, then free, depth 3").mse < 1e-4
+    result = approximate("sin(6*x)", depth=3, points=200, runs=4)
+    assert result.network[0].out_features == 8
+    assert next(row for row in result.rows if row.name == "compelled, then free, depth 3").mse < 1e-4
 
 
 def test_the_best_pieces_are_better_than_equal_ones():
@@ -137,8 +137,8 @@ def test_the_command_prints_a_table_and_writes_the_network_and_a_picture():
     model = onnx.load("approx.onnx")
     assert {node.op_type for node in model.graph.node} == {"Gemm", "Relu"}
     x = np.linspace(-1, 1, 50, dtype=np.float32)[:, None]
-    seen = onnxruntime.InferenceSession("approx.onnx").run(None, {"input": x})[0]
-    assert np.abs(seen - x**2).max() < 0.1
+    actual = onnxruntime.InferenceSession("approx.onnx").run(None, {"input": x})[0]
+    assert np.abs(actual - x**2).max() < 0.1
     assert sorted(path.name for path in Path().iterdir()) == ["approx.onnx", "p.png"]
 
 

@@ -119,12 +119,12 @@ def test_the_jacobian_is_that_of_automatic_differentiation():
     peaks = 0.2 + 0.6 * torch.rand(2, 4, dtype=torch.float64)
     networks = to_networks(Manifold(peaks, *(torch.rand(2, dtype=torch.float64) + 0.5 for _ in range(3))))
     x = torch.rand(5, dtype=torch.float64)
-    seen = networks.jacobian(x)
+    actual = networks.jacobian(x)
     for k in range(2):
         for p in range(5):
             grads = torch.autograd.grad(networks(x)[k, p], list(networks.parameters()))
             expected = torch.cat([grad[k].flatten() for grad in grads])
-            assert difference(seen[k, :, p], expected) < FLOAT64
+            assert difference(actual[k, :, p], expected) < FLOAT64
 
 
 def test_the_rule_makes_slopes_meet_in_the_limit():
@@ -145,16 +145,16 @@ def test_it_exports_as_plain_layers(tmp_path):
     program = torch.onnx.export(network, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("p")},))
     assert {node.op_type for node in program.model_proto.graph.node} == {"Gemm", "Relu"}
     program.save(str(tmp_path / "square.onnx"))
-    seen = onnxruntime.InferenceSession(str(tmp_path / "square.onnx")).run(None, {"input": x.numpy()})[0]
-    assert (torch.from_numpy(seen) - x**2).abs().amax() < 2.0 ** (-2 * 5 - 2) * (1 + 1e-3)
+    actual = onnxruntime.InferenceSession(str(tmp_path / "square.onnx")).run(None, {"input": x.numpy()})[0]
+    assert (torch.from_numpy(actual) - x**2).abs().amax() < 2.0 ** (-2 * 5 - 2) * (1 + 1e-3)
 
 
 @pytest.mark.parametrize("depth", [3, 5, 9])
 def test_in_half_precision_it_is_right_to_its_rounding_times_the_slopes(depth):
     # Each tent doubles what is off: of 11 bits so many are left.
     x = torch.linspace(0, 1, 257)
-    seen = to_networks(parabola(depth, torch.float16))(x.half())[0].float()
-    assert (seen - x**2).abs().amax() < 2.0 ** (-2 * depth - 2) + 2.0**-9
+    actual = to_networks(parabola(depth, torch.float16))(x.half())[0].float()
+    assert (actual - x**2).abs().amax() < 2.0 ** (-2 * depth - 2) + 2.0**-9
     assert (
         difference(to_networks(parabola(depth, torch.float32))(x)[0], evaluate(parabola(depth), x.double())[0])
         < FLOAT32

@@ -35,12 +35,12 @@ def fitted(name, error, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_stand_in_is_as_close_as_asked_and_as_close_as_it_says(name):
-    found = fitted(name, 1e-2)
+    fit = fitted(name, 1e-2)
     x = torch.linspace(*ENDS, 10_001)
     with torch.no_grad():
-        off = (found.module(x) - FUNCTIONS[name](x)).abs().amax().item()
-    assert found.error <= 1e-2
-    assert off == pytest.approx(found.error, rel=0.05)
+        off = (fit.module(x) - FUNCTIONS[name](x)).abs().amax().item()
+    assert fit.error <= 1e-2
+    assert off == pytest.approx(fit.error, rel=0.05)
 
 
 def test_it_takes_twice_the_units_for_a_quarter_of_the_error():
@@ -49,10 +49,10 @@ def test_it_takes_twice_the_units_for_a_quarter_of_the_error():
 
 
 def test_it_goes_on_straight_beyond_its_range():
-    found = fit_activation("gelu", nn.functional.gelu, (-8.0, 8.0), 1e-3, torch.float64)
+    fit = fit_activation("gelu", nn.functional.gelu, (-8.0, 8.0), 1e-3, torch.float64)
     x = torch.tensor([-1000.0, -100.0, 100.0, 1000.0], dtype=torch.float64)
     with torch.no_grad():
-        assert (found.module(x) - nn.functional.gelu(x)).abs().amax() < 2e-3
+        assert (fit.module(x) - nn.functional.gelu(x)).abs().amax() < 2e-3
 
 
 def test_an_error_that_cannot_be_kept_is_refused_with_the_least_that_can():
@@ -83,12 +83,12 @@ def kinds(module: GraphModule):
 def test_each_function_is_fitted_once_on_the_range_of_all_its_nodes(layers):
     graph, samples = layers
     x = samples.inputs["x"]
-    found = {each.name.split(",")[0]: each for each in fit_activations(graph.program.module(), samples, 1e-2)}
-    assert set(found) == {"gelu", "tanh"}  # exp is given -inf, and stays
-    assert found["gelu"].nodes == 2
-    assert found["tanh"].nodes == 1
-    assert found["gelu"].low < 2 * x.amin()
-    assert found["gelu"].high > 2 * x.amax()
+    fits = {each.name.split(",")[0]: each for each in fit_activations(graph.program.module(), samples, 1e-2)}
+    assert set(fits) == {"gelu", "tanh"}  # exp is given -inf, and stays
+    assert fits["gelu"].nodes == 2
+    assert fits["tanh"].nodes == 1
+    assert fits["gelu"].low < 2 * x.amin()
+    assert fits["gelu"].high > 2 * x.amax()
 
 
 def test_nothing_is_fitted_unless_it_was_asked_for(layers):
@@ -101,15 +101,15 @@ def test_the_pass_replaces_what_has_a_stand_in_once_and_nothing_else(layers):
     module = graph.program.module()
     x = samples.inputs["x"]
     expected = module(x)
-    found = fit_activations(module, samples, 1e-3)
-    lower = LowerActivations({each.name: each.module for each in found})
+    fits = fit_activations(module, samples, 1e-3)
+    lower = LowerActivations({each.name: each.module for each in fits})
     result = lower(module)
     assert result.modified
     assert kinds(result.program) == ["exp, float32"]
     with torch.no_grad():
-        seen = result.program(x)
-    assert (seen[0] - expected[0]).abs().amax() < 5e-3
-    assert torch.equal(seen[1], expected[1])
+        actual = result.program(x)
+    assert (actual[0] - expected[0]).abs().amax() < 5e-3
+    assert torch.equal(actual[1], expected[1])
     assert not lower(result.program).modified
 
 

@@ -21,19 +21,19 @@ def moved(channels=3, depth=3, domain=(-2.0, 3.0)):
 
 def test_it_starts_as_a_parabola_between_straight_lines():
     x = torch.linspace(-8, 8, 400).unsqueeze(-1)
-    seen = TrainedActivation(1, depth=4)(x)
+    actual = TrainedActivation(1, depth=4)(x)
     expected = torch.where(x > 3, x, (x.clamp(-3, 3) + 3) ** 2 / 12)
     # A chord is off by a quarter of the square of its length, times half the second derivative of 1 / 6.
-    assert (seen - expected).abs().amax() <= (6 / 16) ** 2 / 8 / 6 + 1e-6
+    assert (actual - expected).abs().amax() <= (6 / 16) ** 2 / 8 / 6 + 1e-6
 
 
 def test_each_channel_has_its_own_function_whatever_the_axes_before_it():
     activation = moved()
     x = 4 * torch.randn(2, 5, 3, dtype=torch.float64)
-    seen = activation(x)
+    actual = activation(x)
     for channel in range(3):
         alone = activation(x[..., channel : channel + 1].expand(x.shape))[..., channel]
-        assert difference(seen[..., channel], alone) < FLOAT64
+        assert difference(actual[..., channel], alone) < FLOAT64
     same = activation(x[..., :1].expand(x.shape))
     assert not torch.allclose(same[..., 0], same[..., 1])
 

@@ -31,8 +31,8 @@ def test_the_model_takes_every_length_and_batch(compiled):
         points = torch.randn(batch, length, 3)
         with torch.no_grad():
             expected = teacher(points)
-        seen = torch.from_numpy(session.run(None, {"points": points.numpy()})[0])
-        assert (seen - expected).abs().max() < LOGITS
+        actual = torch.from_numpy(session.run(None, {"points": points.numpy()})[0])
+        assert (actual - expected).abs().max() < LOGITS
 
 
 def test_the_open_axes_have_their_names(compiled):
@@ -75,9 +75,9 @@ def test_exponentials_are_in_float32(compiled):
     types = {value.name: value.type.tensor_type.elem_type for value in half.graph.value_info}
     # A fused pass is left to TensorRT with its softmax; of the graph's own softmax the kernel is made.
     own = {"Exp", "Log", "Reciprocal", *(["Softmax"] if precision == "bfloat16" else [])}
-    seen = [types[node.output[0]] for node in half.graph.node if node.op_type in own]
-    assert seen
-    assert set(seen) == {TensorProto.FLOAT}
+    actual = [types[node.output[0]] for node in half.graph.node if node.op_type in own]
+    assert actual
+    assert set(actual) == {TensorProto.FLOAT}
 
 
 def test_what_it_costs_has_a_hop_of_its_own(compiled):

@@ -7,7 +7,22 @@ from torch import Tensor
 
 from asapc.backends.onnxruntime.library import library
 from asapc.errors import BuildError, one_line
+from asapc.types.model import InputType
 from asapc.types.samples import Samples
+
+# What ONNX Runtime calls the types of inputs.
+DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int16)": torch.int16,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
 
 
 class OnnxRuntimeRunner:
@@ -43,8 +58,11 @@ class OnnxRuntimeRunner:
                 else "report the model"
             )
             raise BuildError(f"ONNX Runtime refuses {self.name}: {one_line(error)}", hint) from error
-        self.names = [value.name for value in self.session.get_inputs()]
-        self.in_float32 = {value.name for value in self.session.get_inputs() if value.type == "tensor(float)"}
+        self.inputs = {
+            value.name: InputType((None, *(n if isinstance(n, int) else None for n in sizes)), DTYPES[value.type])
+            for value in self.session.get_inputs()
+            for _, *sizes in [value.shape]
+        }
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def __call__(self, samples: Samples) -> list[Tensor]:
@@ -54,7 +72,7 @@ class OnnxRuntimeRunner:
             BuildError: ONNX Runtime cannot compute them.
         """
         try:
-            feed = {name: value.numpy() for name, value in samples.inputs.items() if name in self.names}
+            feed = {name: value.numpy() for name, value in samples.inputs.items() if name in self.inputs}
             return [torch.from_numpy(value) for value in self.session.run(None, feed)]
         except Exception as error:
             raise BuildError(

@@ -84,8 +84,8 @@ def test_a_loop_is_found_and_replaced_and_all_else_stays(name, legacy, tmp_path)
     onnx.save(model, path)
     loaded = load_model(path)
     graph = capture_onnx(loaded, Samples(inputs))
-    for seen, wanted in zip(graph.program.module()(*inputs.values()), expected, strict=True):
-        np.testing.assert_allclose(seen.numpy(), wanted, rtol=1e-4, atol=1e-5)
+    for actual, wanted in zip(graph.program.module()(*inputs.values()), expected, strict=True):
+        np.testing.assert_allclose(actual.numpy(), wanted, rtol=1e-4, atol=1e-5)
     graph = build_plans(graph, Samples(inputs))
     findings = find_with_evidence(graph, Samples(inputs))
     sites = CASES[name].sites
@@ -104,8 +104,8 @@ def test_a_loop_is_found_and_replaced_and_all_else_stays(name, legacy, tmp_path)
     assert ("asapc.version", "1") in [(entry.key, entry.value) for entry in after.metadata_props]
     for batch in (1, 8):
         some = {key: value[:batch] for key, value in inputs.items()}
-        for seen, wanted in zip(run_ort(artifact.path, some), run_ort(path, some), strict=True):
-            np.testing.assert_allclose(seen, wanted, rtol=1e-3, atol=1e-5)
+        for actual, wanted in zip(run_ort(artifact.path, some), run_ort(path, some), strict=True):
+            np.testing.assert_allclose(actual, wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.usefixtures("quick")

@@ -82,9 +82,9 @@ def test_a_varied_program_gives_what_its_module_gives(tmp_path):
     loaded = load_model(tmp_path / "m.pt2")
     assert list(loaded.example.inputs) == ["ids", "keep"]
     for size in (1, 3):
-        seen, expected = loaded.module(ids[:size], keep[:size]), module(ids[:size], keep[:size])
+        actual, expected = loaded.module(ids[:size], keep[:size]), module(ids[:size], keep[:size])
         for name, value in expected.items():
-            assert difference(seen[name], value) <= FLOAT32
+            assert difference(actual[name], value) <= FLOAT32
 
 
 def test_an_archive_of_a_gpu_is_read_on_the_cpu(whole, tmp_path):

@@ -234,8 +234,8 @@ def test_outputs_stay_as_they_were_for_every_batch(written):
     assert result.modified is True
     for batch in (1, 2, 5):
         pairs = zip(run(result.program, samples[:batch]), run(model, samples[:batch]), strict=True)
-        assert all(seen.shape == expected.shape for seen, expected in pairs)
-        assert all(difference(seen, expected) < FLOAT64 for seen, expected in pairs)
+        assert all(actual.shape == expected.shape for actual, expected in pairs)
+        assert all(difference(actual, expected) < FLOAT64 for actual, expected in pairs)
 
 
 @by_spelling
@@ -265,8 +265,8 @@ def test_the_plan_is_found_and_an_exact_operator_fits(written):
     assert not any("reciprocal" in name or "logsumexp" in name for name in names(rewritten)) or written is read_twice
     for batch in (1, 5):
         for module in (graph.program.module(), rewritten):
-            for seen, expected in zip(run(module, samples[:batch]), run(model, samples[:batch]), strict=True):
-                assert difference(seen, expected) < FLOAT64
+            for actual, expected in zip(run(module, samples[:batch]), run(model, samples[:batch]), strict=True):
+                assert difference(actual, expected) < FLOAT64
 
 
 @pytest.mark.parametrize("written", LEFT_ALONE, ids=lambda written: written.__name__)

@@ -50,10 +50,10 @@ def divide(plan, half_steps, last, row_mass=1.0, column_mass=1.0, added=0.0):
 @given(seeds, st.integers(3, 7), st.integers(3, 7), st.integers(2, 24), axes)
 def test_half_steps_axis_and_scale_are_told(seed, n, m, half_steps, last):
     scale = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
-    found = ask(lambda s: divide((scale[:, None, None] * s).exp(), half_steps, last), normal(seed, 2, HEADS, n, m))
-    assert (found.half_steps, found.last, found.masked) == (half_steps, last, False)
-    assert difference(found.scale, scale) < FLOAT64
-    mass = found.row_mass if last == "rows" else found.column_mass
+    result = ask(lambda s: divide((scale[:, None, None] * s).exp(), half_steps, last), normal(seed, 2, HEADS, n, m))
+    assert (result.half_steps, result.last, result.masked) == (half_steps, last, False)
+    assert difference(result.scale, scale) < FLOAT64
+    mass = result.row_mass if last == "rows" else result.column_mass
     assert difference(mass, torch.ones(1)) < FLOAT64
 
 
@@ -64,8 +64,8 @@ def test_what_is_taken_off_rows_or_columns_before_the_loop_does_not_matter(seed,
         axis = -1 if first_axis(half_steps, last) == "rows" else -2
         return divide((scores - scores.amax(dim=axis, keepdim=True)).exp(), half_steps, last)
 
-    found = ask(respond, normal(seed, 2, HEADS, 6, 6))
-    assert (found.half_steps, found.last) == (half_steps, last)
+    result = ask(respond, normal(seed, 2, HEADS, 6, 6))
+    assert (result.half_steps, result.last) == (half_steps, last)
 
 
 @quick
@@ -75,14 +75,14 @@ def test_masses_are_read_off_where_they_are_vectors_and_where_they_are_numbers(s
     rows, columns = (0.5 + normal(seed + i, size).abs() if vectors else torch.rand(1).double() + 0.5
                      for i, size in enumerate((n, m)))  # fmt: skip
     columns = columns * rows.expand(n).sum() / columns.expand(m).sum()
-    found = ask(
+    result = ask(
         lambda s: divide(s.exp(), half_steps, last, rows.unsqueeze(-1), columns), normal(seed + 2, 2, HEADS, n, m)
     )
-    assert (found.half_steps, found.last) == (half_steps, last)
-    final, mass = (found.row_mass, rows) if last == "rows" else (found.column_mass, columns)
+    assert (result.half_steps, result.last) == (half_steps, last)
+    final, mass = (result.row_mass, rows) if last == "rows" else (result.column_mass, columns)
     assert difference(final, mass) < FLOAT64
     # The other's matters up to a factor.
-    other, mass = (found.column_mass, columns) if last == "rows" else (found.row_mass, rows)
+    other, mass = (result.column_mass, columns) if last == "rows" else (result.row_mass, rows)
     assert difference(other / other.sum(), mass / mass.sum()) < FLOAT64
 
 
@@ -97,11 +97,11 @@ def masked_scores(seed, mask=-math.inf):
 @quick
 @given(seeds, st.integers(2, 12), axes, st.sampled_from([-math.inf, -1e9]))
 def test_a_loop_that_leaves_masked_keys_out_is_told(seed, half_steps, last, mask):
-    found = ask(
+    result = ask(
         lambda s: sinkhorn_plan_ref(s.masked_fill(s < -1e3, -math.inf), half_steps, last), masked_scores(seed, mask)
     )
-    assert (found.half_steps, found.last, found.masked) == (half_steps, last, True)
-    assert difference(found.scale, torch.ones(HEADS)) < FLOAT64
+    assert (result.half_steps, result.last, result.masked) == (half_steps, last, True)
+    assert difference(result.scale, torch.ones(HEADS)) < FLOAT64
 
 
 @pytest.mark.parametrize("whole", [[0], [1], [0, 2], [1, 2]])
@@ -109,9 +109,9 @@ def test_samples_that_are_masked_altogether_do_not_count(whole):
     scores = normal(0, 3, HEADS, 5, 7)
     scores[..., 6:] = -math.inf
     scores[whole] = -math.inf
-    found = ask(lambda s: sinkhorn_plan_ref(s, 5, "rows").nan_to_num(nan=0.0), scores)
-    assert (found.half_steps, found.last, found.masked) == (5, "rows", True)
-    assert difference(found.row_mass, torch.ones(1)) < FLOAT64
+    result = ask(lambda s: sinkhorn_plan_ref(s, 5, "rows").nan_to_num(nan=0.0), scores)
+    assert (result.half_steps, result.last, result.masked) == (5, "rows", True)
+    assert difference(result.row_mass, torch.ones(1)) < FLOAT64
 
 
 def test_a_loop_in_scaling_form_that_leaves_its_range_on_sharp_scores_is_told_from_milder_ones():
@@ -119,8 +119,8 @@ def test_a_loop_in_scaling_form_that_leaves_its_range_on_sharp_scores_is_told_fr
         kernel = (30 * scores).exp()
         return divide(kernel, 7, "rows").nan_to_num(nan=math.nan)
 
-    found = ask(respond, normal(0, 2, HEADS, 6, 6))
-    assert (found.half_steps, found.last) == (7, "rows")
+    result = ask(respond, normal(0, 2, HEADS, 6, 6))
+    assert (result.half_steps, result.last) == (7, "rows")
 
 
 # What is not Sinkhorn scaling, with a word of the reason.

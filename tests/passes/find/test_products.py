@@ -52,9 +52,9 @@ def check(target, args, left, right):
     assert product.right.meta["val"] is right
     for axes, tensor in ((product.left_axes, left), (product.right_axes, right), (product.out_axes, value)):
         assert len(axes) == tensor.dim()
-    seen = recompute(product, left, right)
-    assert seen.shape == value.shape
-    return product, seen, value
+    actual = recompute(product, left, right)
+    assert actual.shape == value.shape
+    return product, actual, value
 
 
 def normal(*shape):
@@ -74,8 +74,8 @@ def leads(draw):
 @given(leads(), st.integers(1, 4), st.integers(2, 4), st.integers(1, 4))
 def test_matmul_with_everything_that_broadcasts(lead, n, inner, m):
     left, right = normal(*lead[0], n, inner), normal(*lead[1], inner, m)
-    product, seen, value = check(aten.matmul.default, (left, right), left, right)
-    assert difference(seen, value) < FLOAT64
+    product, actual, value = check(aten.matmul.default, (left, right), left, right)
+    assert difference(actual, value) < FLOAT64
     assert product.contracted == product.left_axes[-1] == product.right_axes[-2]
     assert product.left_axes[-2] in product.only("left")
     assert product.right_axes[-1] in product.only("right")
@@ -86,11 +86,11 @@ def test_matmul_with_everything_that_broadcasts(lead, n, inner, m):
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_bmm_and_baddbmm(batch, n, inner, m):
     left, right = normal(batch, n, inner), normal(batch, inner, m)
-    bmm, seen, value = check(aten.bmm.default, (left, right), left, right)
-    assert difference(seen, value) < FLOAT64
+    bmm, actual, value = check(aten.bmm.default, (left, right), left, right)
+    assert difference(actual, value) < FLOAT64
     bias = normal(batch, n, m)
-    added, seen, value = check(aten.baddbmm.default, (bias, left, right), left, right)
-    assert difference(seen, value - bias) < FLOAT64
+    added, actual, value = check(aten.baddbmm.default, (bias, left, right), left, right)
+    assert difference(actual, value - bias) < FLOAT64
     axes = [(p.left_axes, p.right_axes, p.out_axes) for p in (bmm, added)]
     assert axes[0] == axes[1]
 
@@ -111,23 +111,23 @@ def equations(draw):
 def test_einsum_whatever_the_order_of_its_axes(case):
     equation, inputs, sizes = case
     left, right = (normal(*(sizes[letter] for letter in axes)) for axes in inputs)
-    product, seen, value = check(aten.einsum.default, (equation, [left, right]), left, right)
-    assert difference(seen, value) < FLOAT64
+    product, actual, value = check(aten.einsum.default, (equation, [left, right]), left, right)
+    assert difference(actual, value) < FLOAT64
     assert (product.contracted, product.only("left"), product.only("right")) == ("d", "n", "m")
 
 
 @pytest.mark.parametrize("one", ["left", "right"])
 def test_an_einsum_that_broadcasts_an_axis_of_one_says_so(one):
     left, right = normal(1 if one == "left" else 3, 2, 4, 5), normal(3 if one == "left" else 1, 2, 6, 5)
-    product, seen, value = check(aten.einsum.default, ("bhnd,bhmd->bhnm", [left, right]), left, right)
-    assert difference(seen, value) < FLOAT64
+    product, actual, value = check(aten.einsum.default, ("bhnd,bhmd->bhnm", [left, right]), left, right)
+    assert difference(actual, value) < FLOAT64
     assert getattr(product, f"{one}_axes")[0] == "1"
 
 
 def test_axes_of_length_one_in_both_are_no_obstacle():
     left, right = normal(1, 1, 2, 3), normal(1, 1, 3, 2)
-    product, seen, value = check(aten.matmul.default, (left, right), left, right)
-    assert difference(seen, value) < FLOAT64
+    product, actual, value = check(aten.matmul.default, (left, right), left, right)
+    assert difference(actual, value) < FLOAT64
     assert product.out_axes.startswith("11")
 
 
@@ -160,7 +160,7 @@ def test_the_product_of_a_real_export_has_a_symbolic_batch():
     program = torch.export.export(
         Scores(), (torch.randn(2, 4, 5, 3), torch.randn(2, 1, 6, 3)), dynamic_shapes=({0: batch}, {0: batch})
     )
-    [product] = [found for node in program.graph.nodes if (found := as_product(node)) is not None]
+    [product] = [match for node in program.graph.nodes if (match := as_product(node)) is not None]
     assert (product.left_axes[0], product.right_axes[0]) == ("a", "a")
     assert product.right_axes[1] == "1"
     assert shape_of(product.left)[1:] == ("4", "5", "3")

@@ -58,8 +58,8 @@ def test_every_loop_is_found_as_declared(case):
     _, _, findings = found(case.name)
     loops = [site.loop for site in findings.sites]
     kinds = ["attention" if site.wiring.applied else "plan" for site in findings.sites]
-    seen = [(loop.half_steps, loop.last, kind, loop.masked) for loop, kind in zip(loops, kinds, strict=True)]
-    assert seen == [(e.half_steps, e.last, e.kind, e.masked) for e in case.sites], findings.misses
+    actual = [(loop.half_steps, loop.last, kind, loop.masked) for loop, kind in zip(loops, kinds, strict=True)]
+    assert actual == [(e.half_steps, e.last, e.kind, e.masked) for e in case.sites], findings.misses
     for site, expected in zip(findings.sites, case.sites, strict=True):
         if expected.epsilon is not None:
             declared = (

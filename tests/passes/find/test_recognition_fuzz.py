@@ -16,9 +16,9 @@ JUDGED = range(200)
 def examine(composition):
     torch.manual_seed(composition.seed)
     module = Composed(composition).eval()
-    seen = inputs_of(composition, batch=2, seed=composition.seed + 1, padded=composition.padding_seen)
+    actual = inputs_of(composition, batch=2, seed=composition.seed + 1, padded=composition.padding_seen)
     fresh = (inputs_of(composition, batch, seed=1000 + batch) for batch in (5, 1))
-    return examined(module, seen, *fresh)
+    return examined(module, actual, *fresh)
 
 
 @pytest.mark.parametrize("number", JUDGED)

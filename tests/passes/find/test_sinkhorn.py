@@ -131,8 +131,8 @@ class DropsAndReturnsPlan(Attention):
 
     def forward(self, x):
         q, k, v = self.heads(self.to_q(x)), self.heads(self.to_k(x)), self.heads(self.to_v(x))
-        made = self.normalise(self.scaled(q @ k.transpose(-1, -2)))
-        plan = self.drop(made)
+        weights = self.normalise(self.scaled(q @ k.transpose(-1, -2)))
+        plan = self.drop(weights)
         return plan @ v, plan
 
 
@@ -140,7 +140,7 @@ def test_a_plan_is_named_after_where_it_is_made_and_not_after_modules_of_torch_t
     module = nn.Sequential(DropsAndReturnsPlan(sinkhorn(log_domain, 5, "rows")))
     [site] = find(module, input=torch.randn(3, QUERIES, WIDTH)).sites
     assert site.name == "0"
-    assert "made = self.normalise" in source_text(site)
+    assert "weights = self.normalise" in source_text(site)
 
 
 class EndsInModuleOfTorch(Attention):

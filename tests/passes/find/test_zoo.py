@@ -68,12 +68,12 @@ def misdeclared(site):
 @by_name(POSITIVES)
 def test_a_loop_is_the_declared_one_and_no_other(case, float64):
     module, arguments = never_stopping(case, build(case)), inputs(case)
-    seen = outputs(module, arguments)
-    assert difference(seen, references(case, module, case.sites, arguments)) < case.tolerance
+    actual = outputs(module, arguments)
+    assert difference(actual, references(case, module, case.sites, arguments)) < case.tolerance
     for i, site in enumerate(case.sites):
         for wrong in misdeclared(site):
             sites = (*case.sites[:i], wrong, *case.sites[i + 1 :])
-            assert difference(seen, references(case, module, sites, arguments)) > 10 * case.tolerance, wrong
+            assert difference(actual, references(case, module, sites, arguments)) > 10 * case.tolerance, wrong
 
 
 @by_name([case for case in NEGATIVES if hasattr(getattr(case.build(), "attention", None), "plan")])

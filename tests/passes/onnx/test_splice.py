@@ -18,15 +18,15 @@ def model_of(nodes, inputs, outputs):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def node(kind, read, made):
-    return helper.make_node(kind, [read], [made], made)
+def node(kind, source, result):
+    return helper.make_node(kind, [source], [result], result)
 
 
-def branch(read, made):
+def branch(source, result):
     """A node that reads a value from within its inner graphs alone."""
-    inner = helper.make_graph([node("Neg", read, f"{made}_inner")], "inner", [], [value(f"{made}_inner")])
-    other = helper.make_graph([node("Neg", "x", f"{made}_other")], "other", [], [value(f"{made}_other")])
-    return helper.make_node("If", ["condition"], [made], made, then_branch=inner, else_branch=other)
+    inner = helper.make_graph([node("Neg", source, f"{result}_inner")], "inner", [], [value(f"{result}_inner")])
+    other = helper.make_graph([node("Neg", "x", f"{result}_other")], "other", [], [value(f"{result}_other")])
+    return helper.make_node("If", ["condition"], [result], result, then_branch=inner, else_branch=other)
 
 
 CONDITION = helper.make_node(
@@ -43,8 +43,8 @@ def spliced(*useless):
     result = SpliceOnnx([PIECE], {}, {})(before)
     assert result.modified
     x = np.array([-1.0, 0.0, 2.0], dtype=np.float32)
-    expected, seen = (ReferenceEvaluator(model).run(None, {"x": x})[0] for model in (before, result.program))
-    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    expected, actual = (ReferenceEvaluator(model).run(None, {"x": x})[0] for model in (before, result.program))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
     return before, result.program
 
 

@@ -26,9 +26,9 @@ def run(program):
 
 
 def copy(program):
-    made = onnx.ModelProto()
-    made.CopyFrom(program)
-    return made
+    rewritten = onnx.ModelProto()
+    rewritten.CopyFrom(program)
+    return rewritten
 
 
 def test_attention_becomes_standard_operators_that_compute_the_same():

@@ -45,9 +45,9 @@ BIASED = model(
 
 
 def copy(program):
-    made = onnx.ModelProto()
-    made.CopyFrom(program)
-    return made
+    rewritten = onnx.ModelProto()
+    rewritten.CopyFrom(program)
+    return rewritten
 
 
 def outputs(program):
@@ -61,8 +61,8 @@ def test_a_loop_gets_a_bias_of_zero_and_computes_what_it_did(program):
     result = UnfuseAttention()(copy(program))
     assert result.modified
     onnx.checker.check_model(result.program, full_check=True)
-    for seen, expected in zip(outputs(result.program), outputs(program), strict=True):
-        assert np.array_equal(seen, expected)
+    for actual, expected in zip(outputs(result.program), outputs(program), strict=True):
+        assert np.array_equal(actual, expected)
     assert sum(node.op_type == "Add" for node in result.program.graph.node) == 1
 
 

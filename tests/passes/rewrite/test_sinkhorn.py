@@ -77,7 +77,7 @@ def calls(module, case):
     operators = list(case.operators.values())
     called = [node for node in module.graph.nodes if node.op == "call_module"]
     modules = {node: module.get_submodule(node.target) for node in called}
-    return [node for node, made in modules.items() if isinstance(made, InLayout) and made.operator in operators]
+    return [node for node, module in modules.items() if isinstance(module, InLayout) and module.operator in operators]
 
 
 def test_an_exact_operator_leaves_the_outputs_as_they_were(case):
@@ -281,10 +281,10 @@ def test_an_exact_operator_fits_every_way_to_write_the_loop(forward):
     for batch in (1, 3):
         inputs = samples[:batch].inputs.values()
         with torch.no_grad():
-            expected, seen = model(*inputs), result.program(*inputs)
+            expected, actual = model(*inputs), result.program(*inputs)
         if not isinstance(expected, tuple):
-            expected, seen = (expected,), (seen,)
-        for wanted, output in zip(expected, seen, strict=True):
+            expected, actual = (expected,), (actual,)
+        for wanted, output in zip(expected, actual, strict=True):
             assert output.shape == wanted.shape
             assert difference(output, wanted) < FLOAT64
 
