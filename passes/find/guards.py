@@ -22,6 +22,7 @@ from asapc.types.site import Guard, Loop
 REACHES, REACH_TOLERANCE = (1.0, 3.0, 10.0, 30.0, 100.0), 1e-4
 SHIFTS = (-30.0, -10.0, 10.0, 30.0)  # of scores, in units of the temperature
 TOLERANCE = 1e-9  # relative, of plans in float64
+MAX_EXPONENT = 700.0  # of which float64 has the exponential
 SOME = slice(0, 2)  # of samples and of heads, on which all guards are tried first
 
 
@@ -60,8 +61,16 @@ def find_guard(
         if bool(torch.isfinite(plan).all()):
             tried.append((shifted * loop.scale[:, None, None], plan))
     [(constant, clamped)] = constants
+    # Code that takes the exponential of scores as they are may give finite plans of overflows: zeros.
+    sound = [(sharper, plan) for sharper, plan in tried if sharper.amax() < MAX_EXPONENT]
+    acts = any(
+        difference(plan, ideal(sharper / loop.scale[:, None, None])) > REACH_TOLERANCE for sharper, plan in sound
+    )
     fitting = (
-        guard for guard in readings(constant, clamped) if fits(guard, loop, tried, SOME) and fits(guard, loop, tried)
+        guard
+        for plans in ((tried, sound) if acts else (tried,))
+        for guard in readings(constant, clamped)
+        if fits(guard, loop, plans, SOME) and fits(guard, loop, plans)
     )
     return next(fitting, None), reach
 
