@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, register_dataclass
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
-from asapc.capturing.lines import told
 from asapc.errors import AsapcError, CaptureError, SamplesError
 from asapc.loading.inputs import arguments
+from asapc.loading.lines import remedy, told
 from asapc.types.graph import CapturedGraph, EarlyStops
 from asapc.types.samples import Samples
 
@@ -37,16 +37,34 @@ def run(module: nn.Module, batch: Samples, samples: Samples) -> list[Tensor]:
             outputs = module(*args, **kwargs)
     except AsapcError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         shapes = ", ".join(f"{name} {tuple(value.shape)} {value.dtype}" for name, value in samples.inputs.items())
         raise SamplesError(
             f"the model does not run on these samples ({shapes}): {told(error)}",
-            "give samples of the shape and dtype that the model was trained on",
+            remedy(
+                error,
+                other_type(module, batch, error)
+                or "mend the line, or give samples of the shape and dtype that the model was trained on",
+            ),
         ) from error
     register_dataclasses(outputs)
     check_outputs(outputs)
     leaves = tree_leaves(outputs)
     return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def other_type(module: nn.Module, batch: Samples, error: BaseException) -> str | None:
+    """Return what to do where a model of another floating type than its samples refuses them; None elsewhere."""
+    of_model, of_samples = (
+        {value.dtype for value in values if value.is_floating_point()}
+        for values in (module.parameters(), batch.inputs.values())
+    )
+    if "type" not in str(error) or not of_model or not of_samples or of_model & of_samples:
+        return None
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in of_model))
+    return (
+        f"the weights are {names}: build the model in the samples' type, with model.float(), or give samples of its own"
+    )
 
 
 def register_dataclasses(outputs: Any) -> None:

@@ -1,8 +1,11 @@
 """Calls torch.export: the only place that does."""
 
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +15,10 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 from torch.utils._pytree import tree_structure
 
-from asapc.capturing.lines import told
 from asapc.capturing.splits import EvenSplits
 from asapc.errors import AsapcError, CaptureError
 from asapc.loading.inputs import arguments, flattened
+from asapc.loading.lines import told
 from asapc.types.graph import BATCH_AXIS, Axes
 
 aten = torch.ops.aten
@@ -53,8 +56,7 @@ def export(
     module = flattened(module, inputs)
     args, kwargs = arguments(module, inputs)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), EvenSplits():
-            warnings.simplefilter("ignore")
+        with quiet(), torch.no_grad(), EvenSplits():
             program: ExportedProgram = torch.export.export(
                 module,
                 args,
@@ -77,13 +79,31 @@ def export(
                 by_position(program, inputs)
     except AsapcError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CaptureError(
             f"torch.export cannot capture the model: {told(error)}",
             "the forward must work for every batch size, and for every length of a dynamic axis, and may branch on "
             "values of tensors to end a loop only",
         ) from error
     return program
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what is printed and logged during tracing: by the forward, without values, and by torch as it fails."""
+    disabled = logging.root.manager.disable
+    logging.disable()
+    try:
+        # Of a question about data torch prints the graph so far, hundreds of lines on standard error.
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(None),
+            patch("torch.export._trace.print", lambda *values, **options: None, create=True),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def settle(program: ExportedProgram) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
-from asapc.errors import OptionError, one_line
+from asapc.errors import OptionError
+from asapc.loading.lines import remedy, told
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.texts import parse_json
 
@@ -57,7 +59,7 @@ def build_model(name: str, args: str | Mapping[str, Any] | None) -> nn.Module:
             model = factory(**arguments)
         except (Exception, SystemExit) as error:
             raise OptionError(
-                f"{call} raises {one_line(error)}", "give its arguments with --model-args, as JSON"
+                f"{call} raises {told(error)}", remedy(error, "give its arguments with --model-args, as JSON")
             ) from error
     if not isinstance(model, nn.Module):
         raise OptionError(
@@ -66,6 +68,11 @@ def build_model(name: str, args: str | Mapping[str, Any] | None) -> nn.Module:
     if any(is_lazy(value) for value in [*model.parameters(), *model.buffers()]):
         raise OptionError(
             f"{call} has lazy modules, whose weights have no shape yet", "run the model once in the function"
+        )
+    if scripted := [name or "itself" for name, part in model.named_modules() if isinstance(part, ScriptModule)]:
+        raise OptionError(
+            f"{call} has modules of TorchScript, which torch.export cannot trace: {scripted[0]}",
+            "build the model without torch.jit.script and torch.jit.trace",
         )
     return model
 
@@ -77,7 +84,7 @@ def find_factory(module_name: str, attribute: str) -> Any:
     except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name)
         raise OptionError(
-            f"there is no module {module_name}" if missing else f"importing {module_name} raises {one_line(error)}",
+            f"there is no module {module_name}" if missing else f"importing {module_name} raises {told(error)}",
             "Python looks for modules in the working directory and on its own path",
         ) from error
     where = getattr(value, "__file__", None) or module_name

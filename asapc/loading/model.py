@@ -15,6 +15,7 @@ from asapc.loading.checkpoint import FORMAT, build_checkpoint, checkpoint_sample
 from asapc.loading.described import build_described
 from asapc.loading.factories import build_model, working_directory_importable
 from asapc.loading.hub import is_hub, read_hub
+from asapc.loading.lines import told
 from asapc.loading.onnx.module import load_onnx
 from asapc.loading.pt2.program import load_program
 from asapc.loading.samples import draw_inputs, load_samples
@@ -149,9 +150,7 @@ def run_file(source: Source) -> Any:
             "(__main__) has to move into a module; or save model.state_dict() and give --model",
         ) from error
     except Exception as error:
-        raise source.refuse(
-            f"run as a program, it raises {one_line(error)}", "save model.state_dict() instead"
-        ) from error
+        raise source.refuse(f"run as a program, it raises {told(error)}", "save model.state_dict() instead") from error
 
 
 def load_content(
