@@ -3,9 +3,10 @@
 import functools
 import inspect as reflection
 import json
+import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Annotated, Any, cast
@@ -338,14 +339,12 @@ def warn_of_unsafe_load(file: Path, options: CompileConfig) -> None:
 @contextmanager
 def stages(visible: bool) -> Iterator[Callable[[Event], None]]:
     """Show events on stderr: a spinner for the running stage, a line with its time for each that is done."""
-    if not visible:
-        yield lambda event: interrupts.check()
-        return
-    with err.status("") as status:
+    status = err.status("")
+    with redirect_stdout(sys.stderr), status if visible else nullcontext():  # what a model prints is no result
 
         def on_event(event: Event) -> None:
             interrupts.check()
-            match event:
+            match visible and event:
                 case StageStarted(stage):
                     status.update(stage)
                 case StageAdvanced(stage, detail):

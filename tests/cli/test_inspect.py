@@ -38,6 +38,17 @@ def test_inspect_json_is_json_alone(shipped):
     assert data["misses"] == []
 
 
+def test_what_a_model_prints_is_no_part_of_the_json(shipped, monkeypatch):
+    def prints(*args):
+        print("seen")  # noqa: T201
+        return Findings((), ())
+
+    monkeypatch.setattr(asapc.commands.inspect, "inspect_model", prints)
+    result = run("inspect", shipped, "--json")
+    assert json.loads(result.stdout)["sites"] == []
+    assert "seen" in result.stderr
+
+
 def test_inspect_why_says_what_was_turned_down(tmp_path):
     softmax = write_checkpoint(tmp_path / "softmax.pt", iterations=0)
     result = run("inspect", softmax, "--why")
