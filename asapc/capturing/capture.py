@@ -46,7 +46,7 @@ def capture_code(
     """
     samples, example = prepare(loaded, samples)
     run(loaded.module, example, samples)
-    with Unconverged(loaded.module) as unconverged:
+    with Unconverged(loaded.module, example.inputs) as unconverged:
         program = export(loaded.module, example.inputs, axes)
     unconverged.check_repeated()
     departures = tuple(dict.fromkeys(unconverged.departures))

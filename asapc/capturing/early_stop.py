@@ -2,7 +2,8 @@
 
 A loop that stops early, `if err < tol: break`, takes its own path for each input; a graph has one path. While
 torch.export traces, such a question is answered as if the error were larger than any tolerance, so the loop runs to its
-bound. A question about parameters and buffers alone is answered truthfully. What neither can decide (token ids,
+bound. A question about parameters and buffers alone is answered truthfully, and so is one that may only stop the
+program, an assertion: as for the example, for which the model ran. What neither can decide (token ids,
 indices, the size of the batch) is left to torch.export.
 
 Only functions that ask are intercepted, and only then is the graph so far examined: a model that asks nothing is traced
@@ -10,6 +11,7 @@ as it would be without this module.
 """
 
 import linecache
+from collections.abc import Mapping
 from operator import attrgetter
 from types import FrameType
 from typing import Any
@@ -25,9 +27,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from asapc.capturing.departures import depart
-from asapc.capturing.lines import TORCH, user_frame
-from asapc.capturing.stops import find_leaving
+from asapc.capturing.lines import user_frame
+from asapc.capturing.stops import Leaving, find_leaving
 from asapc.errors import CaptureError
+from asapc.loading.lines import TORCH
 
 # The functions by which a value leaves the graph as an array: to be kept or printed, since nothing brings it back.
 LEAVING: set[Any] = {Tensor.numpy, Tensor.__array__}
@@ -55,19 +58,24 @@ class Undecided(Exception):
 class Unconverged(TorchFunctionMode):
     """Answers, while active, what a traced module asks of its data, as if nothing had converged.
 
+    Args:
+        module: the model.
+        inputs: the example that it is traced with.
+
     Attributes:
         questions: the lines of code that got such an answer, by their "file:line".
         departures: where values left the graph as arrays, as "file:line".
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.module, self.constants = module, named_tensors(module)
+        self.module, self.constants, self.inputs = module, named_tensors(module), inputs
         self.questions: dict[str, str] = {}
         self.departures: list[str] = []
         self.answers = 0
         self.loops: dict[str, dict[FrameType, int]] = {}  # answers by line, and by the code that is left
         self.trace: Trace | None = None
+        self.example: Trace | None = None  # the same graph with the values of the example
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer a question; do anything else as without this mode."""
@@ -79,12 +87,17 @@ class Unconverged(TorchFunctionMode):
                 return self.answer(tracing.tracer, func, args, kwargs)
             except (Undecided, RecursionError):
                 pass
+        if func is torch._assert:  # asks in code of torch, where this mode is not active
+            with self:
+                assert args[0], args[1]
+            return None
         return func(*args, **kwargs)
 
     def answer(self, tracer: Any, func: Any, args: Any, kwargs: Any) -> Any:
         """Answer one question: truthfully if it is about constants, else as if nothing had converged."""
         if self.trace is None or self.trace.tracer is not tracer:
             self.trace = Trace(tracer, self.module, self.constants)
+            self.example = Trace(tracer, self.module, self.constants, self.inputs)
         trace = self.trace
         trace.advance()
         inputs, options = tree_map_only(Tensor, trace.node, args), tree_map_only(Tensor, trace.node, kwargs)
@@ -111,18 +124,26 @@ class Unconverged(TorchFunctionMode):
             # copy, since a number does not change when the tensor that it came from is written to.
             return subject.clone().reshape(())
         if func is Tensor.__float__ and subject.is_floating_point():
-            self.note()
-            return LARGE[self.answers % 2]
+            if self.note().loop:
+                return LARGE[self.answers % 2]
+            return self.of_example(func, inputs, options)
         if func in (Tensor.tolist, Tensor.__format__):
             raise Undecided
         if func in (Tensor.__int__, Tensor.__index__) and subject.dtype != torch.bool:
             raise Undecided
         answer = trace.call(func, inputs, options, trace.stale)
-        self.note()
-        return answer
+        return answer if self.note().loop else self.of_example(func, inputs, options)
 
-    def note(self) -> None:
-        """Record the line of the user's code that asks.
+    def of_example(self, func: Any, inputs: Any, options: Any) -> Any:
+        """Answer a question truthfully for the example."""
+        assert self.example is not None  # it is made with the trace
+        self.example.advance()
+        for node in ascend(node_set((inputs, options))):  # in order, since values of deep nodes would recurse as deep
+            self.example.value(node)
+        return self.example.call(func, inputs, options, self.example.stale)
+
+    def note(self) -> Leaving:
+        """Record the line of the user's code that asks, and return what it decides.
 
         Raises:
             CaptureError: the answer decides on more than leaving a loop, or the loop has no bound.
@@ -137,7 +158,7 @@ class Unconverged(TorchFunctionMode):
         self.questions[source] = question
         self.answers += 1
         if not leaving.loop:
-            return
+            return leaving
         # The count restarts with each activation of the code that loops: all layers of a model may share it.
         counts = self.loops.setdefault(source, {})
         counts[leaving.frame] = counts.get(leaving.frame, 0) + 1
@@ -146,6 +167,7 @@ class Unconverged(TorchFunctionMode):
                 f"the loop at {source} has no bound, or one above {MAX_ANSWERS} iterations: {question}",
                 "bound it, e.g. with `for _ in range(20)`, and test for convergence inside",
             )
+        return leaving
 
     def check_repeated(self) -> None:
         """Raise CaptureError where a loop was left at its first question: the answer was not that of a stop."""
@@ -166,13 +188,25 @@ def branches_on_data(source: str, question: str) -> CaptureError:
 class Trace:
     """A graph during tracing, and what can be known about the values of its nodes.
 
+    Args:
+        tracer: of the graph.
+        module: the model.
+        constants: its parameters and buffers.
+        inputs: values of the model's inputs, where they are to be known.
+
     Attributes:
         dependent: nodes whose values depend on the inputs.
         sized: nodes whose values depend on the size of the batch.
         stale: nodes that no longer hold their value, since it was written to through another node.
     """
 
-    def __init__(self, tracer: Any, module: nn.Module, constants: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        tracer: Any,
+        module: nn.Module,
+        constants: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.tracer = tracer
         self.dependent: set[Node] = set()
         self.sized: set[Node] = set()
@@ -187,6 +221,8 @@ class Trace:
             slot = get_proxy_slot(tensor, tracer, None)
             if slot is not None and slot.proxy.node.op == "placeholder" and name in constants:
                 self.values[slot.proxy.node] = constants[name]
+        of_inputs = [node for node in tracer.graph.nodes if node.op == "placeholder" and node not in self.values]
+        self.values |= dict(zip(of_inputs, (inputs or {}).values(), strict=False))
 
     def node(self, tensor: Tensor) -> Node | Tensor:
         """Return the node that computes a tensor; a real tensor is its own value."""
@@ -288,6 +324,16 @@ class Trace:
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers of a module, shared ones under each of their names."""
     return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+def ascend(nodes: set[Node]) -> list[Node]:
+    """Return nodes and all that they are computed from, in the order of the graph."""
+    found, stack = set(nodes), list(nodes)
+    while stack:
+        more = set(stack.pop().all_input_nodes) - found
+        found |= more
+        stack += more
+    return sorted(found)
 
 
 def node_set(values: Any) -> set[Node]:

@@ -17,6 +17,7 @@ PARTS_OF_STATEMENTS = ("<lambda>", "<genexpr>", "<listcomp>", "<setcomp>", "<dic
 LOOPS = (ast.For, ast.While, ast.AsyncFor)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 LEAVES = (ast.Break, ast.Return, ast.Raise)
+CHECKS = ("assert", "_assert", "_check")  # functions that stop the program, of torch, its tests and those of others
 
 
 class Place:
@@ -65,7 +66,8 @@ class Leaving(NamedTuple):
 
     Attributes:
         frame: of the code that is left.
-        loop: whether a loop is left; else the program is stopped, by `assert` or `if ...: raise`.
+        loop: whether a loop is left; else the program is stopped, by `assert` or `if ...: raise`, or something is
+            printed.
     """
 
     frame: FrameType
@@ -90,10 +92,15 @@ def find_leaving(frame: FrameType | None, skipped: str) -> Leaving | None:
                 frame = frame.f_back  # what a function returns is what its caller asks
             case ast.Assert():
                 return Leaving(frame, loop=False)
+            case ast.Expr(value=ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name))) if name.startswith(CHECKS):
+                return Leaving(frame, loop=False)
             case ast.While() as loop if place.asks(loop):
                 return Leaving(frame, loop=True)
             case ast.If() as branch if place.asks(branch) and not chooses(place):
-                return Leaving(frame, place.in_loop) if leaves(branch, place.in_loop) else None
+                if leaves(branch, place.in_loop):
+                    return Leaving(frame, place.in_loop)
+                says = all(names_kept(statement) == set() for statement in (*branch.body, *branch.orelse))
+                return Leaving(frame, loop=False) if says else None
             case ast.Assign() | ast.AnnAssign() | ast.Expr() as statement if not chooses(place):
                 names = names_kept(statement)
                 if names is None or (names and not (place.in_loop and only_asked(names, place.path[0]))):
@@ -168,7 +175,9 @@ def names_kept(statement: ast.stmt) -> set[str] | None:
             return set()
         case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"))):
             return {name}
-        case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))) if "log" in name.lower():
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name) | ast.Attribute(attr=name)))) if (
+            name == "warnings" or "log" in name.lower()
+        ):
             return set()
     return None
 

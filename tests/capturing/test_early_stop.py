@@ -257,7 +257,7 @@ def test_other_threads_get_true_answers_meanwhile():
 
 
 def test_outside_of_a_trace_the_mode_answers_nothing():
-    with Unconverged(nn.Identity()) as mode:
+    with Unconverged(nn.Identity(), {}) as mode:
         assert torch.ones(()) < 2
         assert torch.ones(()).item() == 1.0
     assert mode.questions == {}

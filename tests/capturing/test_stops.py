@@ -1,5 +1,7 @@
 """Questions about data: those that only end a loop are answered, all others are refused with their line."""
 
+import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -170,7 +172,34 @@ class Asks(nn.Module):
                 return x.exp()
 
 
-@pytest.mark.parametrize("module", [Appends, Assigns, Guards, Asks], ids=lambda module: module.__name__)
+class Checks(Plan):
+    """Assertions in the ways of torch, and numbers that only an assertion reads."""
+
+    def forward(self, x):
+        torch._assert(x.abs().max() < 1e6, "too large")
+        torch._assert((x < 1e6).all().item(), "too large")
+        torch._check(bool((x < 1e6).all()))
+        torch.testing.assert_close(x, x)
+        assert float(x.abs().max()) < 1e6
+        return super().forward(x)
+
+
+class Warns(Plan):
+    """Asks only to say something."""
+
+    def __init__(self):
+        super().__init__()
+        self.logger = logging.getLogger("model")
+
+    def forward(self, x):
+        if x.abs().max() > 1e6:
+            warnings.warn("large", stacklevel=1)
+        else:
+            self.logger.info("small")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("module", [Appends, Assigns, Guards, Asks, Checks, Warns], ids=lambda module: module.__name__)
 def test_a_question_that_only_leaves_a_loop_or_stops_the_program_is_answered(module):
     stops = captured(module()).early_stops
     assert stops is not None
