@@ -6,18 +6,30 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from stat import S_ISREG
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from asapc.errors import OptionError
 from asapc.types.axes import parse_ranges
 from asapc.types.budget import DEFAULT_BUDGET, METRICS, Bound, parse_bound
-from asapc.types.options import EarlyStopRule, Level, Lowering, LoweringRule, Option, Precision, Range, Target, declared
+from asapc.types.options import (
+    EarlyStopRule,
+    Level,
+    Lowering,
+    LoweringRule,
+    OperatorKind,
+    Option,
+    Precision,
+    Range,
+    Target,
+    declared,
+)
 from asapc.types.plain import check_plain
 
 # More only wait for each other, and far more crash ONNX Runtime for want of memory, without an error to catch.
 MAX_THREADS = 4 * (os.cpu_count() or 1)
 # Activations grow with the batch: a slip of the keyboard here would take all memory, and the process with it.
 MAX_BATCH = 4096
+SLICES = 8  # where an operator has to be sorted; more gave little, see docs/fidelity.md
 MAX_TOML_BYTES = 2**20  # of a file of options; all of them take two thousand
 
 READING = "Reading the model"
@@ -187,13 +199,24 @@ class CompileConfig:
             default_text="as the forward's dict, dataclass or named tuple calls them",
         ),
     ] = ""
+    operators: Annotated[
+        str,
+        Option(
+            "--operators",
+            f"Operators that the planner may use: {', '.join(get_args(OperatorKind))}.",
+            OPERATORS,
+            metavar="KIND,...",
+            default_text="all",
+        ),
+    ] = ",".join(get_args(OperatorKind))
     slices: Annotated[
         tuple[int, ...],
         Option(
             "--slices",
-            "Sorted slices that the planner may give a site, in the order in which it tries them. Repeat to add.",
+            "Sorted slices that the planner may give a site, besides operators without. Repeat to add.",
             OPERATORS,
             metavar="COUNT",
+            default_text=f"0, or {SLICES} where --operators names no other sliced dual",
             range=Range(0),
         ),
     ] = (0,)
@@ -248,10 +271,28 @@ class CompileConfig:
             object.__setattr__(self, name, option.clean(getattr(self, name)))
         self.bounds()
         parse_ranges(self.dynamic)
+        self.kinds()
 
     def bounds(self) -> tuple[Bound, ...]:
         """Return the fidelity budget, parsed."""
         return tuple(parse_bound(term) for term in self.fidelity)
+
+    def kinds(self) -> frozenset[str]:
+        """Return the kinds of operators that the planner may use."""
+        kinds, allowed = frozenset(kind.strip() for kind in self.operators.split(",")), get_args(OperatorKind)
+        if unknown := kinds - set(allowed):
+            raise OptionError(
+                f"--operators cannot be {min(unknown)!r}", f"give some of {', '.join(allowed)}, with commas between"
+            )
+        return kinds
+
+    def slice_counts(self) -> tuple[int, ...]:
+        """Return the numbers of sorted slices that operators may have, 0 among them unless all have to be sorted."""
+        only_sorted = not self.kinds() & {"one-pass", "hinges"}
+        counts = tuple(count for count in self.slices if count > 0)
+        if "sorted" not in self.kinds():
+            return (0,)
+        return (counts or (SLICES,)) if only_sorted else (0, *counts)
 
     @property
     def wanted_lowering(self) -> Lowering | None:

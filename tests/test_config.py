@@ -136,6 +136,7 @@ precision = "float16"
 relu_activations = 1e-3
 dynamic = "seq=16:64"
 output_names = "logits,attention"
+operators = "sorted, exact"
 slices = [0, 4]
 pieces = [4]
 batches = [1, 8]
@@ -175,6 +176,7 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
         relu_activations=1e-3,
         dynamic="seq=16:64",
         output_names="logits,attention",
+        operators="sorted, exact",
         slices=(0, 4),
         pieces=(4,),
         batches=(1, 8),
@@ -324,3 +326,10 @@ def test_what_is_not_a_file_is_never_read(tmp_path):
     for path in (tmp_path / "pipe.toml", Path("/dev/zero")):
         with pytest.raises(OptionError, match="not a regular file"):
             CompileConfig.from_toml(path)
+
+
+@pytest.mark.parametrize("operators", ["", "sliced", "exact;truncated", "exact,", "Exact"])
+def test_operators_of_no_kind_are_refused(operators):
+    with pytest.raises(OptionError, match="--operators cannot be") as caught:
+        CompileConfig(operators=operators)
+    assert "one-pass, hinges, sorted, truncated, exact" in caught.value.hint

@@ -328,12 +328,12 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def ascend(nodes: set[Node]) -> list[Node]:
     """Return nodes and all that they are computed from, in the order of the graph."""
-    found, stack = set(nodes), list(nodes)
+    ancestors, stack = set(nodes), list(nodes)
     while stack:
-        more = set(stack.pop().all_input_nodes) - found
-        found |= more
+        more = set(stack.pop().all_input_nodes) - ancestors
+        ancestors |= more
         stack += more
-    return sorted(found)
+    return sorted(ancestors)
 
 
 def node_set(values: Any) -> set[Node]:

@@ -140,6 +140,8 @@ def choose_operator(
 ) -> Choice:
     """Choose the cheapest candidate that keeps the budget of a site; the exact form where none saves anything.
 
+    Where the exact form is not allowed, the cheapest that keeps the budget, else the closest.
+
     Args:
         site: the site.
         candidates: the exact form first.
@@ -150,9 +152,12 @@ def choose_operator(
     most = {name: MARGIN * limit for name, limit in site_limits(config).items()}
     if level is not None:
         most = {"relc": level}
-    saving = [c for c in others if c.cost <= (1 - MIN_SAVING) * exact.cost]
+    bound = bool(others) and "exact" not in config.kinds()
+    saving = others if bound else [c for c in others if c.cost <= (1 - MIN_SAVING) * exact.cost]
     close = [c for c in saving if keeps(c.fidelity, most)]
-    curve = tuple(front([exact, *others]))
+    curve = tuple(front(others if bound else [exact, *others]))
+    if bound and not close:
+        return Choice(min(others, key=relc), "the closest of the operators that --operators allows", curve)
     if close:
         best = min(close, key=lambda c: (c.cost, c.half_steps))  # of equal cost the shorter, for repeatable choices
         return Choice(best, f"the cheapest with relc at most {most['relc']:.3g} on calibration samples", curve)

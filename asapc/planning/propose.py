@@ -27,7 +27,7 @@ SELECTION_SHARE = 4  # one in four calibration samples chooses between candidate
 def propose(
     teacher: Teacher, config: CompileConfig, advance: Callable[[str], None] = lambda detail: None
 ) -> dict[str, list[Candidate]]:
-    """Propose candidates by the site's name, without cost and fidelity; the exact form comes first.
+    """Propose candidates by the site's name, without cost and fidelity; the exact form comes first, allowed or not.
 
     All processes that share the calibration must call it: sums over their samples meet in `distributed.total`.
     """
@@ -35,10 +35,10 @@ def propose(
     candidates = {site.name: [Candidate("exact", site.loop.half_steps, inf)] for site in sites}
     if config.level < 2:
         return candidates
-    for site in sites:
+    for site in sites if "truncated" in config.kinds() else ():
         candidates[site.name] += [Candidate("truncated", t, inf) for t in TRUNCATED if t < site.loop.half_steps]
-    sliceable = [site for site in sites if why_not_sliced(site) is None]
-    sets = {site.name: feature_sets(site, config) for site in sliceable}
+    sets = {site.name: feature_sets(site, config) for site in sites if why_not_sliced(site) is None}
+    sliceable = [site for site in sites if sets.get(site.name)]
     if not sliceable:
         return candidates
     advance(f"fitting {len(sliceable)} sites")
@@ -72,15 +72,16 @@ def split(samples: Samples) -> tuple[Samples, Samples]:
 
 
 def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
-    """List the feature sets that a site can have.
+    """List the feature sets that a site can have; none where it can have none of the kinds that are allowed.
 
     Masks, long sites and open lengths allow no sort, and heads of one axis no pairs.
     """
     sortable = not site.loop.masked and not config.dynamic and max(site.loop.queries, site.loop.keys) <= MAX_SORT
-    slices = [s for s in config.slices if s == 0 or sortable] or [0]
+    slices = [s for s in config.slice_counts() if s == 0 or sortable]
     paired = (False, True) if (site.head_dim or 0) > 1 else (False,)
     sets = [FeatureSet(*values) for values in product(slices, config.pieces, SIDES, paired)]
-    return sets + [s._replace(one_pass=True) for s in sets if s.side == bias_side(site.loop.last)]
+    sets += [s._replace(one_pass=True) for s in sets if s.side == bias_side(site.loop.last)]
+    return [features for features in sets if features.kind in config.kinds()]
 
 
 def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:

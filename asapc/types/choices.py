@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from asapc.types.options import Lowering
+from asapc.types.options import Lowering, OperatorKind
 from asapc.types.results import SiteFidelity
 
 Operator = Literal["keep", "exact", "truncated", "sliced_dual"]
@@ -49,6 +49,13 @@ class FeatureSet(NamedTuple):
     side: Side = "keys"
     paired: bool = False
     one_pass: bool = False
+
+    @property
+    def kind(self) -> OperatorKind:
+        """What `--operators` calls operators with these features."""
+        if self.one_pass:
+            return "one-pass"
+        return "sorted" if self.slices else "hinges"
 
 
 @dataclass(frozen=True, eq=False)

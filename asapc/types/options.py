@@ -15,6 +15,8 @@ Level = Literal[0, 1, 2]
 # How an operator is lowered, see `types.choices.Candidate`; "auto" takes what is cheapest for each.
 Lowering = Literal["materialised", "fused"]
 LoweringRule = Literal["auto", "materialised", "fused"]
+# The operators that the planner may use, see `types.choices.FeatureSet.kind`.
+OperatorKind = Literal["one-pass", "hinges", "sorted", "truncated", "exact"]
 # Of the products in an engine; duals, scaling vectors and exponentials are float32 in any case.
 Precision = Literal["float32", "float16", "bfloat16"]
 

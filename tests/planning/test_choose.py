@@ -176,6 +176,52 @@ def test_candidates_are_the_exact_form_its_truncations_and_sliced_duals_of_every
     assert all(build(teacher.site, c).half_steps == c.half_steps for c in candidates)
 
 
+@pytest.mark.parametrize(
+    ("operators", "kinds"),
+    [
+        ("one-pass", {"one-pass"}),
+        ("hinges,exact", {"hinges"}),
+        ("sorted", {"sorted"}),
+        ("truncated", {"truncated"}),
+        ("one-pass, truncated", {"one-pass", "truncated"}),
+        ("exact", set()),
+    ],
+)
+def test_operators_are_restricted_to_those_that_are_asked_for(teacher, operators, kinds):
+    config = CompileConfig(operators=operators, pieces=(0,))
+    exact, *others = propose(teacher.studied, config)[teacher.site.name]
+    assert exact.operator == "exact"
+
+    def kind(candidate):
+        if candidate.params is None:
+            return candidate.operator
+        if candidate.params.one_pass:
+            return "one-pass"
+        return "sorted" if candidate.params.slices else "hinges"
+
+    assert {kind(candidate) for candidate in others} == kinds
+
+
+def test_slices_add_operators_and_take_none_away():
+    assert CompileConfig().slice_counts() == (0,)
+    assert CompileConfig(slices=(8,)).slice_counts() == CompileConfig(slices=(0, 8)).slice_counts() == (0, 8)
+    assert CompileConfig(operators="sorted").slice_counts() == (8,)
+    assert CompileConfig(operators="sorted", slices=(32,)).slice_counts() == (32,)
+    assert CompileConfig(operators="hinges", slices=(32,)).slice_counts() == (0,)
+
+
+def test_where_the_exact_form_is_not_allowed_the_closest_operator_stands_in():
+    only = CompileConfig(operators="truncated", fidelity=("relc<=0.01",))
+    near, far = candidate("truncated", 2.0, 0.1), candidate("truncated", 0.5, 0.4)
+    exact = replace(EXACT, cost=1.0)
+    choice = choose_operator(site(), [exact, far, near], only)
+    assert choice.candidate is near  # dearer than the exact form, too
+    assert "--operators" in choice.reason
+    assert choose_operator(site(), [exact, far, near], replace(only, fidelity=("relc<=0.2",))).candidate is near
+    assert choose_operator(site(), [exact, far, near], replace(only, fidelity=("relc<=0.5",))).candidate is far
+    assert choose_operator(site(), [exact], only).candidate is exact  # a site that no other operator serves
+
+
 def test_masked_and_long_sites_get_no_slices():
     config = CompileConfig(slices=(0, 8), pieces=(0,))
     assert {f.slices for f in feature_sets(site(), config)} == {0, 8}
