@@ -1,6 +1,7 @@
 """Builds the model that the config.json of a folder describes, from the code of transformers alone."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asapc.errors import CheckpointError, DependencyError, OptionError, one_line
+from asapc.loading.checkpoint import at_most
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.texts import read_json
 
@@ -21,8 +23,12 @@ FOREIGN = {
     "_attn_implementation",
     "_attn_implementation_internal",
 }
-# Entries of the model for each in the files: tied weights are saved once, and some buffers not at all.
-MAX_RATIO = 4
+# Entries of the model for each in the files: tied weights are saved once. Buffers that are not saved, such as masks and
+# tables of positions, may have more in a small model.
+MAX_RATIO, MAX_UNSAVED = 4, 2**26
+# In the names of settings that count what transformers lists before it builds anything, and what they may be at most:
+# ImageNet has 21,843 labels, and no model as many layers.
+COUNTED, MAX_COUNT = ("layer", "label", "depth", "block"), 2**16
 BY_HAND = "name the class or function that builds the model: --model package.module:factory"
 
 
@@ -54,12 +60,17 @@ def build_described(folder: Path, weights: Mapping[str, Any]) -> tuple[str, nn.M
     with offline(source) as transformers:
         kind = find_class(transformers, source, name)
         try:
+            check_counts(source, config)
             settings = kind.config_class.from_dict(without_foreign(config))
-            with torch.device("meta"):
-                size = sum(value.numel() for value in kind(settings).state_dict().values())
             entries = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
-            if size > MAX_RATIO * entries:
-                raise source.refuse(f"it describes a model of {size:,} numbers, and the files hold {entries:,}")
+            with torch.device("meta"), at_most(MAX_RATIO * len(weights) + 100):
+                model = kind(settings)
+            size = sum(value.numel() for value in model.state_dict().values())
+            buffers = sum(value.numel() for value in model.buffers())
+            if size > MAX_RATIO * entries or buffers > MAX_RATIO * entries + MAX_UNSAVED:
+                raise source.refuse(
+                    f"it describes a model of {max(size, buffers):,} numbers, and the files hold {entries:,}"
+                )
             return name, kind(settings)
         except CheckpointError:
             raise
@@ -79,7 +90,7 @@ def find_class(transformers: Any, source: Source, name: Any) -> Any:
 
 @contextmanager
 def offline(source: Source) -> Iterator[Any]:
-    """Yield transformers, which fetches nothing meanwhile.
+    """Yield transformers, which meanwhile fetches nothing and prints nothing.
 
     Raises:
         DependencyError: it is not installed.
@@ -92,12 +103,24 @@ def offline(source: Source) -> Iterator[Any]:
             f"{source} names a model of transformers, which cannot be imported: {one_line(error)}",
             'pip install "asapc[transformers]", or ' + BY_HAND,
         ) from error
-    before = constants.HF_HUB_OFFLINE
+    before, verbosity = constants.HF_HUB_OFFLINE, transformers.logging.get_verbosity()
     constants.HF_HUB_OFFLINE = True
+    transformers.logging.set_verbosity(logging.CRITICAL)  # what matters, it raises
     try:
         yield transformers
     finally:
         constants.HF_HUB_OFFLINE = before
+        transformers.logging.set_verbosity(verbosity)
+
+
+def check_counts(source: Source, config: Any) -> None:
+    """Raise CheckpointError where a configuration, at any depth, counts more layers or labels than any model has."""
+    entries: Iterable[tuple[Any, Any]] = config.items() if isinstance(config, dict) else enumerate(config)
+    for key, value in entries:
+        if isinstance(value, dict | list):
+            check_counts(source, value)
+        elif isinstance(value, int) and value > MAX_COUNT and any(part in str(key) for part in COUNTED):
+            raise source.refuse(f"its {str(key)[:80]} is {value:,}, more than any model has")
 
 
 def without_foreign(config: Any) -> Any:

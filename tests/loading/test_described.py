@@ -50,6 +50,25 @@ def test_a_model_far_larger_than_its_weights_is_not_built(folder):
     assert "34,000,010,256 numbers" in assert_refused(CheckpointError, load_model, folder)
 
 
+@pytest.mark.parametrize("setting", ["num_hidden_layers", "num_labels"])
+@pytest.mark.parametrize("count", [2**16, 2**40])
+def test_a_model_of_far_more_layers_or_labels_than_any_is_refused_at_once(setting, count, folder):
+    change(folder, architectures=["BertForTokenClassification"], **{setting: count})
+    assert_refused(CheckpointError, load_model, folder)
+
+
+def test_tables_that_a_model_does_not_save_take_no_more_memory_than_its_weights_warrant(folder):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "rotary_dim": 8}
+    change(folder, architectures=["GPTJForCausalLM"], model_type="gptj", max_position_embeddings=2**40, **sizes)
+    assert "8,796,093,022,208 numbers" in assert_refused(CheckpointError, load_model, folder)
+
+
+def test_what_transformers_would_print_is_not_printed(folder, caplog, capfd):
+    change(folder, bos_token_id=2**20)
+    load_model(folder)
+    assert (*caplog.records, *capfd.readouterr()) == ("", "")
+
+
 def test_settings_that_transformers_refuses_are_told(folder):
     change(folder, num_attention_heads=5)
     assert "transformers cannot build BertForMaskedLM: ValueError" in assert_refused(
