@@ -130,15 +130,13 @@ def read_in_ways(place: str, weights: Mapping[str, Any], expected: Mapping[str, 
     """Yield the ways to read a mapping as weights of a model, by the prefixes that its names may have.
 
     torch.compile puts "_orig_mod." somewhere, DataParallel "module." and trainers the name of their attribute at the
-    front; averaging adds a counter. What does not begin so, or belongs to modules that the model lacks, is left over:
-    a loss, a metric, another model.
+    front. What does not begin so, or belongs to modules that the model lacks, is left over: a loss, a metric, another
+    model, the counter of those averaged.
     """
     by_name = {key.replace(COMPILED, ""): value for key, value in weights.items() if isinstance(key, str)}
     if len(by_name) < len(weights):  # two names became one, or a name is not a string: the comparison names it
         yield Reading(place, (), OrderedDict(weights), ())
         return
-    if "n_averaged" not in expected:
-        by_name.pop("n_averaged", None)
     removed = (COMPILED,) if any(COMPILED in key for key in weights) else ()
     for prefix in prefixes(by_name, expected):
         inner = {key.removeprefix(prefix): value for key, value in by_name.items() if key.startswith(prefix)}

@@ -67,7 +67,10 @@ WRAPPED = {
     "compiled in part": (lambda w: {k.replace("layers.", "layers._orig_mod."): v for k, v in w.items()}, ["_orig_mod"]),
     "both": (prefixed("module._orig_mod."), ["'_orig_mod.'", "'module.'"]),
     "trainer": (prefixed("trainer.model.module."), ["'trainer.model.module.'"]),
-    "averaged": (lambda w: {"n_averaged": torch.tensor(3), **prefixed("module.")(w)}, ["'module.'"]),
+    "averaged": (
+        lambda w: {"n_averaged": torch.tensor(3), **prefixed("module.")(w)},
+        ["'module.'", "left over: n_averaged"],
+    ),
     "nested and prefixed": (lambda w: {"ema": prefixed("module.")(w)}, ["'ema'", "'module.'"]),
     "with optimizer": (
         lambda w: {"optimizer": {"state": {0: {"exp_avg": torch.zeros(4, 4)}}}, "model": w},
