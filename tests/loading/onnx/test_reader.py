@@ -190,6 +190,20 @@ def test_external_data_is_found_where_hubs_keep_it(tmp_path):
     assert torch.equal(whole(inputs)[0], split(inputs)[0])
 
 
+def test_external_data_without_a_length_is_the_rest_of_its_file(tmp_path):
+    model = onnx.load(tiny_file(tmp_path))
+    onnx.save(model, tmp_path / "split.onnx", save_as_external_data=True, location="data.bin", size_threshold=0)
+    model = onnx.load(tmp_path / "split.onnx", load_external_data=False)
+    tensors = sorted(model.graph.initializer, key=lambda t: int(t.external_data[1].value))
+    for tensor, read in ((tensors[-1], True), (tensors[0], False)):
+        del tensor.external_data[2]
+        onnx.save(model, tmp_path / "split.onnx")
+        if read:
+            load_model(tmp_path / "split.onnx")
+        else:
+            assert "data.bin" in assert_refused(CheckpointError, load_model, tmp_path / "split.onnx")
+
+
 def test_external_data_beside_the_file_is_read(tmp_path):
     model = onnx.load(tiny_file(tmp_path))
     onnx.save(model, tmp_path / "split.onnx", save_as_external_data=True, location="data.bin", size_threshold=0)
