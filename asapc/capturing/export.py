@@ -1,6 +1,5 @@
 """Calls torch.export: the only place that does."""
 
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -19,6 +18,7 @@ from asapc.capturing.splits import EvenSplits
 from asapc.errors import AsapcError, CaptureError
 from asapc.loading.inputs import arguments, flattened
 from asapc.loading.lines import told
+from asapc.loading.pt2.archive import silence
 from asapc.types.graph import BATCH_AXIS, Axes
 
 aten = torch.ops.aten
@@ -91,19 +91,11 @@ def export(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Drop what is printed and logged during tracing: by the forward, without values, and by torch as it fails."""
-    disabled = logging.root.manager.disable
-    logging.disable()
-    try:
-        # Of a question about data torch prints the graph so far, hundreds of lines on standard error.
-        with (
-            warnings.catch_warnings(),
-            redirect_stdout(None),
-            patch("torch.export._trace.print", lambda *values, **options: None, create=True),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
+    # Of a question about data torch prints the graph so far, hundreds of lines on standard error.
+    printed = patch("torch.export._trace.print", lambda *values, **options: None, create=True)
+    with silence(), warnings.catch_warnings(), redirect_stdout(None), printed:
+        warnings.simplefilter("ignore")
+        yield
 
 
 def settle(program: ExportedProgram) -> None:

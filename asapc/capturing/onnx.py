@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 from asapc.errors import AsapcError
 from asapc.loading.onnx.call import label_of
 from asapc.loading.onnx.module import OnnxModule
+from asapc.loading.pt2.archive import silence
 from asapc.passes.find.describe import SOURCE
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -20,7 +21,7 @@ def check_memory(module: OnnxModule, example: Samples) -> None:
         CheckpointError: it does.
     """
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with silence(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             module(*(mode.from_tensor(value) for value in example.inputs.values()))
     except AsapcError:
         raise

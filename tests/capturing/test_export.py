@@ -1,12 +1,21 @@
 """What torch.export needs two passes for, and what it does not."""
 
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
 from helpers.tolerances import FLOAT32, difference
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from asapc.capturing.capture import capture_onnx
 from asapc.capturing.export import export
+from asapc.errors import AsapcError
+from asapc.loading.model import load_model
+from asapc.types.samples import Samples
 
 
 class Everyday(nn.Module):
@@ -44,3 +53,32 @@ def test_writes_in_place_become_operators() -> None:
     assert all(not node.target._schema.is_mutable for node in program.graph.nodes if node.op == "call_function")
     x = torch.randn(7, 5)
     assert difference(program.module()(x), InPlace()(x)) < FLOAT32
+
+
+class Mismatched(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ x
+
+
+def as_module(folder: Path) -> None:
+    export(Mismatched(), {"x": torch.randn(2, 4)}, axes={"x": {}})
+
+
+def as_onnx(folder: Path) -> None:
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+        mismatched (float[batch, 4] x) => (float[batch, 4] y) { y = MatMul (x, x) }""")
+    onnx.save(model, folder / "mismatched.onnx")
+    samples = Samples({"x": torch.randn(2, 4)})
+    capture_onnx(load_model(folder / "mismatched.onnx"), samples)
+
+
+@pytest.mark.parametrize("capture", [as_module, as_onnx])
+def test_what_the_refusal_says_torch_does_not_log_too(
+    capture: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(caplog.handler)
+    with pytest.raises(AsapcError):
+        capture(tmp_path)
+    logger.removeHandler(caplog.handler)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -79,7 +79,7 @@ def read_archive(source: Source) -> tuple[ExportedProgram, Any]:
 def silence() -> Iterator[None]:
     """Keep torch from logging what the refusal says already."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
