@@ -48,9 +48,9 @@ from helpers.command import write_checkpoint  # noqa: E402
 from helpers.damage import (  # noqa: E402
     AMBIGUOUS,
     DAMAGE,
-    change_json,
     damage_graph,
     damage_header,
+    damage_json,
     damage_member,
     swap_members,
 )
@@ -217,11 +217,6 @@ def makers(name: str) -> tuple[Maker, ...]:
 def ambiguous(data: bytes, rng: random.Random) -> bytes:
     """Make an archive that can be read in two ways."""
     return rng.choice(AMBIGUOUS)(data)
-
-
-def damage_json(data: bytes, rng: random.Random) -> bytes:
-    """Replace one entry of JSON."""
-    return json.dumps(change_json(json.loads(data), rng)).encode()
 
 
 def compile_small(folder: Path) -> Path:

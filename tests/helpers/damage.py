@@ -81,6 +81,11 @@ def change_json(value: object, rng: random.Random) -> object:
     return rng.choice((*NUMBERS, "", "x", "x=1", "s0", None, True, 0.5, [], {}, [value], {"as_int": 2**40}))
 
 
+def damage_json(data: bytes, rng: random.Random) -> bytes:
+    """Replace one entry of JSON."""
+    return json.dumps(change_json(json.loads(data), rng)).encode()
+
+
 def damage_graph(data: bytes, rng: random.Random) -> bytes:
     contents = members(data)
     name = rng.choice([name for name in contents if name.endswith(".json")])
@@ -161,8 +166,14 @@ def survive(path: Path, data: bytes, read: Callable[[Path], object]) -> bool:
         read(path)
         return True
     except AsapcError as error:
-        refusal = error
-    assert str(refusal).isprintable()
-    assert len(str(refusal)) < 2000
-    assert refusal.hint.isprintable()
+        assert_in_one_line(error)
     return False
+
+
+def assert_in_one_line(refusal: AsapcError) -> None:
+    """The command ends with 1, and says what is wrong and what to do, a line each."""
+    assert refusal.exit_code == 1
+    assert str(refusal).isprintable()
+    assert 0 < len(str(refusal)) < 2000
+    assert refusal.hint.isprintable()
+    assert refusal.hint

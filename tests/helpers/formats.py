@@ -38,12 +38,13 @@ class Format:
     options: dict[str, Any] = field(default_factory=lambda: {"model": MODEL})
 
     @property
+    def arguments(self) -> list[str]:
+        flags = ([OPTIONS[key].flag, *([] if value is True else [value])] for key, value in self.options.items())
+        return ["inspect", self.file, *(word for words in flags for word in words)]
+
+    @property
     def command(self) -> str:
-        flags = (
-            OPTIONS[key].flag if value is True else f"{OPTIONS[key].flag} {SHOWN.get(value, value)}"
-            for key, value in self.options.items()
-        )
-        return " ".join(["asapc inspect", self.file, *flags])
+        return " ".join(["asapc", *(SHOWN.get(word, word) for word in self.arguments)])
 
     def said(self) -> tuple[bool, str]:
         """Whether it is read, and the notes or the refusal with its hint."""
