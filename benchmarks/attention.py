@@ -76,6 +76,9 @@ def operators() -> dict[str, Sinkhorn | SlicedDual]:
         "parabolas, 3": sliced_dual(HEADS, SIZE, 0, 0, 0),
         "parabolas, 5": sliced_dual(HEADS, SIZE, 0, 0, 1),
         "hinges, 3": sliced_dual(HEADS, SIZE, 0, 8, 0),
+        "hinges, 1": sliced_dual(HEADS, SIZE, 0, 8, 0, one_pass=True),
+        "parabolas, 1, fused": fused(sliced_dual(HEADS, SIZE, 0, 0, 0, one_pass=True)),
+        "hinges, 1, fused": fused(sliced_dual(HEADS, SIZE, 0, 8, 0, one_pass=True)),
         "parabolas, 2, fused": fused(sliced_dual(HEADS, SIZE, 0, 0, 0, "queries")),
         "parabolas, 4, fused": fused(sliced_dual(HEADS, SIZE, 0, 0, 1, "queries")),
     }

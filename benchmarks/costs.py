@@ -86,6 +86,7 @@ def sliced_dual(
     wide: bool = False,
     paired: bool = False,
     coordinates: int = COORDINATES,
+    one_pass: bool = False,
 ) -> SlicedDual:
     """Return a sliced dual with small random weights."""
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +96,7 @@ def sliced_dual(
     knots = torch.linspace(-1.5, 1.5, max(pieces - 1, 0)).expand(heads, coordinates if pieces else 0, -1)
     weights = (torch.randn(heads, features + k, generator=generator) / features for k in range(1 + steps))
     basis = torch.eye(size)[:, :coordinates].expand(heads, -1, -1) / size**0.25
-    params = SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights), side, paired)
+    params = SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights), side, paired, one_pass)
     return SlicedDual(params, wide=wide)
 
 

@@ -119,13 +119,13 @@ def judge(path: Path, loaded: LoadedModel, options: Mapping[str, Any]) -> str:
             assert bits(getattr(loaded.module, buffer)) == bits(torch.from_numpy(stored[name])), name
         return "read"
     if path.suffix == ".pt2":
-        found = {**loaded.program.state_dict, **tensors(loaded.program.constants)}
-        assert {name: bits(value) for name, value in found.items()} == program_bits(path)
+        actual = {**loaded.program.state_dict, **tensors(loaded.program.constants)}
+        assert {name: bits(value) for name, value in actual.items()} == program_bits(path)
         return "read"
     content = content_of(path)
-    found = tensors_of(loaded.module)
+    actual = tensors_of(loaded.module)
     model = new_model(path, content, options)
-    if same(strict_load(model, content), found):
+    if same(strict_load(model, content), actual):
         return "read"
     # A checkpoint of asapc train says itself which part of it the weights are.
     told = "format" in content or any(mark in note for mark in TOLD for note in loaded.notes)
@@ -133,7 +133,7 @@ def judge(path: Path, loaded: LoadedModel, options: Mapping[str, Any]) -> str:
     for place, weights in [("", content), *nested(content)]:
         if options.get("weights") in (None, place):
             for part in parts(weights, model):
-                if same(strict_load(model, part), found):
+                if same(strict_load(model, part), actual):
                     return "read in part"
     raise AssertionError("it has weights that no strict load of a part gives")
 
@@ -146,13 +146,13 @@ def program_bits(path: Path) -> dict[str, tuple[Any, ...]]:
         return {name: bits(value) for name, value in {**program.state_dict, **tensors(program.constants)}.items()}
     except Exception:  # of parts that asapc does without, such as sample inputs
         contents = {name.partition("/")[2]: data for name, data in members(path.read_bytes()).items()}
-    found = {}
+    of_tensors = {}
     for folder in ("weights", "constants"):
         payloads = json.loads(contents[f"data/{folder}/model_{folder}_config.json"])["config"]
         for name, payload in payloads.items():
             shape = tuple(size["as_int"] for size in payload["tensor_meta"]["sizes"])
-            found[name] = torch.float32, shape, contents[f"data/{folder}/{payload['path_name']}"]
-    return found
+            of_tensors[name] = torch.float32, shape, contents[f"data/{folder}/{payload['path_name']}"]
+    return of_tensors
 
 
 def onnx_tensors(path: Path) -> dict[str, Any]:

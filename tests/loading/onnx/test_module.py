@@ -189,7 +189,7 @@ def test_samples_of_another_name_or_dtype_are_refused(tmp_path):
     loaded = load_model(tiny_file(tmp_path))
     with pytest.raises(SamplesError, match="the model's inputs are x"):
         capture_onnx(loaded, Samples({"y": torch.rand(4, 3, 4)}))
-    with pytest.raises(SamplesError, match=r"exported with \(batch, 3, 4\) torch\.float32"):
+    with pytest.raises(SamplesError, match=r"takes \(batch, 3, 4\) torch\.float32"):
         capture_onnx(loaded, Samples({"x": torch.rand(4, 3, 4).half()}))
     with pytest.raises(OptionError):
         load_model(tmp_path / "tiny.onnx", CompileConfig(model="helpers.hostile:Tiny"))
