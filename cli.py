@@ -344,7 +344,9 @@ def stages(visible: bool) -> Iterator[Callable[[Event], None]]:
 
         def on_event(event: Event) -> None:
             interrupts.check()
-            match visible and event:
+            if not visible:
+                return
+            match event:
                 case StageStarted(stage):
                     status.update(stage)
                 case StageAdvanced(stage, detail):

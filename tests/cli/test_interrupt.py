@@ -69,8 +69,8 @@ with cli.stages(visible=False) as on_event:
         on_event(None)
         print("went on")
 """)
-    assert (code, out) == (CODES[number], "swallowed\n")
-    assert err == "interrupted; no output was written\n"
+    assert (code, out) == (CODES[number], "")
+    assert err == "swallowed\ninterrupted; no output was written\n"
 
 
 def test_a_signal_that_is_swallowed_in_the_last_step_is_not_lost():
