@@ -36,7 +36,7 @@ def example_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples
 
 
 def require_sites(findings: Findings, path: Path, shows_misses: bool = False) -> None:
-    """Raise NoSinkhornError if there are no sites, quoting the first near miss.
+    """Raise NoSinkhornError if there are no sites, quoting the nearest miss.
 
     Args:
         findings: sites and misses.

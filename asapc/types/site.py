@@ -255,12 +255,14 @@ class Miss:
         source: "file:line" of the user's code, or None.
         reason: what was expected and what was observed.
         hint: what the user can change, or that there is nothing to change.
+        nearness: how near it came to a loop; a number that means something beside that of another miss only.
     """
 
     node: str
     source: str | None
     reason: str
     hint: str
+    nearness: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +271,7 @@ class Findings:
 
     Attributes:
         sites: in the order of the graph.
-        misses: the near misses.
+        misses: the near misses, the nearest first.
         early_stops: those that capture omitted; None where the model has none.
         untold: nodes that loops read and that are the same everywhere on these samples: others may say more.
     """

@@ -29,8 +29,8 @@ from asapc.passes.layout import arrange, follow_axes, invert, restore
 from asapc.types.site import Attention, DotProduct, Loop, Operand, Site, Wiring
 
 aten = torch.ops.aten
-# The code of torch and its modules, on whatever machine a program was exported.
-TORCH_FILE, TORCH_MODULES = re.compile(r"-packages[/\\]torch[/\\]"), "torch.nn.modules."
+# The code of torch, what it writes itself and its modules, on whatever machine a program was exported.
+TORCH_FILE, TORCH_MODULES = re.compile(r"-packages[/\\]torch[/\\]|^<eval_with_key>"), "torch.nn.modules."
 LINEARITY_TOLERANCE = 1e-6  # relative, in float64
 # Metadata of a node that is a step of an ONNX file's node: the names of both. It stands for a line of code.
 SOURCE = "asapc_source"

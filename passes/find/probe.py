@@ -44,7 +44,8 @@ PLAIN_LOOP = (
     "if it is meant to be Sinkhorn, train with the plain loop: exp of the scores, not sigmoid, ReLU or squares, then "
     "rows and columns scaled in turn and nothing else, to the same masses in all samples"
 )
-MASKED_LATER = 1  # nearness of a start whose mask is applied after it
+# Nearness of a softmax, which is no near miss, and of a start whose mask is applied after it.
+SOFTMAX, MASKED_LATER = -2, 1
 
 Masses = tuple[Tensor | None, Tensor | None]  # of rows and of columns
 
@@ -205,7 +206,7 @@ def probe(
     if mass is None:
         raise NotSinkhorn(f"the sums of the plan's {last} differ between samples or heads", PLAIN_LOOP, 2)
     if half_steps == 1:
-        raise NotSinkhorn(f"one half-step on {last} is softmax, which is as cheap as it gets", nearness=2)
+        raise NotSinkhorn(f"one half-step on {last} is softmax, which is as cheap as it gets", nearness=SOFTMAX)
     row_mass, column_mass = (torch.ones(1, dtype=torch.float64) if m is None else m for m in masses)
     scaled = torch.where(cells, scores * factor, -inf)
     duals = sinkhorn_duals(scaled, half_steps, last, row_mass, column_mass)

@@ -21,8 +21,8 @@ def require_steps(explanation: Explanation) -> None:
     """Raise NotSinkhorn if a node of the region does not belong to a loop: it may act on other samples."""
     if explanation.unexplained is not None:
         raise NotSinkhorn(
-            f"{name_of(explanation.unexplained)} is not part of a Sinkhorn loop: it has no effect on the samples, but "
-            "may have on others",
+            f"{name_of(explanation.unexplained)} is not part of a Sinkhorn loop: even if it has no effect on the "
+            "samples, it may have on others",
             "leave it out, or apply it to the scores before the loop",
             nearness=UNEXPLAINED,
         )

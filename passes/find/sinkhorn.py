@@ -18,14 +18,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from asapc.ops.scaling import MIN_LIVE
+from asapc.passes.find.alternation import ALTERNATES, alternates
 from asapc.passes.find.candidates import PlanCandidate, is_raised, propose
+from asapc.passes.find.closed import closed_misses
 from asapc.passes.find.crop import CutDown, WholeNeededError, confirm, cut_down, whole_where_it_fails
 from asapc.passes.find.describe import describe, module_path, source_line
 from asapc.passes.find.explain import explain
 from asapc.passes.find.frames import Frame, frames
 from asapc.passes.find.guards import find_guard
+from asapc.passes.find.kinds import maker
 from asapc.passes.find.probe import (
     MASKED_LATER,
+    SOFTMAX,
     Live,
     NotSinkhorn,
     difference,
@@ -146,11 +150,14 @@ class Finder(Interpreter):
             self.sites.append((candidate, site))
         except NotSinkhorn as reason:
             self.untold += reason.untold
+            repeated = reason.nearness != SOFTMAX and alternates(candidate)
             plan = self.values[short.plan]
             # A matrix with negative entries, or one that no product reads, looks like no attention.
-            if bool((plan >= 0).all()) and any(as_product(use.user) for use in candidate.uses):
-                user = candidate.uses[0].user
-                self.misses.append((candidate, Miss(candidate.plan.name, source_line(user), str(reason), reason.hint)))
+            attends = bool((plan >= 0).all()) and any(as_product(use.user) for use in candidate.uses)
+            if attends or repeated:
+                line = source_line(candidate.uses[0].user if attends else maker(candidate.plan))
+                nearness = reason.nearness + (ALTERNATES if repeated else 0)
+                self.misses.append((candidate, Miss(candidate.plan.name, line, str(reason), reason.hint, nearness)))
             return False
         return True
 
@@ -187,18 +194,22 @@ class Finder(Interpreter):
             yield replace(site, name=name, share=share)
 
     def distinct_misses(self, nodes: Collection[Node], places: Collection[tuple[str | None, str]]) -> list[Miss]:
-        """Return one miss for each line of code; the one nearest to the use.
+        """Return one miss for each line of code that reads a plan, the nearest to a loop first.
 
         Args:
             nodes: nodes of sites; a candidate whose plan is among them is a part of the site.
             places: source lines and modules of sites; a line may hold more than one loop.
         """
-        nearest: dict[str, Miss] = {}  # the one nearest to the use was judged first
+        nearest: dict[str, Miss] = {}
         for candidate, miss in self.misses:
-            line = miss.source, module_path(candidate.uses[0].user)
-            if candidate.plan not in nodes and line not in places:
-                nearest.setdefault(miss.source or miss.node, miss)
-        return list(nearest.values())
+            use = candidate.uses[0]
+            if candidate.plan not in nodes and (miss.source, module_path(use.user)) not in places:
+                read = source_line(use.user) or use.path[-1].name
+                other = nearest.setdefault(read, miss)  # the one nearest to the use was judged first
+                if miss.nearness > max(other.nearness, ALTERNATES):
+                    nearest[read] = miss
+        misses = [*nearest.values(), *closed_misses(self.module)]
+        return sorted(misses, key=lambda miss: miss.nearness, reverse=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,6 +341,8 @@ def identify(candidate: PlanCandidate, values: Mapping[Node, Any], batch: int) -
             try:
                 site = trial.judge(values)
             except NotSinkhorn as reason:
+                if reason.nearness == SOFTMAX and not is_raised(trial.start):
+                    raise  # whatever is done to the scores before
                 failure = max(failure, reason, key=lambda error: error.nearness)  # the first of equals
             else:
                 if site.loop.exact:

@@ -1,6 +1,8 @@
 """What must not be taken for Sinkhorn attention that asapc can compile, with a word of the reason."""
 
+import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from helpers.attention import (
     source_text,
 )
 from torch import nn
+
+from asapc.commands.inspect import require_sites
+from asapc.errors import NoSinkhornError
 
 
 def dual_softmax(scores):
@@ -95,3 +100,115 @@ def test_a_sinkhorn_is_found_beside_a_softmax_that_is_not_one():
 def test_a_model_without_attention_has_neither_sites_nor_misses():
     findings = find(nn.Linear(WIDTH, WIDTH), input=torch.randn(3, QUERIES, WIDTH))
     assert findings.sites == findings.misses == ()
+
+
+class Matcher(nn.Module):
+    """Returns what becomes of its scores; no product reads it."""
+
+    def __init__(self, normalise):
+        super().__init__()
+        self.normalise, self.to_q = normalise, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.normalise(self.to_q(x) @ x.mT)
+
+
+def with_flaw(flaw, turns=4):
+    """A log-domain loop that does something else in its second turn."""
+
+    def log_plan(scores):
+        for turn in range(turns):
+            scores = scores.log_softmax(-1)
+            scores = (flaw(scores) if turn == 1 else scores).log_softmax(-2)
+        return scores
+
+    return log_plan
+
+
+def sharpened(scores):
+    return 1.5 * scores
+
+
+def noisy(scores):
+    return scores + torch.eye(QUERIES)
+
+
+def by_roots(scores):
+    plan = scores.exp()
+    for _ in range(4):
+        plan = plan / (plan.sum(-1, keepdim=True) * plan.sum(-2, keepdim=True)).sqrt()
+    return plan
+
+
+def by_powers(scores):
+    kernel = scores.exp()
+    v = torch.ones_like(kernel[..., :1])
+    for _ in range(4):
+        u = (kernel @ v) ** -0.9
+        v = 1 / (kernel.mT @ u)
+    return u * kernel * v.mT
+
+
+def turned(scores):
+    for _ in range(4):
+        scores = sharpened(scores.log_softmax(-1)).mT
+    return scores.exp()
+
+
+def headline(module):
+    torch.manual_seed(0)
+    [name] = inspect.signature(module.forward).parameters
+    findings = find(module, **{name: torch.randn(3, QUERIES, WIDTH)})
+    with pytest.raises(NoSinkhornError) as caught:
+        require_sites(findings, Path("model.pt"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Matcher(lambda s: with_flaw(sharpened)(s).exp()), "half-steps"),
+        (Matcher(with_flaw(sharpened)), "half-steps"),
+        (Matcher(with_flaw(noisy)), "multiple of the scores"),
+        (Matcher(lambda s: with_flaw(sharpened)(s).exp() - 1 / QUERIES), "half-steps"),
+        (Matcher(by_roots), "sqrt at"),
+        (Matcher(by_powers), "pow at"),
+        (Matcher(turned), "half-steps"),
+        (nn.Sequential(Attention(softmax), Matcher(with_flaw(noisy))), "multiple of the scores"),
+        (
+            nn.Sequential(
+                Attention(lambda s: s.clamp(-99, 99).softmax(-1)),
+                Attention(lambda s: with_flaw(sharpened)(s).exp()),
+                Attention(softmax),
+            ),
+            "half-steps",
+        ),
+    ],
+    ids=[
+        "plan",
+        "log_plan",
+        "clamp",
+        "less_constant",
+        "roots",
+        "powers",
+        "turned",
+        "softmax_before",
+        "between_softmax",
+    ],
+)
+def test_the_headline_is_the_nearest_miss_whatever_reads_the_plan(module, reason):
+    assert reason in headline(module)
+
+
+@pytest.mark.parametrize(
+    "normalise",
+    [
+        softmax,
+        lambda s: s.log_softmax(-1),
+        lambda s: (s - s.mean(1, keepdim=True)) / s.norm(dim=-1, keepdim=True),
+        lambda s: (s - s.mean(-1, keepdim=True)) / s.var(-1, keepdim=True),
+    ],
+    ids=["softmax", "log_softmax", "centred", "layer_norm"],
+)
+def test_what_is_returned_and_normalised_in_another_way_is_not_even_missed(normalise):
+    assert find(Matcher(normalise)).misses == ()
