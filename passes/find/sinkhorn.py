@@ -333,6 +333,7 @@ def identify(candidate: PlanCandidate, values: Mapping[Node, Any], batch: int) -
         nearness=-1,
     )
     limited: Site | None = None
+    softmax: NotSinkhorn | None = None
     for exponential in (False, True):
         # exp(scores) may start the loop only where what is done to the kernel stood in the way.
         in_the_way = limited is not None or failure.nearness in (MASKED_LATER, UNEXPLAINED)
@@ -342,7 +343,7 @@ def identify(candidate: PlanCandidate, values: Mapping[Node, Any], batch: int) -
                 site = trial.judge(values)
             except NotSinkhorn as reason:
                 if reason.nearness == SOFTMAX and not is_raised(trial.start):
-                    raise  # whatever is done to the scores before
+                    softmax = softmax or reason
                 failure = max(failure, reason, key=lambda error: error.nearness)  # the first of equals
             else:
                 if site.loop.exact:
@@ -350,7 +351,7 @@ def identify(candidate: PlanCandidate, values: Mapping[Node, Any], batch: int) -
                 # What a loop without guards does not see, such as a norm beside a product, may be in a later start.
                 limited = limited or site
     if limited is None:
-        raise failure
+        raise softmax or failure  # a softmax is one whatever is done to the scores before
     return limited
 
 
