@@ -87,7 +87,14 @@ def input_names(loaded: LoadedModel, samples: Samples) -> tuple[list[str], list[
     names = [name for p in named for name in of_parameter[p.name]]
     if any(p.kind == p.VAR_POSITIONAL for p in parameters):
         names += [name or ANY for name in samples.inputs if name not in names]
+    elif only_keywords(loaded.module):
+        names = [name for name in samples.inputs if name != UNNAMED]
     return names, [name for p in named if p.default is p.empty for name in of_parameter[p.name]]
+
+
+def only_keywords(module: nn.Module) -> bool:
+    """Return whether a forward takes `**kwargs` alone. Beside parameters they would take misspelt names too."""
+    return [p.kind for p in inspect.signature(module.forward).parameters.values()] == [inspect.Parameter.VAR_KEYWORD]
 
 
 def compare_types(path: Path, samples: Samples, inputs: Mapping[str, InputType]) -> None:
@@ -107,6 +114,8 @@ def compare_types(path: Path, samples: Samples, inputs: Mapping[str, InputType])
 
 def arguments(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments that pass inputs, in the model's order, to the forward."""
+    if only_keywords(module):
+        return (), nested(inputs)
     signature = inspect.signature(module.forward)
     roots = {name.partition(".")[0] for name in inputs.keys() - signature.parameters.keys()}
     if roots <= signature.parameters.keys() - inputs.keys():
@@ -122,7 +131,7 @@ def flattened(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
     parameters = inspect.signature(module.forward).parameters.values()
     args, kwargs = arguments(module, inputs)
     plain = all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
-    if plain and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+    if plain and not only_keywords(module) and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
         return module
 
     def forward(*values: Tensor) -> Any:

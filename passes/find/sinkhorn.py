@@ -208,7 +208,7 @@ class Finder(Interpreter):
                 other = nearest.setdefault(read, miss)  # the one nearest to the use was judged first
                 if miss.nearness > max(other.nearness, ALTERNATES):
                     nearest[read] = miss
-        misses = [*nearest.values(), *closed_misses(self.module)]
+        misses = [*nearest.values(), *closed_misses(self.graph)]
         return sorted(misses, key=lambda miss: miss.nearness, reverse=True)
 
 

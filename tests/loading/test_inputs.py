@@ -79,7 +79,12 @@ class Rest(Attention):
         return self.attend(*rest, None, bias)
 
 
-KINDS = [Gap, KeywordOnly, Mixed, Defaults, Unnamed, Rest]
+class Keywords(Attention):
+    def forward(self, **kwargs):
+        return self.attend(kwargs["x"], kwargs.get("factor"), kwargs["bias"])
+
+
+KINDS = [Gap, KeywordOnly, Mixed, Defaults, Unnamed, Rest, Keywords]
 
 
 def given(count: int = 24) -> Samples:
@@ -175,13 +180,26 @@ def test_names_that_the_forward_does_not_have_are_refused(tmp_path):
             order_inputs(loaded(Gap, tmp_path), Samples(inputs))
 
 
-def test_a_forward_without_names_is_refused(tmp_path):
+def test_keyword_arguments_may_have_any_name_but_need_one(tmp_path):
     class Anything(nn.Module):
         def forward(self, **kwargs):
-            return kwargs
+            return kwargs["pair"][0] + kwargs["pair"][1] + kwargs["kwargs"]
 
+    x = torch.rand(2, 3)
+    model = loaded(Anything, tmp_path)
+    graph = capture_code(model, Samples({"kwargs": x, "pair.0": x, "pair.1": x}))
+    assert torch.equal(graph.program.module()(x, x, x), 3 * x)
     with pytest.raises(SamplesError, match="not named"):
-        order_inputs(loaded(Anything, tmp_path), Samples({"args": torch.rand(2, 3)}))
+        order_inputs(model, Samples({UNNAMED: x}))
+
+
+def test_keyword_arguments_beside_parameters_take_no_other_names(tmp_path):
+    class Swallows(nn.Module):
+        def forward(self, x, **kwargs):
+            return x
+
+    with pytest.raises(SamplesError, match=r"the model's inputs are x$"):
+        order_inputs(loaded(Swallows, tmp_path), Samples({"x": torch.rand(2, 3), "y": torch.rand(2, 3)}))
 
 
 def test_an_array_without_a_name_goes_to_a_forward_without_names(tmp_path):
