@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from asapc.capturing.compare import check_single, compare_stops, run
+from asapc.capturing.draws import check_draws
 from asapc.capturing.early_stop import Unconverged
 from asapc.capturing.export import export
 from asapc.capturing.names import rename_outputs
@@ -41,14 +42,15 @@ def capture_code(
     Raises:
         OptionError: `loaded.output_names` are not as many as the outputs, or are names of inputs.
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
-        CaptureError: the model has control flow that cannot be captured, returns more than tensors, differs for a
-            batch of one, or stops early where `early_stop` refuses that.
+        CaptureError: the model has control flow that cannot be captured, returns more than tensors, draws random
+            numbers that change its outputs, differs for a batch of one, or stops early where `early_stop` refuses that.
     """
     samples, example = prepare(loaded, samples)
     run(loaded.module, example, samples)
     with Unconverged(loaded.module, example.inputs) as unconverged:
         program = export(loaded.module, example.inputs, axes)
     unconverged.check_repeated()
+    check_draws(program, example)
     departures = tuple(dict.fromkeys(unconverged.departures))
     check_single(loaded.module, program, example, stops=bool(unconverged.questions))
     graph = CapturedGraph(program, example, axes=axes, departures=departures)
@@ -74,13 +76,14 @@ def capture_exported(loaded: ExportedModel, samples: Samples) -> CapturedGraph:
     Raises:
         OptionError: `loaded.output_names` are not as many as the outputs, or are names of inputs.
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
-        CaptureError: the model returns more than tensors.
+        CaptureError: the model returns more than tensors, or draws random numbers that change its outputs.
     """
     samples, example = prepare(loaded, samples)
     run(loaded.module, example, samples)
     is_fixed = all(kind.sizes is None or None not in kind.sizes[1:] for kind in loaded.inputs.values())
     # Loops are recognised at fixed lengths: axes that the archive leaves open get those of the samples.
     graph = CapturedGraph(loaded.program if is_fixed else export(loaded.module, example.inputs), example)
+    check_draws(graph.program, example)
     rename_outputs(graph, loaded.output_names)
     return graph
 
