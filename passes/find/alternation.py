@@ -14,11 +14,13 @@ ALTERNATES = 10  # how much nearer to a loop a plan is that does so
 
 
 def alternates(candidate: PlanCandidate) -> bool:
-    """Return whether a plan depends on a sum over one axis, that on one over another, and that on one over the first.
+    """Return whether a plan depends on a sum over one axis, which depends on one over another, on one over the first.
 
     Layers of other kinds come this far too rarely to matter: norms sum over the same axes again, and gates take both
     sums of the same matrix.
     """
+    if sum(map(is_sum, candidate.region)) < 3:  # tells most; on long sequences letters take time
+        return False
     axes: dict[Node, str] = {}  # a letter for each axis of the plan
     turns: dict[Node, str] = {}  # axes of the sums on the way to a node, each followed by another
     for node in sorted(candidate.region.union(candidate.starts)):
@@ -58,4 +60,5 @@ def summed_axis(node: Node, axes: Mapping[Node, str]) -> str:
         dim, own = arguments.get("dim"), axes.get(node.all_input_nodes[0], "")
         dims = [dim] if isinstance(dim, int) else dim or []
         summed = "".join(own[dim] for dim in dims) if own else ""
+    summed = summed.replace("1", "")
     return summed if len(summed) == 1 else ""
