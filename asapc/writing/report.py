@@ -102,7 +102,7 @@ def shorten(source: str | None) -> str | None:
 
 def miss_data(miss: Miss) -> dict[str, Any]:
     """Return a miss as `asapc inspect --json` and the report show it."""
-    return {**asdict(miss), "source": shorten(miss.source)}
+    return {"node": miss.node, "source": shorten(miss.source), "reason": miss.reason, "hint": miss.hint}
 
 
 def activation_data(activation: FittedActivation) -> dict[str, Any]:

@@ -92,10 +92,10 @@ def test_times_are_milliseconds_of_a_call(lab):
         assert run.std_ms == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize(("batch", "seen"), [(1, [0]), (3, [0, 1, 2]), (7, [0, 1, 2, 0, 1, 2, 0])])
-def test_all_runners_get_the_same_batch_of_samples_repeated_where_there_are_too_few(batch, actual, lab):
+@pytest.mark.parametrize(("batch", "expected"), [(1, [0]), (3, [0, 1, 2]), (7, [0, 1, 2, 0, 1, 2, 0])])
+def test_all_runners_get_the_same_batch_of_samples_repeated_where_there_are_too_few(batch, expected, lab):
     measure(lab.runners, SAMPLES, batch, seconds=0.0)
-    assert all(inputs == actual for _, inputs in lab.log)
+    assert all(inputs == expected for _, inputs in lab.log)
 
 
 def test_percentiles_are_those_of_the_times():
