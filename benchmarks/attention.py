@@ -11,6 +11,7 @@ in docs/lowerings.md between the two markers.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -256,8 +257,11 @@ def encoder(width: int, heads: int, depth: int = 12) -> nn.Module:
 
 
 def exponent(rows: list[Row], name: str) -> float:
-    """Return how time grows with the length, from 512 tokens on, at batch 1."""
-    points = [(row["length"], row["ms"][name]) for row in rows if row["batch"] == 1 and row["length"] >= 512]
+    """Return how time grows with the length, from 512 tokens on, at batch 1; NaN of a form with one length alone."""
+    rows = [row for row in rows if row["batch"] == 1 and row["length"] >= 512 and name in row["ms"]]
+    points = [(row["length"], row["ms"][name]) for row in rows]
+    if len(points) < 2:
+        return math.nan
     return float(np.polyfit(*np.log(np.array(points).T), 1)[0])
 
 
