@@ -84,14 +84,14 @@ def outcomes(look: Callable[[Tree], str], trees: list[Tree]) -> Iterator[tuple[s
 
             idle = run(lambda: None)[2]  # a child begins with the memory of its parent
             _, problems, peak = run(read)
-            outcomes = Path(scratch.name).read_text().splitlines()
+            results = Path(scratch.name).read_text().splitlines()
             growth = max(peak - idle, 0)
             if growth > MAX_RATIO * min(sum(map(len, tree.values())) for tree in chunk) + BASE:
                 problems.append("memory")
             if problems:
-                outcomes = [*outcomes[: len(chunk) - 1], " ".join(problems)]
-            yield from ((outcome, growth) for outcome in outcomes)
-            trees = trees[len(outcomes) :]
+                results = [*results[: len(chunk) - 1], " ".join(problems)]
+            yield from ((outcome, growth) for outcome in results)
+            trees = trees[len(results) :]
 
 
 if __name__ == "__main__":

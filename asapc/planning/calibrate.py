@@ -78,8 +78,10 @@ def calibrate(
     of_fitting: list[BatchCache] = []
     of_selection: list[BatchCache] = []
     for step in range(1 + closure_steps):
-        advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
         open_params = {key: of_set for key, of_set in params.items() if not (step and key.features.one_pass)}
+        if not open_params:
+            break  # one pass has no closure steps
+        advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
         problems = regressions(sites, open_params, activations(fitting), of_fitting)
         # The penalty is chosen on other samples: on its own the smallest always fits best.
         others = regressions(sites, open_params, activations(selection), of_selection)

@@ -21,6 +21,9 @@ DTYPES = {
     "tensor(int16)": torch.int16,
     "tensor(int8)": torch.int8,
     "tensor(uint8)": torch.uint8,
+    "tensor(uint16)": torch.uint16,
+    "tensor(uint32)": torch.uint32,
+    "tensor(uint64)": torch.uint64,
     "tensor(bool)": torch.bool,
 }
 
