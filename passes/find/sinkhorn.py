@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from asapc.ops.scaling import MIN_LIVE
 from asapc.passes.find.alternation import ALTERNATES, alternates
@@ -49,7 +49,7 @@ from asapc.passes.find.requirements import (
     require_steps,
     require_uniform,
 )
-from asapc.passes.find.stopwatch import time_nodes
+from asapc.passes.find.stopwatch import NodeTimer, time_nodes
 from asapc.passes.record import record
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -83,7 +83,7 @@ def without(candidate: PlanCandidate, skipped: Collection[str]) -> PlanCandidate
     return replace(candidate, starts=tuple(start for start in candidate.starts if start.name not in skipped))
 
 
-class Finder(Interpreter):
+class Finder(NodeTimer):
     """Runs a graph once and judges each candidate as soon as its plan is computed, so that few values are kept."""
 
     def __init__(
@@ -184,7 +184,7 @@ class Finder(Interpreter):
 
     def name_sites(self, sites: Sequence[tuple[PlanCandidate, Site]]) -> Iterator[Site]:
         """Yield sites with unique names and with their share of the time."""
-        seconds = time_nodes(self.module, self.samples) if sites else {}
+        seconds = time_nodes(self.module, self.samples, self.seconds) if sites else {}
         total = sum(seconds.values())
         names: set[str] = set()
         for candidate, site in sites:
