@@ -1,4 +1,4 @@
-"""Turns results into tables and sentences, which `asapc.cli` renders."""
+"""Turns results into tables and sentences, which `asapc.terminal` renders."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

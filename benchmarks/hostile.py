@@ -31,13 +31,13 @@ import torch
 from onnx import TensorProto, helper
 
 from asapc.capturing.onnx import check_memory
-from asapc.cli import exit_codes
 from asapc.commands.compile import compile_model
 from asapc.config import CompileConfig
 from asapc.loading.factories import read_arguments
 from asapc.loading.folder import read_folder
 from asapc.loading.model import load_model
 from asapc.loading.samples import load_samples
+from asapc.terminal import exit_codes
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json

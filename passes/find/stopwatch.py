@@ -35,8 +35,8 @@ def time_nodes(module: nn.Module, samples: Samples, first: dict[Node, float]) ->
     Args:
         module: the graph.
         samples: its inputs.
-        first: the seconds of a first run. It allocates memory and wakes threads, so it counts only where it is long, and
-            then alone.
+        first: the seconds of a first run, which allocates memory and wakes threads: where it is long it counts, and
+            alone, else not at all.
     """
     if sum(first.values()) > MAX_SECONDS:
         return first

@@ -10,8 +10,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import asapc
-from asapc.cli import BUDGET_MISSED, CONFIG_FILE, ENDS, app, say
+from asapc.cli import app
 from asapc.config import OPTIONS
+from asapc.terminal import BUDGET_MISSED, CONFIG_FILE, ENDS, say
 
 COMMANDS = ("compile", "inspect", "verify", "approx", "train")
 

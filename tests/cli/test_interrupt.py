@@ -31,7 +31,7 @@ def spin(body: str) -> tuple[int, str, str]:
 import os, signal, sys
 from contextlib import suppress
 from pathlib import Path
-from asapc import cli
+from asapc import cli, terminal
 from asapc.events import stage
 
 def interrupt(number=signal.SIGINT):
@@ -61,7 +61,7 @@ def test_ctrl_c_within_an_executed_string_exits_with_130():
 @pytest.mark.parametrize("number", CODES)
 def test_a_signal_that_is_swallowed_ends_the_run_at_its_next_step(number):
     code, out, err = spin(f"""
-with cli.stages(visible=False) as on_event:
+with terminal.stages(visible=False) as on_event:
     with stage("capture", on_event):
         with suppress(BaseException):
             interrupt({number:d})

@@ -10,18 +10,18 @@ from helpers.slow import slow
 
 COMMAND = """
 from pathlib import Path
-from asapc import cli
+from asapc import cli, terminal
 from asapc.writing.folder import output_file
 
 @cli.command()
 def spin(as_json: cli.Json = False):
     with output_file(Path("result.txt"), force=False) as file:
         file.write_text("whole")
-    cli.say(cli.err, "a message")
+    terminal.say(terminal.err, "a message")
     if as_json:
-        cli.print_json({"lines": ["x"] * 50_000})
+        terminal.print_json({"lines": ["x"] * 50_000})
     else:
-        cli.show(["x" * 99] * 1000)
+        terminal.show(["x" * 99] * 1000)
 
 cli.main()
 """
