@@ -24,7 +24,7 @@ ARROWS = {
     "writing": "backends capturing loading passes process config types errors hashes version",
     "relu": "backends capturing passes types errors version",
     "fidelity": "backends passes types errors",
-    "backends": "capturing loading passes types errors",
+    "backends": "capturing loading passes ops types errors",
     "capturing": "loading passes types errors",
     "loading": "config types errors hashes",
     "passes": "ops types errors",

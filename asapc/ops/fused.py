@@ -36,6 +36,9 @@ def _(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.
     return queries.new_empty(*queries.shape[:-1], values.shape[-1])
 
 
+ATTENTION = torch.ops.asapc.attention.default
+
+
 def with_dual(points: torch.Tensor, dual: torch.Tensor) -> torch.Tensor:
     """Append their dual (B, H, 1, N) to points (B, H, N, D) as one more channel.
 

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from asapc.types.choices import Selection
 from asapc.types.site import Site
 
 MANIFEST = "manifest.json"
+PICTURES = (".png", ".svg", ".pdf")
 MAX_MANIFEST = 2**20  # bytes; of the handful of files that asapc writes it has some hundreds
 # Of the hidden folders beside an output in which it grows.
 PREFIX = ".asapc."
@@ -65,6 +66,17 @@ def output_file(path: Path, force: bool) -> Iterator[Path]:
         with held():
             partial.rename(path)
             state.outputs.append(str(path))
+
+
+def picture_file(path: Path, force: bool) -> AbstractContextManager[Path]:
+    """Yield a temporary file for a picture, see `output_file`.
+
+    Raises:
+        OutputError: as there, or the name ends in no format of pictures.
+    """
+    if path.suffix not in PICTURES:
+        raise OutputError(f"cannot draw {path}: it is named as no picture", f"use {', '.join(PICTURES)}")
+    return output_file(path, force)
 
 
 def check_free(path: Path, force: bool) -> None:

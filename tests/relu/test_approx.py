@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +146,10 @@ def test_the_command_prints_a_table_and_writes_the_network_and_a_picture():
 
 def test_the_command_prints_json_and_replaces_nothing_unasked():
     arguments = ["approx", "exp(x)", "--depth", "1", "--runs", "1", "--json"]
-    ran = CliRunner().invoke(app, arguments)
+    # In a process of its own, where no other test has imported anything.
+    command = [sys.executable, "-m", "asapc", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
     rows = json.loads(ran.stdout)["rows"]
     assert {row["pieces"] for row in rows if row["name"].startswith("compelled, depth")} == {2}
     again = CliRunner().invoke(app, arguments)
@@ -152,7 +157,9 @@ def test_the_command_prints_json_and_replaces_nothing_unasked():
     assert "--force" in again.stderr
 
 
-@pytest.mark.parametrize("arguments", [["x**"], ["x", "--domain", "2"], ["1/x"], ["x", "--depth", "50"]])
+@pytest.mark.parametrize(
+    "arguments", [["x**"], ["x", "--domain", "2"], ["1/x"], ["x", "--depth", "50"], ["x", "--plot", "p.c"]]
+)
 def test_wrong_input_leaves_nothing_behind(arguments):
     ran = CliRunner().invoke(app, ["approx", *arguments, "--runs", "1"])
     assert ran.exit_code == 1

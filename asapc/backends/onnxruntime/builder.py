@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 from asapc.backends.base import temporary
 from asapc.capturing.export import is_plain
 from asapc.errors import BuildError, one_line
+from asapc.ops.fused import ATTENTION
 from asapc.passes.base import PassManager
 from asapc.passes.onnx.cleanup import OnnxCleanup
 from asapc.passes.onnx.standard_attention import StandardAttention
@@ -68,7 +69,7 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
     # A copy, since the exporter changes what it is given.
     module = copy.deepcopy(graph.program.graph_module)
     program = with_graph(graph.program, module, PlainProgram if is_plain(graph.program) else ExportedProgram)
-    table = {torch.ops.asapc.attention.default: multi_head_attention, torch.ops.aten.mT.default: transposed}
+    table = {ATTENTION: multi_head_attention, torch.ops.aten.mT.default: transposed}
     if any(node.target in table for node in module.graph.nodes):
         program = program.run_decompositions(table)
     with quiet_exporter():
