@@ -1,7 +1,7 @@
 """The `asapc` command: parse, call the library, show what it returns. No decisions are made here."""
 
 import functools
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +17,11 @@ from asapc.process.streams import open_missing
 from asapc.terminal import BUDGET_MISSED, ENDS, app, command, err, out, print_json, say, show, stages
 from asapc.version import __version__
 
+# What `tradeoffs` shares with `compile`: all but outputs, the engine, and how latency is measured.
+PLANNING = [
+    *("calib", "fidelity", "model", "model_args", "weights", "inputs", "input_shape", "unsafe_load", "early_stop"),
+    *("no_cache", "lowering", "dynamic", "operators", "slices", "pieces", "batches", "threads", "seed"),
+]
 READS = [OPTIONS[name] for name in ("model", "model_args", "weights", "inputs", "input_shape", "unsafe_load")]
 ModelFile = Annotated[
     Path,
@@ -41,6 +46,7 @@ def root(
     "asapc compile model.pt --calib samples.npz --fidelity 'agreement>=0.99'",
     "asapc compile weights.safetensors --model my_models:build --calib samples.npz",
     takes=OPTIONS.values(),
+    gate=True,
 )
 def compile(
     file: ModelFile,
@@ -98,12 +104,41 @@ def inspect(
 
 
 @command(
+    "asapc tradeoffs model.pt",
+    "asapc tradeoffs model.pt --calib samples.npz --plot front.png",
+    takes=[OPTIONS[name] for name in PLANNING],
+)
+def tradeoffs(
+    file: ModelFile,
+    options: CompileConfig,
+    plot: Annotated[Path | None, a_file(help="Picture to draw, .png, .svg or .pdf.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the picture if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what each fidelity budget would cost, without exporting anything."""
+    from asapc.commands.tradeoffs import tradeoffs as find_tradeoffs
+    from asapc.writing.folder import picture_file
+
+    warn_of_unsafe_load(file, options)
+    with nullcontext() if plot is None else picture_file(plot, force) as picture:
+        with stages(visible=True) as on_event:
+            result = find_tradeoffs(file, options, on_event)
+        if picture is not None:
+            result.draw(picture)
+    if as_json:
+        print_json(result.data)
+    else:
+        show(showing.tradeoffs(dict(result.data)))
+
+
+@command(
     "asapc verify model.asap --data samples.npz",
     "asapc verify model.asap --data samples.npz --fidelity 'relc<=0.05' --json",
     takes=(
         replace(OPTIONS["fidelity"], default_text="what the model was compiled to keep"),
         *(OPTIONS[name] for name in ("model", "model_args", "weights", "unsafe_load")),
     ),
+    gate=True,
 )
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
@@ -160,12 +195,12 @@ def approx(
 ) -> None:
     """Approximate a function by a ReLU network with exponentially many linear pieces."""
     from asapc.relu.approx import approximate, parse_interval, save_onnx, save_plot
-    from asapc.writing.folder import output_file
+    from asapc.writing.folder import output_file, picture_file
 
     with ExitStack() as files:
         interval = parse_interval(domain)
         network_file = files.enter_context(output_file(out_file, force))
-        plot_file = None if plot is None else files.enter_context(output_file(plot, force))
+        plot_file = None if plot is None else files.enter_context(picture_file(plot, force))
         with err.status(f"fitting {runs} networks at each depth up to {depth}"):
             result = approximate(expression, depth, interval, points, runs, seed)
         save_onnx(result, network_file)

@@ -140,6 +140,10 @@ class CompileConfig:
             READING,
         ),
     ] = "bound"
+    no_cache: Annotated[
+        bool,
+        Option("--no-cache", "Fit anew, and keep nothing for another budget of the same model.", OPERATORS),
+    ] = False
     lowering: Annotated[
         LoweringRule,
         Option(

@@ -1,5 +1,6 @@
 """Turns results into tables and sentences, which `asapc.terminal` renders."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,43 @@ def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
         yield f"agreement with the teacher {fidelity['agreement']:.4f}"
     if (metric := fidelity["metric"]) is not None:
         yield f"{metric['name']} {metric['compiled']:.4f}, of the teacher {metric['teacher']:.4f}"
+
+
+def tradeoffs(data: dict[str, Any]) -> Iterator[Grid | str]:
+    """Show the front of a model, and which budget gives which row."""
+    metric = "output-error" if data["rows"][0]["reached"]["agreement"] is None else "agreement"
+    rows: list[Row] = [
+        (
+            ("* " if row["chosen"] else "") + kinds(row["sites"]),
+            fixed(row["estimated_ms"], 2),
+            fixed(row["times_softmax"], 2),
+            fixed(row["times_exact"], 2),
+            fixed(row["reached"][metric]),
+            fixed(row["calibration_relc"]),
+            row["fidelity"] or "",
+        )
+        for row in data["rows"]
+    ]
+    title = f"What each budget costs, by estimate for batch {data['batch']}, and keeps on {data['samples']} samples"
+    columns = ("operators", "ms", "x softmax", "x exact", metric, "relc", "--fidelity")
+    yield Grid(title, columns, ("operators",), [rows])
+    yield "* is what `asapc compile` takes with the same options; with the --fidelity of another row it takes that one"
+
+
+def kinds(sites: dict[str, dict[str, Any]]) -> str:
+    """Return how many sites have operators of which kind."""
+    counts = Counter(kind(site) for site in sites.values())
+    return ", ".join(f"{count}x {name}" if count > 1 else name for name, count in counts.items())
+
+
+def kind(candidate: dict[str, Any]) -> str:
+    """Name an operator as `--operators` does, with its half-steps where they vary."""
+    if candidate["operator"] in ("exact", "keep"):
+        return str(candidate["operator"])
+    if candidate["operator"] == "sliced_dual" and candidate["half_steps"] == 1:
+        return "one-pass"
+    name = "truncated" if candidate["operator"] == "truncated" else "sorted" if candidate["slices"] else "hinges"
+    return f"{name} {candidate['half_steps']}"
 
 
 def output_errors(fidelity: dict[str, Any]) -> str:

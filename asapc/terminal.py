@@ -75,17 +75,20 @@ def explain(error: BaseException) -> int:
     return InternalError.exit_code
 
 
-def command(*examples: str, takes: Collection[Option] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    *examples: str, takes: Collection[Option] = (), gate: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function to the app as the command of its name, which ends with the exit codes of `asapc.errors`.
 
     Args:
         examples: of the command line, for --help.
+        gate: whether the command fails where a fidelity budget is missed.
         takes: options of `CompileConfig`, to which --config is added. The function gets their values as one
             `CompileConfig`, its parameter `options`.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
-        ends = ENDS.format(BUDGET_MISSED if "fidelity" in {option.name for option in takes} else "")
+        ends = ENDS.format(BUDGET_MISSED if gate else "")
         own = [p for p in reflection.signature(function).parameters.values() if p.name != "options"]
         parameters = [parameter(option) for option in (*takes, CONFIG_FILE, TRUST_CONFIG)] if takes else []
 

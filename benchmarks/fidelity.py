@@ -28,12 +28,14 @@ from asapc.config import CompileConfig
 from asapc.fidelity.outputs import agreement, first_output
 from asapc.fidelity.sites import candidate_fidelity, site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
-from asapc.planning.choose import decide, judge
+from asapc.planning.alternatives import judge
+from asapc.planning.check import Check
+from asapc.planning.choose import decide
 from asapc.planning.costs import estimate
 from asapc.planning.operators import build, exact_operator, operators
 from asapc.planning.propose import propose, split
 from asapc.planning.ranges import score_ranges, wide_sites
-from asapc.types.choices import SIDES, Candidate, Selection, SlicedDualParams
+from asapc.types.choices import SIDES, Alternatives, Candidate, SlicedDualParams
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Site
@@ -101,8 +103,9 @@ def compare(name: str, teacher: Teacher) -> Row:
             f"{name:<32} {label:<32}", *(f"{r:.4f}" for r in rows[label]["relc"]), rows[label]["agreement"], flush=True
         )
     planned: Row = {}
+    check = Check(teacher, Alternatives(costed, wide))
     for budget in BUDGETS:
-        chosen = decide(teacher, costed, Selection({}, wide), CompileConfig(fidelity=budget))
+        chosen = decide(check, CompileConfig(fidelity=budget))
         choices = [chosen.choices[s.name].candidate for s in sites]
         chosen_modules = operators(sites, chosen)
         planned[" ".join(budget) or "default"] = {

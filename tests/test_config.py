@@ -130,6 +130,7 @@ input_shape = ["x=2,3", "ids=2,5:int64:0..9"]
 unsafe_load = true
 early_stop = "refuse"
 level = 1
+no_cache = true
 lowering = "fused"
 target = "onnx"
 precision = "float16"
@@ -170,6 +171,7 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
         unsafe_load=True,
         early_stop="refuse",
         level=1,
+        no_cache=True,
         lowering="fused",
         target="onnx",
         precision="float16",

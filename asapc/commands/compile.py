@@ -1,8 +1,7 @@
 """`asapc compile`: from a file to its compiled form, one stage after the other."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.tensorrt.builder import try_engine
 from asapc.commands.inspect import require_sites
-from asapc.commands.study import study
+from asapc.commands.study import study, torch_threads
 from asapc.config import CompileConfig
 from asapc.events import OnEvent, Stage, stage
 from asapc.fidelity.budget import check_budget
@@ -24,6 +23,7 @@ from asapc.fidelity.latency import measure
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
+from asapc.planning.cache import cache_note, cache_of
 from asapc.planning.choose import choose
 from asapc.planning.costs import share_of_exact
 from asapc.planning.operators import alike, operators, rivals
@@ -100,9 +100,10 @@ def compile_model(
         config = origin_of(teacher.loaded).adapt(config)
 
         with stage("select", on_event) as step:
-            selection = choose(teacher, config, step.advance)
+            cache = cache_of(config)
+            selection = choose(teacher, config, step.advance, cache)
             dump.selection("select", selection)
-            step.summary = selection_note(selection)
+            step.summary = selection_note(selection) + cache_note(cache)
 
         with stage("rewrite", on_event) as step:
             compiled = replace_sites(teacher, selection, config)
@@ -252,14 +253,3 @@ def measure_all(
         step.advance(f"batch {batch}")
         runs += measure(runners, teacher.held_out, batch, config.seconds, config.seed)
     return Latency(cpu_name(), threads, tuple(runs))
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[int]:
-    """Set torch's thread count (0 keeps the current one) and yield it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield count or before
-    finally:
-        torch.set_num_threads(before)

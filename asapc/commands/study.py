@@ -1,9 +1,11 @@
 """From a file to a `Teacher`: the same steps for every command, every process of torchrun and every benchmark."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from asapc.backends.eager.runner import EagerRunner
@@ -107,3 +109,14 @@ def study_module(
     parameters = sum(parameter.numel() for parameter in module.parameters())
     loaded = LoadedModel(module.eval(), Path("module"), "", parameters, None, None)
     return study(loaded, config, lambda loaded, config: (calibration, held_out or calibration), on_event)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[int]:
+    """Set torch's thread count (0 keeps the current one) and yield it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield count or before
+    finally:
+        torch.set_num_threads(before)

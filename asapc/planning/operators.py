@@ -58,6 +58,16 @@ def exact_operator(
     return Sinkhorn(steps, loop.last, **masses, masked=loop.masked, logarithm=logarithm, wide=wide, lowering=lowering)
 
 
+def softmax_operator(site: Site) -> Sinkhorn:
+    """Build softmax attention in the place of a site."""
+    return Sinkhorn(1, masked=site.loop.masked, logarithm=site.wiring.logarithm)
+
+
+def softmax_cost(sites: Sequence[Site], batch: int, lowering: Lowering | None = None) -> float:
+    """Estimate the milliseconds that softmax attention takes at all sites."""
+    return sum(estimate(site, lower(site, softmax_operator(site), batch, lowering), batch) for site in sites)
+
+
 def fusable(site: Site, module: Operator) -> bool:
     """Return whether an operator has a fused form: attention on plain products, all rows and columns alike, rows last.
 
@@ -126,7 +136,7 @@ def rivals(
     modules: dict[str, dict[str, Operator]] = {
         "exact": {s.name: exact_operator(s, wide=s.name in selection.wide) for s in sites},
         "truncated": {s.name: exact_operator(s, steps[s.name], s.name in selection.wide) for s in sites},
-        "softmax": {s.name: Sinkhorn(1, masked=s.loop.masked, logarithm=s.wiring.logarithm) for s in sites},
+        "softmax": {s.name: softmax_operator(s) for s in sites},
     }
     for of_sites in modules.values():
         for site in sites:

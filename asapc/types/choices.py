@@ -3,7 +3,7 @@
 Shapes as in `types.site`, and F features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -130,6 +130,20 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
+class Alternatives:
+    """What the planner chooses among, at all sites.
+
+    Attributes:
+        candidates: by the site's name, the exact form first; with cost and fidelity.
+        wide, ranges: as of `Selection`.
+    """
+
+    candidates: Mapping[str, Sequence[Candidate]]
+    wide: frozenset[str] = frozenset()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Selection:
     """The compiler's choice of operators: one for each site, by the site's name.
 
@@ -144,6 +158,26 @@ class Selection:
     wide: frozenset[str] = frozenset()
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     repairs: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Tradeoff:
+    """What one selection costs and keeps.
+
+    Attributes:
+        selection: the operators.
+        cost: their estimated milliseconds at the largest batch; infinite where a loop is kept.
+        reached: what the whole model reaches on held-out samples, by the metrics that a budget can name; None for those
+            that cannot be judged.
+        term: the budget that gives this selection; None where no single term does.
+        chosen: whether it is what the options ask for.
+    """
+
+    selection: Selection
+    cost: float
+    reached: Mapping[str, float | None]
+    term: str | None
+    chosen: bool
 
 
 SIDES: tuple[Side, Side] = ("queries", "keys")  # in the order of `Activations`

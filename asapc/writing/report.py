@@ -9,7 +9,7 @@ from typing import Any
 
 from asapc.types.artifacts import EngineResult
 from asapc.types.budget import Verdict
-from asapc.types.choices import Candidate, Choice, Selection
+from asapc.types.choices import Alternatives, Candidate, Choice, Selection, Tradeoff
 from asapc.types.graph import EarlyStops
 from asapc.types.results import Fidelity, FittedActivation, Latency
 from asapc.types.site import Miss, Site
@@ -170,6 +170,48 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
         "side": None if params is None else params.side,
         "estimated_ms": candidate.cost if isfinite(candidate.cost) else None,
         "calibration_relc": fidelity.relc if fidelity is not None and isfinite(fidelity.relc) else None,
+    }
+
+
+def tradeoffs_data(
+    teacher: Teacher, alternatives: Alternatives, rows: Sequence[Tradeoff], softmax: float, batch: int
+) -> dict[str, Any]:
+    """Return the front of a model as `asapc tradeoffs --json` shows it.
+
+    Args:
+        teacher: the model.
+        alternatives: what was chosen among.
+        rows: selections, cheapest first.
+        softmax: estimated milliseconds of softmax at all sites.
+        batch: samples a call, which the estimates are for.
+    """
+    exact = sum(candidates[0].cost for candidates in alternatives.candidates.values())
+    return {
+        "schema": "asapc.tradeoffs/1",
+        "model": {"path": str(teacher.loaded.path), "sha256": teacher.loaded.sha256},
+        "batch": batch,
+        "samples": len(teacher.held_out),
+        "softmax_ms": softmax,
+        "exact_ms": exact,
+        "rows": [tradeoff_data(row, softmax, exact) for row in rows],
+    }
+
+
+def tradeoff_data(row: Tradeoff, softmax: float, exact: float) -> dict[str, Any]:
+    """Return one row of that front; times are null where a loop is kept."""
+    known = isfinite(row.cost)
+    candidates = {name: choice.candidate for name, choice in row.selection.choices.items()}
+    relc = max((c.fidelity.relc for c in candidates.values() if c.fidelity is not None), default=0.0)
+    reached = {name: value if value is None or isfinite(value) else None for name, value in row.reached.items()}
+    return {
+        "estimated_ms": row.cost if known else None,
+        "times_softmax": row.cost / softmax if known else None,
+        "times_exact": row.cost / exact if known else None,
+        "reached": {name: reached[name] for name in ("agreement", "output-error", "metric-drop")},
+        "calibration_relc": relc if isfinite(relc) else None,
+        "fidelity": row.term,
+        "chosen": row.chosen,
+        "sites": {name: candidate_data(candidate) for name, candidate in candidates.items()},
     }
 
 

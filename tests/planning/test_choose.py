@@ -11,22 +11,13 @@ from helpers.tolerances import FLOAT32, difference
 
 from asapc.config import CompileConfig
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
-from asapc.planning.choose import (
-    MARGIN,
-    check,
-    choose,
-    choose_operator,
-    decide,
-    front,
-    gain,
-    judge,
-    next_step,
-    repair,
-    sites_that_miss,
-)
+from asapc.planning.alternatives import judge
+from asapc.planning.check import Check
+from asapc.planning.choose import MARGIN, choose, choose_operator, decide, repair, sites_that_miss
+from asapc.planning.front import front, gain, next_step
 from asapc.planning.operators import build, operators, rivals
 from asapc.planning.propose import TRUNCATED, enough, feature_sets, propose, split
-from asapc.types.choices import Candidate, Choice, Selection
+from asapc.types.choices import Alternatives, Candidate, Choice, Selection
 from asapc.types.results import Fidelity, SiteFidelity
 
 
@@ -98,7 +89,7 @@ def test_candidates_are_judged_on_samples_that_were_not_fitted_and_for_the_large
         asked.update(samples=samples, batch=batch)
         return judge(graph, sites, candidates, wide, samples, batch, lowering)
 
-    monkeypatch.setattr("asapc.planning.choose.judge", judge_and_note)
+    monkeypatch.setattr("asapc.planning.alternatives.judge", judge_and_note)
     choose(teacher.studied, CompileConfig(batches=(1, 7, 2), pieces=(0,)))
     choosing, fitted = split(enough(teacher.studied))
     assert asked["batch"] == 7
@@ -239,11 +230,12 @@ def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
     curve = (truncated, middle, exact)
     name = teacher.site.name
     start = Selection({name: Choice(truncated, "", curve)})
+    check = Check(teacher.studied, Alternatives({name: curve}))
     lines = []
     for budget, expected in (("relc<=0.3", middle), ("relc<=1e-5", exact)):
         config = CompileConfig(fidelity=(budget, "agreement>=0"))
-        selection = repair(teacher.studied, start, config, lines.append)
-        assert selection.choices[name].candidate is expected, check(teacher.studied, selection)
+        selection = repair(check, start, config, lines.append)
+        assert selection.choices[name].candidate is expected, check(selection)
         assert selection.repairs == curve.index(expected)
     assert "held-out" in selection.choices[name].reason
     assert lines
@@ -251,16 +243,17 @@ def test_a_model_that_misses_the_budget_is_repaired_where_it_helps(teacher):
 
 @pytest.fixture
 def two_sites():
-    """A teacher of two sites, and a selection that truncates both: the first by far too much, the second by one step.
+    """A teacher of two sites, a check, and a selection that truncates both sites: the first by far too much.
 
-    The second's next step is said to take away more error, for less time.
+    The second lacks one step, which is said to take away more error, for less time.
     """
     teacher = cached_teacher(sound, depth=2)
     _, second = teacher.sites
     exact = [replace(EXACT, half_steps=s.loop.half_steps) for s in teacher.sites]
     rough = candidate("truncated", 5.0, 0.5, half_steps=2), candidate("truncated", 9.9, 0.9, second.loop.half_steps - 1)
-    pairs = zip(teacher.sites, rough, exact, strict=True)
-    return teacher, Selection({s.name: Choice(now, "", (now, closest)) for s, now, closest in pairs})
+    curves = {s.name: pair for s, *pair in zip(teacher.sites, rough, exact, strict=True)}
+    check = Check(teacher.studied, Alternatives(curves))
+    return teacher, check, Selection({name: Choice(curve[0], "", tuple(curve)) for name, curve in curves.items()})
 
 
 def half_steps_of(selection, sites):
@@ -268,32 +261,22 @@ def half_steps_of(selection, sites):
 
 
 def test_a_site_that_misses_its_own_limit_is_repaired_before_all_others(two_sites):
-    teacher, start = two_sites
+    teacher, check, start = two_sites
     first, second = teacher.sites
     config = CompileConfig(fidelity=("relc<=0.2",))
-    errors = check(teacher.studied, start).sites
+    errors = check(start).sites
     assert errors[second.name].relc < 0.2 < errors[first.name].relc
-    repaired = repair(teacher.studied, start, config, lambda detail: None)
+    repaired = repair(check, start, config, lambda detail: None)
     assert half_steps_of(repaired, teacher.sites) == [first.loop.half_steps, second.loop.half_steps - 1]
     assert repaired.repairs == 1
     assert repaired.choices[second.name] is start.choices[second.name]
 
 
-def test_where_no_site_misses_a_limit_of_its_own_the_step_that_helps_most_for_its_cost_comes_first(
-    two_sites, monkeypatch
-):
-    teacher, start = two_sites
-    checked = []
-
-    def check_and_note(studied, selection):
-        checked.append(half_steps_of(selection, studied.sites))
-        return check(studied, selection)
-
-    monkeypatch.setattr("asapc.planning.choose.check", check_and_note)
+def test_where_no_site_misses_a_limit_of_its_own_the_step_that_helps_most_for_its_cost_comes_first(two_sites):
+    _, check, start = two_sites
     config = CompileConfig(fidelity=("output-error<=0",))  # which nothing keeps
-    repaired = repair(teacher.studied, start, config, lambda detail: None)
-    first, second = (s.loop.half_steps for s in teacher.sites)
-    assert checked == [[2, second - 1], [2, second], [first, second]]
+    repaired = repair(check, start, config, lambda detail: None)
+    assert list(check.results) == ["0 0", "0 1", "1 1"]
     assert repaired.repairs == 2
 
 
@@ -304,7 +287,7 @@ def test_a_budget_on_the_whole_model_alone_lets_sites_go_as_far_as_it_does(teach
     # With two half-steps this site's relc is above 1, which no budget allows.
     for budget, expected in (("agreement>=0", 2), ("relc<=1", 3), ("output-error<=0", exact.half_steps)):
         config = CompileConfig(fidelity=(budget,))
-        selection = decide(teacher.studied, candidates, Selection({}), config)
+        selection = decide(Check(teacher.studied, Alternatives(candidates)), config)
         assert selection.choices[name].candidate.half_steps == expected
     assert selection.repairs > 0
 
@@ -313,7 +296,8 @@ def test_a_budget_that_nothing_keeps_leaves_the_closest(teacher):
     start = Selection({teacher.site.name: Choice(EXACT, "", (EXACT,))})
     config = CompileConfig(fidelity=("relc<=1e-30",))
     start = Selection({teacher.site.name: replace(start.choices[teacher.site.name])})
-    selection = repair(teacher.studied, start, config, lambda detail: None)
+    check = Check(teacher.studied, Alternatives({teacher.site.name: [EXACT]}))
+    selection = repair(check, start, config, lambda detail: None)
     assert selection.choices[teacher.site.name].candidate is EXACT
 
 
