@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+WORTHWHILE = 0.05  # of an error, to be worth more samples
 FAR = 30  # times the samples' scores: models seldom get there
 # The cells of a table's row.
 Row = tuple[str, ...]
@@ -69,6 +70,15 @@ def reach(site: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def more_samples(name: str, choice: dict[str, Any]) -> Iterator[str]:
+    """Yield a line on what more calibration samples would do for an operator, if that is worth it."""
+    if (share := choice["doubling"] or 0.0) >= WORTHWHILE:
+        yield (
+            f"{name} would gain from more calibration samples, which need no labels: twice as many take about "
+            f"{share:.0%} off the error of its estimate"
+        )
+
+
 def near_misses(misses: list[dict[str, Any]]) -> Iterator[str]:
     """Show the near misses, with the reason why each is none."""
     for miss in misses:
@@ -92,6 +102,7 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     yield choices_grid(data["sites"])
     for site in data["sites"]:
         yield from reach(site)
+        yield from more_samples(site["name"], site["choice"])
     yield bill_grid(data["sites"])
     yield latency_grid(data)
     yield from early_stops(data["early_stops"])
@@ -146,6 +157,10 @@ def tradeoffs(data: dict[str, Any]) -> Iterator[Grid | str]:
     title = f"What each budget costs, by estimate for batch {data['batch']}, and keeps on {data['samples']} samples"
     columns = ("operators", "ms", "x softmax", "x exact", metric, "relc", "--fidelity")
     yield Grid(title, columns, ("operators",), [rows])
+    for row in data["rows"]:
+        if row["chosen"]:
+            for name, choice in row["sites"].items():
+                yield from more_samples(name, choice)
     yield "* is what `asapc compile` takes with the same options; with the --fidelity of another row it takes that one"
 
 

@@ -9,6 +9,7 @@ points, which take no more memory than the samples; several processes can share 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,10 @@ from asapc.passes.record import record
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn, operator_node
 from asapc.planning.activations import Activations, activation
 from asapc.planning.bases import COORDINATES, balanced_bases
-from asapc.planning.distributed import share, total
+from asapc.planning.distributed import processes_sharing, share, total
 from asapc.planning.hinges import count_places, quantiles
 from asapc.planning.operators import exact_operator
-from asapc.planning.ridge import fit
+from asapc.planning.ridge import fit, gain_of_doubling
 from asapc.types.choices import SIDES, FeatureSet, Regression, Side, SlicedDualParams
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -75,6 +76,8 @@ def calibrate(
         for site in sites
         for features in feature_sets[site.name]
     }
+    # Of the batches that are fitted, how many show what half of the samples would give.
+    middle = 0 if processes_sharing() > 1 else ceil(len(fitting) / graph.samples_at_once(BATCH)) // 2
     of_fitting: list[BatchCache] = []
     of_selection: list[BatchCache] = []
     for step in range(1 + closure_steps):
@@ -82,10 +85,16 @@ def calibrate(
         if not open_params:
             break  # one pass has no closure steps
         advance(f"closure step {step} of {closure_steps}" if step else "map from features to dual")
-        problems = regressions(sites, open_params, activations(fitting), of_fitting)
+        half: dict[FitKey, Regression] = {}
+        problems: dict[FitKey, Regression] = {}
+        for number, problems in enumerate(running(sites, open_params, activations(fitting), of_fitting), 1):
+            half = problems if number == middle else half
+        problems = {key: add_processes(statistics) for key, statistics in problems.items()}
         # The penalty is chosen on other samples: on its own the smallest always fits best.
         others = regressions(sites, open_params, activations(selection), of_selection)
-        params |= {key: add_map(params[key], fit(problems[key], others[key])) for key in open_params}
+        for key in open_params:
+            doubling = gain_of_doubling(half[key], problems[key], others[key]) if half else None
+            params[key] = add_map(params[key], fit(problems[key], others[key]), doubling)
     dtypes = {site.name: site.wiring.dtype for site in sites}
     return {key: to_dtype(of_set, dtypes[key.site]) for key, of_set in params.items()}
 
@@ -163,9 +172,10 @@ def without_maps(
     )
 
 
-def add_map(params: SlicedDualParams, weights: Tensor) -> SlicedDualParams:
-    """Append a linear map to those of a sliced dual."""
-    return replace(params, weights=(*params.weights, weights))
+def add_map(params: SlicedDualParams, weights: Tensor, doubling: float | None) -> SlicedDualParams:
+    """Append a linear map to those of a sliced dual, with what twice as many samples would do for it."""
+    gains = () if doubling is None else (*params.doubling, doubling)
+    return replace(params, weights=(*params.weights, weights), doubling=gains)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +205,17 @@ def regressions(
         activations: batches of samples.
         caches: of the batches, empty at first; brought up to date.
     """
+    *_, problems = running(sites, params, activations, caches)
+    return {key: add_processes(statistics) for key, statistics in problems.items()}
+
+
+def running(
+    sites: Sequence[Site],
+    params: Mapping[FitKey, SlicedDualParams],
+    activations: Iterator[Activations],
+    caches: list[BatchCache] | None = None,
+) -> Iterator[dict[FitKey, Regression]]:
+    """Yield what `regressions` gathers, of the batches so far and of this process alone."""
     problems: dict[FitKey, Regression] = {}
     caches = [] if caches is None else caches
     for number, batch in enumerate(activations):
@@ -205,7 +226,7 @@ def regressions(
             if of_side:
                 for key, statistics in of_batch(site, side, of_side, batch[site.name], caches[number]).items():
                     problems[key] = add(problems[key], statistics) if key in problems else statistics
-    return {key: add_processes(statistics) for key, statistics in problems.items()}
+        yield dict(problems)
 
 
 def of_batch(

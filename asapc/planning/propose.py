@@ -86,7 +86,7 @@ def feature_sets(site: Site, config: CompileConfig) -> list[FeatureSet]:
 
 def truncate(params: SlicedDualParams, steps: int) -> SlicedDualParams:
     """Keep the first `steps` closure steps: each was fitted without regard to those after it."""
-    return replace(params, weights=params.weights[: 1 + steps])
+    return replace(params, weights=params.weights[: 1 + steps], doubling=params.doubling[: 1 + steps])
 
 
 def why_not_sliced(site: Site) -> str | None:

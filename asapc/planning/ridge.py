@@ -1,5 +1,7 @@
 """Fits linear maps from sufficient statistics, in closed form: tensors in, tensors out."""
 
+from math import sqrt
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,23 @@ def fit(fitting: Regression, selection: Regression) -> Tensor:
     errors = torch.stack([residual(selection, weights) for weights in solutions])
     best = errors.argmin(dim=0)
     return solutions[best, torch.arange(best.numel())]
+
+
+def gain_of_doubling(half: Regression, whole: Regression, selection: Regression) -> float:
+    """Predict the share of a map's error, all heads together, that twice as many samples would take off.
+
+    The squared error on other samples falls as a + b / n with the number n of samples, and two numbers tell a and b.
+
+    Args:
+        half: statistics of some of the samples.
+        whole: those of all samples to fit.
+        selection: those of the samples that choose.
+    """
+    before, now = (residual(selection, fit(problem, selection)).sum().item() for problem in (half, whole))
+    slope = (before - now) / (float(whole.count) / float(half.count) - 1)
+    # From two noisy numbers no more than what would halve the squared error is believed.
+    share = min(max(slope / 2 / now, 0.0), 0.5) if now > 0 else 0.0
+    return 1 - sqrt(1 - share)
 
 
 def residual(problem: Regression, weights: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ class SlicedDualParams:
         side: the points whose dual is estimated.
         paired: whether there are features of pairs of coordinates.
         one_pass: whether the dual is that of the loop's end; then there is one linear map.
+        doubling: for each linear map, the share of its error that twice as many samples would take off, predicted; none
+            where it cannot be told.
     """
 
     query_basis: Tensor
@@ -83,6 +85,7 @@ class SlicedDualParams:
     side: Side = "keys"
     paired: bool = False
     one_pass: bool = False
+    doubling: tuple[float, ...] = ()
 
     @property
     def features(self) -> list[str]:

@@ -168,6 +168,7 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
         "slices": 0 if params is None else params.slices,
         "features": [] if params is None else params.features,
         "side": None if params is None else params.side,
+        "doubling": params.doubling[-1] if params is not None and params.doubling else None,
         "estimated_ms": candidate.cost if isfinite(candidate.cost) else None,
         "calibration_relc": fidelity.relc if fidelity is not None and isfinite(fidelity.relc) else None,
     }

@@ -245,3 +245,12 @@ def test_a_site_may_read_what_another_gives():
         closure_steps=0,
     )
     assert {fit.site for fit in fitted} == {s.name for s in teacher.sites}
+
+
+def test_each_map_says_what_more_samples_would_do_unless_half_of_them_cannot_be_told(teacher, monkeypatch):
+    monkeypatch.setattr("asapc.planning.calibrate.BATCH", 8)
+    params = teacher.calibrate(closure_steps=2)
+    assert len(params.doubling) == 3
+    assert all(0 <= share < 1 for share in params.doubling)
+    monkeypatch.setattr("asapc.planning.calibrate.BATCH", len(teacher.samples))
+    assert teacher.calibrate(closure_steps=2).doubling == ()

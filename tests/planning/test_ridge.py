@@ -3,7 +3,7 @@ import pytest
 import torch
 from helpers.tolerances import FLOAT64, RIDGE, difference
 
-from asapc.planning.ridge import PENALTIES, fit, residual, ridge
+from asapc.planning.ridge import PENALTIES, fit, gain_of_doubling, residual, ridge
 from asapc.types.choices import Regression
 
 
@@ -95,3 +95,24 @@ def test_each_head_gets_the_penalty_that_serves_other_samples_best():
     weights = fit(fitting, selection)
     least = torch.stack([residual(selection, ridge(fitting, penalty)) for penalty in PENALTIES]).amin(dim=0)
     assert difference(residual(selection, weights), least) < FLOAT64
+
+
+def test_what_twice_as_many_samples_would_give_is_predicted():
+    """On average over many problems, since one is noisy: the prediction from 20 and 40 samples against 80."""
+    predicted, errors = [], []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        x, y = problem(rows=80)
+        others = regression(*problem(rows=400))
+        predicted.append(gain_of_doubling(regression(x[:20], y[:20]), regression(x[:40], y[:40]), others))
+        errors.append([residual(others, fit(regression(x[:n], y[:n]), others)).sum().sqrt() for n in (40, 80)])
+    few, many = torch.tensor(errors).mean(dim=0)
+    assert 0.01 < 1 - many / few < 0.2
+    assert sum(predicted) / len(predicted) == pytest.approx(1 - many / few, rel=0.5)
+
+
+def test_where_samples_explain_all_more_would_give_nothing():
+    x, _ = problem(rows=40)
+    y = x.sum(dim=-1)
+    gain = gain_of_doubling(regression(x[:20], y[:20]), regression(x, y), regression(x, y))
+    assert 0 <= gain <= 1 - 0.5**0.5
