@@ -176,6 +176,33 @@ def verify(
 
 
 @command(
+    "asapc costs --out costs.json",
+    "asapc costs --target cuda --precision float16 --out gpu.json",
+    takes=(
+        replace(OPTIONS["target"], help="What to measure. onnx: the CPU; cuda: the GPU; auto: a GPU if there is one."),
+        replace(OPTIONS["precision"], help="Precision of products, float32 or on a GPU float16."),
+        OPTIONS["threads"],
+    ),
+)
+def costs(
+    options: CompileConfig,
+    out_file: Annotated[Path, a_file("--out", help="File of costs to write.")] = Path("costs.json"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Measure for some minutes what operators take on this machine, for --costs of `asapc compile`."""
+    from asapc.commands.costs import MAX_ERROR, measure_costs
+    from asapc.writing.folder import output_file, write_json
+
+    with output_file(out_file, force) as partial, stages(visible=True) as on_event:
+        data = measure_costs(options, on_event)
+        write_json(partial, data)
+    error = f"estimates are off by {data['median_error']:.0%} in the median"
+    if data["median_error"] > MAX_ERROR:
+        say(err, f"warning: {error}; measure again when nothing else runs", style="yellow")
+    say(out, f"{out_file}: costs of {data['device']}, {error}")
+
+
+@command(
     "asapc approx 'x**3' --depth 5 --domain=-1,1 --out cube.onnx",
     "asapc approx 'tanh(3*x)' --depth 4 --plot tanh.png",
 )

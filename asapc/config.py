@@ -157,12 +157,23 @@ class CompileConfig:
         Target,
         Option(
             "--target",
-            "What to build besides model.onnx. auto: an engine where one can be built, else a warning; onnx: nothing; "
-            "tensorrt, which needs a GPU, or tensorrt-rtx: that engine, or an error.",
+            "What to plan for and build. onnx: a CPU, no engine; cuda: an NVIDIA GPU, here or elsewhere, no engine; "
+            "tensorrt, which needs one here, or tensorrt-rtx: a GPU, and that engine or an error; auto: a GPU where "
+            "there is one, else a CPU, and an engine where one can be built, else a warning.",
             OPERATORS,
             metavar="TARGET",  # the choices, which the sentence has, would break at 80 columns
         ),
     ] = "auto"
+    costs: Annotated[
+        str | Path | None,
+        Option(
+            "--costs",
+            "Costs by which the planner compares operators, as `asapc costs` measures them.",
+            OPERATORS,
+            metavar="FILE",
+            default_text="those that asapc carries for the target",
+        ),
+    ] = None
     precision: Annotated[
         Precision,
         Option(

@@ -107,6 +107,7 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     yield latency_grid(data)
     yield from early_stops(data["early_stops"])
     yield f"Ratios at batch {latency['batch']}: {comparison(latency)}"
+    yield cost_check(data["costs"])
     for hop in fidelity["hops"]:
         yield f"  {hop['name']:<13} changes the outputs by {hop['rel']:.1e} relative, {hop['max_abs']:.1e} at most"
     for artifact in data["artifacts"]:
@@ -275,6 +276,17 @@ def comparison(latency: dict[str, Any]) -> str:
         f"{latency['speedup_vs_exact']:.2f}x as fast as the best exact form, "
         f"{latency['speedup_vs_truncated']:.2f}x as fast as truncated Sinkhorn of as many half-steps, "
         f"and takes {latency['ratio_to_softmax']:.2f}x the time of softmax attention."
+    )
+
+
+def cost_check(costs: dict[str, Any]) -> str:
+    """Return a line on the costs that the planner read, and how far they were from what was measured."""
+    head = f"Costs: {costs['model']}, {costs['device']}"
+    if costs["reason"] is not None:
+        return f"{head}; not compared with what was measured: {costs['reason']}"
+    return (
+        f"{head}; at batch {costs['batch']} operators add {costs['measured_ms']:.2f} ms to softmax attention, by "
+        f"estimate {costs['estimated_ms']:.2f}"
     )
 
 

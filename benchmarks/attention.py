@@ -33,13 +33,14 @@ from asapc.fidelity.latency import measure
 from asapc.models.vit import Block, VisionTransformer, sinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
+from asapc.planning.costs import shipped
 from asapc.planning.operators import lower
+from asapc.planning.trials import Attention, fused, sliced_dual
 from asapc.types.graph import CapturedGraph, DynamicAxis
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from asapc.writing.rewrite import rewrite
-from benchmarks.costs import Attention, fused, onnx_runner, sliced_dual
 from benchmarks.generated import replace_generated
 
 RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
@@ -112,6 +113,12 @@ def main() -> None:
             data["threads"], data["environment"] = torch.get_num_threads(), environment(seed=0)
             write_json(RESULTS, data)
     replace_generated(DOCUMENT, document(data))
+
+
+def onnx_runner(module: nn.Module, samples: Samples, folder: Path) -> OnnxRuntimeRunner:
+    """Return a module in ONNX Runtime, by way of a file in a folder, with as many threads as torch has."""
+    graph = CapturedGraph(export(module.eval(), samples[:2].inputs), samples[:2])
+    return OnnxRuntimeRunner(export_onnx(graph, folder / "model.onnx", {}).path, torch.get_num_threads())
 
 
 def inputs(batch: int, length: int) -> Samples:
@@ -241,7 +248,7 @@ def models() -> Iterator[Row]:
             target = Path(folder) / "model.onnx"
             runners["teacher"] = OnnxRuntimeRunner(export_onnx(graph, target, {}).path, torch.get_num_threads())
             for form, make in forms.items():
-                compiled = rewrite(graph, sites, {s.name: lower(s, make(s), batch) for s in sites})
+                compiled = rewrite(graph, sites, {s.name: lower(s, make(s), batch, shipped()) for s in sites})
                 runners[form] = OnnxRuntimeRunner(export_onnx(compiled, target, {}).path, torch.get_num_threads())
         row = {"model": name, "sites": len(sites), "batch": batch, "ms": medians(runners, samples, batch)}
         print(name, {form: round(ms, 2) for form, ms in row["ms"].items()}, flush=True)

@@ -1,171 +1,171 @@
-"""Measures what operators cost in ONNX Runtime, and fits the model by which the planner compares them.
+"""Measures what operators cost in ONNX Runtime, and fits the models by which the planner compares them.
 
-    python -m benchmarks.costs
+    python -m benchmarks.costs          # on the CPU
+    python -m benchmarks.costs --gpu    # anywhere, from what `benchmarks.gpu` measured
 
 Each operator runs alone, with the product that makes its scores, on random queries, keys and values; latencies are
 medians of interleaved runs in one process. Milliseconds a unit of work (`asapc.planning.costs.work`) follow by
-non-negative least squares on relative errors. Writes asapc/planning/costs.json, which the package carries, and
-benchmarks/results/costs.json.
+non-negative least squares on relative errors. `asapc costs` does the same with fewer operators and shapes. Writes
+asapc/planning/*.costs.json, which the package carries, and benchmarks/results/costs.json or gpu_costs.json.
 """
 
 import argparse
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.optimize import nnls
-from torch import Tensor, nn
 
-from asapc.backends.onnxruntime.builder import export_onnx
-from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.capturing.export import export
-from asapc.fidelity.latency import measure
-from asapc.ops.features import pairs_of
+from asapc.commands.costs import costs_data, time_operators
 from asapc.ops.sinkhorn import Sinkhorn
-from asapc.ops.sliced_dual import SlicedDual
-from asapc.planning.bases import COORDINATES
-from asapc.planning.costs import MODEL, Shape, work
-from asapc.types.choices import Side, SlicedDualParams
-from asapc.types.graph import CapturedGraph
-from asapc.types.samples import Samples
+from asapc.planning.costs import Shape, shipped, shipped_file, work
+from asapc.planning.trials import operators
+from asapc.planning.unit_costs import Binding, Trial
+from asapc.types.costs import Provider
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
+from benchmarks import attention
 
-RESULTS = Path(__file__).resolve().parent / "results" / "costs.json"
-# (batch, heads, queries, keys, head size)
+RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = (
-    (1, 4, 64, 64, 16),
-    (32, 4, 64, 64, 16),
-    (8, 4, 128, 128, 16),
-    (8, 2, 128, 128, 64),
-    (1, 8, 196, 196, 64),
-    (8, 8, 196, 196, 64),
-    (8, 4, 64, 256, 16),
-    (4, 8, 256, 256, 64),
-    (1, 8, 512, 512, 64),
-    (1, 8, 1024, 1024, 64),
-    (1, 8, 2048, 2048, 64),
+    Shape(1, 4, 64, 64, 16),
+    Shape(32, 4, 64, 64, 16),
+    Shape(8, 4, 128, 128, 16),
+    Shape(8, 2, 128, 128, 64),
+    Shape(1, 8, 196, 196, 64),
+    Shape(8, 8, 196, 196, 64),
+    Shape(8, 4, 64, 256, 16),
+    Shape(4, 8, 256, 256, 64),
+    Shape(1, 8, 512, 512, 64),
+    Shape(1, 8, 1024, 1024, 64),
+    Shape(1, 8, 2048, 2048, 64),
 )
 SECONDS = 2.0
 
-
-class Attention(nn.Module):
-    """An operator with the product that makes its scores."""
-
-    def __init__(self, operator: Sinkhorn | SlicedDual, scale: float) -> None:
-        super().__init__()
-        self.operator, self.scale = operator, scale
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Map queries (B, H, N, D), keys and values (B, H, M, D) to outputs (B, H, N, D)."""
-        scaled = q * self.scale
-        if self.operator.lowering == "fused":
-            fused: Tensor = self.operator.from_points(scaled, q, k, v)
-            return fused
-        scores = k @ scaled.transpose(-1, -2) if self.operator.turned else scaled @ k.transpose(-1, -2)
-        # Products alone are in the precision of half-precision inputs.
-        out: Tensor = self.operator.oriented(scores.to(torch.promote_types(q.dtype, torch.float32)), q, k, v)
-        return out
-
-
-def onnx_runner(module: nn.Module, samples: Samples, folder: Path) -> OnnxRuntimeRunner:
-    """Return a module in ONNX Runtime, by way of a file in a folder, with as many threads as torch has."""
-    graph = CapturedGraph(export(module.eval(), samples[:2].inputs), samples[:2])
-    return OnnxRuntimeRunner(export_onnx(graph, folder / "model.onnx", {}).path, torch.get_num_threads())
-
-
-def sliced_dual(
-    heads: int,
-    size: int,
-    slices: int,
-    pieces: int,
-    steps: int,
-    side: Side = "keys",
-    wide: bool = False,
-    paired: bool = False,
-    coordinates: int = COORDINATES,
-    one_pass: bool = False,
-) -> SlicedDual:
-    """Return a sliced dual with small random weights."""
-    generator = torch.Generator().manual_seed(0)
-    coordinates = min(coordinates, size)
-    features = slices + coordinates + 1 + coordinates * max(pieces - 1, 0)
-    features += 2 * pairs_of(coordinates).shape[-1] * paired
-    knots = torch.linspace(-1.5, 1.5, max(pieces - 1, 0)).expand(heads, coordinates if pieces else 0, -1)
-    weights = (torch.randn(heads, features + k, generator=generator) / features for k in range(1 + steps))
-    basis = torch.eye(size)[:, :coordinates].expand(heads, -1, -1) / size**0.25
-    params = SlicedDualParams(basis, basis, slices, knots.contiguous(), tuple(weights), side, paired, one_pass)
-    return SlicedDual(params, wide=wide)
-
-
-def operators(heads: int, size: int) -> dict[str, Sinkhorn | SlicedDual]:
-    """Return what is measured, by name."""
-    return {
-        "softmax": Sinkhorn(1),
-        "exact 3": Sinkhorn(3),
-        "exact 10": Sinkhorn(10),
-        "exact 40": Sinkhorn(40),
-        "exact 10, wide": Sinkhorn(10, wide=True),
-        "parabolas, 0 steps": sliced_dual(heads, size, 0, 0, 0),
-        "parabolas, 3 steps": sliced_dual(heads, size, 0, 0, 3),
-        "parabolas, 0 steps, queries": sliced_dual(heads, size, 0, 0, 0, "queries"),
-        "parabolas, 2 steps, queries": sliced_dual(heads, size, 0, 0, 2, "queries"),
-        "parabolas, 1 step, wide": sliced_dual(heads, size, 0, 0, 1, wide=True),
-        "hinges, 0 steps": sliced_dual(heads, size, 0, 8, 0),
-        "hinges, 2 steps": sliced_dual(heads, size, 0, 8, 2),
-        "pairs, 0 steps": sliced_dual(heads, size, 0, 0, 0, paired=True),
-        "pairs, 3 steps": sliced_dual(heads, size, 0, 0, 3, paired=True),
-        "hinges and pairs, 1 step": sliced_dual(heads, size, 0, 8, 1, paired=True),
-        "8 slices, 1 step": sliced_dual(heads, size, 8, 0, 1),
-        "softmax, fused": fused(Sinkhorn(1)),
-        "exact 4, fused": fused(Sinkhorn(4)),
-        "parabolas, 0 steps, queries, fused": fused(sliced_dual(heads, size, 0, 0, 0, "queries")),
-        "hinges, 1 step, fused": fused(sliced_dual(heads, size, 0, 8, 1)),
-    }
-
-
-def fused(operator: Sinkhorn | SlicedDual) -> Sinkhorn | SlicedDual:
-    """Return the operator, to be lowered to fused passes."""
-    operator.lowering = "fused"
-    return operator
+# What an H200 can do: products a second by precision, and bytes from and to its memory a second. NVIDIA's figures,
+# without sparsity; float32 without TF32.
+PEAK_PRODUCTS, BANDWIDTH = {"float32": 67e12 / 2, "float16": 990e12 / 2}, 4.8e12
+SCORE_TRAFFIC = 16  # bytes an entry: scores of four bytes are written by the product, read and written by softmax, read
+DIGITS = Shape(0, 4, 64, 64, 16)  # of a site of models/digits.pt, which has two of 40 half-steps
+Row = dict[str, Any]
 
 
 def main() -> None:
     """Measure, fit, print, write."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    rows: list[dict[str, Any]] = []
-    for batch, heads, queries, keys, size in SHAPES:
-        generator = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(max(batch, 2), heads, n, size, generator=generator) for n in (queries, keys, keys))
-        samples = Samples({"q": q, "k": k, "v": v})
-        runners, shape = {}, Shape(batch, heads, queries, keys, size)
-        modules = operators(heads, size)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, module in modules.items():
-                runners[name] = onnx_runner(Attention(module, size**-0.5), samples, Path(folder))
-        for run in measure(runners, samples, batch, SECONDS):
-            units = work(shape, modules[run.name])
-            rows.append({"shape": shape._asdict(), "operator": run.name, "p50_ms": run.p50_ms, "work": units})
-        print(f"measured {shape}", flush=True)
-    kinds = sorted({kind for row in rows for kind in row["work"]})
-    measured = np.array([row["p50_ms"] for row in rows])
-    units = np.array([[row["work"].get(kind, 0.0) for kind in kinds] for row in rows])
-    relative = units / measured[:, None]
-    scale = relative.max(axis=0)  # units differ by many orders of magnitude
-    rates = nnls(relative / scale, np.ones(len(rows)))[0] / scale
-    for row, estimate in zip(rows, units @ rates, strict=True):
-        row["estimate_ms"] = estimate
-        print(f"{row['shape']!s:<78} {row['operator']:<28} {row['p50_ms']:9.3f} {estimate:9.3f}")
-    errors = np.abs(units @ rates / measured - 1)
-    print(f"estimates are off by {np.median(errors):.1%} in the median, {errors.max():.1%} at most")
-    costs = dict(zip(kinds, rates.tolist(), strict=True))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="fit the costs of a GPU to benchmarks/results/gpu.json")
+    if parser.parse_args().gpu:
+        fit_gpu()
+    else:
+        measure_cpu()
+
+
+def measure_cpu() -> None:
+    """Measure the CPU, and write its costs."""
+    trials: list[Trial] = []
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in SHAPES:
+            timed = time_operators(
+                shape, list(operators(shape.heads, shape.head_dim)), "cpu", torch.float32, SECONDS, Path(folder)
+            )
+            trials += timed.values()
+            rows += [{"shape": shape._asdict(), "operator": name} for name in timed]
+            print(f"measured {shape}", flush=True)
+    facts = environment(seed=0)
+    costs = fit("cpu", "float32", trials, rows, facts, {})
+    results = {"milliseconds": costs, "rows": rows, "threads": torch.get_num_threads(), "environment": facts}
+    write_json(RESULTS / "costs.json", results)
+
+
+def fit_gpu() -> None:
+    """Fit the costs of a GPU in both precisions, and write them."""
+    gpu = json.loads((RESULTS / "gpu.json").read_text())
+    results: Row = {}
+    for precision in PEAK_PRODUCTS:
+        trials, rows = [], []
+        for layer in gpu["layers"]:
+            if layer["dtype"] != precision:
+                continue
+            shape = Shape(layer["batch"], attention.HEADS, layer["length"], layer["length"], attention.SIZE)
+            for name, module in attention.operators().items():
+                if name in layer["ms"]:
+                    # As it is launched, not as replayed: CUDA graphs need shapes that never change, and code for it.
+                    trials.append(Trial(work(shape, module), layer["ms"][name]))
+                    rows.append({"shape": shape._asdict(), "operator": name})
+        costs = fit("cuda", precision, trials, rows, gpu["environment"], bindings(precision))
+        results[precision] = {"milliseconds": costs, "rows": rows, "digits": digits(costs, gpu["models"], precision)}
+    write_json(RESULTS / "gpu_costs.json", {**results, "environment": gpu["environment"]})
+
+
+def bindings(precision: str) -> dict[str, Binding]:
+    """Return how kinds of work are bound that one layer with heads of one size does not tell apart, or does not have.
+
+    What the layers do not have keeps its ratio to a like kind on the CPU: as many small operations are launched, or as
+    many numbers moved.
+    """
+    cpu = shipped("cpu").milliseconds
+    product = (1 / PEAK_PRODUCTS[precision]) / (SCORE_TRAFFIC / BANDWIDTH)
+
+    def as_on_a_cpu(kind: str, like: str) -> Binding:
+        return Binding(like, cpu[kind] / cpu[like], f"to `{like}` as on a CPU: the layers do not tell it")
+
+    return {
+        "product": Binding(
+            "softmax",
+            product,
+            f"{product:.2g} x `softmax`: with heads of one size the two are one; shared by what the GPU can do at most",
+        ),
+        "project": Binding("product", 1, "1 x `product`: both count products of two numbers"),
+        "fused_product": Binding("product", 1, "1 x `product`: both count products of two numbers"),
+        "pass": Binding("matvec", 2, "2 x `matvec`: reads and writes what that reads"),
+        "vector": Binding("matvec", 0, "0: vectors of all matrices are one launch, which `half_step` counts"),
+        "hinge": as_on_a_cpu("hinge", "coordinate"),
+        "form": as_on_a_cpu("form", "coordinate"),
+        "paired": as_on_a_cpu("paired", "estimate"),
+    }
+
+
+def fit(
+    provider: Provider,
+    precision: str,
+    trials: list[Trial],
+    rows: list[Row],
+    facts: Mapping[str, Any],
+    bound: Mapping[str, Binding],
+) -> dict[str, float]:
+    """Fit costs to trials, write them into the package, and complete the rows of the results."""
+    data = costs_data(trials, provider, precision, torch.get_num_threads(), facts, bound)
+    costs: dict[str, float] = data["milliseconds"]
+    for row, trial in zip(rows, trials, strict=True):
+        estimate = sum(count * costs[kind] for kind, count in trial.work.items())
+        row |= {"p50_ms": trial.milliseconds, "work": trial.work, "estimate_ms": estimate}
+        print(f"{Shape(**row['shape'])!s:<44} {row['operator']:<36} {trial.milliseconds:9.3f} {estimate:9.3f}")
+    largest = max(abs(row["estimate_ms"] / row["p50_ms"] - 1) for row in rows)
+    print(f"{provider}, {precision}: off by {data['median_error']:.1%} in the median, {largest:.1%} at most")
     for kind, cost in costs.items():
-        print(f"{kind:<10} {cost:.3e} ms")
-    facts = {"threads": torch.get_num_threads(), "environment": environment(seed=0)}
-    write_json(MODEL, {"milliseconds": costs, "median_error": float(np.median(errors)), **facts})
-    write_json(RESULTS, {"milliseconds": costs, "rows": rows, **facts})
+        print(f"{kind:<14} {cost:.3e} ms  {data['bound'].get(kind, '')}")
+    write_json(shipped_file(provider, precision), data)
+    return costs
+
+
+def digits(costs: Mapping[str, float], models: list[Row], precision: str) -> list[Row]:
+    """Return what loops add to softmax attention in the digits model, which nothing was fitted to, and by estimate."""
+    rows = []
+    for model in models:
+        shape = DIGITS._replace(batch=model["batch"])
+        floor = work(shape, Sinkhorn(1))
+        for name, half_steps in (("exact", 40), ("truncated", 3)):
+            more = {kind: count - floor.get(kind, 0) for kind, count in work(shape, Sinkhorn(half_steps)).items()}
+            ms, estimate = (
+                model["ms"][f"{name}, {precision}"] - model["ms"][f"softmax, {precision}"],
+                2 * sum(count * costs[kind] for kind, count in more.items()),
+            )
+            rows.append({"batch": model["batch"], "operator": name, "added_ms": ms, "estimate_ms": estimate})
+            print(f"digits, batch {model['batch']}, {name}: {ms:.2f} ms more than softmax, by estimate {estimate:.2f}")
+    return rows
 
 
 if __name__ == "__main__":

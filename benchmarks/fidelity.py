@@ -31,7 +31,7 @@ from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.alternatives import judge
 from asapc.planning.check import Check
 from asapc.planning.choose import decide
-from asapc.planning.costs import estimate
+from asapc.planning.costs import estimate, shipped
 from asapc.planning.operators import build, exact_operator, operators
 from asapc.planning.propose import propose, split
 from asapc.planning.ranges import score_ranges, wide_sites
@@ -84,20 +84,20 @@ def compare(name: str, teacher: Teacher) -> Row:
         return {"sites": 0, "operators": {}}
     wide = wide_sites(score_ranges(graph, sites, calibration))
     candidates = propose(teacher, CompileConfig())
-    costed = judge(graph, sites, candidates, wide, split(calibration)[0], BATCH)
+    costed = judge(graph, sites, candidates, wide, split(calibration)[0], BATCH, shipped())
     for site_name, more in propose(teacher, CompileConfig(slices=(8,), pieces=(0,))).items():
         candidates[site_name] += [candidate for candidate in more if candidate.params is not None]
     modules = {s.name: {kind(c): build(s, c, wide) for c in candidates[s.name]} for s in sites}
     fidelities = candidate_fidelity(graph, sites, modules, held_out)
     reference = first_output(EagerRunner(graph.program.module()), held_out)
-    exact = sum(estimate(s, exact_operator(s, wide=s.name in wide), BATCH) for s in sites)
+    exact = sum(estimate(s, exact_operator(s, wide=s.name in wide), BATCH, shipped()) for s in sites)
     rows: Row = {}
     for label in modules[sites[0].name]:
         of_sites = {s.name: modules[s.name][label] for s in sites if label in modules[s.name]}
         rows[label] = {
             "relc": [fidelities[s.name][label].relc for s in sites if label in modules[s.name]],
             "agreement": agreed(graph, sites, of_sites, reference, held_out),
-            "cost": sum(estimate(s, of_sites[s.name], BATCH) for s in sites if s.name in of_sites) / exact,
+            "cost": sum(estimate(s, of_sites[s.name], BATCH, shipped()) for s in sites if s.name in of_sites) / exact,
         }
         print(
             f"{name:<32} {label:<32}", *(f"{r:.4f}" for r in rows[label]["relc"]), rows[label]["agreement"], flush=True

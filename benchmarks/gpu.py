@@ -29,6 +29,7 @@ from asapc.fidelity.outputs import agreement
 from asapc.loading.model import load_model
 from asapc.loading.split import gather_samples
 from asapc.planning.choose import choose
+from asapc.planning.costs import shipped
 from asapc.planning.operators import operators, rivals
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -113,8 +114,11 @@ def export_models() -> None:
     """Write the digits model as compiled with the defaults, and what it is compared with, in both precisions."""
     teacher = study(MODEL)
     graph, sites = teacher.graph, teacher.sites
-    selection = choose(teacher, CompileConfig())
-    variants = {**rivals(sites, selection, max(CompileConfig().batches)), "compiled": operators(sites, selection)}
+    selection = choose(teacher, CompileConfig(), shipped())
+    variants = {
+        **rivals(sites, selection, max(CompileConfig().batches), shipped()),
+        "compiled": operators(sites, selection),
+    }
     for name, of_sites in variants.items():
         for precision, dtype in DTYPES.items():
             export_onnx(rewrite(graph, sites, of_sites, dtype), model_path(name, precision), {}, standard=True)

@@ -21,6 +21,7 @@ from asapc.commands.study import study_module
 from asapc.config import CompileConfig
 from asapc.models.pointset import PointTransformer
 from asapc.planning.choose import choose
+from asapc.planning.costs import shipped
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
@@ -54,7 +55,7 @@ def measured(length: int) -> dict[str, Any]:
     stopwatch = Stopwatch()
     teacher = study_module(module, samples, held_out, on_event=stopwatch)
     start = time.perf_counter()
-    choose(teacher, CompileConfig())
+    choose(teacher, CompileConfig(), shipped())
     return {
         "tokens": length,
         "half_steps": teacher.sites[0].loop.half_steps,

@@ -18,6 +18,7 @@ from asapc.commands.study import study_module
 from asapc.config import CompileConfig
 from asapc.models.vit import Block
 from asapc.planning.choose import choose
+from asapc.planning.costs import shipped
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
@@ -47,7 +48,7 @@ def main() -> None:
     def advance(detail: str) -> None:
         print(f"{time.perf_counter() - start:7.1f} s  {detail}", flush=True)
 
-    selection = choose(teacher, CompileConfig(), advance)
+    selection = choose(teacher, CompileConfig(), shipped(), advance)
     select_seconds = time.perf_counter() - start
     row = {
         "layers": len(teacher.sites),

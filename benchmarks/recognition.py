@@ -28,6 +28,7 @@ from asapc.commands.study import study_module
 from asapc.config import CompileConfig
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.choose import choose
+from asapc.planning.costs import shipped
 from asapc.planning.operators import operators
 from asapc.types.samples import Samples
 from asapc.types.site import Site
@@ -135,7 +136,7 @@ def described(site: Site) -> Row:
 
 def amortised(teacher: Teacher, expected: list[Tensor]) -> Row:
     """Return the operators that the default budget gets, and what they do to the outputs."""
-    selection = choose(teacher, CompileConfig(fidelity=("relc<=0.08",)))
+    selection = choose(teacher, CompileConfig(fidelity=("relc<=0.08",)), shipped())
     modules = operators(teacher.sites, selection)
     rewritten = RewriteSinkhorn(teacher.sites, modules)(teacher.graph.program.module()).program
     return {

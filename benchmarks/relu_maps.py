@@ -30,6 +30,7 @@ from asapc.planning.activations import activation
 from asapc.planning.bases import COORDINATES
 from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.propose import split
+from asapc.planning.trials import sliced_dual
 from asapc.relu.networks import Manifold, ReLUNetworks, sum_of_waves, to_networks, to_peaks
 from asapc.types.choices import FeatureSet, SlicedDualParams
 from asapc.types.graph import CapturedGraph
@@ -37,7 +38,7 @@ from asapc.types.samples import Samples
 from asapc.types.site import Site
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
-from benchmarks.costs import onnx_runner, sliced_dual
+from benchmarks.attention import onnx_runner
 from benchmarks.fits import HELD_OUT, Part, linear, of_slices, part, random_directions, relc
 from benchmarks.teachers import studied
 

@@ -21,7 +21,7 @@ from asapc.ops.potentials import potentials
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
-from benchmarks.costs import onnx_runner
+from benchmarks.attention import onnx_runner
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sorts.json"
 HEADS, SLICES, PIECES = 8, 8, 8

@@ -133,6 +133,7 @@ level = 1
 no_cache = true
 lowering = "fused"
 target = "onnx"
+costs = "costs.json"
 precision = "float16"
 relu_activations = 1e-3
 dynamic = "seq=16:64"
@@ -174,6 +175,7 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
         no_cache=True,
         lowering="fused",
         target="onnx",
+        costs=Path("costs.json"),
         precision="float16",
         relu_activations=1e-3,
         dynamic="seq=16:64",

@@ -47,10 +47,11 @@ def test_every_folder_with_source_is_a_package():
 def test_the_files_that_the_library_reads_are_package_data():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert (ROOT / "asapc" / "py.typed").is_file()
-    assert (ROOT / "asapc" / "planning" / "costs.json").is_file()
+    carried = {path.name for path in (ROOT / "asapc" / "planning").glob("*.costs.json")}
+    assert carried == {"cpu.costs.json", "cuda-float32.costs.json", "cuda-float16.costs.json"}
     assert data["asapc"] == ["py.typed"]
     assert data["asapc.loading"] == ["*.schema.json"]
-    assert data["asapc.planning"] == ["costs.json"]
+    assert data["asapc.planning"] == ["*.costs.json"]
     assert "data/*" in data["asapc.models"]
     assert (ROOT / "models" / "data" / "digits.npz").is_file()
 

@@ -16,6 +16,7 @@ from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.tensorrt.builder import try_engine
 from asapc.commands.inspect import require_sites
 from asapc.commands.study import study, torch_threads
+from asapc.commands.target import cost_model
 from asapc.config import CompileConfig
 from asapc.events import OnEvent, Stage, stage
 from asapc.fidelity.budget import check_budget
@@ -25,13 +26,14 @@ from asapc.fidelity.sites import site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.cache import cache_note, cache_of
 from asapc.planning.choose import choose
-from asapc.planning.costs import share_of_exact
+from asapc.planning.costs import estimate_all, share_of_exact
 from asapc.planning.operators import alike, operators, rivals
 from asapc.relu.stand_ins import fit_activations
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import Selection
+from asapc.types.costs import CostModel
 from asapc.types.graph import CapturedGraph
-from asapc.types.results import Fidelity, FittedActivation, Latency, SiteFidelity
+from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency, SiteFidelity
 from asapc.types.teacher import Teacher
 from asapc.version import __version__
 from asapc.writing.dump import Dump
@@ -92,7 +94,7 @@ def compile_model(
     """
     path, config = Path(path), config or CompileConfig()
     out = Path(config.out or f"{Path(os.path.abspath(path)).stem}.asap")  # a folder may be named by dots
-    dump = Dump(None if config.dump is None else Path(config.dump))
+    dump, model = Dump(None if config.dump is None else Path(config.dump)), cost_model(config)
     # The folder is opened first: whoever cannot write it should not learn so after minutes of work.
     with torch_threads(config.threads) as threads, output_folder(out, config.force) as folder:
         teacher = study(path, config, on_event=on_event, dump=dump)
@@ -101,7 +103,7 @@ def compile_model(
 
         with stage("select", on_event) as step:
             cache = cache_of(config)
-            selection = choose(teacher, config, step.advance, cache)
+            selection = choose(teacher, config, model, step.advance, cache)
             dump.selection("select", selection)
             step.summary = selection_note(selection) + cache_note(cache)
 
@@ -132,7 +134,7 @@ def compile_model(
             step.summary = engine_note(engine)
 
         with stage("verify", on_event) as step:
-            runners = variants(teacher, selection, compiled, files, config, threads, step)
+            runners = variants(teacher, selection, compiled, files, config, model, threads, step)
             step.advance(f"{len(teacher.held_out)} held-out samples")
             fidelity = compare(teacher, compiled, checked.sites, files, runners, hops, config)
             verdict = check_budget(fidelity, config.bounds(), share_of_exact(selection))
@@ -150,6 +152,7 @@ def compile_model(
             fidelity,
             verdict,
             latency,
+            check_costs(teacher, selection, compiled, latency, config, model),
             engine,
             list_artifacts(folder, [files.onnx, files.deployed], engine.artifact),
             environment(config.seed),
@@ -191,11 +194,12 @@ def variants(
     compiled: Compiled,
     files: Files,
     config: CompileConfig,
+    model: CostModel,
     threads: int,
     step: Stage,
 ) -> dict[str, Runner]:
     """Open what is compared and timed in ONNX Runtime: the rivals by name, and the compiled model last."""
-    modules = rivals(teacher.sites, selection, max(config.batches), config.wanted_lowering)
+    modules = rivals(teacher.sites, selection, max(config.batches), model, config.wanted_lowering)
     own = OnnxRuntimeRunner(files.onnx.path, threads, "compiled")
     # Of two that are the same, one is exported.
     same = {name for name in modules if not compiled.activations and alike(modules[name], compiled.operators)}
@@ -253,3 +257,28 @@ def measure_all(
         step.advance(f"batch {batch}")
         runs += measure(runners, teacher.held_out, batch, config.seconds, config.seed)
     return Latency(cpu_name(), threads, tuple(runs))
+
+
+def check_costs(
+    teacher: Teacher,
+    selection: Selection,
+    compiled: Compiled,
+    latency: Latency,
+    config: CompileConfig,
+    model: CostModel,
+) -> CostCheck:
+    """Compare what the operators were estimated to add to softmax attention with what they add, at the largest batch.
+
+    All else in the model takes the same time with both, and goes out of the difference.
+    """
+    batch = max(config.batches)
+    if model.provider != "cpu":
+        return CostCheck(model, batch, reason="these are the costs of a GPU, and latency was measured on the CPU")
+    if len(compiled.operators) < len(teacher.sites):
+        return CostCheck(model, batch, reason="a loop that is kept as written has no estimate")
+    if compiled.activations:
+        return CostCheck(model, batch, reason="activations were replaced beside the operators")
+    softmax = rivals(teacher.sites, selection, batch, model, config.wanted_lowering)["softmax"]
+    own, floor = (estimate_all(teacher.sites, modules, batch, model) for modules in (compiled.operators, softmax))
+    p50 = {run.name: run.p50_ms for run in latency.runs if run.batch == batch}
+    return CostCheck(model, batch, own - floor, p50["compiled"] - p50["softmax"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from asapc.commands.inspect import require_sites
 from asapc.commands.study import study, torch_threads
+from asapc.commands.target import cost_model
 from asapc.config import CompileConfig
 from asapc.errors import DependencyError, OptionError
 from asapc.events import OnEvent, stage
@@ -86,15 +87,16 @@ def tradeoffs(
     path, config = Path(path), config or CompileConfig()
     if config.level != 2:
         raise OptionError(f"-O{config.level} leaves nothing to trade", "omit -O")
+    model = cost_model(config)
     with torch_threads(config.threads):
         teacher = study(path, config, on_event=on_event)
         require_sites(teacher.findings, path)
         config = origin_of(teacher.loaded).adapt(config)
         with stage("select", on_event) as step:
             cache = cache_of(config)
-            with look_up(teacher, config, cache, step.advance) as check:
+            with look_up(teacher, config, model, cache, step.advance) as check:
                 rows = find_tradeoffs(check, config, step.advance)
             step.summary = f"{len(rows)} selections{cache_note(cache)}"
     batch = max(config.batches)
-    softmax = softmax_cost(teacher.longest_sites, batch, config.wanted_lowering)
+    softmax = softmax_cost(teacher.longest_sites, batch, model, config.wanted_lowering)
     return Tradeoffs(tradeoffs_data(teacher, check.alternatives, rows, softmax, batch))

@@ -1,14 +1,13 @@
 """Reads folders that `asapc compile` wrote, or that somebody wants to be taken for one."""
 
-import json
 import os
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from asapc.errors import AsapcError, CheckpointError, OptionError
 from asapc.loading.onnx.reader import check_self_contained
+from asapc.loading.schemas import departure
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.texts import read_json
 from asapc.types.budget import parse_bound
@@ -68,14 +67,9 @@ def check_files(folder: Path, names: set[str], files: Mapping[str, Any]) -> None
 
 def read_checked(path: Path) -> dict[str, Any]:
     """Read a manifest or report that keeps to its schema."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-
     content: dict[str, Any] = read_json(Source.at(path, CheckpointError), COMPILE)
-    schema = json.loads(resources.files("asapc.loading").joinpath(f"{path.stem}.schema.json").read_text())
-    error = best_match(Draft202012Validator(schema).iter_errors(content))
-    if error is not None:
-        raise refusal(path, f"{error.json_path[:100]}: {error.message[:200]}")
+    if (why := departure(content, path.stem)) is not None:
+        raise refusal(path, why)
     return content
 
 

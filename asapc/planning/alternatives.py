@@ -15,6 +15,7 @@ from asapc.planning.operators import build, lower
 from asapc.planning.propose import enough, propose, split
 from asapc.planning.ranges import limits, score_ranges, wide_sites
 from asapc.types.choices import Alternatives, Candidate
+from asapc.types.costs import CostModel
 from asapc.types.graph import CapturedGraph
 from asapc.types.options import Lowering
 from asapc.types.samples import Samples
@@ -24,20 +25,20 @@ from asapc.types.teacher import Teacher
 
 @contextmanager
 def look_up(
-    teacher: Teacher, config: CompileConfig, cache: Cache | None, advance: Callable[[str], None]
+    teacher: Teacher, config: CompileConfig, model: CostModel, cache: Cache | None, advance: Callable[[str], None]
 ) -> Iterator[Check]:
     """Yield the alternatives of a model, ready to be checked: those of the cache, or new ones, which it then keeps.
 
     What is checked in the block is kept too.
     """
     if cache is None or config.level == 0 or processes_sharing() > 1:  # all processes must fit, or none
-        yield Check(teacher, find_alternatives(teacher, config, advance))
+        yield Check(teacher, find_alternatives(teacher, config, model, advance))
         return
     advance("looking into the cache")
-    key = key_of(teacher, config)
+    key = key_of(teacher, config, model)
     entry = cache.read(key)
     if entry is None:
-        entry = Entry(find_alternatives(teacher, config, advance))
+        entry = Entry(find_alternatives(teacher, config, model, advance))
     count = len(entry.checks)
     check = Check(teacher, entry.alternatives, entry.checks)
     yield check
@@ -46,7 +47,7 @@ def look_up(
 
 
 def find_alternatives(
-    teacher: Teacher, config: CompileConfig, advance: Callable[[str], None] = lambda detail: None
+    teacher: Teacher, config: CompileConfig, model: CostModel, advance: Callable[[str], None] = lambda detail: None
 ) -> Alternatives:
     """Find what the planner can choose among, with cost and fidelity.
 
@@ -67,7 +68,9 @@ def find_alternatives(
     candidates = propose(teacher, config, advance)
     advance(f"comparing {sum(map(len, candidates.values()))} candidates")
     choosing, _ = split(samples)  # fidelity on samples that were fitted would flatter the sliced duals
-    candidates = judge(teacher.graph, sites, candidates, wide, choosing, max(config.batches), config.wanted_lowering)
+    candidates = judge(
+        teacher.graph, sites, candidates, wide, choosing, max(config.batches), model, config.wanted_lowering
+    )
     return Alternatives(candidates, wide, limits(ranges))
 
 
@@ -78,6 +81,7 @@ def judge(
     wide: frozenset[str],
     samples: Samples,
     batch: int,
+    model: CostModel,
     lowering: Lowering | None = None,
 ) -> dict[str, list[Candidate]]:
     """Lower the candidates and add cost and fidelity, all of them in one pass over the samples.
@@ -89,10 +93,11 @@ def judge(
         wide: sites whose scores spread far, see `Selection.wide`.
         samples: inputs to compare on.
         batch: samples a call, which the cost depends on.
+        model: the costs.
         lowering: the only lowering to consider; None for the cheapest.
     """
     modules = {
-        s.name: {i: lower(s, build(s, c, wide), batch, lowering) for i, c in enumerate(candidates[s.name])}
+        s.name: {i: lower(s, build(s, c, wide), batch, model, lowering) for i, c in enumerate(candidates[s.name])}
         for s in sites
     }
     # One pass for all: to run the teacher takes longer than to compare a candidate.
@@ -100,7 +105,7 @@ def judge(
 
     def with_facts(site: Site, i: int, candidate: Candidate) -> Candidate:
         module = modules[site.name][i]
-        cost = estimate(site, module, batch)
+        cost = estimate(site, module, batch, model)
         return replace(candidate, lowering=module.lowering, cost=cost, fidelity=fidelity[site.name][i])
 
     return {site.name: [with_facts(site, i, c) for i, c in enumerate(candidates[site.name])] for site in sites}

@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from asapc import passes
 from asapc.config import CompileConfig
 from asapc.types.choices import Alternatives, Candidate, SlicedDualParams
+from asapc.types.costs import CostModel
 from asapc.types.results import Fidelity, Hop, Metric, SiteFidelity, VariantFidelity
 from asapc.types.teacher import Teacher
 
@@ -115,12 +116,12 @@ def cache_note(cache: Cache | None) -> str:
     return f"; {cache.note}" if cache is not None and cache.note else ""
 
 
-def key_of(teacher: Teacher, config: CompileConfig) -> str:
+def key_of(teacher: Teacher, config: CompileConfig, model: CostModel) -> str:
     """Return what an entry follows from, hashed."""
     program = teacher.graph.program
     digest = hashlib.sha256(code_digest())
     options = {name: getattr(config, name) for name in DECISIVE}
-    for line in (torch.__version__, torch.get_num_threads(), torch.get_default_dtype(), options):
+    for line in (torch.__version__, torch.get_num_threads(), torch.get_default_dtype(), options, model):
         digest.update(f"{line}\n".encode())
     for name, module in program.graph_module.named_modules():
         if isinstance(module, GraphModule):

@@ -12,6 +12,7 @@ from asapc.planning.front import closer, front, model_front, relc
 from asapc.planning.propose import why_not_sliced
 from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS
 from asapc.types.choices import Candidate, Choice, Selection
+from asapc.types.costs import CostModel
 from asapc.types.results import Fidelity, SiteFidelity
 from asapc.types.site import Site
 from asapc.types.teacher import Teacher
@@ -31,6 +32,7 @@ MISSED = "the whole model missed the budget on held-out samples with a cheaper o
 def choose(
     teacher: Teacher,
     config: CompileConfig,
+    model: CostModel,
     advance: Callable[[str], None] = lambda detail: None,
     cache: Cache | None = None,
 ) -> Selection:
@@ -39,10 +41,11 @@ def choose(
     Args:
         teacher: the model, its sites and its samples.
         config: options; the level, the feature sets, the budget and the batches matter here.
+        model: the costs to compare by.
         advance: called with a line about the progress.
         cache: where fits are kept; None for nowhere.
     """
-    with look_up(teacher, config, cache, advance) as check:
+    with look_up(teacher, config, model, cache, advance) as check:
         return decide(check, config, advance)
 
 

@@ -1,22 +1,23 @@
 """Estimates what an operator costs on the target runtime.
 
-The estimate sums units of work, each times the milliseconds a unit that `python -m benchmarks.costs` measured. They are
-kept in `costs.json`, not measured in each compilation, so that a selection does not depend on the noise of a machine:
-the same checkpoint gives the same model, byte for byte.
+The estimate sums units of work, each times the milliseconds a unit that a `CostModel` has. asapc carries those that
+`python -m benchmarks.costs` fitted, and `asapc costs` measures others. They are kept in files, not measured in each
+compilation, so that a selection does not depend on the noise of a machine: the same checkpoint gives the same model,
+byte for byte.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import cache
 from math import isfinite, log2
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from asapc.ops.sinkhorn import MAX_STEPS, Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.types.choices import Selection
+from asapc.types.costs import CostModel, Provider
 from asapc.types.site import Site
-
-MODEL = Path(__file__).parent / "costs.json"
 
 
 class Shape(NamedTuple):
@@ -27,6 +28,9 @@ class Shape(NamedTuple):
     queries: int
     keys: int
     head_dim: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.heads} heads of {self.head_dim}, {self.queries} x {self.keys}"
 
 
 def work(
@@ -55,7 +59,8 @@ def work(
         steps = module.half_steps - in_kernel
         passes += in_kernel  # to add the dual to the scores
         total |= estimate_work(shape, module)
-    return total | {"pass": entries * passes, "half_step": steps, "vector": matrices * steps, "matvec": entries * steps}
+    half_steps = {"loop": min(steps, 1), "half_step": steps, "vector": matrices * steps, "matvec": entries * steps}
+    return total | {"pass": entries * passes} | half_steps
 
 
 def estimate_work(shape: Shape, module: SlicedDual) -> dict[str, float]:
@@ -87,11 +92,17 @@ def fused_work(shape: Shape, module: Sinkhorn | SlicedDual, entries: float) -> d
     return total | {"call": 1}
 
 
+def shipped_file(provider: Provider, precision: str) -> Path:
+    """Return where the costs stand that asapc carries for a provider and a precision."""
+    name = "cpu" if provider == "cpu" else f"cuda-{precision}"
+    return Path(__file__).parent / f"{name}.costs.json"
+
+
 @cache
-def unit_costs() -> dict[str, float]:
-    """Return the milliseconds that a unit of each kind of work takes, as measured."""
-    costs: dict[str, float] = json.loads(MODEL.read_text())["milliseconds"]
-    return costs
+def shipped(provider: Provider = "cpu", precision: str = "float32") -> CostModel:
+    """Return the costs that asapc carries: of a CPU, or of a GPU in float32 or float16."""
+    content = json.loads(shipped_file(provider, precision).read_text())
+    return CostModel(provider, precision, content["device"], content["milliseconds"], content["median_error"])
 
 
 def share_of_exact(selection: Selection) -> float | None:
@@ -102,10 +113,15 @@ def share_of_exact(selection: Selection) -> float | None:
     return sum(costs) / sum(exact) if comparable else None
 
 
-def estimate(site: Site, module: Sinkhorn | SlicedDual, batch: int) -> float:
+def estimate(site: Site, module: Sinkhorn | SlicedDual, batch: int, model: CostModel) -> float:
     """Estimate the milliseconds that an operator takes for a batch: to compare operators, not to promise latencies."""
     shape = Shape(batch, site.loop.heads, site.loop.queries, site.loop.keys, site.head_dim or 1)
-    costs = unit_costs()
     # A product of queries and keys can be computed transposed; scores that are read cannot.
     transposed = bool(module.turned) and not site.wiring.scores_are_product
-    return sum(count * costs[kind] for kind, count in work(shape, module, site.loop.masked, transposed).items())
+    units = work(shape, module, site.loop.masked, transposed)
+    return sum(count * model.milliseconds[kind] for kind, count in units.items())
+
+
+def estimate_all(sites: Sequence[Site], modules: Mapping[str, Any], batch: int, model: CostModel) -> float:
+    """Estimate the milliseconds that the operators of all sites take for a batch, by the site's name."""
+    return sum(estimate(site, modules[site.name], batch, model) for site in sites)

@@ -11,6 +11,7 @@ from asapc.ops.sliced_dual import SlicedDual
 from asapc.ops.small import SmallSinkhorn
 from asapc.planning.costs import estimate
 from asapc.types.choices import Candidate, Selection
+from asapc.types.costs import CostModel
 from asapc.types.options import Lowering
 from asapc.types.site import Site
 
@@ -63,9 +64,11 @@ def softmax_operator(site: Site) -> Sinkhorn:
     return Sinkhorn(1, masked=site.loop.masked, logarithm=site.wiring.logarithm)
 
 
-def softmax_cost(sites: Sequence[Site], batch: int, lowering: Lowering | None = None) -> float:
+def softmax_cost(sites: Sequence[Site], batch: int, model: CostModel, lowering: Lowering | None = None) -> float:
     """Estimate the milliseconds that softmax attention takes at all sites."""
-    return sum(estimate(site, lower(site, softmax_operator(site), batch, lowering), batch) for site in sites)
+    return sum(
+        estimate(site, lower(site, softmax_operator(site), batch, model, lowering), batch, model) for site in sites
+    )
 
 
 def fusable(site: Site, module: Operator) -> bool:
@@ -82,7 +85,7 @@ def fusable(site: Site, module: Operator) -> bool:
     return plain and usual_mass and module.last == "rows" and not module.wide
 
 
-def lower(site: Site, module: Operator, batch: int, lowering: Lowering | None = None) -> Operator:
+def lower(site: Site, module: Operator, batch: int, model: CostModel, lowering: Lowering | None = None) -> Operator:
     """Set an operator's lowering for a batch, and return it: `lowering` where it has that form, else the cheapest.
 
     For large batches and long sequences the matrix of scores takes memory that softmax attention does not need. The
@@ -95,7 +98,7 @@ def lower(site: Site, module: Operator, batch: int, lowering: Lowering | None = 
     costs: dict[Lowering, float] = {}
     for form in forms:
         module.lowering = form  # which the estimate reads
-        costs[form] = estimate(site, module, batch)
+        costs[form] = estimate(site, module, batch, model)
     if too_large and "fused" in costs:
         costs["fused"] /= MAX_SLOWER
     module.lowering = min(forms, key=costs.__getitem__)
@@ -125,7 +128,7 @@ def settings_of(operator: nn.Module) -> dict[str, Any]:
 
 
 def rivals(
-    sites: Sequence[Site], selection: Selection, batch: int, lowering: Lowering | None = None
+    sites: Sequence[Site], selection: Selection, batch: int, model: CostModel, lowering: Lowering | None = None
 ) -> Mapping[str, Mapping[str, nn.Module]]:
     """Build the models that a compiled model is compared with, by name: a module for every site, lowered as by `lower`.
 
@@ -140,5 +143,5 @@ def rivals(
     }
     for of_sites in modules.values():
         for site in sites:
-            lower(site, of_sites[site.name], batch, lowering)
+            lower(site, of_sites[site.name], batch, model, lowering)
     return {"teacher": {}, **modules}

@@ -20,8 +20,8 @@ OperatorKind = Literal["one-pass", "hinges", "sorted", "truncated", "exact"]
 # Of the products in an engine; duals, scaling vectors and exponentials are float32 in any case.
 Precision = Literal["float32", "float16", "bfloat16"]
 
-# What to build besides ONNX: an engine if it can be built, none, or one of a builder asked for by name.
-Target = Literal["auto", "onnx", "tensorrt", "tensorrt-rtx"]
+# What a model is compiled for: what is here, a CPU, a GPU, or a GPU with an engine of a builder asked for by name.
+Target = Literal["auto", "onnx", "cuda", "tensorrt", "tensorrt-rtx"]
 
 # Types as messages name them: one value, several, and what a TOML file has instead.
 NOUNS = {

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from asapc.types.costs import CostModel
+
 
 @dataclass(frozen=True)
 class SiteFidelity:
@@ -108,6 +110,25 @@ class Latency:
     device: str
     threads: int
     runs: tuple[LatencyRun, ...]
+
+
+@dataclass(frozen=True)
+class CostCheck:
+    """How far estimates were from what was measured: what the compiled operators add to softmax attention.
+
+    Attributes:
+        model: the costs that the planner read.
+        batch: the largest batch that was measured.
+        estimated_ms: by the costs, all sites together; None where there is nothing to compare.
+        measured_ms: the medians' difference.
+        reason: why there is nothing to compare, else None.
+    """
+
+    model: CostModel
+    batch: int
+    estimated_ms: float | None = None
+    measured_ms: float | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

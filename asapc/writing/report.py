@@ -11,7 +11,7 @@ from asapc.types.artifacts import EngineResult
 from asapc.types.budget import Verdict
 from asapc.types.choices import Alternatives, Candidate, Choice, Selection, Tradeoff
 from asapc.types.graph import EarlyStops
-from asapc.types.results import Fidelity, FittedActivation, Latency
+from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency
 from asapc.types.site import Miss, Site
 from asapc.types.teacher import Teacher
 
@@ -38,6 +38,7 @@ def report_data(
     fidelity: Fidelity,
     verdict: Verdict,
     latency: Latency,
+    costs: CostCheck,
     engine: EngineResult,
     artifacts: list[dict[str, Any]],
     environment: dict[str, object],
@@ -64,6 +65,7 @@ def report_data(
         "budget": [str(term.bound) for term in verdict.terms],
         "verdict": verdict_data(verdict),
         "latency": latency_data(latency),
+        "costs": costs_data(costs),
         "engine": {"status": engine.status, "reason": engine.reason, "node": engine.node},
         "artifacts": artifacts,
         "environment": environment,
@@ -246,4 +248,19 @@ def latency_data(latency: Latency) -> dict[str, Any]:
         "speedup_vs_exact": p50["exact"] / p50["compiled"],
         "speedup_vs_truncated": p50["truncated"] / p50["compiled"],
         "ratio_to_softmax": p50["compiled"] / p50["softmax"],
+    }
+
+
+def costs_data(check: CostCheck) -> dict[str, Any]:
+    """Return the costs that the planner read, and how far they were from what was measured."""
+    model = check.model
+    return {
+        "model": model.name,
+        "device": model.device,
+        "file": None if model.file is None else str(model.file),
+        "median_error": model.median_error,
+        "batch": check.batch,
+        "estimated_ms": check.estimated_ms,
+        "measured_ms": check.measured_ms,
+        "reason": check.reason,
     }

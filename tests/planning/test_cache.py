@@ -13,11 +13,13 @@ from asapc.planning import cache as module
 from asapc.planning.alternatives import look_up
 from asapc.planning.cache import Cache, Entry, key_of
 from asapc.planning.choose import choose
+from asapc.planning.costs import shipped
 from asapc.types.choices import Alternatives, Candidate
 from asapc.types.results import Fidelity, Hop, Metric, SiteFidelity, VariantFidelity
 from asapc.types.samples import Samples
 
 CONFIG = CompileConfig(pieces=(0,))
+MODEL = shipped()
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def cache(tmp_path):
 
 
 def alternatives(teacher, config, cache):
-    with look_up(teacher, config, cache, lambda detail: None) as check:
+    with look_up(teacher, config, MODEL, cache, lambda detail: None) as check:
         return check.alternatives
 
 
@@ -56,20 +58,20 @@ def test_fits_are_found_again_entry_by_entry(teacher, cache, monkeypatch):
 
 def test_another_budget_finds_the_fits_and_chooses_as_if_there_were_no_cache(teacher, cache, monkeypatch):
     budgets = [replace(CONFIG, fidelity=(term,)) for term in ("relc<=0.5", "relc<=0.01", "agreement>=0.9")]
-    expected = [choose(teacher, budget) for budget in budgets]
-    choose(teacher, CONFIG, cache=cache)
+    expected = [choose(teacher, budget, MODEL) for budget in budgets]
+    choose(teacher, CONFIG, MODEL, cache=cache)
     monkeypatch.setattr("asapc.planning.alternatives.propose", None)
     for budget, selection in zip(budgets, expected, strict=True):
-        found = choose(teacher, budget, cache=cache)
+        found = choose(teacher, budget, MODEL, cache=cache)
         for name, choice in selection.choices.items():
             assert same(choice.candidate, found.choices[name].candidate)
 
 
 def test_what_was_checked_is_kept_too(teacher, cache, monkeypatch):
     config = replace(CONFIG, fidelity=("agreement>=0.99",))
-    choose(teacher, config, cache=cache)
+    choose(teacher, config, MODEL, cache=cache)
     monkeypatch.setattr("asapc.planning.check.verify", None)
-    choose(teacher, config, cache=cache)
+    choose(teacher, config, MODEL, cache=cache)
 
 
 def test_fidelity_is_read_as_it_was_written(cache):
@@ -96,51 +98,56 @@ def test_fidelity_is_read_as_it_was_written(cache):
     ids=str,
 )
 def test_options_that_fits_follow_from_are_part_of_the_key(teacher, changes):
-    assert key_of(teacher, replace(CONFIG, **changes)) != key_of(teacher, CONFIG)
+    assert key_of(teacher, replace(CONFIG, **changes), MODEL) != key_of(teacher, CONFIG, MODEL)
 
 
 def test_budget_output_and_measuring_are_no_part_of_the_key(teacher):
     others = {"fidelity": ("relc<=0.5",), "out": "elsewhere", "seconds": 1.0, "force": True}
-    assert key_of(teacher, replace(CONFIG, **others)) == key_of(teacher, CONFIG)
+    assert key_of(teacher, replace(CONFIG, **others), MODEL) == key_of(teacher, CONFIG, MODEL)
 
 
 def test_samples_labels_weights_and_threads_are_part_of_the_key(teacher):
     def nudged(samples):
         return Samples({name: value + 1e-3 for name, value in samples.inputs.items()}, samples.labels)
 
-    key = key_of(teacher, CONFIG)
-    assert key_of(replace(teacher, calibration=nudged(teacher.calibration)), CONFIG) != key
-    assert key_of(replace(teacher, held_out=nudged(teacher.held_out)), CONFIG) != key
+    key = key_of(teacher, CONFIG, MODEL)
+    assert key_of(replace(teacher, calibration=nudged(teacher.calibration)), CONFIG, MODEL) != key
+    assert key_of(replace(teacher, held_out=nudged(teacher.held_out)), CONFIG, MODEL) != key
     labelled = replace(teacher.held_out, labels=torch.zeros(len(teacher.held_out), dtype=torch.int64))
-    assert key_of(replace(teacher, held_out=labelled), CONFIG) != key
+    assert key_of(replace(teacher, held_out=labelled), CONFIG, MODEL) != key
     weight = next(iter(teacher.graph.program.state_dict.values()))
     with torch.no_grad():
         weight.flatten()[0] += 1e-3
-        changed = key_of(teacher, CONFIG)
+        changed = key_of(teacher, CONFIG, MODEL)
         weight.flatten()[0] -= 1e-3
     assert changed != key
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert key_of(teacher, CONFIG) != key
+        assert key_of(teacher, CONFIG, MODEL) != key
     finally:
         torch.set_num_threads(threads)
 
 
+def test_the_costs_are_part_of_the_key(teacher):
+    dearer = replace(MODEL, milliseconds={**MODEL.milliseconds, "softmax": 1.0})
+    assert key_of(teacher, CONFIG, dearer) != key_of(teacher, CONFIG, MODEL)
+
+
 def test_the_code_of_asapc_is_part_of_the_key(teacher, monkeypatch):
-    key = key_of(teacher, CONFIG)
+    key = key_of(teacher, CONFIG, MODEL)
     monkeypatch.setattr(module, "code_digest", lambda: b"other code")
-    assert key_of(teacher, CONFIG) != key
+    assert key_of(teacher, CONFIG, MODEL) != key
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_entry_is_fitted_anew_and_replaced(teacher, cache, damage):
-    expected = choose(teacher, CONFIG, cache=cache)
+    expected = choose(teacher, CONFIG, MODEL, cache=cache)
     (path,) = cache.folder.iterdir()
     content = path.read_bytes()
     flipped = bytes([content[len(content) // 2] ^ 1])
     path.write_bytes({"cut": content[:-9], "empty": b"", "flipped": content[:50] + flipped + content[51:]}[damage])
-    selection = choose(teacher, CONFIG, cache=cache)
+    selection = choose(teacher, CONFIG, MODEL, cache=cache)
     assert "damaged" in cache.note
     assert str(path) in cache.note
     assert path.read_bytes() == content
@@ -151,7 +158,7 @@ def test_a_damaged_entry_is_fitted_anew_and_replaced(teacher, cache, damage):
 def test_a_folder_that_cannot_be_written_is_said_and_changes_nothing(teacher, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     cache = Cache(tmp_path / "file")  # a file where the folder should be
-    assert choose(teacher, CONFIG, cache=cache).choices
+    assert choose(teacher, CONFIG, MODEL, cache=cache).choices
     assert str(tmp_path / "file") in cache.note
 
 

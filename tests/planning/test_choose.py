@@ -14,6 +14,7 @@ from asapc.ops.sinkhorn import sinkhorn_plan_ref
 from asapc.planning.alternatives import judge
 from asapc.planning.check import Check
 from asapc.planning.choose import MARGIN, choose, choose_operator, decide, repair, sites_that_miss
+from asapc.planning.costs import shipped
 from asapc.planning.front import front, gain, next_step
 from asapc.planning.operators import build, operators, rivals
 from asapc.planning.propose import TRUNCATED, enough, feature_sets, propose, split
@@ -85,12 +86,12 @@ def test_sites_are_judged_by_the_metrics_of_the_budget_alone():
 def test_candidates_are_judged_on_samples_that_were_not_fitted_and_for_the_largest_batch(teacher, monkeypatch):
     asked = {}
 
-    def judge_and_note(graph, sites, candidates, wide, samples, batch, lowering):
+    def judge_and_note(graph, sites, candidates, wide, samples, batch, model, lowering):
         asked.update(samples=samples, batch=batch)
-        return judge(graph, sites, candidates, wide, samples, batch, lowering)
+        return judge(graph, sites, candidates, wide, samples, batch, model, lowering)
 
     monkeypatch.setattr("asapc.planning.alternatives.judge", judge_and_note)
-    choose(teacher.studied, CompileConfig(batches=(1, 7, 2), pieces=(0,)))
+    choose(teacher.studied, CompileConfig(batches=(1, 7, 2), pieces=(0,)), shipped())
     choosing, fitted = split(enough(teacher.studied))
     assert asked["batch"] == 7
     for name, value in asked["samples"].inputs.items():
@@ -129,13 +130,13 @@ def teacher():
 def test_level_one_and_zero_do_not_approximate(teacher):
     for level, operator in ((0, "keep"), (1, "exact")):
         config = CompileConfig(level=level)
-        chosen = choose(teacher.studied, config)
+        chosen = choose(teacher.studied, config, shipped())
         assert chosen.choices[teacher.site.name].candidate.operator == operator
 
 
 @pytest.mark.parametrize("factor", [0.1, 1, 3, 10, 30])
 def test_level_one_is_the_loop_at_any_scale_of_the_scores(teacher, factor):
-    selection = choose(teacher.studied, CompileConfig(level=1))
+    selection = choose(teacher.studied, CompileConfig(level=1), shipped())
     assert selection.wide == {teacher.site.name}
     scores, *points, values = teacher.inputs
     scores = factor * scores
@@ -145,7 +146,7 @@ def test_level_one_is_the_loop_at_any_scale_of_the_scores(teacher, factor):
 
 
 def test_fused_passes_that_are_asked_for_stay_fused_at_level_one(teacher):
-    assert choose(teacher.studied, CompileConfig(level=1, lowering="fused")).wide == frozenset()
+    assert choose(teacher.studied, CompileConfig(level=1, lowering="fused"), shipped()).wide == frozenset()
 
 
 def test_candidates_are_the_exact_form_its_truncations_and_sliced_duals_of_every_feature_set(teacher):
@@ -304,7 +305,10 @@ def test_a_budget_that_nothing_keeps_leaves_the_closest(teacher):
 def test_rivals_take_as_many_half_steps_as_they_are_said_to(teacher):
     name = teacher.site.name
     result = rivals(
-        [teacher.site], Selection({name: Choice(candidate("sliced_dual", 1.0, 0.1), "")}, frozenset([name])), 1
+        [teacher.site],
+        Selection({name: Choice(candidate("sliced_dual", 1.0, 0.1), "")}, frozenset([name])),
+        1,
+        shipped(),
     )
     assert result["teacher"] == {}
     assert (result["exact"][name].half_steps, result["exact"][name].wide) == (teacher.site.loop.half_steps, True)

@@ -9,7 +9,7 @@ from helpers.fitted import site
 
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
-from asapc.planning.costs import Shape, estimate, share_of_exact, unit_costs, work
+from asapc.planning.costs import Shape, estimate, share_of_exact, shipped, work
 from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 
 SHAPE = Shape(batch=2, heads=3, queries=4, keys=5, head_dim=6)
@@ -21,7 +21,7 @@ SCORES = {"call": 1, "product": ENTRIES * 2 * 6, "softmax": ENTRIES}  # a produc
 
 def half_steps(count):
     """Work of half-steps on a matrix that is there."""
-    return {"half_step": count, "vector": MATRICES * count, "matvec": ENTRIES * count}
+    return {"loop": min(count, 1), "half_step": count, "vector": MATRICES * count, "matvec": ENTRIES * count}
 
 
 def sliced_dual(features, slices=0, hinges=(0, 0), **params):
@@ -118,9 +118,9 @@ def test_fused_passes_take_products_with_one_column_and_the_last_with_the_values
 
 def test_an_estimate_is_the_sum_of_all_work_in_milliseconds():
     sizes = {"heads": 3, "queries": 4, "keys": 5, "head_dim": 6}
-    costs = unit_costs()
+    costs = shipped().milliseconds
     expected = sum(count * costs[kind] for kind, count in work(SHAPE, Sinkhorn(5)).items())
-    assert estimate(site(**sizes), Sinkhorn(5), batch=2) == pytest.approx(expected)
+    assert estimate(site(**sizes), Sinkhorn(5), 2, shipped()) == pytest.approx(expected)
 
 
 def test_a_selection_that_keeps_a_loop_has_no_share_of_the_exact_forms_time():
@@ -134,6 +134,7 @@ def test_scores_that_are_products_are_made_transposed_and_others_have_to_be_turn
     sizes = {"heads": 3, "queries": 4, "keys": 5, "head_dim": 6}
     for half_steps_taken, passes in ((4, 1), (5, 0)):  # an even number that ends on rows begins on columns
         product, other = (
-            estimate(site(**sizes, is_scores=is_scores), Sinkhorn(half_steps_taken), 2) for is_scores in (True, False)
+            estimate(site(**sizes, is_scores=is_scores), Sinkhorn(half_steps_taken), 2, shipped())
+            for is_scores in (True, False)
         )
-        assert other - product == pytest.approx(passes * ENTRIES * unit_costs()["pass"])
+        assert other - product == pytest.approx(passes * ENTRIES * shipped().milliseconds["pass"])

@@ -5,10 +5,11 @@ import torch
 from helpers.fitted import site
 
 from asapc.ops.sinkhorn import Sinkhorn
+from asapc.planning.costs import shipped
 from asapc.planning.operators import MAX_MATRIX, alike, fusable, lower, rivals
 from asapc.types.choices import Candidate, Choice, Selection
 
-LENGTH = 512
+LENGTH, COSTS = 512, shipped()
 
 
 def plain(**changes):
@@ -18,23 +19,23 @@ def plain(**changes):
 
 
 def test_short_sites_get_a_matrix_and_long_ones_none():
-    assert lower(plain(), Sinkhorn(3), batch=1).lowering == "materialised"
+    assert lower(plain(), Sinkhorn(3), 1, COSTS).lowering == "materialised"
     longest = plain(queries=4096, keys=4096)
     assert longest.loop.heads * 4096**2 * 4 > MAX_MATRIX
-    assert lower(longest, Sinkhorn(3), batch=1).lowering == "fused"
+    assert lower(longest, Sinkhorn(3), 1, COSTS).lowering == "fused"
     # Forty passes that make the scores anew are too many, whatever memory they save.
-    assert lower(longest, Sinkhorn(40), batch=1).lowering == "materialised"
+    assert lower(longest, Sinkhorn(40), 1, COSTS).lowering == "materialised"
 
 
 def test_the_matrix_of_a_large_batch_counts():
-    sizes = [batch for batch in (1, 64) if lower(plain(), Sinkhorn(3), batch).lowering == "materialised"]
+    sizes = [batch for batch in (1, 64) if lower(plain(), Sinkhorn(3), batch, COSTS).lowering == "materialised"]
     assert sizes == [1]
 
 
 def test_what_is_asked_for_is_taken_where_it_exists():
-    assert lower(plain(), Sinkhorn(40), 1, "fused").lowering == "fused"
-    assert lower(plain(queries=4096, keys=4096), Sinkhorn(40), 1, "materialised").lowering == "materialised"
-    assert lower(plain(is_scores=False), Sinkhorn(40), 1, "fused").lowering == "materialised"
+    assert lower(plain(), Sinkhorn(40), 1, COSTS, "fused").lowering == "fused"
+    assert lower(plain(queries=4096, keys=4096), Sinkhorn(40), 1, COSTS, "materialised").lowering == "materialised"
+    assert lower(plain(is_scores=False), Sinkhorn(40), 1, COSTS, "fused").lowering == "materialised"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_rivals_are_lowered_as_the_compiled_model_is():
     long = plain(queries=4096, keys=4096)
     chosen = Selection({long.name: Choice(Candidate("truncated", 4, 1.0), "")})
     for wanted, expected in ((None, "fused"), ("materialised", "materialised"), ("fused", "fused")):
-        result = rivals([long], chosen, 1, wanted)
+        result = rivals([long], chosen, 1, COSTS, wanted)
         assert {result[name][long.name].lowering for name in ("truncated", "softmax")} == {expected}
 
 

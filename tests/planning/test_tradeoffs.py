@@ -9,6 +9,7 @@ from asapc.config import CompileConfig
 from asapc.planning.alternatives import find_alternatives
 from asapc.planning.check import Check
 from asapc.planning.choose import decide
+from asapc.planning.costs import shipped
 from asapc.planning.tradeoffs import find_tradeoffs, term_of
 from asapc.types.budget import parse_bound
 
@@ -18,7 +19,7 @@ CONFIG = CompileConfig(pieces=(0,), batches=(64,))
 @pytest.fixture(scope="module")
 def check():
     teacher = cached_teacher(sound, depth=2).studied
-    return Check(teacher, find_alternatives(teacher, CONFIG))
+    return Check(teacher, find_alternatives(teacher, CONFIG, shipped()))
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,13 @@ from helpers import fitted
 from helpers.fitted import changed
 from helpers.paths import ROOT
 
+from asapc.planning.costs import shipped
 from asapc.types.artifacts import EngineResult
 from asapc.types.budget import Bound, Term, Verdict
 from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 from asapc.types.graph import EarlyStops
 from asapc.types.results import (
+    CostCheck,
     Fidelity,
     FittedActivation,
     Hop,
@@ -89,6 +91,7 @@ def report() -> dict:
         fidelity,
         verdict,
         latency,
+        CostCheck(shipped(), 32, 1.0, -0.5),
         EngineResult("omitted"),
         artifacts,
         environment(seed=0),

@@ -39,7 +39,7 @@ def try_engine(
     Raises:
         AsapcError: an engine that was asked for by name cannot be built. With "auto" that is part of the result.
     """
-    if target == "onnx":
+    if target in ("onnx", "cuda"):
         return EngineResult("omitted")
     try:
         return EngineResult("built", build_engine(onnx, path, largest_batch, axes, target))

@@ -15,6 +15,7 @@ from asapc.config import CompileConfig
 from asapc.passes.find.sinkhorn import find_sinkhorn
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.choose import choose
+from asapc.planning.costs import shipped
 from asapc.planning.operators import exact_operator, fusable
 from asapc.types.samples import Samples
 
@@ -110,7 +111,7 @@ def test_a_mask_of_keys_alone_needs_no_scores(case):
 def test_operators_are_selected_whatever_the_layout(case):
     inputs, graph, findings = found(case.name)
     teacher = studied(graph.program.module(), graph, findings, Samples(inputs))
-    selection = choose(teacher, CompileConfig(pieces=(0,), fidelity=("relc<=0.9",)))
+    selection = choose(teacher, CompileConfig(pieces=(0,), fidelity=("relc<=0.9",)), shipped())
     assert set(selection.choices) == {site.name for site in findings.sites}
     for choice in selection.choices.values():
         assert all(c.fidelity is not None for c in choice.front)
