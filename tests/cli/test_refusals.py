@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers.command import QUICK, assert_user_error, folder, run, samples, weights_alone, write_checkpoint, written
 
+from asapc.planning.costs import shipped_file
+
 STOPPING = """
 import torch
 
@@ -146,6 +148,21 @@ BAD_INPUTS = {
     "arguments of another model": (lambda small: [*weights_alone(small)[:4], '{"colour": 1}'], "TypeError"),
     "unreadable input shape": (lambda small: [small, "--input-shape", "x"], "input shape"),
     "missing example inputs": (lambda small: [small, "--inputs", "missing.npz"], "missing.npz"),
+    "missing costs": (lambda small: [small, "--costs", "missing.json"], "missing.json: no such file"),
+    "damaged costs": (lambda small: [small, "--costs", written(Path("c.json"), b"{")], "cannot read c.json"),
+    "costs of another version": (
+        lambda small: [small, "--costs", written(Path("c.json"), b'{"schema": "asapc.costs/9"}')],
+        "it is of version asapc.costs/9",
+    ),
+    "costs of other operators": (
+        lambda small: [small, "--costs", written(Path("c.json"), b'{"schema": "asapc.costs/1", "milliseconds": {}}')],
+        "it is about other operators",
+    ),
+    "costs of another device": (
+        lambda small: [small, "--costs", shipped_file("cpu", "float32"), "--target", "cuda"],
+        "has the costs of a CPU, and --target cuda plans for a GPU",
+    ),
+    "target that is not here": (lambda small: [small, "--target", "tensorrt"], "TensorRT"),
     "device": (lambda small: ["/dev/zero"], "regular"),
     "damaged ONNX": (lambda small: [written(Path("model.onnx"), b"x")], "damaged"),
     "unknown option": (lambda small: [small, "--config", written(Path("o.toml"), b"colour = 1")], "colour"),

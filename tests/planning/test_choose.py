@@ -314,3 +314,15 @@ def test_rivals_take_as_many_half_steps_as_they_are_said_to(teacher):
     assert (result["exact"][name].half_steps, result["exact"][name].wide) == (teacher.site.loop.half_steps, True)
     assert result["truncated"][name].half_steps == 5
     assert result["softmax"][name].half_steps == 1
+
+
+def test_a_plan_follows_the_costs(teacher):
+    config = CompileConfig(slices=(8,), pieces=(0,), operators="sorted,truncated,exact", fidelity=("relc<=0.3",))
+
+    def operator(**dear):
+        model = replace(shipped(), milliseconds={**shipped().milliseconds, **dear})
+        return choose(teacher.studied, config, model).choices[teacher.site.name].candidate
+
+    sorts, half_steps = operator(sort=1.0), operator(half_step=100.0)
+    assert (sorts.operator, half_steps.operator) == ("truncated", "sliced_dual")
+    assert half_steps.half_steps < sorts.half_steps
