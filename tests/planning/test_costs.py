@@ -79,6 +79,8 @@ def test_one_pass_takes_an_estimate_and_adds_it_to_the_scores():
         "call": 1,
         "fused_call": 1,
         "fused_softmax": ENTRIES,
+        "narrow_call": 0,
+        "narrow_softmax": 0,
         "fused_product": ENTRIES * (7 + 6),  # with the bias as one more channel
         **estimated,
     }
@@ -108,6 +110,8 @@ def test_fused_passes_take_products_with_one_column_and_the_last_with_the_values
         "fused_call": 5,
         "fused_product": ENTRIES * (4 * (7 + 1) + (7 + 6)),  # a bias is one more axis of the head
         "fused_softmax": ENTRIES * 5,
+        "narrow_call": 4,
+        "narrow_softmax": ENTRIES * 4,
     }
     assert work(SHAPE, Sinkhorn(5, lowering="fused")) == fused
     params = sliced_dual(features=COORDINATES + 1)
