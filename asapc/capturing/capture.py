@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from asapc.capturing.casts import check_uncast, without_casts
 from asapc.capturing.compare import check_single, compare_stops, run
 from asapc.capturing.draws import check_draws
 from asapc.capturing.early_stop import Unconverged
@@ -29,7 +30,7 @@ def capture_code(
     early_stop: EarlyStopRule = "bound",
     axes: Axes | None = None,
 ) -> CapturedGraph:
-    """Capture a module of Python with a dynamic batch axis.
+    """Capture a module of Python with a dynamic batch axis, without its automatic casts.
 
     Args:
         loaded: the model.
@@ -43,17 +44,19 @@ def capture_code(
         OptionError: `loaded.output_names` are not as many as the outputs, or are names of inputs.
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
         CaptureError: the model has control flow that cannot be captured, returns more than tensors, draws random
-            numbers that change its outputs, differs for a batch of one, or stops early where `early_stop` refuses that.
+            numbers that change its outputs, needs its automatic casts, differs for a batch of one, or stops early where
+            `early_stop` refuses that.
     """
     samples, example = prepare(loaded, samples)
     run(loaded.module, example, samples)
-    with Unconverged(loaded.module, example.inputs) as unconverged:
+    with without_casts() as casts, Unconverged(loaded.module, example.inputs) as unconverged:
         program = export(loaded.module, example.inputs, axes)
     unconverged.check_repeated()
+    check_uncast(loaded.module, example, casts)
     check_draws(program, example)
     departures = tuple(dict.fromkeys(unconverged.departures))
     check_single(loaded.module, program, example, stops=bool(unconverged.questions))
-    graph = CapturedGraph(program, example, axes=axes, departures=departures)
+    graph = CapturedGraph(program, example, axes=axes, departures=departures, casts=tuple(casts))
     rename_outputs(graph, loaded.output_names)
     if not unconverged.questions:
         return graph

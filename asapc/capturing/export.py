@@ -66,7 +66,8 @@ def export(
             )
             # Decomposes nothing, but turns writes in place into ordinary operations: a loop that divides its
             # plan in place would otherwise outlive the rewrite, since such nodes never count as dead. And regions with
-            # automatic casts, without gradients or under vmap into plain nodes. It takes as long as the export itself.
+            # automatic casts (of an archive), without gradients or under vmap into plain nodes. It takes as long as the
+            # export itself.
             settle(program)
             if is_plain(program):
                 program.graph.eliminate_dead_code()

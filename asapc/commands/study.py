@@ -67,8 +67,12 @@ def study(
         check_labels(EagerRunner(graph.program.module()), calibration, held_out)
         axes = parse_axes(config.dynamic, calibration)
         note = early_stop_note(early_stop_data(graph.early_stops))
-        dropped = graph.departures and f", without what leaves it at {', '.join(graph.departures)}"
-        step.summary = f"{len(graph.program.graph.nodes)} nodes{note and ', ' + note}{dropped or ''}"
+        parts = [f"{len(graph.program.graph.nodes)} nodes", *filter(None, [note])]
+        if graph.departures:
+            parts.append(f"without what leaves it at {', '.join(graph.departures)}")
+        if graph.casts:
+            parts.append(f"captured without the automatic casts of {', '.join(graph.casts)}")
+        step.summary = ", ".join(parts)
 
     with stage("find", on_event) as step:
         # The finder looks for plans, so that those which the code applies without building them come first.

@@ -59,6 +59,7 @@ class CapturedGraph:
         early_stops: the early stops that it omits; None where the model has none.
         axes: its open axes by the input's name and their number; None for the first of each, the batch, alone.
         departures: where values leave it as arrays, to be kept or printed, as "file:line"; they are no part of it.
+        casts: where automatic casts begin that it omits, as "file:line".
         values: names of the values of the ONNX file that it was captured from, by the node that computes them. Some
             nodes compute none: they are steps inside a node of the file.
     """
@@ -68,6 +69,7 @@ class CapturedGraph:
     early_stops: EarlyStops | None = None
     axes: Axes | None = None
     departures: tuple[str, ...] = ()
+    casts: tuple[str, ...] = ()
     values: Mapping[str, str] = field(default_factory=dict)
 
     @property

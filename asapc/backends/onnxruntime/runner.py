@@ -55,11 +55,7 @@ class OnnxRuntimeRunner:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own, which share no base
             lacks = type(error).__name__ == "NotImplemented"  # bfloat16, for one
-            hint = (
-                "compile the model in float32, without automatic casts (torch.autocast)"
-                if lacks
-                else "report the model"
-            )
+            hint = "compile the model in float32" if lacks else "report the model"
             raise BuildError(f"ONNX Runtime refuses {self.name}: {one_line(error)}", hint) from error
         self.inputs = {
             value.name: InputType((None, *(n if isinstance(n, int) else None for n in sizes)), DTYPES[value.type])

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from asapc.errors import CheckpointError
 from asapc.loading.pt2.allowed import SYMBOL, check_expression, check_operator, check_tree
@@ -69,10 +70,22 @@ def read_archive(source: Source) -> tuple[ExportedProgram, Any]:
         from torch.export.pt2_archive._package import load_pt2
 
         program = load_pt2(rebuilt).exported_programs["model"]
+        check_casts(program, source)
         with torch.no_grad():
             # As in `capturing.export`: no in-place writes.
             program = program.run_decompositions({})
     return program, inputs
+
+
+def check_casts(program: ExportedProgram, source: Source) -> None:
+    """Raise CheckpointError where a program casts to bfloat16 automatically, of which ONNX Runtime has no products."""
+    modules = [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    for node in (node for module in modules for node in module.graph.nodes):
+        if str(node.target) == "wrap_with_autocast" and torch.bfloat16 in node.args and True in node.args[:3]:
+            raise CheckpointError(
+                f"{source} was exported with automatic casts to bfloat16 (torch.autocast)",
+                "export it without, or give the checkpoint with --model: code is captured without its automatic casts",
+            )
 
 
 @contextmanager

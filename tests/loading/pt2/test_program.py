@@ -160,6 +160,24 @@ def test_an_archive_that_cannot_be_compiled_is_refused_with_the_way_out(options,
         assert 'Dim("batch")' in hint_of(load_model, path)
 
 
+class Cast(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.head, self.options = nn.Linear(4, 2), options
+
+    def forward(self, x):
+        with torch.autocast("cpu", **self.options):
+            return self.head(x)
+
+
+def test_automatic_casts_to_bfloat16_are_refused_with_the_way_out(tmp_path):
+    path = export(tmp_path / "cast.pt2", Cast())
+    assert "automatic casts to bfloat16" in assert_refused(CheckpointError, load_model, path)
+    assert "--model" in hint_of(load_model, path)
+    for name, options in {"off": {"enabled": False}, "float16": {"dtype": torch.float16}}.items():
+        assert load_model(export(tmp_path / f"{name}.pt2", Cast(**options))).program is not None
+
+
 def test_inputs_by_keyword_or_in_containers_are_refused(tmp_path):
     x, b = torch.rand(2, 3), Dim("batch")
     program = torch.export.export(Keyed(), (x,), {"y": x}, dynamic_shapes={"x": {0: b}, "y": {0: b}})
