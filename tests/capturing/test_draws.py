@@ -42,6 +42,42 @@ def test_random_numbers_that_change_the_outputs_are_refused_with_their_line(draw
     assert "training=self.training" in caught.value.hint
 
 
+def choose(limit, yes, no):
+    return lambda x: torch.cond(x.sum() > limit, yes, no, (x,))
+
+
+def noisy(x):
+    return x + 0.1 * torch.randn_like(x)
+
+
+def dropping(x):
+    return F.dropout(x, 0.1)
+
+
+@pytest.mark.parametrize("draw", [noisy, dropping])
+@pytest.mark.parametrize("limit", [-1e9, 1e9])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_random_numbers_in_branches_are_refused_whichever_the_example_takes(draw, limit, swapped):
+    branches = (torch.exp, draw) if swapped else (draw, torch.exp)
+    with pytest.raises(CaptureError, match="random numbers change the outputs") as caught:
+        captured(Draws(choose(limit, *branches)))
+    assert caught.value.hint
+    [place] = str(caught.value).partition("drawn at ")[2].split(", ")
+    assert "self.draw" in linecache.getline(__file__, int(place.rpartition(":")[2]))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: x * 2,
+        lambda x: x + 1e-9 * torch.randn_like(x),
+        lambda x: F.scaled_dot_product_attention(x, x, x),
+    ],
+)
+def test_branches_that_draw_nothing_that_shows_are_accepted(draw):
+    assert captured(Draws(choose(1e9, draw, torch.exp))).program is not None
+
+
 @pytest.mark.parametrize(
     "draw", [lambda x: F.dropout(x, 0.1, training=False), lambda x: x + 1e-9 * torch.randn_like(x)]
 )

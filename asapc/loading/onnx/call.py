@@ -17,6 +17,7 @@ Operator = Callable[["Call"], Any]
 
 # Elements of one tensor for one batch of samples. A graph may ask for any size, however small its file.
 MAX_ELEMENTS = 2**32
+EVALUATION = "export the model in evaluation mode, after model.eval(), and without noise of its own"
 REWRITE = "export the model without it, or give its weights with --model, or a torch.export archive"
 
 
@@ -86,9 +87,9 @@ class Call:
             raise self.refuse("makes a tensor larger than memory")
         return list(shape)
 
-    def refuse(self, why: str) -> CheckpointError:
+    def refuse(self, why: str, hint: str = REWRITE) -> CheckpointError:
         """Return the error that says why a node cannot be read."""
-        return CheckpointError(f"the ONNX node {self.label} ({self.op}) {why}", REWRITE)
+        return CheckpointError(f"the ONNX node {self.label} ({self.op}) {why}", hint)
 
 
 def label_of(node: Any) -> str:

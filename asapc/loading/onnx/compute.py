@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asapc.loading.onnx.call import Call, Operator, to_dtype
+from asapc.loading.onnx.call import EVALUATION, Call, Operator, to_dtype
 
 
 def unary(function: Callable[[Tensor], Tensor]) -> Operator:
@@ -157,8 +157,9 @@ def topk(call: Call) -> tuple[Tensor, ...]:
 
 def dropout(call: Call) -> Tensor:
     """Compute Dropout, which does nothing unless the model was exported in training mode."""
-    if call.has(2) and any(call.numbers(2)) and call.has(1) and any(call.numbers(1)):
-        raise call.refuse("drops at random: the model was exported in training mode")
+    ratio = call.numbers(1)[0] if call.has(1) else 0.5
+    if call.has(2) and any(call.numbers(2)) and ratio:
+        raise call.refuse("drops at random: the model was exported in training mode", EVALUATION)
     return call.tensor(0)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from asapc.errors import CheckpointError
 from asapc.loading.inputs import with_signature
 from asapc.loading.onnx.call import (
+    EVALUATION,
     MAX_ELEMENTS,
     REWRITE,
     Call,
@@ -34,6 +35,7 @@ from asapc.types.model import InputType, LoadedModel
 
 OPERATORS: dict[str, Operator] = {**COMPUTING, **LAYERS, **VIEWS}
 CONTROL = ("If", "Loop")
+RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 MAX_ITERATIONS = 1000
 DATA = "export the model with a fixed number of iterations, and without branches on data"
 
@@ -216,9 +218,14 @@ def constant_values(graph: Any, constant: set[str]) -> set[str]:
 
 
 def check_operators(graph: Any) -> None:
-    """Raise CheckpointError for the first node whose operator asapc does not know."""
+    """Raise CheckpointError for the first node whose operator asapc does not know, or draws random numbers."""
     for node in graph.node:
         standard = node.domain in ("", "ai.onnx")
+        if standard and node.op_type in RANDOM:
+            raise CheckpointError(
+                f"the ONNX node {label_of(node)} ({node.op_type}) draws random numbers, to which nothing can be fitted",
+                EVALUATION,
+            )
         if not standard or node.op_type not in {*OPERATORS, *CONTROL}:
             operator = node.op_type if standard else f"{node.domain}::{node.op_type}"
             raise CheckpointError(

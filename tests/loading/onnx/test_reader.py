@@ -85,6 +85,64 @@ def outside(location: str, target: str | None = None) -> object:
     return change
 
 
+def noise(operator: str, nested: bool = False, **attributes: object) -> object:
+    """A node that draws, maybe in a branch of an If."""
+
+    def change(model: onnx.ModelProto) -> None:
+        inputs = ["x"] if operator in ("Bernoulli", "Multinomial") or operator.endswith("Like") else []
+        node = helper.make_node(operator, inputs, ["noise"], name="shaker", **attributes)
+        if nested:
+            result = helper.make_tensor_value_info("noise", TensorProto.FLOAT, None)
+            branch = helper.make_graph([node], "branch", [], [result])
+            model.graph.initializer.append(helper.make_tensor("yes", TensorProto.BOOL, [], [True]))
+            node = helper.make_node("If", ["yes"], ["chosen"], then_branch=branch, else_branch=branch)
+        model.graph.node.append(node)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "operator"),
+    [
+        (noise("RandomNormal", shape=[3, 4]), "RandomNormal"),
+        (noise("RandomUniform", shape=[3, 4]), "RandomUniform"),
+        (noise("RandomNormalLike"), "RandomNormalLike"),
+        (noise("RandomUniformLike", nested=True), "RandomUniformLike"),
+        (noise("Bernoulli"), "Bernoulli"),
+        (noise("Multinomial"), "Multinomial"),
+    ],
+)
+def test_random_numbers_are_refused_with_their_node(change, operator, tmp_path):
+    path = changed(tmp_path, change)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(path)
+    assert f"shaker ({operator}) draws random numbers" in str(caught.value)
+    assert "evaluation mode" in caught.value.hint
+
+
+def dropping(folder: Path, inputs: str, training: int) -> Path:
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["": 17]>
+        dropping (float[batch, 6, 4] x) => (float[batch, 6, 4] y)
+        <float half = {{0.5}}, float none = {{0.0}}, bool training = {{{training}}}>
+        {{ y = Dropout ({inputs}) }}
+    """)
+    onnx.save(model, folder / "dropping.onnx")
+    return folder / "dropping.onnx"
+
+
+@pytest.mark.parametrize("inputs", ["x, half, training", "x, , training"])
+def test_a_dropout_that_is_on_is_refused(inputs, tmp_path):
+    samples = Samples({"x": torch.rand(2, 6, 4)})
+    with pytest.raises(AsapcError, match="training mode") as caught:
+        capture_onnx(load_model(dropping(tmp_path, inputs, training=1)), samples)
+    assert "y (Dropout)" in str(caught.value)
+    assert "evaluation mode" in caught.value.hint
+    for quiet_inputs, training in ((inputs, 0), ("x, none, training", 1)):
+        graph = capture_onnx(load_model(dropping(tmp_path, quiet_inputs, training)), samples)
+        assert torch.equal(graph.program.module()(samples.inputs["x"])[0], samples.inputs["x"])
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
