@@ -1,6 +1,6 @@
-"""Sinkhorn loops with a guard, a constant that keeps their divisors from zero: common in code, rare in papers.
+"""Sinkhorn loops with a guard, constants that keep their divisors from zero: common in code, rare in papers.
 
-A guard acts where sums are as small as its constant: on sharp scores. The plan is still u * kernel * v, so that the
+A guard acts where sums are as small as its constants: on sharp scores. The plan is still u * kernel * v, so that the
 scaling form holds. A half-step may divide the plan by its own sums, or masses by the sums of the kernel scaled on the
 other axis. With a guard the two differ: in the first the new u depends on the one before.
 """
@@ -29,7 +29,7 @@ class GuardedSinkhorn(Sinkhorn):
         Args:
             half_steps: as of `Sinkhorn`.
             last: the same.
-            guard: the constant, and where it stands.
+            guard: the constants, and where they stand.
             options: masses and `logarithm` of `Sinkhorn`.
         """
         super().__init__(half_steps, last, **options)
@@ -92,7 +92,7 @@ def guarded_plan_ref(
         scores: (B, H, N, M), -inf where masked.
         half_steps: of the loop, the softmax that its kernel may be included.
         last: the axis that the last one normalises.
-        guard: the constant.
+        guard: the constants.
         row_mass: (1,) or (N,), the sums of the plan's rows if they are last; None for 1.
         column_mass: (1,) or (M,), those of its columns; None for N / M.
     """
@@ -127,9 +127,10 @@ def scale_by_turns(
 
 def guarded(sums: torch.Tensor, axis: Axis, guard: Guard) -> torch.Tensor:
     """Return the divisors that a guard makes of the sums of an axis."""
-    if guard.axes not in ("both", axis):
+    floor = guard.rows if axis == "rows" else guard.columns
+    if floor is None:
         return sums
-    return sums.clamp_min(guard.constant) if guard.clamped else sums + guard.constant
+    return sums.clamp_min(floor.constant) if floor.clamped else sums + floor.constant
 
 
 def guarded_exponent(scores: torch.Tensor, guard: Guard, first: Axis) -> torch.Tensor:

@@ -39,15 +39,26 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """A constant that keeps a sum from zero where it is divided by.
+
+    Attributes:
+        constant: the constant, positive.
+        clamped: whether the divisor is no less than the constant; else it is added to the sum.
+    """
+
+    constant: float
+    clamped: bool
+
+
+@dataclass(frozen=True)
 class Guard:
-    """A constant that keeps the divisors of a loop from zero, and what they are.
+    """The constants that keep the divisors of a loop from zero, and what they are.
 
     With it no factor of a row or column cancels out any more: it matters what the kernel is and what the masses are.
 
     Attributes:
-        constant: the constant, positive.
-        clamped: whether divisors are no less than the constant; else it is added to them.
-        axes: which sums have it.
+        rows, columns: what the sums of each have, None for nothing; one of the two has something.
         divides: what is divided: the plan so far, by its own sums, or the masses, by the sums of the kernel scaled on
             the other axis.
         kernel: what the first half-step finds: exponentials of the scores, as they are, less the largest along its axis
@@ -58,9 +69,8 @@ class Guard:
             rows or columns.
     """
 
-    constant: float
-    clamped: bool
-    axes: Literal["both", "rows", "columns"]
+    rows: Floor | None
+    columns: Floor | None
     divides: Literal["plan", "masses"]
     kernel: Literal["plain", "softmax", "first", "matrix"]
     other_mass: Literal["one", "balanced"]
@@ -79,8 +89,8 @@ class Loop:
         row_mass, column_mass: (1,) or (N,) and (1,) or (M,), float64: what rows and columns of the plan are scaled
             to. That of the last axis is what its sums are, the other's matters up to a factor.
         masked: whether entries below `ops.scaling.MIN_LIVE` are left out: key padding, and padded queries.
-        guard: a constant that keeps divisors from zero and acts on up to 100 times the samples' scores; None where none
-            does, or where no guard explains how it acts.
+        guard: the constants that keep divisors from zero and act on up to 100 times the samples' scores; None where
+            none does, or where no guard explains how they act.
         reach: up to how many times the samples' scores the model computes this loop without its guard; infinite where
             there is none.
     """

@@ -30,6 +30,7 @@ from asapc.passes.find.kinds import (
     packet_of,
 )
 from asapc.passes.find.regions import Region
+from asapc.types.site import Floor
 
 aten = torch.ops.aten
 JOINS = {aten.cat, aten.stack}
@@ -68,14 +69,14 @@ class Explanation:
 
     Attributes:
         ideal: arguments of the nodes that keep a divisor from zero, by node, with TINY for their constant.
-        constants: their constants, and whether each is a limit; else it is added.
+        floors: their constants.
         reductions: how many of its nodes sum over a matrix or vector: no fewer than it has half-steps.
         in_range: whether it stays in range on any scores, since it takes logarithms of sums at once.
         unexplained: the first node that does not belong to a loop; None where there is none.
     """
 
     ideal: Mapping[Node, tuple[Any, ...]]
-    constants: Collection[tuple[float, bool]]
+    floors: Collection[Floor]
     reductions: int
     in_range: bool
     unexplained: Node | None
@@ -85,13 +86,13 @@ def explain(region: Region) -> Explanation:
     """Explain a region node by node."""
     guards = {node: guard for node in region.nodes if (guard := read_guard(node, region.inputs)) is not None}
     ideal = {node: args for node, (_, args) in guards.items()}
-    constants = {(constant, packet_of(node) is not aten.add) for node, (constant, _) in guards.items()}
+    floors = {Floor(constant, packet_of(node) is not aten.add) for node, (constant, _) in guards.items()}
     unexplained = (node for node in region.nodes if node not in ideal and not is_step(node, region))
     sums = [node for node in region.nodes if is_mixing(node) or packet_of(node) in PRODUCTS]
     # Where a comparison tells masked entries by their size, live ones must not get as small.
     compared = any(packet_of(node) in COMPARISONS for node in region.nodes)
     in_range = not compared and all(packet_of(node) in LOG_SUMS | EXTREMES for node in sums)
-    return Explanation(ideal, constants, len(sums), in_range, next(unexplained, None))
+    return Explanation(ideal, floors, len(sums), in_range, next(unexplained, None))
 
 
 def foreign_inputs(region: Region) -> Iterator[Node]:

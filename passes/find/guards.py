@@ -1,21 +1,21 @@
-"""Finds out how the constant of a loop keeps its divisors from zero, so that the exact form can do the same.
+"""Finds out how the constants of a loop keep its divisors from zero, so that the exact form can do the same.
 
-The loop runs on scores so sharp that its constant acts. The guard is the one, of all ways in which code writes such a
-constant, with which the reference loop gives the same plans.
+The loop runs on scores so sharp that its constants act. The guard is the one, of all ways in which code writes one such
+constant or one for rows and one for columns, with which the reference loop gives the same plans.
 """
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
-from itertools import product
+from itertools import permutations, product
 from math import inf
 from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from asapc.ops.guarded import guarded_plan_ref
+from asapc.ops.guarded import SUMMED, guarded_plan_ref
 from asapc.passes.find.probe import difference
-from asapc.types.site import Guard, Loop
+from asapc.types.site import Floor, Guard, Loop
 
 # Multiples of the samples' scores on which a loop is compared with itself less its constants, and from which relative
 # difference on they count.
@@ -29,7 +29,7 @@ SOME = slice(0, 2)  # of samples and of heads, on which all guards are tried fir
 def find_guard(
     loop: Loop,
     scores: Tensor,
-    constants: Collection[tuple[float, bool]],
+    floors: Collection[Floor],
     respond: Callable[[Tensor], Tensor],
     ideal: Callable[[Tensor], Tensor],
 ) -> tuple[Guard | None, float]:
@@ -38,7 +38,7 @@ def find_guard(
     Args:
         loop: the loop less its constants.
         scores: (B, H, N, M) as the scores node has them, float64.
-        constants: those in its divisors, each with whether it is a lower limit; else it is added.
+        floors: the constants in its divisors.
         respond: returns the plan that the model's loop makes of such scores.
         ideal: returns the plan without constants.
     """
@@ -51,7 +51,7 @@ def find_guard(
         tried.append((factor * scores * loop.scale[:, None, None], plan))
         if difference(plan, ideal(factor * scores)) > REACH_TOLERANCE:
             reach = min(reach, before)
-    if reach == inf or len(constants) != 1:
+    if reach == inf or len(floors) > len(SUMMED):
         return None, reach
     # On scores like the samples' a constant may not act in the first half-steps; with other sums of rows and columns it
     # does, so that all places where it may stand can be told apart.
@@ -60,7 +60,6 @@ def find_guard(
         plan = respond(shifted)
         if bool(torch.isfinite(plan).all()):
             tried.append((shifted * loop.scale[:, None, None], plan))
-    [(constant, clamped)] = constants
     # Code that takes the exponential of scores as they are may give finite plans of overflows: zeros.
     sound = [(sharper, plan) for sharper, plan in tried if sharper.amax() < MAX_EXPONENT]
     acts = any(
@@ -69,7 +68,7 @@ def find_guard(
     fitting = (
         guard
         for plans in ((tried, sound) if acts else (tried,))
-        for guard in readings(constant, clamped)
+        for guard in readings(floors)
         if fits(guard, loop, plans, SOME) and fits(guard, loop, plans)
     )
     return next(fitting, None), reach
@@ -83,11 +82,13 @@ def shifts(scores: Tensor) -> Iterator[Tensor]:
         yield size * (1 + (rows[:, None] + columns) / 2)
 
 
-def readings(constant: float, clamped: bool) -> Iterator[Guard]:
-    """Yield every guard with this constant."""
-    hints = get_type_hints(Guard)
-    for reading in product(*(get_args(hints[field.name]) for field in fields(Guard)[2:])):
-        yield Guard(constant, clamped, *reading)
+def readings(floors: Collection[Floor]) -> Iterator[Guard]:
+    """Yield every guard with this constant, or with these two."""
+    hints, first, *more = get_type_hints(Guard), *floors
+    sides = permutations((first, *more)) if more else ((first, first), (first, None), (None, first))
+    for rows, columns in sides:
+        for reading in product(*(get_args(hints[field.name]) for field in fields(Guard)[2:])):
+            yield Guard(rows, columns, *reading)
 
 
 def fits(guard: Guard, loop: Loop, tried: Collection[tuple[Tensor, Tensor]], some: slice = slice(None)) -> bool:

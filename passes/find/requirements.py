@@ -32,9 +32,9 @@ def require_guard(loop: Loop, explanation: Explanation, error: float) -> None:
     """Raise NotSinkhorn if constants in divisors change the plan on the samples, and no guard explains how."""
     if loop.guard is None and error > PLAN_TOLERANCE:
         raise NotSinkhorn(
-            f"{name_of(next(iter(explanation.ideal)))} changes the plan by {error:.1e}, and not as one constant "
-            "in all divisors does",
-            "add one constant to all divisors, or smaller ones",
+            f"{name_of(next(iter(explanation.ideal)))} changes the plan by {error:.1e}, and not as one constant in "
+            "all sums of rows, and one in all of columns, would",
+            "add one constant to all sums of rows and one to all of columns, or smaller ones",
             nearness=UNEXPLAINED,
         )
 

@@ -259,7 +259,7 @@ class Trial:
         if not candidate.cut:  # of a part, the model has computed no plan
             require_precision(values[candidate.plan].double(), self.plan)
         if explanation.ideal:
-            guard, reach = find_guard(loop, scores, explanation.constants, self.respond, respond)
+            guard, reach = find_guard(loop, scores, explanation.floors, self.respond, respond)
             loop = replace(loop, guard=guard, reach=reach)
             require_guard(loop, explanation, difference(plan, ideal))
         return describe(candidate, start, frame, loop, values, self.region.exponential, self.logarithm)
