@@ -22,6 +22,19 @@ def measure(
     seed: int = 0,
     rounds: int = MIN_ROUNDS,
 ) -> list[LatencyRun]:
+    """Sum up what `time_rounds`, with the same arguments, measures: one result for each runner, milliseconds a call."""
+    times = time_rounds(runners, samples, batch, seconds, seed, rounds)
+    return [summarise(name, runners[name].runtime, batch, times[name]) for name in runners]
+
+
+def time_rounds(
+    runners: Mapping[str, Runner],
+    samples: Samples,
+    batch: int,
+    seconds: float,
+    seed: int = 0,
+    rounds: int = MIN_ROUNDS,
+) -> dict[str, list[float]]:
     """Time every runner on the same batch, in rounds of one call each, in a new random order each round.
 
     Args:
@@ -33,7 +46,7 @@ def measure(
         rounds: the least number of rounds, however long they take.
 
     Returns:
-        One result for each runner, milliseconds a call.
+        Milliseconds in each round, by the runner's name.
     """
     inputs = samples[[i % len(samples) for i in range(batch)]]
     for runner in runners.values():
@@ -51,7 +64,7 @@ def measure(
             runners[name](inputs)
             times[name].append(1e3 * (time.perf_counter() - start))
         completed += 1
-    return [summarise(name, runners[name].runtime, batch, times[name]) for name in runners]
+    return times
 
 
 def summarise(name: str, runtime: str, batch: int, times: list[float]) -> LatencyRun:

@@ -5,28 +5,23 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config, SuperGlueConfig, SuperGlueForKeypointMatching
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
-KEYPOINTS, SIZE = 24, 32
-DETECTOR = {
-    "model_type": "superpoint",
-    "encoder_hidden_sizes": [8, 8, 8, 8],
-    "decoder_hidden_size": 16,
-    "descriptor_decoder_dim": SIZE,
-}
+KEYPOINTS, TOKENS, SIZE = 24, 16, 32
+DETECTOR = {"model_type": "superpoint", "encoder_hidden_sizes": [8, 8, 8, 8], "decoder_hidden_size": 16}
 
 
 class Matcher(nn.Module):
     """SuperGlue from keypoints on; its detector finds another number of them in each image."""
 
-    def __init__(self, iterations: int = 20) -> None:
+    def __init__(self, iterations: int = 20, size: int = SIZE, layers: int = 2) -> None:
         super().__init__()
         config = SuperGlueConfig(
-            hidden_size=SIZE,
-            keypoint_encoder_sizes=[8, 16],
-            gnn_layers_types=["self", "cross"],
+            hidden_size=size,
+            keypoint_encoder_sizes=[size // 4, size // 2],
+            gnn_layers_types=["self", "cross"] * (layers // 2),
             num_attention_heads=4,
             sinkhorn_iterations=iterations,
             matching_threshold=0.0,
-            keypoint_detector_config=DETECTOR,
+            keypoint_detector_config={**DETECTOR, "descriptor_decoder_dim": size},
         )
         self.glue = SuperGlueForKeypointMatching(config)
 
@@ -38,12 +33,12 @@ class Matcher(nn.Module):
 class Mixer(nn.Module):
     """A block of a language model whose residual streams are mixed by manifold-constrained hyper-connections."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
         super().__init__()
-        self.connection, self.mlp = DeepseekV4HyperConnection(DeepseekV4Config(hidden_size=SIZE)), nn.Linear(SIZE, SIZE)
+        self.connection, self.mlp = DeepseekV4HyperConnection(DeepseekV4Config(hidden_size=size)), nn.Linear(size, size)
         for weight in self.connection.parameters():
             nn.init.normal_(weight, std=0.3)
-        self.head = nn.Linear(SIZE, 5)
+        self.head = nn.Linear(size, 5)
 
     def forward(self, streams: Tensor) -> Tensor:
         post, comb, collapsed = self.connection(streams)
@@ -51,15 +46,15 @@ class Mixer(nn.Module):
         return self.head(mixed.mean((1, 2)))
 
 
-def matcher_inputs(batch: int) -> dict[str, Tensor]:
-    lengths = torch.randint(8, KEYPOINTS, (batch, 2, 1))
+def matcher_inputs(batch: int, keypoints: int = KEYPOINTS, size: int = SIZE) -> dict[str, Tensor]:
+    lengths = torch.randint(keypoints // 3, keypoints, (batch, 2, 1))
     return {
-        "keypoints": 240 * torch.rand(batch, 2, KEYPOINTS, 2),
-        "descriptors": torch.randn(batch, 2, KEYPOINTS, SIZE),
-        "scores": torch.rand(batch, 2, KEYPOINTS),
-        "mask": (torch.arange(KEYPOINTS) < lengths).long(),
+        "keypoints": 240 * torch.rand(batch, 2, keypoints, 2),
+        "descriptors": torch.randn(batch, 2, keypoints, size),
+        "scores": torch.rand(batch, 2, keypoints),
+        "mask": (torch.arange(keypoints) < lengths).long(),
     }
 
 
-def mixer_inputs(batch: int) -> dict[str, Tensor]:
-    return {"streams": torch.randn(batch, 16, 4, SIZE)}
+def mixer_inputs(batch: int, tokens: int = TOKENS, size: int = SIZE) -> dict[str, Tensor]:
+    return {"streams": torch.randn(batch, tokens, 4, size)}
