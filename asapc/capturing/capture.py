@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from torch import ScriptObject, nn
+
 from asapc.capturing.casts import check_uncast, without_casts
 from asapc.capturing.compare import check_single, compare_stops, run
 from asapc.capturing.draws import check_draws
@@ -43,10 +45,11 @@ def capture_code(
     Raises:
         OptionError: `loaded.output_names` are not as many as the outputs, or are names of inputs.
         SamplesError: the samples' names are not those of the model's inputs, or the model refuses them.
-        CaptureError: the model has control flow that cannot be captured, returns more than tensors, draws random
-            numbers that change its outputs, needs its automatic casts, differs for a batch of one, or stops early where
-            `early_stop` refuses that.
+        CaptureError: the model has quantised layers or control flow that cannot be captured, returns more than tensors,
+            draws random numbers that change its outputs, needs its automatic casts, differs for a batch of one, or
+            stops early where `early_stop` refuses that.
     """
+    check_packed(loaded.module)
     samples, example = prepare(loaded, samples)
     run(loaded.module, example, samples)
     with without_casts() as casts, Unconverged(loaded.module, example.inputs) as unconverged:
@@ -71,6 +74,18 @@ def capture_code(
             "compile it with --early-stop bound, or train and evaluate it with a fixed number of iterations",
         )
     return replace(graph, early_stops=stops)
+
+
+def check_packed(module: nn.Module) -> None:
+    """Raise CaptureError where a model holds weights as objects of C++, as dynamically quantised layers do."""
+    packed = [
+        n for n, layer in module.named_modules() if any(isinstance(v, ScriptObject) for v in vars(layer).values())
+    ]
+    if packed:
+        raise CaptureError(
+            f"torch.export cannot capture quantised layers, whose weights are packed: {', '.join(packed)}",
+            "compile the float model that they were made from",
+        )
 
 
 def capture_exported(loaded: ExportedModel, samples: Samples) -> CapturedGraph:

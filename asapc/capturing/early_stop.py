@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from asapc.capturing.departures import depart
 from asapc.capturing.lines import user_frame
-from asapc.capturing.stops import Leaving, find_leaving
+from asapc.capturing.stops import Leaving, find_leaving, keeps
 from asapc.errors import CaptureError
 from asapc.loading.lines import TORCH
 
@@ -154,7 +154,7 @@ class Unconverged(TorchFunctionMode):
         question = linecache.getline(name, line).strip() or frame.f_code.co_name
         leaving = find_leaving(frame, TORCH)
         if leaving is None:
-            raise branches_on_data(source, question)
+            raise taken_out(source, question) if keeps(frame) else branches_on_data(source, question)
         self.questions[source] = question
         self.answers += 1
         if not leaving.loop:
@@ -174,6 +174,14 @@ class Unconverged(TorchFunctionMode):
         for source, counts in self.loops.items():
             if max(counts.values()) < 2:
                 raise branches_on_data(source, self.questions[source])
+
+
+def taken_out(source: str, question: str) -> CaptureError:
+    """Return the refusal of a number that code takes from a tensor and keeps: in a graph it would be the example's."""
+    return CaptureError(
+        f"the code at {source} takes a number out of the graph, which would be the same for all inputs: {question}",
+        "keep it as a tensor, without float(), item() or bool(), or omit it in evaluation",
+    )
 
 
 def branches_on_data(source: str, question: str) -> CaptureError:

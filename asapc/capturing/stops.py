@@ -16,6 +16,7 @@ from typing import NamedTuple
 PARTS_OF_STATEMENTS = ("<lambda>", "<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>")
 LOOPS = (ast.For, ast.While, ast.AsyncFor)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 LEAVES = (ast.Break, ast.Return, ast.Raise)
 CHECKS = ("assert", "_assert", "_check")  # functions that stop the program, of torch, its tests and those of others
 
@@ -109,6 +110,12 @@ def find_leaving(frame: FrameType | None, skipped: str) -> Leaving | None:
             case _:
                 return None
     return None
+
+
+def keeps(frame: FrameType) -> bool:
+    """Return whether a frame assigns what it asks, and chooses nothing by it there."""
+    place = Place(frame)
+    return isinstance(place.statement, ASSIGNMENTS) and not chooses(place)
 
 
 def chooses(place: Place) -> bool:

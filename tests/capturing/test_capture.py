@@ -135,3 +135,15 @@ def test_outputs_that_are_no_tensors_are_refused_by_their_place(more, words):
 def test_none_among_the_outputs_is_left_out():
     graph = captured(Returns(lambda x: {"logits": x * 2, "loss": None}))
     assert torch.equal(graph.program.module()(scores().inputs["x"])["logits"], 2 * scores().inputs["x"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_quantised_layers_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    samples = Samples({"input": torch.rand(4, 4)})
+    with pytest.raises(CaptureError, match="quantised layers") as refusal:
+        captured(quantised, samples)
+    assert "0._packed_params, 2._packed_params" in str(refusal.value)
+    assert "float model" in refusal.value.hint
+    assert captured(model, samples).program is not None

@@ -112,18 +112,47 @@ class OneIterationMore(nn.Module):
         return scaled(x).exp()
 
 
-REFUSED = [If, IfInALoop, Ternary, TernaryThatIsReturned, Number, Flag, Count, Entry]
+class Attribute(Plan):
+    def forward(self, x):
+        self.mean = float(x.mean())  # refused: Attribute
+        return super().forward(x)
+
+
+class Sum(Plan):
+    total = 0.0
+
+    def forward(self, x):
+        self.total += float(x.abs().max())  # refused: Sum
+        return super().forward(x)
+
+
+REFUSED = [If, IfInALoop, Ternary, TernaryThatIsReturned, Count, Entry]
 REFUSED += [LeavesAtOnce, WorkBeforeLeaving, OneIterationMore]
+
+
+def refusal_of(module) -> CaptureError:
+    """With its line."""
+    lines = Path(__file__).read_text().splitlines()
+    line = next(i for i, text in enumerate(lines, 1) if text.endswith(f"# refused: {module.__name__}"))
+    with pytest.raises(CaptureError) as refusal:
+        captured(module())
+    assert f"{__file__}:{line}" in str(refusal.value)
+    return refusal.value
 
 
 @pytest.mark.parametrize("module", REFUSED, ids=lambda module: module.__name__)
 def test_a_branch_on_data_is_refused_with_its_line(module):
-    lines = Path(__file__).read_text().splitlines()
-    line = next(i for i, text in enumerate(lines, 1) if text.endswith(f"# refused: {module.__name__}"))
-    with pytest.raises(CaptureError, match="branches on data") as refusal:
-        captured(module())
-    assert f"{__file__}:{line}" in str(refusal.value)
-    assert "torch.where" in refusal.value.hint
+    refusal = refusal_of(module)
+    assert "branches on data" in str(refusal)
+    assert "torch.where" in refusal.hint
+
+
+@pytest.mark.parametrize("module", [Number, Flag, Attribute, Sum], ids=lambda module: module.__name__)
+def test_a_number_that_is_kept_is_not_called_a_branch(module):
+    refusal = refusal_of(module)
+    assert "takes a number out of the graph" in str(refusal)
+    assert "branches" not in str(refusal)
+    assert "tensor" in refusal.hint
 
 
 class Appends(nn.Module):
