@@ -13,13 +13,17 @@ from asapc.passes.find.products import as_product, shape_of
 ALTERNATES = 10  # how much nearer to a loop a plan is that does so
 
 
-def alternates(candidate: PlanCandidate) -> bool:
-    """Return whether a plan depends on a sum over one axis, which depends on one over another, on one over the first.
+def alternates(candidate: PlanCandidate, least: int = 3) -> bool:
+    """Return whether a plan depends on a sum over one axis, which depends on one over another, and by turns so on.
 
     Layers of other kinds come this far too rarely to matter: norms sum over the same axes again, and gates take both
     sums of the same matrix.
+
+    Args:
+        candidate: the plan.
+        least: how many such sums: 2, or 3.
     """
-    if sum(map(is_sum, candidate.region)) < 3:  # tells most; on long sequences letters take time
+    if sum(map(is_sum, candidate.region)) < least:  # tells most; on long sequences letters take time
         return False
     axes: dict[Node, str] = {}  # a letter for each axis of the plan
     turns: dict[Node, str] = {}  # axes of the sums on the way to a node, each followed by another
@@ -33,6 +37,8 @@ def alternates(candidate: PlanCandidate) -> bool:
         elif node in candidate.starts:
             axes[node] = ascii_lowercase[: len(shape_of(node) or ())]
     turn = turns[candidate.plan]
+    if least == 2:
+        return len(turn) > 1
     return any(axis == third for axis, third in zip(turn, turn[2:], strict=False))
 
 

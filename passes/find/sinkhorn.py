@@ -152,9 +152,12 @@ class Finder(NodeTimer):
             self.untold += reason.untold
             repeated = reason.nearness != SOFTMAX and alternates(candidate)
             plan = self.values[short.plan]
-            # A matrix with negative entries, or one that no product reads, looks like no attention.
-            attends = bool((plan >= 0).all()) and any(as_product(use.user) for use in candidate.uses)
-            if attends or repeated:
+            # A matrix with negative entries looks like no attention, nor does one that no product reads, unless it was
+            # scaled over both axes.
+            positive = bool((plan >= 0).all())
+            attends = positive and any(as_product(use.user) for use in candidate.uses)
+            is_scaled = positive and reason.nearness != SOFTMAX and alternates(candidate, least=2)
+            if attends or repeated or is_scaled:
                 line = source_line(candidate.uses[0].user if attends else maker(candidate.plan))
                 nearness = reason.nearness + (ALTERNATES if repeated else 0)
                 self.misses.append((candidate, Miss(candidate.plan.name, line, str(reason), reason.hint, nearness)))

@@ -155,6 +155,16 @@ def turned(scores):
     return scores.exp()
 
 
+def second_by(divide):
+    """Two half-steps, of which the second goes wrong."""
+
+    def plan(scores):
+        rows = scores.softmax(-1)
+        return divide(rows, rows.sum(-2, keepdim=True))
+
+    return plan
+
+
 def headline(module):
     torch.manual_seed(0)
     [name] = inspect.signature(module.forward).parameters
@@ -174,6 +184,9 @@ def headline(module):
         (Matcher(by_roots), "sqrt at"),
         (Matcher(by_powers), "pow at"),
         (Matcher(turned), "half-steps"),
+        (Matcher(second_by(lambda rows, sums: rows / sums.sqrt())), "sqrt at"),
+        (Matcher(second_by(lambda rows, sums: rows / sums**2)), "pow at"),
+        (Matcher(second_by(lambda rows, sums: rows * sums)), "half-steps"),
         (nn.Sequential(Attention(softmax), Matcher(with_flaw(noisy))), "multiple of the scores"),
         (
             nn.Sequential(
@@ -192,6 +205,9 @@ def headline(module):
         "roots",
         "powers",
         "turned",
+        "second_by_roots",
+        "second_by_squares",
+        "second_by_sums",
         "softmax_before",
         "between_softmax",
     ],
@@ -207,8 +223,10 @@ def test_the_headline_is_the_nearest_miss_whatever_reads_the_plan(module, reason
         lambda s: s.log_softmax(-1),
         lambda s: (s - s.mean(1, keepdim=True)) / s.norm(dim=-1, keepdim=True),
         lambda s: (s - s.mean(-1, keepdim=True)) / s.var(-1, keepdim=True),
+        lambda s: s.softmax(-1) * s.softmax(-2),
+        lambda s: s.softmax(-1) / s.softmax(-1).sum(-1, keepdim=True) ** 2,
     ],
-    ids=["softmax", "log_softmax", "centred", "layer_norm"],
+    ids=["softmax", "log_softmax", "centred", "layer_norm", "both_softmaxes", "rows_twice"],
 )
 def test_what_is_returned_and_normalised_in_another_way_is_not_even_missed(normalise):
     assert find(Matcher(normalise)).misses == ()
