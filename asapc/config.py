@@ -1,11 +1,9 @@
 """What a compilation can be told: each option declared once, for Python, TOML, the command line and docs/options.md."""
 
 import os
-import tomllib
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from stat import S_ISREG
 from typing import Annotated, Any, get_args
 
 from asapc.errors import OptionError
@@ -23,14 +21,13 @@ from asapc.types.options import (
     Target,
     declared,
 )
-from asapc.types.plain import check_plain
+from asapc.types.toml import read_toml
 
 # More only wait for each other, and far more crash ONNX Runtime for want of memory, without an error to catch.
 MAX_THREADS = 4 * (os.cpu_count() or 1)
 # Activations grow with the batch: a slip of the keyboard here would take all memory, and the process with it.
 MAX_BATCH = 4096
 SLICES = 8  # where an operator has to be sorted; more gave little, see docs/fidelity.md
-MAX_TOML_BYTES = 2**20  # of a file of options; all of them take two thousand
 
 READING = "Reading the model"
 OPERATORS = "Operators and export"
@@ -346,32 +343,6 @@ class CompileConfig:
             return cls(**{name: OPTIONS[name].read(key, value) for name, (key, value) in values.items()})
         except OptionError as error:
             raise OptionError(f"in {path}: {error}", error.hint) from None
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        OptionError: it is not a regular file, is too long or is not TOML, nests too deeply, or has long integers.
-    """
-    hint = "give a TOML file of options"
-    try:
-        status = path.stat()
-        if not S_ISREG(status.st_mode):
-            raise OptionError(f"cannot read {path}: it is not a regular file", hint)
-        if status.st_size > MAX_TOML_BYTES:
-            raise OptionError(f"cannot read {path}: it has {status.st_size:,} bytes", hint)
-        content = tomllib.loads(path.read_text())
-        check_plain(content)
-    except RecursionError:
-        raise OptionError(f"cannot read {path}: it nests too deeply", hint) from None
-    except FileNotFoundError:
-        raise OptionError(f"cannot read {path}: no such file", "check the path") from None
-    except OSError as error:
-        raise OptionError(f"cannot read {path}: {(error.strerror or 'no file').lower()}", hint) from None
-    except ValueError as error:  # no TOML, no text, or no path
-        raise OptionError(f"cannot read {path}: {str(error)[:300]}", hint) from None
-    return content
 
 
 OPTIONS = declared(CompileConfig)

@@ -25,6 +25,7 @@ from asapc.commands.study import study_module
 from asapc.config import CompileConfig
 from asapc.fidelity.latency import time_rounds
 from asapc.planning.choose import choose
+from asapc.planning.costs import shipped
 from asapc.planning.operators import operators
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
@@ -108,7 +109,7 @@ def compare(case: Case, seconds: float, threads: int) -> dict[str, Any]:
     torch.manual_seed(SEED)
     samples = Samples(case.inputs(SAMPLES))
     teacher = study_module(case.build(), samples)
-    modules = operators(teacher.sites, choose(teacher, CompileConfig(level=1)))
+    modules = operators(teacher.sites, choose(teacher, CompileConfig(level=1), shipped()))
     assert len(modules) == len(teacher.sites) > 0, f"{case.name}: not all loops are replaced"
     runners = export_rivals(teacher, {LOOP: {}, COMPILED: modules}, threads, lambda detail: None)
     times = time_rounds(runners, samples, case.batch, seconds, SEED, MIN_ROUNDS)

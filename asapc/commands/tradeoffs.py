@@ -44,7 +44,7 @@ class Tradeoffs:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            raise DependencyError("matplotlib is not installed", 'pip install "asapc[approx]"') from None
+            raise DependencyError("matplotlib is not installed", 'pip install "asapc[plot]"') from None
         path = Path(path)
         rows = [row for row in self.rows if row["times_softmax"] is not None]
         figure = Figure(figsize=(7, 6), layout="constrained")

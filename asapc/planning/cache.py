@@ -176,7 +176,7 @@ def pack(entry: Entry) -> bytes:
 
     def placed(value: Any) -> Any:
         if isinstance(value, tuple):
-            return [place(tensor) for tensor in value]
+            return [placed(item) for item in value]
         return place(value) if isinstance(value, Tensor) else value
 
     alternatives = entry.alternatives
@@ -205,7 +205,7 @@ def unpack(content: bytes) -> Entry:
 
     def tensor_of(value: Any) -> Any:
         if isinstance(value, list):
-            return tuple(tensors[name] for name in value)
+            return tuple(tensor_of(item) for item in value)
         return tensors.get(value, value) if isinstance(value, str) else value
 
     candidates = {name: [candidate(values) for values in of_site] for name, of_site in rest["candidates"].items()}

@@ -3,11 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
-
-# A column whose gradient is below this, relative to the target, would not bring the estimates closer.
-TOLERANCE = 1e-10
+from scipy.optimize import nnls
 
 
 class Trial(NamedTuple):
@@ -53,7 +51,8 @@ def fit_costs(
         row[free.index(kind)] = factor
     relative = units @ shares / times.unsqueeze(-1)
     scale = relative.amax(dim=0).clamp(min=torch.finfo(torch.float64).tiny)  # units differ by many orders of magnitude
-    costs = shares @ (nonnegative_least_squares(relative / scale, torch.ones_like(times)) / scale)
+    fitted, _ = nnls((relative / scale).numpy(), np.ones(len(trials)))
+    costs = shares @ (torch.from_numpy(fitted) / scale)
     return dict(zip(kinds, costs.tolist(), strict=True)), (units @ costs).tolist()
 
 
@@ -61,35 +60,3 @@ def median_error(trials: Sequence[Trial], estimates: Sequence[float]) -> float:
     """Return the median of the relative errors of estimates."""
     errors = [abs(e / trial.milliseconds - 1) for trial, e in zip(trials, estimates, strict=True)]
     return torch.tensor(errors, dtype=torch.float64).quantile(0.5).item()
-
-
-def nonnegative_least_squares(matrix: Tensor, target: Tensor) -> Tensor:
-    """Return x (N,) >= 0 that minimises |matrix @ x - target|, by the active set method of Lawson and Hanson (1974).
-
-    scipy has it, and is not among what asapc needs.
-    """
-    x = torch.zeros(matrix.shape[-1], dtype=matrix.dtype)
-    positive = torch.zeros_like(x, dtype=torch.bool)
-    for _ in range(3 * len(x)):  # it mostly ends after as many rounds as there are columns
-        gradient = torch.where(positive, -torch.inf, matrix.mT @ (target - matrix @ x))
-        if gradient.max() <= TOLERANCE * target.norm():
-            break
-        positive[gradient.argmax()] = True
-        solution = on_columns(matrix, target, positive)
-        while (blocked := positive & (solution <= 0)).any():
-            step = (x[blocked] / (x[blocked] - solution[blocked])).min()
-            x = x + step * (solution - x)
-            positive &= x > TOLERANCE * x.max()
-            x = torch.where(positive, x, 0.0)
-            solution = on_columns(matrix, target, positive)
-        x = solution
-    return x
-
-
-def on_columns(matrix: Tensor, target: Tensor, columns: Tensor) -> Tensor:
-    """Return the least squares solution that is zero but for some columns."""
-    solution = torch.zeros(len(columns), dtype=matrix.dtype)
-    solution[columns] = torch.linalg.lstsq(matrix[:, columns], target.unsqueeze(-1), driver="gelsd").solution.squeeze(
-        -1
-    )
-    return solution

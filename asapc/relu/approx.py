@@ -221,15 +221,9 @@ def best_pieces(x: np.ndarray, y: np.ndarray, pieces: int) -> tuple[np.ndarray, 
 
 
 def cubic_spline(x: np.ndarray, y: np.ndarray, pieces: int) -> np.ndarray:
-    """Evaluate the cubic spline through equally spaced knots.
+    """Evaluate the cubic spline through equally spaced knots."""
+    from scipy.interpolate import CubicSpline  # takes a second to import
 
-    Raises:
-        DependencyError: scipy is not installed.
-    """
-    try:
-        from scipy.interpolate import CubicSpline
-    except ImportError:
-        raise DependencyError("scipy is not installed", 'pip install "asapc[approx]"') from None
     knots = np.linspace(x[0], x[-1], min(pieces, len(x) - 1) + 1)
     values: np.ndarray = CubicSpline(knots, np.interp(knots, x, y))(x)
     return values
@@ -251,7 +245,7 @@ def save_plot(approximation: Approximation, path: Path, title: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise DependencyError("matplotlib is not installed", 'pip install "asapc[approx]"') from None
+        raise DependencyError("matplotlib is not installed", 'pip install "asapc[plot]"') from None
     with torch.no_grad():
         values = approximation.network.double()(approximation.x.unsqueeze(-1)).squeeze(-1)
     figure = Figure(figsize=(7, 6), layout="constrained")
