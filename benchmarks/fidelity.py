@@ -25,6 +25,7 @@ from torch import nn
 
 from asapc.backends.eager.runner import EagerRunner
 from asapc.config import CompileConfig
+from asapc.fidelity.latency import measure
 from asapc.fidelity.outputs import agreement, first_output
 from asapc.fidelity.sites import candidate_fidelity, site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
@@ -32,7 +33,7 @@ from asapc.planning.alternatives import judge
 from asapc.planning.check import Check
 from asapc.planning.choose import decide
 from asapc.planning.costs import estimate, shipped
-from asapc.planning.operators import build, exact_operator, operators
+from asapc.planning.operators import Operator, build, exact_operator, lower, operators, softmax_operator
 from asapc.planning.propose import propose, split
 from asapc.planning.ranges import score_ranges, wide_sites
 from asapc.types.choices import SIDES, Alternatives, Candidate, SlicedDualParams
@@ -42,6 +43,7 @@ from asapc.types.site import Site
 from asapc.types.teacher import Teacher
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
+from asapc.writing.rewrite import export_rivals
 from benchmarks.generated import replace_generated
 from benchmarks.teachers import studied
 
@@ -54,8 +56,14 @@ RESULTS, FIGURE, DOCUMENT = (
 BUDGETS: tuple[tuple[str, ...], ...] = ((), ("relc<=0.05",), ("agreement>=0.98",), ("agreement>=0.92",))
 HELD_OUT, BATCH = 256, 8
 # Lines of the figure, by how the names of their operators begin.
-ESTIMATED_FROM = ("parabolas", "pairs", "hinges", "pairs and hinges")
-FAMILIES = ("truncated", *(f"{side}, {of}," for side in SIDES for of in ESTIMATED_FROM), "keys, 8 slices,")
+FAMILIES = (
+    "truncated",
+    "one pass",
+    *(f"{side}, {of}," for side in SIDES for of in ("parabolas", "hinges", "pairs and hinges")),
+    "keys, 8 slices,",
+)
+# What is timed beside softmax, the exact form and one pass: truncated forms of as many half-steps.
+TIMED, SECONDS = (2, 3, 4, 6, 8), 6.0
 Row = dict[str, Any]
 
 
@@ -63,12 +71,16 @@ def main() -> None:
     """Study the teachers that are there, write the JSON, render figure and document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of teachers, as in a shell")
+    parser.add_argument("--timed", action="store_true", help="time one pass and its rivals alone, on an idle machine")
     parser.add_argument("--render", action="store_true", help="render the figure and the document only")
     options = parser.parse_args()
     torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
     data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"teachers": {}}
     for name, teacher in () if options.render else studied(options.only):
-        data["teachers"][name] = compare(name, teacher)
+        if options.timed:
+            data["teachers"][name]["timed"] = time_one_pass(name, teacher)
+        else:
+            data["teachers"][name] = compare(name, teacher)
         data["environment"] = environment(seed=0)
         write_json(RESULTS, data)
     draw(data["teachers"])
@@ -118,17 +130,46 @@ def compare(name: str, teacher: Teacher) -> Row:
     return {"sites": len(sites), "half_steps": sites[0].loop.half_steps, "operators": rows, "planned": planned}
 
 
+def time_one_pass(name: str, teacher: Teacher) -> Row:
+    """Return one pass and its rivals at all sites: milliseconds in ONNX Runtime, interleaved, and agreement."""
+    teacher = replace(teacher, held_out=teacher.held_out[:HELD_OUT])
+    graph, sites, held_out = teacher.graph, teacher.sites, teacher.held_out
+    wide = wide_sites(score_ranges(graph, sites, teacher.calibration))
+    candidates = propose(teacher, CompileConfig(operators="one-pass", pieces=(8,)))
+    modules: dict[str, dict[str, Operator]] = {"softmax": {s.name: softmax_operator(s) for s in sites}}
+    modules |= {f"truncated {t}": {s.name: exact_operator(s, t, s.name in wide) for s in sites} for t in TIMED}
+    modules["exact"] = {s.name: exact_operator(s, wide=s.name in wide) for s in sites}
+    for site in sites:
+        for candidate in candidates[site.name][1:]:
+            modules.setdefault(kind(candidate), {})[site.name] = build(site, candidate, wide)
+    for of_sites in modules.values():
+        for site in sites:
+            lower(site, of_sites[site.name], BATCH, shipped())
+    threads = torch.get_num_threads()
+    runners = export_rivals(teacher, modules, threads, lambda detail: None)
+    runs = measure(runners, held_out, BATCH, SECONDS)
+    reference = first_output(EagerRunner(graph.program.module()), held_out)
+    rows = {
+        run.name: {"p50_ms": run.p50_ms, "agreement": agreed(graph, sites, modules[run.name], reference, held_out)}
+        for run in runs
+    }
+    print(f"{name:<32} {rows}", flush=True)
+    return {"threads": threads, "batch": BATCH, "operators": rows}
+
+
 def kind(candidate: Candidate) -> str:
     """Return the name of an operator in the results."""
     if candidate.params is None:
         return f"{candidate.operator} {candidate.half_steps}"
+    if candidate.params.one_pass:
+        return estimated_from(candidate.params)
     return f"{estimated_from(candidate.params)}, {len(candidate.params.weights) - 1} steps"
 
 
 def estimated_from(params: SlicedDualParams) -> str:
     """Return what an operator estimates, and from what beside parabolas and mean."""
     parts = [f"{params.slices} slices" if name == "slices" else name for name in params.features[2:]]
-    return f"{params.side}, {' and '.join(parts) or 'parabolas'}"
+    return f"{'one pass' if params.one_pass else params.side}, {' and '.join(parts) or 'parabolas'}"
 
 
 def agreed(
@@ -177,6 +218,19 @@ def document(teachers: Mapping[str, Row]) -> Iterator[str]:
         for budget in (b for b in rows[0]["planned"] if all(b in row["planned"] for row in rows)):
             yield line(f"*planned: {budget}*", [row["planned"][budget] for row in rows])
         yield ""
+        if all("timed" in row for row in rows):
+            yield from timed_table([row["timed"]["operators"] for row in rows])
+
+
+def timed_table(of_seeds: Sequence[Row]) -> Iterator[str]:
+    """Yield one pass beside its rivals, by measured time."""
+    yield "| at all sites, whole model in ONNX Runtime | times softmax, measured | agreement |"
+    yield "|---|---|---|"
+    by_time = sorted(of_seeds[0], key=lambda label: fmean(row[label]["p50_ms"] for row in of_seeds))
+    for label in by_time:
+        times = spread([row[label]["p50_ms"] / row["softmax"]["p50_ms"] for row in of_seeds], 2)
+        yield f"| {label} | {times} | {spread([row[label]['agreement'] for row in of_seeds], 3)} |"
+    yield ""
 
 
 def line(label: str, of_seeds: Sequence[Row]) -> str:
