@@ -51,7 +51,7 @@ def find_guard(
         tried.append((factor * scores * loop.scale[:, None, None], plan))
         if difference(plan, ideal(factor * scores)) > REACH_TOLERANCE:
             reach = min(reach, before)
-    if reach == inf or len(floors) > len(SUMMED):
+    if reach == inf or not 0 < len(floors) <= len(SUMMED):
         return None, reach
     # On scores like the samples' a constant may not act in the first half-steps; with other sums of rows and columns it
     # does, so that all places where it may stand can be told apart.
