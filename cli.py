@@ -20,7 +20,8 @@ from asapc.version import __version__
 # What `tradeoffs` shares with `compile`: all but outputs, the engine, and how latency is measured.
 PLANNING = [
     *("calib", "fidelity", "model", "model_args", "weights", "inputs", "input_shape", "unsafe_load", "early_stop"),
-    *("no_cache", "lowering", "dynamic", "operators", "slices", "pieces", "batches", "threads", "seed"),
+    *("target", "precision", "costs", "no_cache", "lowering", "dynamic", "operators", "slices", "pieces", "batches"),
+    *("threads", "seed"),
 ]
 READS = [OPTIONS[name] for name in ("model", "model_args", "weights", "inputs", "input_shape", "unsafe_load")]
 ModelFile = Annotated[
@@ -128,7 +129,7 @@ def tradeoffs(
     if as_json:
         print_json(result.data)
     else:
-        show(showing.tradeoffs(dict(result.data)))
+        show([*showing.tradeoffs(dict(result.data)), *([str(plot)] if plot else [])])
 
 
 @command(

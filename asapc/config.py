@@ -283,7 +283,8 @@ class CompileConfig:
             object.__setattr__(self, name, option.clean(getattr(self, name)))
         self.bounds()
         parse_ranges(self.dynamic)
-        self.kinds()
+        if "sorted" not in self.kinds() and any(self.slices):
+            raise OptionError("--slices asks for sorted slices, which --operators leaves out", "omit one of the two")
 
     def bounds(self) -> tuple[Bound, ...]:
         """Return the fidelity budget, parsed."""

@@ -142,22 +142,28 @@ def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
 
 def tradeoffs(data: dict[str, Any]) -> Iterator[Grid | str]:
     """Show the front of a model, and which budget gives which row."""
-    metric = "output-error" if data["rows"][0]["reached"]["agreement"] is None else "agreement"
+    metric = "error" if data["rows"][0]["reached"]["agreement"] is None else "agree"
+    reached = {"error": "output-error", "agree": "agreement"}[metric]
     rows: list[Row] = [
         (
             ("* " if row["chosen"] else "") + kinds(row["sites"]),
             fixed(row["estimated_ms"], 2),
             fixed(row["times_softmax"], 2),
             fixed(row["times_exact"], 2),
-            fixed(row["reached"][metric]),
+            fixed(row["reached"][reached]),
             fixed(row["calibration_relc"]),
             row["fidelity"] or "",
         )
         for row in data["rows"]
     ]
-    title = f"What each budget costs, by estimate for batch {data['batch']}, and keeps on {data['samples']} samples"
-    columns = ("operators", "ms", "x softmax", "x exact", metric, "relc", "--fidelity")
+    title = f"Budgets: ms at batch {data['batch']}, and times softmax and exact form, by estimate"
+    columns = ("operators", "ms", "softmax", "exact", metric, "relc", "--fidelity")
     yield Grid(title, columns, ("operators",), [rows])
+    name = {"error": "error", "agree": "agreement"}[metric]
+    yield (
+        f"Times by the costs of {data['costs']['model']}, {data['costs']['device']}; {name} of the outputs on "
+        f"{data['samples']} held-out samples, relc of the worst site on calibration samples"
+    )
     for row in data["rows"]:
         if row["chosen"]:
             for name, choice in row["sites"].items():
@@ -172,12 +178,12 @@ def kinds(sites: dict[str, dict[str, Any]]) -> str:
 
 
 def kind(candidate: dict[str, Any]) -> str:
-    """Name an operator as `--operators` does, with its half-steps where they vary."""
+    """Name an operator in few words, with its half-steps where they vary."""
     if candidate["operator"] in ("exact", "keep"):
         return str(candidate["operator"])
     if candidate["operator"] == "sliced_dual" and candidate["half_steps"] == 1:
-        return "one-pass"
-    name = "truncated" if candidate["operator"] == "truncated" else "sorted" if candidate["slices"] else "hinges"
+        return "one pass"
+    name = "truncated" if candidate["operator"] == "truncated" else "sorted dual" if candidate["slices"] else "dual"
     return f"{name} {candidate['half_steps']}"
 
 

@@ -337,3 +337,9 @@ def test_operators_of_no_kind_are_refused(operators):
     with pytest.raises(OptionError, match="--operators cannot be") as caught:
         CompileConfig(operators=operators)
     assert "one-pass, hinges, sorted, truncated, exact" in caught.value.hint
+
+
+def test_slices_are_not_asked_for_where_sorting_is_left_out():
+    with pytest.raises(OptionError, match="--operators"):
+        CompileConfig(slices=(8,), operators="truncated,exact")
+    assert CompileConfig(slices=(8,), operators="sorted,exact").slice_counts() == (8,)

@@ -13,7 +13,7 @@ from asapc.backends.base import RememberingRunner, Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.backends.tensorrt.builder import try_engine
+from asapc.backends.tensorrt.builder import builder_package, try_engine
 from asapc.commands.inspect import require_sites
 from asapc.commands.study import study, torch_threads
 from asapc.commands.target import cost_model
@@ -97,6 +97,8 @@ def compile_model(
     dump, model = Dump(None if config.dump is None else Path(config.dump)), cost_model(config)
     # The folder is opened first: whoever cannot write it should not learn so after minutes of work.
     with torch_threads(config.threads) as threads, output_folder(out, config.force) as folder:
+        if config.target.startswith("tensorrt"):
+            builder_package(config.target)  # whether there is one is known before minutes of work
         teacher = study(path, config, on_event=on_event, dump=dump)
         require_sites(teacher.findings, path)
         config = origin_of(teacher.loaded).adapt(config)

@@ -51,8 +51,10 @@ class Tradeoffs:
         with_agreement = rows[0]["reached"]["agreement"] is not None
         axes = figure.subplots(1 + with_agreement, sharex=True, squeeze=False)[:, 0]
         times = [row["times_softmax"] for row in rows]
-        axes[-1].plot(times, [row["calibration_relc"] for row in rows], marker="o", label="relc, worst site")
-        axes[-1].plot(times, [row["reached"]["output-error"] for row in rows], marker="s", label="output error")
+        axes[-1].plot(times, [row["calibration_relc"] for row in rows], marker="o", label="relc, calibration")
+        axes[-1].plot(
+            times, [row["reached"]["output-error"] for row in rows], marker="s", label="output error, held out"
+        )
         axes[-1].set(yscale="log", ylabel="relative error")
         axes[-1].set_xlabel(f"estimated time of the operators over that of softmax, batch {self.data['batch']}")
         if with_agreement:
@@ -66,7 +68,7 @@ class Tradeoffs:
                     axis.axvline(row["times_softmax"], color="tab:red", linewidth=0.8, label="chosen")
             axis.grid(alpha=0.3)
             axis.legend()
-        figure.savefig(path, format=path.suffix[1:] or "png", dpi=120)
+        figure.savefig(path, format=path.suffix[1:].lower() or "png", dpi=120)
 
 
 def tradeoffs(
@@ -99,4 +101,4 @@ def tradeoffs(
             step.summary = f"{len(rows)} selections{cache_note(cache)}"
     batch = max(config.batches)
     softmax = softmax_cost(teacher.longest_sites, batch, model, config.wanted_lowering)
-    return Tradeoffs(tradeoffs_data(teacher, check.alternatives, rows, softmax, batch))
+    return Tradeoffs(tradeoffs_data(teacher, check.alternatives, rows, softmax, batch, model))

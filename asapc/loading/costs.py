@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from asapc.errors import OptionError
+from asapc.errors import OptionError, printable
 from asapc.loading.schemas import departure, read_schema
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.texts import read_json
@@ -32,4 +32,5 @@ def read_costs(path: Path) -> CostModel:
         raise source.refuse(f"it is about other operators: {what}", MEASURE)
     if (why := departure(content, "costs")) is not None:
         raise source.refuse(why, MEASURE)
-    return CostModel(content["provider"], content["precision"], content["device"], costs, content["median_error"], path)
+    device = printable(content["device"])
+    return CostModel(content["provider"], content["precision"], device, costs, content["median_error"], path)

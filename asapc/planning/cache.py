@@ -93,7 +93,7 @@ class Cache:
             self.shrink()
         except OSError as error:
             why = (error.strerror or "unknown reason").lower()
-            self.note = f"nothing was kept for another run: {self.folder}: {why}"
+            self.note = f"nothing was kept for another run: {error.filename2 or error.filename or self.folder}: {why}"
 
     def shrink(self) -> None:
         """Remove entries that were not read for longest, until the folder is small enough, and files half written."""

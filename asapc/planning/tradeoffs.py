@@ -10,6 +10,8 @@ from asapc.planning.check import Check
 from asapc.planning.choose import decide, rows_of
 from asapc.types.choices import Selection, Tradeoff
 
+# Errors of outputs below this may as well come from another order of sums, in another runtime.
+ROUNDING = 1e-5
 Reached = Mapping[str, float | None]
 
 
@@ -55,7 +57,7 @@ def term_of(row: Reached, cheaper: Sequence[Reached]) -> str | None:
             return f"agreement>={agreement:g}"
     if error is not None and 0 < error < 1:
         digit = 10.0 ** (floor(log10(error)) - 1)  # the second
-        error = ceil(error / digit) * digit
+        error = max(ceil(error / digit) * digit, ROUNDING)
         if all((other["output-error"] or 0.0) > error for other in cheaper):
             return f"output-error<={error:.2g}"
     return None

@@ -74,7 +74,7 @@ def picture_file(path: Path, force: bool) -> AbstractContextManager[Path]:
     Raises:
         OutputError: as there, or the name ends in no format of pictures.
     """
-    if path.suffix not in PICTURES:
+    if path.suffix.lower() not in PICTURES:
         raise OutputError(f"cannot draw {path}: it is named as no picture", f"use {', '.join(PICTURES)}")
     return output_file(path, force)
 
@@ -88,7 +88,7 @@ def check_free(path: Path, force: bool) -> None:
     except OSError as error:
         raise unwritable(path, error) from None
     if not force:
-        raise OutputError(f"{path} exists already", "give --force to replace it, or another --out")
+        raise OutputError(f"{path} exists already", "give --force to replace it, or another name")
 
 
 def check_ours(path: Path) -> None:
@@ -126,7 +126,7 @@ def listed_files(manifest: Path) -> set[str] | None:
 def check_no_folder(path: Path) -> None:
     """Raise OutputError if `path` is a folder."""
     if path.is_dir():
-        raise OutputError(f"{path} is a folder", "give the name of a file with --out")
+        raise OutputError(f"{path} is a folder", "give the name of a file")
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def unwritable(path: Path, error: OSError) -> OutputError:
         return OutputError(f"cannot write {path}: {why}", "raise the limit of `ulimit -f`")
     if error.errno in FULL:
         return OutputError(f"cannot write {path}: {why}", "free space there and in the temporary folder, TMPDIR")
-    return OutputError(f"cannot write {path}: {why}", "give another --out")
+    return OutputError(f"cannot write {path}: {why}", "give another place")
 
 
 def write_operators(path: Path, sites: Sequence[Site], selection: Selection) -> None:

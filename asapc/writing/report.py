@@ -10,6 +10,7 @@ from typing import Any
 from asapc.types.artifacts import EngineResult
 from asapc.types.budget import Verdict
 from asapc.types.choices import Alternatives, Candidate, Choice, Selection, Tradeoff
+from asapc.types.costs import CostModel
 from asapc.types.graph import EarlyStops
 from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency
 from asapc.types.site import Miss, Site
@@ -177,7 +178,12 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
 
 
 def tradeoffs_data(
-    teacher: Teacher, alternatives: Alternatives, rows: Sequence[Tradeoff], softmax: float, batch: int
+    teacher: Teacher,
+    alternatives: Alternatives,
+    rows: Sequence[Tradeoff],
+    softmax: float,
+    batch: int,
+    model: CostModel,
 ) -> dict[str, Any]:
     """Return the front of a model as `asapc tradeoffs --json` shows it.
 
@@ -187,11 +193,13 @@ def tradeoffs_data(
         rows: selections, cheapest first.
         softmax: estimated milliseconds of softmax at all sites.
         batch: samples a call, which the estimates are for.
+        model: the costs that they follow from.
     """
     exact = sum(candidates[0].cost for candidates in alternatives.candidates.values())
     return {
         "schema": "asapc.tradeoffs/1",
         "model": {"path": str(teacher.loaded.path), "sha256": teacher.loaded.sha256},
+        "costs": {"model": model.name, "device": model.device},
         "batch": batch,
         "samples": len(teacher.held_out),
         "softmax_ms": softmax,

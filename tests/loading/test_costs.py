@@ -77,12 +77,22 @@ def test_a_file_of_another_version_or_about_other_operators_or_with_wrong_values
     assert "asapc costs" in caught.value.hint
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "-1e-3", "9" * 5000])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "-1e-3", "1e300", "9" * 5000])
 def test_costs_that_are_not_finite_or_below_zero_are_refused(number, tmp_path):
     path = tmp_path / "costs.json"
     path.write_text(json.dumps(content()).replace('"loop": 0.0', f'"loop": {number}'))
     with pytest.raises(OptionError, match="cannot read"):
         read_costs(path)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "fused_softmax"])
+def test_what_ratios_are_taken_to_cannot_be_free(kind, tmp_path):
+    with pytest.raises(OptionError, match=kind):
+        read_costs(costs(tmp_path / "costs.json", milliseconds=milliseconds(**{kind: 0.0})))
+
+
+def test_the_name_of_a_device_moves_no_cursor(tmp_path):
+    assert read_costs(costs(tmp_path / "costs.json", device="\x1b[31mred\n")).device == " [31mred "
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"schema": ', "[" * 5000, '{"a": 1, "a": 2}'])

@@ -199,7 +199,7 @@ def test_slices_add_operators_and_take_none_away():
     assert CompileConfig(slices=(8,)).slice_counts() == CompileConfig(slices=(0, 8)).slice_counts() == (0, 8)
     assert CompileConfig(operators="sorted").slice_counts() == (8,)
     assert CompileConfig(operators="sorted", slices=(32,)).slice_counts() == (32,)
-    assert CompileConfig(operators="hinges", slices=(32,)).slice_counts() == (0,)
+    assert CompileConfig(operators="hinges").slice_counts() == (0,)
 
 
 def test_where_the_exact_form_is_not_allowed_the_closest_operator_stands_in():

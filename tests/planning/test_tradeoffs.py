@@ -61,3 +61,8 @@ def test_a_term_is_what_cheaper_rows_miss():
     assert term_of(reached(None, 0.0312), [reached(None, 0.2)]) == "output-error<=0.032"
     assert term_of(reached(0.9, 0.3), [reached(1.0, 0.2)]) is None
     assert term_of(reached(None, 0.0), [reached(None, 0.1)]) is None
+
+
+def test_a_term_leaves_room_for_another_order_of_sums():
+    assert term_of(reached(1.0, 3e-7), [reached(1.0, 0.2)]) == "output-error<=1e-05"
+    assert term_of(reached(1.0, 3e-7), [reached(1.0, 9e-6)]) is None
