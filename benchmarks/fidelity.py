@@ -273,7 +273,7 @@ def family_points(family: str, of_seeds: Sequence[Row]) -> list[tuple[float, flo
     points = []
     for label in of_seeds[0]["operators"]:
         rows = [row["operators"][label] for row in of_seeds if label in row["operators"]]
-        if label.startswith(family) and len(rows) == len(of_seeds):
+        if label.startswith(family) and ("slices" in label) == ("slices" in family) and len(rows) == len(of_seeds):
             points.append((fmean(row["cost"] for row in rows), fmean(map(mean_relc, rows))))
     return sorted(points)
 

@@ -81,7 +81,7 @@ def mixer(tokens: int, size: int = 1024, batch: int = 1) -> Case:
     )
 
 
-CASES = [matcher(128), matcher(512), mixer(128), mixer(1024), mixer(128, 256)]
+CASES = [matcher(128), mixer(128), mixer(1024), mixer(128, 256)]
 QUICK_CASES = [matcher(24, 32, 2), mixer(16, 32)]
 
 
