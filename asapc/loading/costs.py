@@ -8,6 +8,9 @@ from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.texts import read_json
 from asapc.types.costs import SCHEMA, CostModel
 
+# What softmax consists of, on a matrix of scores and in fused passes. One kind of each takes time, since ratios are taken
+# to softmax; a fit may leave the others at nothing.
+SOFTMAX = ({"call", "product", "softmax"}, {"call", "fused_call", "fused_product", "fused_softmax"})
 MEASURE = "measure costs with `asapc costs --out FILE`, or omit --costs"
 
 
@@ -32,5 +35,7 @@ def read_costs(path: Path) -> CostModel:
         raise source.refuse(f"it is about other operators: {what}", MEASURE)
     if (why := departure(content, "costs")) is not None:
         raise source.refuse(why, MEASURE)
+    if not all(any(costs[kind] > 0 for kind in kinds) for kinds in SOFTMAX):
+        raise source.refuse("by its costs softmax takes no time", MEASURE)
     device = printable(content["device"])
     return CostModel(content["provider"], content["precision"], device, costs, content["median_error"], path)

@@ -8,8 +8,9 @@ import pytest
 from helpers.paths import ROOT
 
 from asapc.errors import OptionError
-from asapc.loading.costs import read_costs
+from asapc.loading.costs import SOFTMAX, read_costs
 from asapc.loading.untrusted.texts import MAX_JSON_BYTES
+from asapc.ops.sinkhorn import Sinkhorn
 from asapc.planning.costs import shipped, shipped_file, work
 from asapc.planning.trials import FEW_OPERATORS, FEW_SHAPES, operators
 from asapc.types.costs import CostModel
@@ -85,10 +86,23 @@ def test_costs_that_are_not_finite_or_below_zero_are_refused(number, tmp_path):
         read_costs(path)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "fused_softmax"])
-def test_what_ratios_are_taken_to_cannot_be_free(kind, tmp_path):
-    with pytest.raises(OptionError, match=kind):
-        read_costs(costs(tmp_path / "costs.json", milliseconds=milliseconds(**{kind: 0.0})))
+@pytest.mark.parametrize("kinds", SOFTMAX, ids=["materialised", "fused"])
+def test_what_ratios_are_taken_to_cannot_be_free(kinds, tmp_path):
+    with pytest.raises(OptionError, match="softmax takes no time"):
+        read_costs(costs(tmp_path / "costs.json", milliseconds=milliseconds(**dict.fromkeys(kinds, 0.0))))
+
+
+def test_a_fit_may_leave_a_part_of_softmax_at_nothing(tmp_path):
+    path = costs(tmp_path / "costs.json", milliseconds=milliseconds(softmax=0.0, fused_softmax=0.0))
+    assert read_costs(path).milliseconds["softmax"] == 0
+
+
+def test_softmax_consists_of_that_work():
+    softmax = Sinkhorn(1)
+    for lowering, kinds in zip(("materialised", "fused"), SOFTMAX, strict=True):
+        softmax.lowering = lowering
+        units = work(FEW_SHAPES[0], softmax)
+        assert {kind for kind, count in units.items() if count} - {"loop"} == kinds
 
 
 def test_the_name_of_a_device_moves_no_cursor(tmp_path):
