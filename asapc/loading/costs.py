@@ -8,8 +8,8 @@ from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.texts import read_json
 from asapc.types.costs import SCHEMA, CostModel
 
-# What softmax consists of, on a matrix of scores and in fused passes. One kind of each takes time, since ratios are taken
-# to softmax; a fit may leave the others at nothing.
+# What softmax consists of, on a matrix of scores and in fused passes. One kind of each takes time, since ratios are
+# taken to softmax; a fit may leave the others at nothing.
 SOFTMAX = ({"call", "product", "softmax"}, {"call", "fused_call", "fused_product", "fused_softmax"})
 MEASURE = "measure costs with `asapc costs --out FILE`, or omit --costs"
 
