@@ -142,26 +142,25 @@ def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
 
 def tradeoffs(data: dict[str, Any]) -> Iterator[Grid | str]:
     """Show the front of a model, and which budget gives which row."""
-    metric = "error" if data["rows"][0]["reached"]["agreement"] is None else "agree"
-    reached = {"error": "output-error", "agree": "agreement"}[metric]
+    has_classes = data["rows"][0]["reached"]["agreement"] is not None
+    metric, head = ("agreement", "agree") if has_classes else ("output-error", "error")
     rows: list[Row] = [
         (
             ("* " if row["chosen"] else "") + kinds(row["sites"]),
             fixed(row["estimated_ms"], 2),
             fixed(row["times_softmax"], 2),
             fixed(row["times_exact"], 2),
-            fixed(row["reached"][reached]),
+            fixed(row["reached"][metric]),
             fixed(row["calibration_relc"]),
             row["fidelity"] or "",
         )
         for row in data["rows"]
     ]
     title = f"Budgets: ms at batch {data['batch']}, and times softmax and exact form, by estimate"
-    columns = ("operators", "ms", "softmax", "exact", metric, "relc", "--fidelity")
+    columns = ("operators", "ms", "softmax", "exact", head, "relc", "--fidelity")
     yield Grid(title, columns, ("operators",), [rows])
-    name = {"error": "error", "agree": "agreement"}[metric]
     yield (
-        f"Times by the costs of {data['costs']['model']}, {data['costs']['device']}; {name} of the outputs on "
+        f"Times by the costs of {data['costs']['model']}, {data['costs']['device']}; {metric} on "
         f"{data['samples']} held-out samples, relc of the worst site on calibration samples"
     )
     for row in data["rows"]:

@@ -21,7 +21,7 @@ import torch
 from asapc.commands.costs import costs_data, time_operators
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.planning.costs import Shape, shipped, shipped_file, work
-from asapc.planning.trials import operators
+from asapc.planning.trials import FEW_SHAPES, operators
 from asapc.planning.unit_costs import Binding, Trial
 from asapc.types.costs import Provider
 from asapc.writing.environment import environment
@@ -30,16 +30,12 @@ from benchmarks import attention
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = (
-    Shape(1, 4, 64, 64, 16),
-    Shape(32, 4, 64, 64, 16),
-    Shape(8, 4, 128, 128, 16),
+    *FEW_SHAPES,
     Shape(8, 2, 128, 128, 64),
     Shape(1, 8, 196, 196, 64),
     Shape(8, 8, 196, 196, 64),
     Shape(8, 4, 64, 256, 16),
-    Shape(4, 8, 256, 256, 64),
     Shape(1, 8, 512, 512, 64),
-    Shape(1, 8, 1024, 1024, 64),
     Shape(1, 8, 2048, 2048, 64),
 )
 SECONDS = 2.0

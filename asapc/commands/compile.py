@@ -27,7 +27,7 @@ from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.cache import cache_note, cache_of
 from asapc.planning.choose import choose
 from asapc.planning.costs import estimate_all, share_of_exact
-from asapc.planning.operators import alike, operators, rivals
+from asapc.planning.operators import alike, operators, rivals, softmax_cost
 from asapc.relu.stand_ins import fit_activations
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import Selection
@@ -154,7 +154,7 @@ def compile_model(
             fidelity,
             verdict,
             latency,
-            check_costs(teacher, selection, compiled, latency, config, model),
+            check_costs(teacher, compiled, latency, config, model),
             engine,
             list_artifacts(folder, [files.onnx, files.deployed], engine.artifact),
             environment(config.seed),
@@ -262,12 +262,7 @@ def measure_all(
 
 
 def check_costs(
-    teacher: Teacher,
-    selection: Selection,
-    compiled: Compiled,
-    latency: Latency,
-    config: CompileConfig,
-    model: CostModel,
+    teacher: Teacher, compiled: Compiled, latency: Latency, config: CompileConfig, model: CostModel
 ) -> CostCheck:
     """Compare what the operators were estimated to add to softmax attention with what they add, at the largest batch.
 
@@ -280,7 +275,7 @@ def check_costs(
         return CostCheck(model, batch, reason="a loop that is kept as written has no estimate")
     if compiled.activations:
         return CostCheck(model, batch, reason="activations were replaced beside the operators")
-    softmax = rivals(teacher.sites, selection, batch, model, config.wanted_lowering)["softmax"]
-    own, floor = (estimate_all(teacher.sites, modules, batch, model) for modules in (compiled.operators, softmax))
+    own = estimate_all(teacher.sites, compiled.operators, batch, model)
+    floor = softmax_cost(teacher.sites, batch, model, config.wanted_lowering)
     p50 = {run.name: run.p50_ms for run in latency.runs if run.batch == batch}
     return CostCheck(model, batch, own - floor, p50["compiled"] - p50["softmax"])

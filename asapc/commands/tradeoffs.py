@@ -9,8 +9,9 @@ from asapc.commands.inspect import require_sites
 from asapc.commands.study import study, torch_threads
 from asapc.commands.target import cost_model
 from asapc.config import CompileConfig
-from asapc.errors import DependencyError, OptionError
+from asapc.errors import OptionError
 from asapc.events import OnEvent, stage
+from asapc.pictures import new_figure, save
 from asapc.planning.alternatives import look_up
 from asapc.planning.cache import cache_note, cache_of
 from asapc.planning.operators import softmax_cost
@@ -41,14 +42,9 @@ class Tradeoffs:
         Raises:
             DependencyError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise DependencyError("matplotlib is not installed", 'pip install "asapc[plot]"') from None
-        path = Path(path)
         rows = [row for row in self.rows if row["times_softmax"] is not None]
-        figure = Figure(figsize=(7, 6), layout="constrained")
-        with_agreement = rows[0]["reached"]["agreement"] is not None
+        figure = new_figure()
+        with_agreement = self.rows[0]["reached"]["agreement"] is not None
         axes = figure.subplots(1 + with_agreement, sharex=True, squeeze=False)[:, 0]
         times = [row["times_softmax"] for row in rows]
         axes[-1].plot(times, [row["calibration_relc"] for row in rows], marker="o", label="relc, calibration")
@@ -68,7 +64,7 @@ class Tradeoffs:
                     axis.axvline(row["times_softmax"], color="tab:red", linewidth=0.8, label="chosen")
             axis.grid(alpha=0.3)
             axis.legend()
-        figure.savefig(path, format=path.suffix[1:].lower() or "png", dpi=120)
+        save(figure, Path(path))
 
 
 def tradeoffs(

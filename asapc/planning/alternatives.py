@@ -36,13 +36,11 @@ def look_up(
         return
     advance("looking into the cache")
     key = key_of(teacher, config, model)
-    entry = cache.read(key)
-    if entry is None:
-        entry = Entry(find_alternatives(teacher, config, model, advance))
-    count = len(entry.checks)
+    known = cache.read(key)
+    entry = known or Entry(find_alternatives(teacher, config, model, advance))
     check = Check(teacher, entry.alternatives, entry.checks)
     yield check
-    if not count or len(entry.checks) > count:
+    if known is None or check.new:
         cache.write(key, entry)
 
 

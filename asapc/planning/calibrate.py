@@ -93,8 +93,9 @@ def calibrate(
         # The penalty is chosen on other samples: on its own the smallest always fits best.
         others = regressions(sites, open_params, activations(selection), of_selection)
         for key in open_params:
-            doubling = gain_of_doubling(half[key], problems[key], others[key]) if half else None
-            params[key] = add_map(params[key], fit(problems[key], others[key]), doubling)
+            weights = fit(problems[key], others[key])
+            doubling = gain_of_doubling(half[key], problems[key], others[key], weights) if half else None
+            params[key] = add_map(params[key], weights, doubling)
     dtypes = {site.name: site.wiring.dtype for site in sites}
     return {key: to_dtype(of_set, dtypes[key.site]) for key, of_set in params.items()}
 
@@ -205,7 +206,9 @@ def regressions(
         activations: batches of samples.
         caches: of the batches, empty at first; brought up to date.
     """
-    *_, problems = running(sites, params, activations, caches)
+    problems: dict[FitKey, Regression] = {}
+    for problems in running(sites, params, activations, caches):  # noqa: B007  the last is all that is kept
+        pass
     return {key: add_processes(statistics) for key, statistics in problems.items()}
 
 

@@ -18,6 +18,7 @@ class Check:
 
     Attributes:
         results: what was measured, by the `name` of the selection; without sites where nobody asked for them.
+        new: whether anything was, beside what was known before.
     """
 
     def __init__(
@@ -25,6 +26,7 @@ class Check:
     ) -> None:
         self.teacher, self.alternatives = teacher, alternatives
         self.results = {} if results is None else results
+        self.new = False
         # The loops as written take longest, and are the same for all selections.
         self.captured = RememberingRunner(EagerRunner(teacher.graph.program.module()))
 
@@ -35,7 +37,7 @@ class Check:
         """
         name = self.name(selection)
         if name not in self.results or (of_sites and not self.results[name].sites):
-            self.results[name] = self.measure(selection, of_sites)
+            self.results[name], self.new = self.measure(selection, of_sites), True
         return self.results[name]
 
     def measure(self, selection: Selection, of_sites: bool) -> Fidelity:

@@ -9,7 +9,7 @@ from asapc.ops.guarded import GuardedSinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.ops.small import SmallSinkhorn
-from asapc.planning.costs import estimate
+from asapc.planning.costs import estimate, estimate_all
 from asapc.types.choices import Candidate, Selection
 from asapc.types.costs import CostModel
 from asapc.types.options import Lowering
@@ -66,9 +66,8 @@ def softmax_operator(site: Site) -> Sinkhorn:
 
 def softmax_cost(sites: Sequence[Site], batch: int, model: CostModel, lowering: Lowering | None = None) -> float:
     """Estimate the milliseconds that softmax attention takes at all sites."""
-    return sum(
-        estimate(site, lower(site, softmax_operator(site), batch, model, lowering), batch, model) for site in sites
-    )
+    modules = {site.name: lower(site, softmax_operator(site), batch, model, lowering) for site in sites}
+    return estimate_all(sites, modules, batch, model)
 
 
 def fusable(site: Site, module: Operator) -> bool:

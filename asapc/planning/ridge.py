@@ -27,7 +27,7 @@ def fit(fitting: Regression, selection: Regression) -> Tensor:
     return solutions[best, torch.arange(best.numel())]
 
 
-def gain_of_doubling(half: Regression, whole: Regression, selection: Regression) -> float:
+def gain_of_doubling(half: Regression, whole: Regression, selection: Regression, weights: Tensor) -> float:
     """Predict the share of a map's error, all heads together, that twice as many samples would take off.
 
     The squared error on other samples falls as a + b / n with the number n of samples, and two numbers tell a and b.
@@ -36,8 +36,9 @@ def gain_of_doubling(half: Regression, whole: Regression, selection: Regression)
         half: statistics of some of the samples.
         whole: those of all samples to fit.
         selection: those of the samples that choose.
+        weights: (H, F), what `fit` makes of `whole`.
     """
-    before, now = (residual(selection, fit(problem, selection)).sum().item() for problem in (half, whole))
+    before, now = (residual(selection, w).sum().item() for w in (fit(half, selection), weights))
     slope = (before - now) / (float(whole.count) / float(half.count) - 1)
     # From two noisy numbers no more than what would halve the squared error is believed.
     share = min(max(slope / 2 / now, 0.0), 0.5) if now > 0 else 0.0

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.capturing.export import export
-from asapc.errors import DependencyError, OptionError
+from asapc.errors import OptionError
+from asapc.pictures import new_figure, save
 from asapc.relu.fit import Fitted, fit, random_networks, train
 from asapc.relu.networks import count_pieces
 from asapc.types.graph import CapturedGraph
@@ -242,13 +243,9 @@ def save_plot(approximation: Approximation, path: Path, title: str) -> None:
     Raises:
         DependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DependencyError("matplotlib is not installed", 'pip install "asapc[plot]"') from None
+    figure = new_figure()
     with torch.no_grad():
         values = approximation.network.double()(approximation.x.unsqueeze(-1)).squeeze(-1)
-    figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     top.plot(approximation.x, approximation.y, label=title, linewidth=3, alpha=0.4)
     top.plot(approximation.x, values, label="network", linewidth=1)
@@ -256,4 +253,4 @@ def save_plot(approximation: Approximation, path: Path, title: str) -> None:
     bottom.plot(approximation.x, values - approximation.y, linewidth=0.8)
     bottom.axhline(0, color="grey", linewidth=0.5)
     bottom.set(xlabel="x", ylabel="error")
-    figure.savefig(path, format=path.suffix[1:] or "png", dpi=120)
+    save(figure, path)

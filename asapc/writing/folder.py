@@ -12,6 +12,7 @@ from torch import Tensor
 
 from asapc.errors import OutputError
 from asapc.hashes import sha256
+from asapc.pictures import SUFFIXES
 from asapc.process.interrupts import held, state
 from asapc.process.scratch import scratch_folder, sweep
 from asapc.types.artifacts import EngineArtifact, OnnxArtifact
@@ -19,7 +20,6 @@ from asapc.types.choices import Selection
 from asapc.types.site import Site
 
 MANIFEST = "manifest.json"
-PICTURES = (".png", ".svg", ".pdf")
 MAX_MANIFEST = 2**20  # bytes; of the handful of files that asapc writes it has some hundreds
 # Of the hidden folders beside an output in which it grows.
 PREFIX = ".asapc."
@@ -74,8 +74,8 @@ def picture_file(path: Path, force: bool) -> AbstractContextManager[Path]:
     Raises:
         OutputError: as there, or the name ends in no format of pictures.
     """
-    if path.suffix.lower() not in PICTURES:
-        raise OutputError(f"cannot draw {path}: it is named as no picture", f"use {', '.join(PICTURES)}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise OutputError(f"cannot draw {path}: it is named as no picture", f"use {', '.join(SUFFIXES)}")
     return output_file(path, force)
 
 

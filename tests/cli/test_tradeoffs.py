@@ -9,6 +9,7 @@ from helpers.command import assert_user_error, run
 from helpers.paths import ROOT
 
 import asapc
+from asapc.commands.tradeoffs import Tradeoffs
 
 TRADEOFFS, REPORT = (
     json.loads((ROOT / "docs" / f"{name}.schema.json").read_text()) for name in ("tradeoffs", "report")
@@ -89,3 +90,10 @@ def test_a_cache_that_cannot_be_written_is_a_line_and_no_error(small, tmp_path, 
 def test_exact_rewrites_have_nothing_to_trade(small):
     with pytest.raises(asapc.AsapcError, match="-O1"):
         asapc.tradeoffs(small, asapc.CompileConfig(level=1))
+
+
+def test_a_picture_without_a_row_that_has_an_estimate_is_empty_and_no_crash(result, tmp_path):
+    data = json.loads(result.stdout)
+    kept = data["rows"][-1] | {"estimated_ms": None, "times_softmax": None, "times_exact": None}
+    Tradeoffs(data | {"rows": [kept]}).draw(tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")

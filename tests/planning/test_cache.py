@@ -12,7 +12,7 @@ from asapc.config import CompileConfig
 from asapc.planning import cache as module
 from asapc.planning.alternatives import look_up
 from asapc.planning.cache import Cache, Entry, key_of
-from asapc.planning.choose import choose
+from asapc.planning.choose import choose, decide
 from asapc.planning.costs import shipped
 from asapc.types.choices import Alternatives, Candidate
 from asapc.types.results import Fidelity, Hop, Metric, SiteFidelity, VariantFidelity
@@ -172,3 +172,13 @@ def test_entries_that_were_not_read_for_longest_go_first(teacher, cache, monkeyp
     monkeypatch.setattr(module, "MAX_BYTES", 2 * size)
     cache.write("newest", entry)
     assert {path.stem for path in cache.folder.iterdir()} == {"newest", "older"}
+
+
+def test_errors_of_sites_that_were_asked_for_later_are_kept_too(teacher, cache, monkeypatch):
+    """A selection that was checked whole, without its sites, and then with them."""
+    for of_sites in (False, True):
+        with look_up(teacher, CONFIG, MODEL, cache, lambda detail: None) as check:
+            check(decide(check, replace(CONFIG, fidelity=("agreement>=0",))), of_sites)
+    monkeypatch.setattr("asapc.planning.check.verify", None)
+    with look_up(teacher, CONFIG, MODEL, cache, lambda detail: None) as check:
+        assert check(decide(check, replace(CONFIG, fidelity=("agreement>=0",)))).sites

@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 from math import inf
 
@@ -254,3 +255,24 @@ def test_each_map_says_what_more_samples_would_do_unless_half_of_them_cannot_be_
     assert all(0 <= share < 1 for share in params.doubling)
     monkeypatch.setattr("asapc.planning.calibrate.BATCH", len(teacher.samples))
     assert teacher.calibrate(closure_steps=2).doubling == ()
+
+
+def test_statistics_of_batches_are_not_kept_beside_their_sum(monkeypatch):
+    """They would take more memory than the samples."""
+
+    class Statistics(dict):
+        """A dict that can be referred to weakly."""
+
+    alive = []
+
+    def batches_of(*arguments):
+        for _ in range(5):
+            statistics = Statistics()
+            alive.append(weakref.ref(statistics))
+            yield statistics
+            del statistics
+            assert sum(reference() is not None for reference in alive) <= 1
+
+    monkeypatch.setattr("asapc.planning.calibrate.running", batches_of)
+    assert regressions([], {}, iter([])) == {}
+    assert len(alive) == 5

@@ -97,6 +97,10 @@ def test_each_head_gets_the_penalty_that_serves_other_samples_best():
     assert difference(residual(selection, weights), least) < FLOAT64
 
 
+def gain(half, whole, others):
+    return gain_of_doubling(half, whole, others, fit(whole, others))
+
+
 def test_what_twice_as_many_samples_would_give_is_predicted():
     """On average over many problems, since one is noisy: the prediction from 20 and 40 samples against 80."""
     predicted, errors = [], []
@@ -104,7 +108,7 @@ def test_what_twice_as_many_samples_would_give_is_predicted():
         torch.manual_seed(seed)
         x, y = problem(rows=80)
         others = regression(*problem(rows=400))
-        predicted.append(gain_of_doubling(regression(x[:20], y[:20]), regression(x[:40], y[:40]), others))
+        predicted.append(gain(regression(x[:20], y[:20]), regression(x[:40], y[:40]), others))
         errors.append([residual(others, fit(regression(x[:n], y[:n]), others)).sum().sqrt() for n in (40, 80)])
     few, many = torch.tensor(errors).mean(dim=0)
     assert 0.01 < 1 - many / few < 0.2
@@ -114,5 +118,4 @@ def test_what_twice_as_many_samples_would_give_is_predicted():
 def test_where_samples_explain_all_more_would_give_nothing():
     x, _ = problem(rows=40)
     y = x.sum(dim=-1)
-    gain = gain_of_doubling(regression(x[:20], y[:20]), regression(x, y), regression(x, y))
-    assert 0 <= gain <= 1 - 0.5**0.5
+    assert 0 <= gain(regression(x[:20], y[:20]), regression(x, y), regression(x, y)) <= 1 - 0.5**0.5

@@ -1,0 +1,1 @@
+../../asapc/pictures.py
