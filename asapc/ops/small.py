@@ -2,40 +2,52 @@
 
 import torch
 
-from asapc.ops.guarded import guarded_exponent, guarded_masses, scale_by_turns, total
+from asapc.ops.guarded import SUMMED, guarded_exponent, guarded_masses, total
 from asapc.ops.sinkhorn import Sinkhorn, first_axis, other
 from asapc.types.site import Axis, Guard
 
-# Half-steps that are taken in the log domain: after one on each axis no sum of a small matrix is small.
-LOGARITHMIC = 2
-# Of (N, M, B * H): the dimension that the sums of rows, and of columns, go over.
-SUMMED: dict[Axis, int] = {"rows": 1, "columns": 0}
-
-
-def last_alike(matrices: torch.Tensor) -> torch.Tensor:
-    """Return (B, H, N, M) as (N, M, B * H)."""
-    # In one axis, not two: ONNX Runtime pushes a mere transposition through the whole loop until it is gone.
-    return matrices.permute(2, 3, 0, 1).flatten(2)
-
 
 class SmallSinkhorn(Sinkhorn):
-    """Exact scaling of a fixed number of half-steps, samples and heads last.
+    """Exact scaling of a fixed number of half-steps, each matrix packed into one row of N * M numbers.
 
-    A half-step is then a few operations on long vectors. Sums over four entries that lie side by side, or products with
-    matrices of four, take runtimes ten times as long.
+    A half-step is then one product of all matrices with a constant matrix, which sums along an axis and holds each sum
+    at all its entries, and one division. Sums over four entries take runtimes ten times as long: each is a loop of its
+    own.
     """
 
     def __init__(
         self,
         half_steps: int,
         last: Axis,
+        size: tuple[int, int],
         guard: Guard | None = None,
         row_mass: torch.Tensor | None = None,
         column_mass: torch.Tensor | None = None,
     ) -> None:
-        """Set up the loop; arguments as of `GuardedSinkhorn`, None for no guard."""
+        """Set up the loop for matrices of `size` (N, M); other arguments as of `GuardedSinkhorn`, None for no guard."""
         super().__init__(half_steps, last, row_mass, column_mass)
         self.guard, self.turned = guard, False
+        n, m = size
+        matrix = torch.ones(size, dtype=torch.float64)
+        one, usual = matrix.new_ones(1), matrix.new_ones(1) * n / m
+        self.factor: float | None = None
+        if guard is None:  # a common factor of the axis that is not last cancels out
+            rows = one if row_mass is None else row_mass.double()
+            columns = usual if column_mass is None else column_mass.double()
+        else:
+            masses = guarded_masses(matrix, guard, last, row_mass, column_mass)
+            rows, columns = masses["rows"], masses["columns"]
+            factor = total(matrix, guard)
+            self.factor = None if factor is None else factor.item()
+        # Divided by masses, the sums need no multiplication by these.
+        self.register("rows", torch.kron(torch.eye(n), torch.ones(m, m)), rows.expand(n).repeat_interleave(m))
+        self.register("columns", torch.kron(torch.ones(n, n), torch.eye(m)), columns.expand(m).repeat(n))
+
+    def register(self, axis: Axis, sums: torch.Tensor, mass: torch.Tensor) -> None:
+        """Keep the (N * M, N * M) of zeros and ones that sums along an axis, and its constant, for masses (N * M,)."""
+        floor = None if self.guard is None else self.guard.rows if axis == "rows" else self.guard.columns
+        self.register_buffer(f"sums_of_{axis}", sums / mass, persistent=False)
+        self.register_buffer(f"floor_of_{axis}", None if floor is None else floor.constant / mass, persistent=False)
 
     def forward(
         self,
@@ -45,40 +57,40 @@ class SmallSinkhorn(Sinkhorn):
         values: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return plan @ values (B, H, N, E), or without values the plan (B, H, N, M); see `Sinkhorn.forward`."""
-        plan = self.plan(scores)
-        plan = plan.reshape(*plan.shape[:2], *scores.shape[:2]).permute(2, 3, 0, 1)
+        plan = self.plan(scores).reshape(scores.shape)
         return plan if values is None else plan.to(values.dtype) @ values
 
     def plan(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return the plan (N, M, B * H)."""
+        """Return the plan of scores (B, H, N, M), packed: (B * H, N * M)."""
         axis = first_axis(self.half_steps, self.last)
         if self.guard is None:
-            return self.plain_plan(last_alike(scores), axis)
-        kernel = torch.exp(guarded_exponent(scores, self.guard, axis))
-        masses = guarded_masses(kernel, self.guard, self.last, self.row_mass, self.column_mass)
-        of_rows, of_columns = masses["rows"].reshape(-1, 1, 1), masses["columns"].reshape(1, -1, 1)
-        shaped: dict[Axis, torch.Tensor] = {"rows": of_rows, "columns": of_columns}
-        plan = scale_by_turns(last_alike(kernel), self.half_steps, axis, self.guard, shaped, SUMMED)
-        factor = total(kernel, self.guard)
-        return plan if factor is None else plan * factor
+            exponent = scores - scores.amax(dim=SUMMED[axis], keepdim=True)
+            # What is subtracted on the first axis cancels out in the first half-step. What is on the other one does in
+            # the second; with it each row and column has an entry of 1, and no sum of all later half-steps is small.
+            kernel = packed(torch.exp(exponent - exponent.amax(dim=SUMMED[other(axis)], keepdim=True)))
+            first = packed(torch.exp(exponent))
+        else:
+            kernel = first = packed(torch.exp(guarded_exponent(scores, self.guard, axis)))
+        plan, scaling = kernel, None
+        for step in range(self.half_steps):
+            if step > 0 or self.guard is None or self.guard.kernel != "softmax":
+                if self.guard is not None and self.guard.divides == "masses":
+                    plan = kernel if scaling is None else kernel * scaling
+                divisors = self.divisors(first if step == 0 else plan, axis)
+                plan, scaling = plan / divisors, 1 / divisors
+            axis = other(axis)
+        return plan if self.factor is None else plan * self.factor
 
-    def plain_plan(self, scores: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Return the plan of a loop without a guard, from scores (N, M, B * H) and the first axis."""
-        n, m = scores.shape[:2]
-        masses: dict[Axis, torch.Tensor | None] = {
-            "rows": None if self.row_mass is None else self.row_mass.reshape(-1, 1, 1),
-            "columns": None if self.column_mass is None else self.column_mass.reshape(1, -1, 1),
-        }
-        log_plan = scores
-        for _ in range(min(LOGARITHMIC, self.half_steps)):
-            log_plan = log_plan - torch.logsumexp(log_plan, dim=SUMMED[axis], keepdim=True)
-            mass = masses[axis]
-            log_plan = log_plan if mass is None else log_plan + torch.log(mass)
-            axis = other(axis)
-        plan = torch.exp(log_plan)
-        for _ in range(LOGARITHMIC, self.half_steps):
-            plan = plan / plan.sum(dim=SUMMED[axis], keepdim=True)
-            mass = masses[axis]
-            plan = plan if mass is None else plan * mass
-            axis = other(axis)
-        return plan * (n / m) if self.last == "columns" and self.column_mass is None else plan
+    def divisors(self, plan: torch.Tensor, axis: Axis) -> torch.Tensor:
+        """Return by what a half-step divides packed matrices (B * H, N * M), at each entry."""
+        sums, floor = getattr(self, f"sums_of_{axis}").to(plan), getattr(self, f"floor_of_{axis}")
+        if floor is None:
+            return plan @ sums
+        clamped = getattr(self.guard, axis).clamped
+        # One operation, not two: with few matrices their number is what takes the time.
+        return torch.maximum(plan @ sums, floor.to(plan)) if clamped else torch.addmm(floor.to(plan), plan, sums)
+
+
+def packed(matrices: torch.Tensor) -> torch.Tensor:
+    """Return matrices (B, H, N, M) as (B * H, N * M)."""
+    return matrices.flatten(2).flatten(0, 1)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from asapc.ops.sinkhorn import MAX_STEPS, Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
+from asapc.ops.small import SmallSinkhorn
 from asapc.types.choices import Selection
 from asapc.types.costs import CostModel, Provider
 from asapc.types.site import Site
@@ -50,6 +51,8 @@ def work(
         return fused_work(shape, module, entries)
     passes = int(masked) + int(transposed)  # over the matrix of scores, beside those of the loop
     total: dict[str, float] = {"call": 1, "product": entries * 2 * shape.head_dim, "softmax": entries}
+    if isinstance(module, SmallSinkhorn):
+        return total | packed_work(shape, module.half_steps, entries)
     if isinstance(module, Sinkhorn):
         steps = module.half_steps - 1  # the softmax is the first
         # To level the kernel on the other axis too, and to take up the scaling vectors.
@@ -61,6 +64,12 @@ def work(
         total |= estimate_work(shape, module)
     half_steps = {"loop": min(steps, 1), "half_step": steps, "vector": matrices * steps, "matvec": entries * steps}
     return total | {"pass": entries * passes} | half_steps
+
+
+def packed_work(shape: Shape, half_steps: int, entries: int) -> dict[str, float]:
+    """Count the units of half-steps on packed matrices, each a product with one constant matrix and a division."""
+    products = entries * (2 * shape.head_dim + half_steps * shape.queries * shape.keys)
+    return {"half_step": half_steps, "product": products, "pass": entries * half_steps}
 
 
 def estimate_work(shape: Shape, module: SlicedDual) -> dict[str, float]:

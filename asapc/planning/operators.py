@@ -18,7 +18,7 @@ from asapc.types.site import Site
 Operator = Sinkhorn | SlicedDual
 
 MASS_TOLERANCE = 1e-6  # a last marginal within this of the usual one is the usual one
-SMALL = 25  # entries of matrices that count by their number and not by their size
+SMALL = 64  # entries of matrices that count by their number and not by their size
 # Beyond this many bytes of scores the fused form may take this many times as long as the materialised one.
 MAX_MATRIX, MAX_SLOWER = 2**28, 3.0
 
@@ -52,10 +52,11 @@ def exact_operator(
         if mass.numel() > 1 or (axis == loop.last and usual(mass.item(), default) != default)
     }
     steps, logarithm = half_steps or loop.half_steps, site.wiring.logarithm
-    if steps == loop.half_steps and loop.queries * loop.keys <= SMALL and not (loop.masked or logarithm):
-        return SmallSinkhorn(steps, loop.last, loop.guard, **masses)
-    if loop.guard is not None and steps == loop.half_steps:
-        return GuardedSinkhorn(steps, loop.last, loop.guard, **masses, masked=loop.masked, logarithm=logarithm)
+    guard = loop.guard if steps == loop.half_steps else None
+    if loop.queries * loop.keys <= SMALL and not (loop.masked or logarithm):
+        return SmallSinkhorn(steps, loop.last, (loop.queries, loop.keys), guard, **masses)
+    if guard is not None:
+        return GuardedSinkhorn(steps, loop.last, guard, **masses, masked=loop.masked, logarithm=logarithm)
     return Sinkhorn(steps, loop.last, **masses, masked=loop.masked, logarithm=logarithm, wide=wide, lowering=lowering)
 
 

@@ -1,4 +1,4 @@
-"""Exact scaling of small matrices, samples and heads last; with a guard `test_guarded.py` has it."""
+"""Exact scaling of small matrices, packed; with a guard `test_guarded.py` has it."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SCORES = 3 * torch.randn(3, 5, 4, 6, dtype=torch.float64, generator=torch.Genera
 def test_small_matrices_are_scaled_as_large_ones(half_steps, last):
     values = torch.randn(3, 5, 6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = sinkhorn_plan_ref(SCORES, half_steps, last)
-    operator = SmallSinkhorn(half_steps, last)
+    operator = SmallSinkhorn(half_steps, last, (4, 6))
     assert difference(operator(SCORES), expected) < FLOAT64
     assert difference(operator(SCORES, values=values), expected @ values) < FLOAT64
     assert difference(operator(100 * SCORES.float()).double(), sinkhorn_plan_ref(100 * SCORES, half_steps, last)) < 1e-3
@@ -26,5 +26,5 @@ def test_masses_are_kept(half_steps):
     rows, columns = torch.rand(4, dtype=torch.float64) + 0.5, torch.rand(6, dtype=torch.float64) + 0.5
     for last in ("rows", "columns"):
         expected = sinkhorn_plan_ref(SCORES, half_steps, last, rows, columns)
-        operator = SmallSinkhorn(half_steps, last, None, rows, columns)
+        operator = SmallSinkhorn(half_steps, last, (4, 6), None, rows, columns)
         assert difference(operator(SCORES), expected) < FLOAT64
