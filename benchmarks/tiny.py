@@ -140,7 +140,7 @@ def ratio(slow: list[float], fast: list[float]) -> list[float]:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of the table in the document."""
-    yield "| matrices | tokens | as written, ms | general, times as fast | packed, times as fast (95%) | largest error |"
+    yield "| matrices | tokens | as written, ms | general, times as fast | packed, times as fast (95%) | error |"
     yield "|---|---:|---:|---:|---:|---:|"
     for row in rows:
         general, (packed, low, high) = row["times_as_fast"][GENERAL][0], row["times_as_fast"][PACKED]

@@ -169,7 +169,7 @@ def true_scores(site: Site, arranged: Mapping[Operand, Tensor], factor: Tensor |
 
 def arrange_operands(site: Site, tensors: Sequence[Tensor]) -> dict[Operand, Tensor]:
     """Return the operands of a site as (B, H, ...)."""
-    wiring, heads = site.wiring, site.loop.heads
+    wiring, heads = site.wiring, site.loop.merged_heads
     rest = iter(tensors)
     arranged: dict[Operand, Tensor] = {}
     batch: int | torch.SymInt | None = None  # known from the first operand that is not shared

@@ -87,9 +87,12 @@ def open_axes(axes: Axes, samples: Samples) -> dict[str, OpenAxis]:
 
 
 def at_longest(site: Site, axes: Axes, samples: Samples) -> Site:
-    """Resize a site to its longest axes: both sides grow by the largest factor of any axis."""
+    """Resize a site to its longest axes: both sides, or the heads where they are open, grow by the largest factor."""
     longest = max((axis.high / axis.own for axis in open_axes(axes, samples).values()), default=1.0)
-    loop = replace(site.loop, queries=round(site.loop.queries * longest), keys=round(site.loop.keys * longest))
+    loop = site.loop
+    if loop.open_heads:
+        return replace(site, loop=replace(loop, heads=round(loop.heads * longest)))
+    loop = replace(loop, queries=round(loop.queries * longest), keys=round(loop.keys * longest))
     return replace(site, loop=loop)
 
 

@@ -1,8 +1,10 @@
 """Compares models with open axes, at other lengths than their samples', with what was found at those."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from asapc.capturing.capture import capture_code
 from asapc.capturing.compare import run
@@ -17,7 +19,7 @@ from asapc.types.graph import Axes, CapturedGraph
 from asapc.types.model import LoadedModel
 from asapc.types.options import EarlyStopRule
 from asapc.types.samples import Samples
-from asapc.types.site import Findings, Loop
+from asapc.types.site import Findings, Loop, Site
 from asapc.types.teacher import Teacher
 
 # Relative. The scale of a loop is read off in float64 from scores in float32.
@@ -83,7 +85,41 @@ def find_at_lengths(
     for site in first.sites:
         if site.wiring.plan.node not in plans:
             raise CaptureError(f"the temperature of {site.name} ({site.source}) follows the length in its loop", HINT)
-    return findings
+    heads = {site.wiring.plan.node: site.loop.heads for site in twins.sites}
+    sites = tuple(
+        site if site.loop.heads == heads[names[site.wiring.plan.node]] else open_heads(site) for site in findings.sites
+    )
+    return replace(findings, sites=sites)
+
+
+def open_heads(site: Site) -> Site:
+    """Return a site whose number of heads follows an open axis: a matrix for each token.
+
+    Raises:
+        CaptureError: it has one number of heads alone.
+    """
+    product, operands = site.wiring.product, site.wiring.operands
+    scales = [site.loop.scale] if product is None else [site.loop.scale, product.score_scale]
+    axes = [set(operand.axes) for operand in [*operands, site.wiring.result]]
+    alike = any(all(letter in letters for letters in axes) for letter in "hzy") and site.wiring.groups == 1
+    if not alike or not all(map(even, scales)):
+        raise CaptureError(
+            f"{site.name} ({site.source}) has as many heads as an open axis is long, and they differ from each other",
+            "let all tokens share one temperature, and have samples and tokens on one axis from the scores to the "
+            "values or on none, or omit --dynamic",
+        )
+    if product is not None:
+        product = replace(product, score_scale=product.score_scale[:1], folded=product.folded[:1])
+    return replace(
+        site,
+        loop=replace(site.loop, scale=site.loop.scale[:1]),
+        wiring=replace(site.wiring, product=product),
+    )
+
+
+def even(scale: Tensor) -> bool:
+    """Return whether all heads have one scale."""
+    return torch.allclose(scale, scale[:1], rtol=SCALE_TOLERANCE)
 
 
 def starts_that_follow(findings: Findings, others: Findings, names: Mapping[str, str]) -> set[str]:
@@ -103,7 +139,8 @@ def starts_that_follow(findings: Findings, others: Findings, names: Mapping[str,
         twin = twins.get(names[site.wiring.plan.node])
         if twin is None or not same(site.loop, twin.loop):
             raise CaptureError(f"the loop of {site.name} ({site.source}) changes with the length", HINT)
-        if not torch.allclose(site.loop.scale, twin.loop.scale, rtol=SCALE_TOLERANCE):
+        heads = min(site.loop.heads, twin.loop.heads)
+        if not torch.allclose(site.loop.scale[:heads], twin.loop.scale[:heads], rtol=SCALE_TOLERANCE):
             following.add(site.wiring.scores.node)
     return following
 

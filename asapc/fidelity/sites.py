@@ -125,7 +125,7 @@ class Reference:
         operands = [values[operand.node] for operand in wiring.operands]
         # In the precision of the model, as the compiled model runs it.
         inputs = site_inputs(site, operands, score_factor(site, wiring.dtype))
-        plan = widen(arrange(values[wiring.plan.node], wiring.plan.axes, "nm", wiring.groups, loop.heads))
+        plan = widen(arrange(values[wiring.plan.node], wiring.plan.axes, "nm", wiring.groups, loop.merged_heads))
         plan = plan.exp() if wiring.logarithm else plan
         output = plan.double() if inputs.values is None else plan.double() @ inputs.values.double()
         # Masked rows and columns are zero in the teacher's plan, whatever the code masks with.

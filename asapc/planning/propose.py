@@ -95,6 +95,8 @@ def why_not_sliced(site: Site) -> str | None:
         return f"{site.loop.half_steps} half-steps are too few for an approximation to pay"
     if site.wiring.product is None or not bool((site.wiring.product.score_scale > 0).all()):
         return "its scores hold no product of queries and keys to slice"
+    if site.loop.open_heads:
+        return "its number of heads is open, and sliced duals are fitted head by head"
     if not site.loop.uniform:
         return "its marginals are not uniform, which sliced duals do not serve yet"
     if site.wiring.logarithm:

@@ -85,7 +85,8 @@ class Loop:
         half_steps: number of half-steps T, each normalising one axis.
         last: the axis that the last half-step normalises.
         heads, queries, keys: H, N, M of the plan (B, H, N, M).
-        scale: (H,) factor from what the scores node holds to scores in units of the temperature, float64.
+        scale: (H,) factor from what the scores node holds to scores in units of the temperature, float64; (1,) where
+            the number of heads is open.
         row_mass, column_mass: (1,) or (N,) and (1,) or (M,), float64: what rows and columns of the plan are scaled
             to. That of the last axis is what its sums are, the other's matters up to a factor.
         masked: whether entries below `ops.scaling.MIN_LIVE` are left out: key padding, and padded queries.
@@ -111,6 +112,16 @@ class Loop:
     def exact(self) -> bool:
         """Whether the loop, with its guard, is the model's on all scores."""
         return self.guard is not None or self.reach == inf
+
+    @property
+    def open_heads(self) -> bool:
+        """Whether the number of heads follows an open axis, as where each token has a matrix of its own."""
+        return self.scale.numel() < self.heads
+
+    @property
+    def merged_heads(self) -> int:
+        """How many heads an axis of samples and heads holds: where they are open one, and all else are samples."""
+        return 1 if self.open_heads else self.heads
 
     @property
     def uniform(self) -> bool:

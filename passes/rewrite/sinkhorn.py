@@ -60,7 +60,7 @@ class InLayout(nn.Module):
         result = run(scores, *others, live) if self.form == "points" else run(scores.to(site.wiring.dtype), *others)
         result = result if result.dtype == self.dtype else result.to(self.dtype)
         last_two = "nm" if wiring.attention is None else "ne"
-        return restore(result, wiring.result.axes, last_two, wiring.groups, site.loop.heads)
+        return restore(result, wiring.result.axes, last_two, wiring.groups, site.loop.merged_heads)
 
 
 def form_of(site: Site, operator: nn.Module) -> Form:

@@ -80,6 +80,39 @@ def test_what_follows_the_length_otherwise_is_refused(name):
     assert "--dynamic" in caught.value.hint
 
 
+class Mixed(nn.Module):
+    """Mixes four streams by a 4 x 4 matrix for each token; samples and tokens on one axis where they are flattened."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.flat, self.mix, self.out = flat, nn.Linear(WIDTH, 16), nn.Linear(4, 4)
+
+    def forward(self, x):
+        scores, streams = self.mix(x).unflatten(-1, (4, 4)), x.unflatten(-1, (4, 4))
+        if self.flat:
+            return self.out(loop(scores.flatten(0, 1)) @ streams.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.out(loop(scores) @ streams)
+
+
+def mixed(flat):
+    torch.manual_seed(0)
+    module = Mixed(flat).eval()
+    samples = Samples({"x": torch.randn(8, LENGTH, WIDTH)})
+    return study_module(module, samples, config=CompileConfig(dynamic="seq=2:64")), module
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_matrices_of_tokens_are_as_many_as_there_are_tokens(flat):
+    teacher, module = mixed(flat)
+    [site] = teacher.open_sites
+    assert site.loop.open_heads
+    graph = teacher.open_graph.program.module()
+    changed = RewriteSinkhorn([site], {site.name: exact_operator(site)})(graph).program
+    for length in (2, 23, 64):
+        inputs = {"x": torch.randn(3, length, WIDTH)}
+        assert worst(outputs(changed, inputs), outputs(module, inputs)) < 1e-5
+
+
 def test_an_exported_model_is_told_that_its_axes_are_fixed(tmp_path):
     module, x = Attention(loop).eval(), torch.randn(32, LENGTH, WIDTH)
     batch = torch.export.Dim("batch")
