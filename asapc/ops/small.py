@@ -83,7 +83,7 @@ class SmallSinkhorn(Sinkhorn):
 
     def divisors(self, plan: torch.Tensor, axis: Axis) -> torch.Tensor:
         """Return by what a half-step divides packed matrices (B * H, N * M), at each entry."""
-        sums, floor = getattr(self, f"sums_of_{axis}").to(plan), getattr(self, f"floor_of_{axis}")
+        sums, floor = self.get_buffer(f"sums_of_{axis}").to(plan), getattr(self, f"floor_of_{axis}")
         if floor is None:
             return plan @ sums
         clamped = getattr(self.guard, axis).clamped
