@@ -71,9 +71,13 @@ def in_half(points: torch.Tensor) -> bool:
 
 
 def half_step(
-    points: torch.Tensor, others: torch.Tensor, dual: torch.Tensor | None, live: torch.Tensor | None = None
+    points: torch.Tensor,
+    others: torch.Tensor,
+    dual: torch.Tensor | None,
+    live: torch.Tensor | None = None,
+    mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the dual (B, H, 1, N) that normalises the points' axis: -logsumexp_j(points_i . others_j + dual_j).
+    """Return the dual (B, H, 1, N) that normalises the points' axis: log mass_i - logsumexp_j(p_i . others_j + dual_j).
 
     The known score is the mean of all others, plus the logarithm of their number. By Jensen's inequality the
     log-sum-exp is no less, so the key with that score gets at most half, and the others get one minus that, without
@@ -85,6 +89,7 @@ def half_step(
         others: (B, H, M, D).
         dual: (B, H, 1, M), float32 where points are in half precision; None for 0.
         live: (B, H, 1, M), 1 where one of the others takes part and 0 where it is masked; None for 1.
+        mass: (1,) or (N,), what the points' axis is normalised to; None for 1.
     """
     exact = torch.promote_types(points.dtype, torch.float32)
     # A mean over an axis other than the last takes longer than a product with ones, on GPUs by far.
@@ -99,7 +104,8 @@ def half_step(
     zeros = torch.zeros_like(with_ones(others) if in_half(others) else others[..., :1])
     column = attention(with_ones(points), keys, pad(zeros, (0, 0, 0, 1), value=MAX_COLUMN))[..., :1]
     share = (column.to(exact).transpose(-1, -2) / MAX_COLUMN).clamp(MIN_SHARE, MAX_SHARE)
-    return torch.log(share) - torch.log1p(-share) - level - centre @ points.to(exact).transpose(-1, -2)
+    step = torch.log(share) - torch.log1p(-share) - level - centre @ points.to(exact).transpose(-1, -2)
+    return step if mass is None else step + mass.log()
 
 
 def masked(dual: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
@@ -113,10 +119,11 @@ def attend(
     dual: torch.Tensor | None,
     values: torch.Tensor,
     live: torch.Tensor | None = None,
+    mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Take the last half-step, on rows, and multiply with values: softmax_j(q_i . k_j + dual_j) @ values.
+    """Take the last half-step, on rows, and multiply with values: mass_i * softmax_j(q_i . k_j + dual_j) @ values.
 
-    Only keys that are `live` count, see `half_step`; the result is 0 where none is.
+    Only keys that are `live` count, see `half_step`; the result is 0 where none is. `mass` is (1,) or (N,), None for 1.
     """
     if live is not None:
         dual = torch.zeros_like(live) if dual is None else dual
@@ -125,10 +132,14 @@ def attend(
     elif dual is not None:
         dual = dual - dual.mean(dim=-1, keepdim=True)
     else:
-        plain: torch.Tensor = attention(queries, keys, values)
-        return plain
+        return of_mass(attention(queries, keys, values), mass)
     biased = with_dual(keys, dual)
     # Kernels for half precision need the same number of channels everywhere.
     more = max(width(queries) - values.shape[-1], 0) if in_half(queries) else 0
     output: torch.Tensor = attention(with_ones(queries), biased, pad(values, (0, more)) if more else values)
-    return output[..., : values.shape[-1]] if more else output
+    return of_mass(output[..., : values.shape[-1]] if more else output, mass)
+
+
+def of_mass(output: torch.Tensor, mass: torch.Tensor | None) -> torch.Tensor:
+    """Multiply the rows of an output (B, H, N, E) by their masses."""
+    return output if mass is None else output * mass.unsqueeze(-1).to(output.dtype)

@@ -80,7 +80,13 @@ def sinkhorn_duals(
     return f, g
 
 
-def scaled_duals(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_duals(
+    scores: torch.Tensor,
+    half_steps: int,
+    last: Axis = "rows",
+    row_mass: torch.Tensor | None = None,
+    column_mass: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute what `sinkhorn_duals` does, ten times as fast in float64: one matrix-vector product a half-step.
 
     Where entries that underflow in the kernel could count, or where there are masks, it falls back to `sinkhorn_duals`.
@@ -89,29 +95,32 @@ def scaled_duals(scores: torch.Tensor, half_steps: int, last: Axis = "rows") -> 
     oriented = scores.transpose(-1, -2) if turned else scores
     largest = oriented.amax(dim=-1, keepdim=True)
     kernel = torch.exp(oriented - largest)
-    row_mass, column_mass = (1.0, scores.shape[-2] / scores.shape[-1])[:: -1 if turned else 1]
+    rows = scores.new_ones(1) if row_mass is None else row_mass
+    columns = scores.new_full((1,), scores.shape[-2] / scores.shape[-1]) if column_mass is None else column_mass
+    of_rows, of_columns = (columns, rows) if turned else (rows, columns)  # of the kernel
     u, v = kernel.new_ones(1, oriented.shape[-2]), kernel.new_ones(1, oriented.shape[-1])
     for step in range(half_steps):
         if step % 2:
-            v = column_mass / (u @ kernel)
+            v = of_columns / (u @ kernel)
         else:
-            u = row_mass / (v @ kernel.transpose(-1, -2))
+            u = of_rows / (v @ kernel.transpose(-1, -2))
     f, g = torch.log(u) - largest.transpose(-1, -2), torch.log(v)
     spread = torch.stack([x.amax() - x.amin() for x in (torch.log(u), g, torch.log(kernel.amax(dim=-2)))]).amax()
     if scores.dtype != torch.float64 or not bool(spread < MAX_SPREAD_FLOAT64):  # nor where it is NaN, as with masks
-        return sinkhorn_duals(scores, half_steps, last)
+        return sinkhorn_duals(scores, half_steps, last, row_mass, column_mass)
     f, g = f.squeeze(-2), g.squeeze(-2)
     return (g.expand(scores.shape[:-1]), f) if turned else (f, g.expand_as(scores[..., 0, :]))
 
 
-def scaled_closures(scores: torch.Tensor, duals: torch.Tensor) -> torch.Tensor:
-    """Take two half-steps from several estimates of the columns' dual at once: rows to 1, then columns to 1.
+def scaled_closures(scores: torch.Tensor, duals: torch.Tensor, row_mass: torch.Tensor | None = None) -> torch.Tensor:
+    """Take two half-steps from several estimates of the columns' dual at once: rows to their masses, then columns to 1.
 
     All are products with one kernel. Where these leave the range of float64 it falls back to the log domain.
 
     Args:
         scores: (B, H, N, M), -inf where masked, float64.
         duals: (B, H, S, M), S estimates.
+        row_mass: (1,) or (N,), what rows are normalised to; None for 1.
 
     Returns:
         (B, H, S, M), 0 for columns that are wholly masked.
@@ -122,13 +131,14 @@ def scaled_closures(scores: torch.Tensor, duals: torch.Tensor) -> torch.Tensor:
     live_columns = scores.amax(dim=-2, keepdim=True) > -torch.inf  # which a kernel that underflows does not show
     shift = torch.where(live_columns, duals, -torch.inf).amax(dim=-1, keepdim=True)
     sums = torch.where(live_columns, torch.exp(duals - shift), 0.0) @ kernel.transpose(-1, -2)
-    of_columns = torch.where(live_rows, 1 / sums, 0.0) @ kernel
+    ones = scores.new_ones(1)
+    of_rows = ones if row_mass is None else row_mass
+    of_columns = torch.where(live_rows, of_rows / sums, 0.0) @ kernel
     least = torch.where(live_rows, sums, 1.0).amin(), torch.where(live_columns, of_columns, 1.0).amin()
     # What underflowed in the kernel, or beside it, is far below such sums. NaN compares as false.
     if bool(least[0] > MIN_SUMS_FLOAT64[0]) and bool(least[1] > MIN_SUMS_FLOAT64[1]):
         return torch.where(live_columns, shift - torch.log(of_columns), 0.0)
-    ones = scores.new_ones(1)
-    return torch.stack([column_step(scores, row_step(scores, d), ones) for d in duals.unbind(dim=-2)], dim=-2)
+    return torch.stack([column_step(scores, row_step(scores, d, of_rows), ones) for d in duals.unbind(dim=-2)], dim=-2)
 
 
 def sinkhorn_plan_ref(
@@ -305,7 +315,7 @@ class Sinkhorn(nn.Module):
         values: torch.Tensor,
         live: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return plan @ values (B, H, N, E) in fused passes (`fused.py`), for uniform marginals and an end on rows.
+        """Return plan @ values (B, H, N, E) in fused passes (`fused.py`), for an end on rows.
 
         Args:
             scaled: (B, H, N, D), queries whose products with the keys are scores in units of the temperature.
@@ -315,8 +325,9 @@ class Sinkhorn(nn.Module):
             live: (B, H, 1, M), 1 for a key that takes part and 0 for one that is masked; None for 1.
         """
         dual: torch.Tensor | None = None
-        points, others = (keys, scaled) if self.turned else (scaled, keys)
+        rows, columns = (scaled, None, self.row_mass), (keys, live, self.column_mass)
+        one, other = (columns, rows) if self.turned else (rows, columns)
         for _ in range(self.half_steps - 1):
-            dual = half_step(points, others, dual, live if others is keys else None)
-            points, others = others, points
-        return attend(scaled, keys, dual, values, live)
+            dual = half_step(one[0], other[0], dual, other[1], one[2])
+            one, other = other, one
+        return attend(scaled, keys, dual, values, live, self.row_mass)

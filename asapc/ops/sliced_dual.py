@@ -48,10 +48,19 @@ def first_half_steps(side: Side, last: Axis, one_pass: bool = False) -> int:
     return 1
 
 
-def target_dual(scores: torch.Tensor, half_steps: int, side: Side, last: Axis, one_pass: bool = False) -> torch.Tensor:
+def target_dual(
+    scores: torch.Tensor,
+    half_steps: int,
+    side: Side,
+    last: Axis,
+    one_pass: bool = False,
+    row_mass: torch.Tensor | None = None,
+    column_mass: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the target of an estimate: a loop's own dual, as many half-steps before its end as follow the estimate.
 
-    From there the operator takes the same half-steps as the loop, and so reaches the loop's plan exactly.
+    From there the operator takes the same half-steps as the loop, and so reaches the loop's plan exactly. The logarithm
+    of the side's own masses is left out, and added by the operator: they belong to places, which features do not see.
 
     Args:
         scores: (B, H, N, M), -inf where masked.
@@ -59,15 +68,19 @@ def target_dual(scores: torch.Tensor, half_steps: int, side: Side, last: Axis, o
         side: the points whose dual it is.
         last: the axis that the loop normalises last.
         one_pass: whether a single half-step follows.
+        row_mass: (1,) or (N,), what rows are normalised to; None for 1.
+        column_mass: (1,) or (M,), what columns are normalised to; None for N / M.
 
     Returns:
         (B, H, M) for keys, (B, H, N) for queries.
     """
+    own_mass = column_mass if side == "keys" else row_mass
+    log_mass = torch.zeros((), dtype=scores.dtype) if own_mass is None else own_mass.log()
     before = half_steps - first_half_steps(side, last, one_pass)
     if before == 0:
-        return torch.zeros_like(scores[..., 0, :] if side == "keys" else scores[..., 0])
-    f, g = scaled_duals(scores, before, "columns" if side == "keys" else "rows")
-    return g if side == "keys" else f
+        return torch.zeros_like(scores[..., 0, :] if side == "keys" else scores[..., 0]) - log_mass
+    f, g = scaled_duals(scores, before, "columns" if side == "keys" else "rows", row_mass, column_mass)
+    return (g if side == "keys" else f) - log_mass
 
 
 class SlicedDual(nn.Module):
@@ -83,6 +96,9 @@ class SlicedDual(nn.Module):
     In one pass there is no closure: the estimate is of the keys' dual at the loop's end, and the softmax over the keys
     with that bias is the plan.
 
+    Masses of the kernel's rows and columns that are not 1 multiply the scaling vectors as in the loop. Estimates and
+    closures are duals without the logarithm of the columns' masses, which is added wherever such a dual is used.
+
     All of it works on one kernel, softmax(scores). Where the scores spread too far for float32, the kernel is
     softmax(scores + first estimate): its columns sum nearly to their marginals, so scaling vectors stay near 1 whatever
     the scores, for one more pass over them.
@@ -93,7 +109,8 @@ class SlicedDual(nn.Module):
         params: SlicedDualParams,
         last: Axis = "rows",
         masked: bool = False,
-        mass: float = 1.0,
+        row_mass: torch.Tensor | None = None,
+        column_mass: torch.Tensor | None = None,
         wide: bool = False,
         lowering: Lowering = "materialised",
     ) -> None:
@@ -103,18 +120,22 @@ class SlicedDual(nn.Module):
             params: the fit for this site; the operator takes its dtype.
             last: the axis that the last half-step normalises.
             masked: whether scores below `scaling.MIN_LIVE` are excluded; only without slices.
-            mass: the marginal that the last half-step normalises to.
+            row_mass: (1,) or (N,), what rows are normalised to; None for 1.
+            column_mass: (1,) or (M,), what columns are normalised to; None for 1. On the axis that is not last a factor
+                changes nothing.
             wide: whether the scores spread further than `scaling.MAX_SPREAD`.
             lowering: the form that it takes in a graph, `forward` or `from_points`.
         """
         super().__init__()
         self.last, self.wide, self.lowering = last, wide, lowering
         self.slices, self.steps, self.paired = params.slices, len(params.weights) - 1, params.paired
-        self.turned, self.masked, self.mass = params.side == "queries", masked, mass
+        self.turned, self.masked = params.side == "queries", masked
         self.first_half_steps = first_half_steps(params.side, last, params.one_pass)
         self.register_buffer("query_basis", params.query_basis)
         self.register_buffer("key_basis", params.key_basis)
         self.register_buffer("knots", params.knots)
+        self.register_buffer("row_mass", row_mass)
+        self.register_buffer("column_mass", column_mass)
         if params.weights:
             # All sets share one product with the features. Where the kernel holds the first estimate, the others are
             # needed, and closures come, as differences from it.
@@ -135,6 +156,8 @@ class SlicedDual(nn.Module):
     query_basis: torch.Tensor
     key_basis: torch.Tensor
     knots: torch.Tensor
+    row_mass: torch.Tensor | None
+    column_mass: torch.Tensor | None
     feature_weights: torch.Tensor
     pair_weights: torch.Tensor | None
 
@@ -142,6 +165,15 @@ class SlicedDual(nn.Module):
     def half_steps(self) -> int:
         """Number of half-steps over the scores."""
         return self.first_half_steps + 2 * self.steps
+
+    def masses(self, kernel: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the masses of the kernel's rows (1, rows) and columns (1, columns); None for 1."""
+        masses = self.row_mass, self.column_mass
+        rows, columns = (
+            None if mass is None else mass.expand(size).unsqueeze(0)
+            for mass, size in zip(masses[:: -1 if self.turned else 1], kernel.shape[-2:], strict=True)
+        )
+        return rows, columns
 
     def coordinates(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the coordinates of own and other points, as `features.py` calls them."""
@@ -173,19 +205,23 @@ class SlicedDual(nn.Module):
         live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
         estimates = self.estimates(queries, keys, live_columns, live_rows)
         first = estimates[..., :1, :]
+        row_mass, column_mass = self.masses(scores)
         in_kernel = first if self.wide else None
         kernel, u = start(scores if in_kernel is None else scores + in_kernel, self.masked, fused)
         if in_kernel is None:
-            u = row_scaling(kernel, scaling_vector(first, live_columns))
+            u = row_scaling(kernel, times(scaling_vector(first, live_columns), column_mass))
+        elif column_mass is not None:
+            u = row_scaling(kernel, column_mass)
+        u = times(u, row_mass)
         v = column_scaling(kernel, u)
         closures = [log_where_live(v, live_columns)]
         for step in range(1, self.steps + 1):
             weights: torch.Tensor = getattr(self, f"closure_weights_{step}")
             dual = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
-            u = row_scaling(kernel, scaling_vector(dual, live_columns))
+            u = times(row_scaling(kernel, times(scaling_vector(dual, live_columns), column_mass)), row_mass)
             v = column_scaling(kernel, u)
             closures.append(log_where_live(v, live_columns))
-        return kernel, u, v, in_kernel, closures
+        return kernel, u, times(v, column_mass), in_kernel, closures
 
     def vectors(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Return what a next set of weights may combine: features and closures so far, (B, H, F + sets, M).
@@ -226,16 +262,16 @@ class SlicedDual(nn.Module):
     ) -> torch.Tensor:
         """Compute what `forward` does, with scores (B, H, M, N) where the operator is `turned`; see `scaling.start`."""
         v: torch.Tensor | None = None
+        row_mass, column_mass = self.masses(scores)
         if self.first_half_steps == 1:
             live_rows, live_columns = live_mask(scores) if self.masked else (None, None)
-            bias = self.estimates(queries, keys, live_columns, live_rows)
+            bias = with_log(self.estimates(queries, keys, live_columns, live_rows), column_mass)
             kernel, u = start(scores + bias, self.masked, fused)
+            u = times(u, row_mass)
         else:
             kernel, u, v, _, _ = self.scale_columns(scores, queries, keys, fused)
         if self.first_half_steps == 3:
-            u = row_scaling(kernel, v)
-        # A factor on the axis that was not normalised last does not matter.
-        v = times(v, None if self.mass == 1.0 else kernel.new_full((1, 1), self.mass))
+            u = times(row_scaling(kernel, v), row_mass)
         return scaled_plan(kernel, u, v, values, self.turned)
 
     def from_points(
@@ -259,17 +295,24 @@ class SlicedDual(nn.Module):
         live_own, live_other = (None, live) if self.turned else (live, None)
         estimates = self.estimates(queries, keys, live_own, live_other)
         if self.first_half_steps == 1:
-            return attend(scaled, keys, estimates, values, live)
-        dual = half_step(other, own, estimates[..., :1, :], live_own)
+            return attend(scaled, keys, with_log(estimates, self.column_mass), values, live, self.row_mass)
+        masses = self.row_mass, self.column_mass
+        other_mass, own_mass = masses[:: -1 if self.turned else 1]
+        dual = half_step(other, own, with_log(estimates[..., :1, :], own_mass), live_own, other_mass)
         closures: list[torch.Tensor] = []
         for step in range(1, self.steps + 1):
             closures.append(half_step(own, other, dual, live_other))
             weights: torch.Tensor = getattr(self, f"closure_weights_{step}")
             combined = estimates[..., step : step + 1, :] + weights @ torch.cat(closures, dim=-2)
-            dual = half_step(other, own, combined, live_own)
+            dual = half_step(other, own, with_log(combined, own_mass), live_own, other_mass)
         if self.first_half_steps == 3:
-            dual = half_step(own, other, dual, live_other)
-        return attend(scaled, keys, dual, values, live)
+            dual = half_step(own, other, dual, live_other, own_mass)
+        return attend(scaled, keys, dual, values, live, self.row_mass)
+
+
+def with_log(dual: torch.Tensor, mass: torch.Tensor | None) -> torch.Tensor:
+    """Add the logarithm of a mass (1,) or (M,), None for 1, to a dual (B, H, 1, M)."""
+    return dual if mass is None else dual + mass.log()
 
 
 def scaling_vector(dual: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
@@ -289,7 +332,8 @@ def sliced_dual_plan_ref(
     keys: torch.Tensor,
     params: SlicedDualParams,
     last: Axis = "rows",
-    mass: float = 1.0,
+    row_mass: torch.Tensor | None = None,
+    column_mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the float64 reference of `SlicedDual`'s plan: its definition in the log domain, without rescaling."""
     dims: dict[str, int] = {}
@@ -299,18 +343,20 @@ def sliced_dual_plan_ref(
     scores = scores.double()
     own = torch.einsum("bhmd,hdl->bhlm", keys.double(), params.key_basis.double())
     other = torch.einsum("bhnd,hdl->bhln", queries.double(), params.query_basis.double())
+    ones = torch.ones(1, dtype=torch.float64)
+    rows, columns = (ones if mass is None else mass.double() for mass in (row_mass, column_mass))
     if params.side == "queries":
-        scores, own, other = scores.transpose(-1, -2), other, own
+        scores, own, other, rows, columns = scores.transpose(-1, -2), other, own, columns, rows
     vectors = list(dual_features_ref(own, other, params.slices, params.knots, params.paired).unbind(dim=-2))
     f, g = torch.zeros(()), torch.zeros(())
     for weights in params.weights:
-        g = torch.einsum("hf,bhfm->bhm", weights.double(), torch.stack(vectors, dim=-2))
-        f = row_step(scores, g)
+        g = torch.einsum("hf,bhfm->bhm", weights.double(), torch.stack(vectors, dim=-2)) + columns.log()
+        f = row_step(scores, g, rows)
         if params.one_pass:
             break
-        g = column_step(scores, f, torch.ones(()))
-        vectors.append(g)
+        g = column_step(scores, f, columns)
+        vectors.append(column_step(scores, f, ones))
     if first_half_steps(params.side, last, params.one_pass) == 3:
-        f = row_step(scores, g)
-    oriented = mass * plan(scores, f, g)
+        f = row_step(scores, g, rows)
+    oriented = plan(scores, f, g)
     return oriented if params.side == "keys" else oriented.transpose(-1, -2)

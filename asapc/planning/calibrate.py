@@ -17,7 +17,7 @@ from torch import Tensor
 
 from asapc.ops.features import live_mask
 from asapc.ops.sinkhorn import scaled_closures
-from asapc.ops.sliced_dual import SlicedDual, target_dual
+from asapc.ops.sliced_dual import SlicedDual, target_dual, with_log
 from asapc.passes.record import record
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn, operator_node
 from asapc.planning.activations import Activations, activation
@@ -29,7 +29,7 @@ from asapc.planning.ridge import fit, gain_of_doubling
 from asapc.types.choices import SIDES, FeatureSet, Regression, Side, SlicedDualParams
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
-from asapc.types.site import Site
+from asapc.types.site import Loop, Site
 
 BATCH = 16  # samples, where they are short; a pass holds the scores of every site for that many
 # Queries, and keys, that a fit looks at: beyond as many, more points say less than they cost.
@@ -119,6 +119,13 @@ def thin(activations: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Te
     scores, queries, keys = activations
     rows, columns = drawn(scores.shape[-2]), drawn(scores.shape[-1])
     return scores[..., rows, :][..., columns], queries[..., rows, :], keys[..., columns, :]
+
+
+def thin_masses(loop: Loop) -> tuple[Tensor | None, Tensor | None]:
+    """Return the masses of the rows and columns that `thin` keeps; None where all are the same."""
+    masses = loop.row_mass, loop.column_mass
+    rows, columns = (None if mass.numel() == 1 else mass[drawn(len(mass))] for mass in masses)
+    return rows, columns
 
 
 def drawn(count: int) -> Tensor | slice:
@@ -240,7 +247,7 @@ def of_batch(
     cache: BatchCache,
 ) -> dict[FitKey, Regression]:
     """Gather statistics of one batch for the next linear maps of a site's sliced duals of one side."""
-    scores = activations[0]
+    scores, masses = activations[0], thin_masses(site.loop)
     for one_pass in {key.features.one_pass for key in params}:
         if (site.name, side, one_pass) not in cache.targets:
             cache.targets[site.name, side, one_pass] = centred_target(site, side, scores, one_pass)
@@ -249,7 +256,9 @@ def of_batch(
     while pending := [key for key, of_set in params.items() if len(closures[key]) < len(of_set.weights)]:
         # All at once: the kernel is the same for all.
         duals = torch.cat([dual_of(params[key], features[key], closures[key]) for key in pending], dim=-2)
-        closed = scaled_closures(scores.transpose(-1, -2) if side == "queries" else scores, duals)
+        oriented = scores.transpose(-1, -2) if side == "queries" else scores
+        other_mass, own_mass = masses[:: -1 if side == "queries" else 1]
+        closed = scaled_closures(oriented, with_log(duals, own_mass), other_mass)
         for key, closure in zip(pending, closed.unbind(dim=-2), strict=True):
             closures[key].append(closure.unsqueeze(-2))
     return {
@@ -273,7 +282,9 @@ def dual_of(params: SlicedDualParams, features: Tensor, closures: Sequence[Tenso
 
 def centred_target(site: Site, side: Side, scores: Tensor, one_pass: bool) -> tuple[Tensor, Tensor]:
     """Return the dual (B, H, 1, N) to regress on, centred, and which of its points are live, as zeros and ones."""
-    target = target_dual(scores, site.loop.half_steps, side, site.loop.last, one_pass).unsqueeze(-2)
+    target = target_dual(
+        scores, site.loop.half_steps, side, site.loop.last, one_pass, *thin_masses(site.loop)
+    ).unsqueeze(-2)
     live = live_mask(scores)[SIDES.index(side)] if site.loop.masked else torch.ones_like(target)
     return centre(target, live), live
 

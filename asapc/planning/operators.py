@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from asapc.ops.guarded import GuardedSinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
@@ -26,10 +26,11 @@ MAX_MATRIX, MAX_SLOWER = 2**28, 3.0
 def build(site: Site, candidate: Candidate, wide: frozenset[str] = frozenset()) -> Operator:
     """Build the module of a candidate."""
     if candidate.params is not None:
-        loop = site.loop
-        mass = loop.row_mass if loop.last == "rows" else loop.column_mass
-        usual_mass = usual(mass.item(), 1.0)
-        return SlicedDual(candidate.params, loop.last, loop.masked, usual_mass, site.name in wide, candidate.lowering)
+        loop, wide_site = site.loop, site.name in wide
+        masses = masses_of(site, 1.0)
+        return SlicedDual(
+            candidate.params, loop.last, loop.masked, **masses, wide=wide_site, lowering=candidate.lowering
+        )
     return exact_operator(site, candidate.half_steps, site.name in wide, candidate.lowering)
 
 
@@ -38,19 +39,29 @@ def usual(mass: float, default: float) -> float:
     return default if abs(mass / default - 1) <= MASS_TOLERANCE else mass
 
 
-def exact_operator(
-    site: Site, half_steps: int | None = None, wide: bool = False, lowering: Lowering = "materialised"
-) -> Sinkhorn:
-    """Build the scaling form of a site, of its own number of half-steps or of fewer (truncated)."""
+def masses_of(site: Site, default: float) -> dict[str, Tensor]:
+    """Return the masses that an operator of a site needs, by the names of its arguments.
+
+    Args:
+        site: the site.
+        default: what the operator normalises the last axis to by itself.
+    """
     loop = site.loop
-    default = 1.0 if loop.last == "rows" else loop.queries / loop.keys
     of_axes = {"rows": loop.row_mass, "columns": loop.column_mass}
-    masses = {
+    return {
         # On the axis that is not normalised last a common factor cancels out.
         f"{axis[:-1]}_mass": mass.to(site.wiring.dtype)
         for axis, mass in of_axes.items()
         if mass.numel() > 1 or (axis == loop.last and usual(mass.item(), default) != default)
     }
+
+
+def exact_operator(
+    site: Site, half_steps: int | None = None, wide: bool = False, lowering: Lowering = "materialised"
+) -> Sinkhorn:
+    """Build the scaling form of a site, of its own number of half-steps or of fewer (truncated)."""
+    loop = site.loop
+    masses = masses_of(site, 1.0 if loop.last == "rows" else loop.queries / loop.keys)
     steps, logarithm = half_steps or loop.half_steps, site.wiring.logarithm
     guard = loop.guard if steps == loop.half_steps else None
     if loop.queries * loop.keys <= SMALL and not (loop.masked or logarithm):
@@ -72,17 +83,16 @@ def softmax_cost(sites: Sequence[Site], batch: int, model: CostModel, lowering: 
 
 
 def fusable(site: Site, module: Operator) -> bool:
-    """Return whether an operator has a fused form: attention on plain products, all rows and columns alike, rows last.
+    """Return whether an operator has a fused form: attention on plain products, rows last.
 
     Keys may be left out, the same for all rows.
     """
     product, attention = site.wiring.product, site.wiring.attention
     # Fused attention computes the scores itself: nothing but padding of keys may come between product and loop.
     products = product is not None and ((product.is_scores and not site.loop.masked) or product.padding is not None)
-    plain = products and attention is not None and site.loop.uniform and not site.wiring.logarithm
-    usual_mass = getattr(module, "mass", 1.0) == 1.0 and getattr(module, "row_mass", None) is None
+    plain = products and attention is not None and not site.wiring.logarithm
     plain = plain and not isinstance(module, GuardedSinkhorn | SmallSinkhorn)
-    return plain and usual_mass and module.last == "rows" and not module.wide
+    return plain and module.last == "rows" and not module.wide
 
 
 def lower(site: Site, module: Operator, batch: int, model: CostModel, lowering: Lowering | None = None) -> Operator:

@@ -97,8 +97,6 @@ def why_not_sliced(site: Site) -> str | None:
         return "its scores hold no product of queries and keys to slice"
     if site.loop.open_heads:
         return "its number of heads is open, and sliced duals are fitted head by head"
-    if not site.loop.uniform:
-        return "its marginals are not uniform, which sliced duals do not serve yet"
     if site.wiring.logarithm:
         return "it ends in the logarithm of a plan, which sliced duals do not serve yet"
     return None

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.masses import masses_of
 from helpers.tolerances import FLOAT32, FLOAT64, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +65,18 @@ def test_masked_keys_have_no_part_in_it(case, seed, dtype):
         assert difference(half_step(tensors[0], tensors[1], tensors[3], tensors[4]), expected) < limit
     plan = torch.softmax(scores + dual, dim=-1)
     assert difference(attend(tensors[0], tensors[1], tensors[3], tensors[2], tensors[4]), plan @ values) < limit
+
+
+@quick
+@given(points(), st.integers(1, 6), st.integers(0, 10**6))
+def test_a_loop_to_masses_of_their_own_equals_the_reference(case, half_steps, seed):
+    queries, keys, values, _ = case
+    scores = queries @ keys.transpose(-1, -2)
+    if scores.abs().amax() < 30:  # beyond, see above
+        masses = masses_of(scores, seed)
+        expected = sinkhorn_plan_ref(scores, half_steps, **masses) @ values
+        actual = Sinkhorn(half_steps, **masses, lowering="fused").from_points(queries, queries, keys, values)
+        assert difference(actual, expected) < FLOAT64
 
 
 @pytest.mark.parametrize("half_steps", [1, 2, 5, 20])

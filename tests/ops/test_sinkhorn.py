@@ -4,6 +4,7 @@ from itertools import islice, product
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.masses import masses_of
 from helpers.tolerances import FLOAT32, FLOAT64, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,8 +72,11 @@ def test_duals_from_one_kernel_are_those_of_the_loop(seed, n, m, half_steps, las
     scores = scale * normal(seed, 2, 3, n, m)
     if masked:
         scores[0, :, :, m // 2 :] = -torch.inf
+    masses = masses_of(scores, seed)
     for actual, expected in zip(
-        scaled_duals(scores, half_steps, last), sinkhorn_duals(scores, half_steps, last), strict=True
+        scaled_duals(scores, half_steps, last, **masses),
+        sinkhorn_duals(scores, half_steps, last, **masses),
+        strict=True,
     ):
         assert actual.shape == expected.shape
         assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-9, equal_nan=True)
@@ -390,7 +394,8 @@ def test_closures_of_several_estimates_are_those_of_each(seed, n, m, sets, size,
     if masked:  # the last row and column, unless they are alone
         scores[..., n // 2 + 1 :, :] = -math.inf
         scores[..., m // 2 + 1 :] = -math.inf
-    expected = [column_step(scores, row_step(scores, dual), torch.ones(1)) for dual in duals.unbind(dim=-2)]
-    closed = scaled_closures(scores, duals)
+    rows = masses_of(scores, seed)["row_mass"]
+    expected = [column_step(scores, row_step(scores, dual, rows), torch.ones(1)) for dual in duals.unbind(dim=-2)]
+    closed = scaled_closures(scores, duals, rows)
     assert closed.isfinite().all()
     assert difference(closed, torch.stack(expected, dim=-2)) < FLOAT64

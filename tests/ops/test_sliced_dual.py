@@ -3,6 +3,7 @@ from itertools import product
 
 import pytest
 import torch
+from helpers.masses import masses_of, of_first
 from helpers.tolerances import FLOAT32, FLOAT64, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 from asapc.ops.c_transform import column_step, plan, row_step
 from asapc.ops.features import dual_features, dual_features_ref, estimate, live_mask, pair_matrices, project
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
-from asapc.ops.sliced_dual import SlicedDual, bias_side, first_half_steps, sliced_dual_plan_ref, target_dual
+from asapc.ops.sliced_dual import SlicedDual, bias_side, first_half_steps, sliced_dual_plan_ref, target_dual, with_log
 from asapc.types.choices import SlicedDualParams
 
 quick = settings(max_examples=40, deadline=None)
-HEADS, DIM, MASS = 3, 4, 0.6
+seeds = st.integers(0, 10**6)
+HEADS, DIM = 3, 4
 
 
 @st.composite
@@ -60,12 +62,13 @@ def tolerance(tensor):
 
 
 @settings(max_examples=150, deadline=None)
-@given(cases())
-def test_the_operator_equals_its_reference(case):
+@given(cases(), seeds)
+def test_the_operator_equals_its_reference(case, seed):
     params, scores, queries, keys, values, last = case
-    expected = sliced_dual_plan_ref(scores, queries, keys, params, last, MASS)
+    masses = masses_of(scores, seed)
+    expected = sliced_dual_plan_ref(scores, queries, keys, params, last, **masses)
     for masked, wide in product({False, params.slices == 0}, (False, True)):
-        operator = SlicedDual(params, last, masked, MASS, wide)
+        operator = SlicedDual(params, last, masked, **masses, wide=wide)
         plan, output = operator(scores, queries, keys), operator(scores, queries, keys, values)
         assert plan.dtype == output.dtype == queries.dtype
         assert difference(plan, expected) < tolerance(queries)
@@ -73,27 +76,31 @@ def test_the_operator_equals_its_reference(case):
 
 
 @quick
-@given(cases(most_slices=2, axes=["rows"]))
-def test_the_fused_form_equals_the_reference(case):
+@given(cases(most_slices=2, axes=["rows"]), seeds)
+def test_the_fused_form_equals_the_reference(case, seed):
     params, _, queries, keys, values, _ = case
     scaled = scale_of(queries.dtype) * queries
     scores = scaled.double() @ keys.double().transpose(-1, -2)
-    expected = sliced_dual_plan_ref(scores, queries, keys, params) @ values.double()
-    actual = SlicedDual(params, lowering="fused").from_points(scaled, queries, keys, values)
+    masses = masses_of(scores, seed)
+    expected = sliced_dual_plan_ref(scores, queries, keys, params, **masses) @ values.double()
+    actual = SlicedDual(params, **masses, lowering="fused").from_points(scaled, queries, keys, values)
     assert actual.dtype == queries.dtype
     assert difference(actual, expected) < tolerance(queries)
 
 
 @quick
-@given(cases(most_slices=0, axes=["rows"]), st.integers(1, 9))
-def test_the_fused_form_of_masked_keys_equals_that_without_them(case, count):
+@given(cases(most_slices=0, axes=["rows"]), st.integers(1, 9), seeds)
+def test_the_fused_form_of_masked_keys_equals_that_without_them(case, count, seed):
     params, _, queries, keys, values, _ = case
     count = min(count, keys.shape[-2])
     scaled = scale_of(queries.dtype) * queries
     scores = scaled.double() @ keys[..., :count, :].double().transpose(-1, -2)
-    expected = sliced_dual_plan_ref(scores, queries, keys[..., :count, :], params) @ values[..., :count, :].double()
+    masses = masses_of(queries @ keys.transpose(-1, -2), seed)
+    of_live = of_first(masses, queries.shape[-2], count)
+    expected = sliced_dual_plan_ref(scores, queries, keys[..., :count, :], params, **of_live)
+    expected = expected @ values[..., :count, :].double()
     live = (torch.arange(keys.shape[-2]) < count).to(queries.dtype).expand(2, HEADS, 1, -1)
-    actual = SlicedDual(params, lowering="fused").from_points(scaled, queries, keys, values, live)
+    actual = SlicedDual(params, **masses, lowering="fused").from_points(scaled, queries, keys, values, live)
     assert difference(actual, expected) < tolerance(queries)
 
 
@@ -135,13 +142,14 @@ def test_projection_takes_the_columns_of_the_basis_for_directions():
 
 
 @quick
-@given(cases())
-def test_the_last_axis_of_the_plan_has_its_marginal(case):
+@given(cases(), seeds)
+def test_the_last_axis_of_the_plan_has_its_marginal(case, seed):
     params, scores, queries, keys, _, last = case
-    plan = SlicedDual(params, last)(scores, queries, keys)
+    masses = masses_of(scores, seed)
+    plan = SlicedDual(params, last, **masses)(scores, queries, keys)
     assert (plan >= 0).all()
-    sums = plan.sum(dim=-1 if last == "rows" else -2)
-    assert difference(sums, torch.ones_like(sums)) < tolerance(queries)
+    sums, mass = plan.sum(dim=-1 if last == "rows" else -2), masses[f"{last[:-1]}_mass"]
+    assert difference(sums, torch.ones_like(sums) * (1 if mass is None else mass)) < tolerance(queries)
 
 
 @quick
@@ -201,13 +209,16 @@ def test_without_weights_the_vectors_are_the_features():
 def test_the_teachers_own_dual_gives_the_teachers_plan(seed, n, m, side, last):
     """The target of the fit: the dual so many half-steps before the end, with these taken, is the loop itself."""
     scores = 3 * torch.randn(2, HEADS, n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    masses = masses_of(scores, seed)
+    row_mass, column_mass = masses.values()
+    own_mass = column_mass if side == "keys" else row_mass
     for half_steps, one_pass in product((3, 4, 7, 10), {False, side == bias_side(last)}):
-        f = g = target_dual(scores, half_steps, side, last, one_pass)
+        f = g = with_log(target_dual(scores, half_steps, side, last, one_pass, **masses), own_mass)
         axes = ["rows", "columns", "rows"] if side == "keys" else ["columns", "rows", "columns"]
         for axis in axes[: first_half_steps(side, last, one_pass)]:
-            f, g = (row_step(scores, g), g) if axis == "rows" else (f, column_step(scores, f))
+            f, g = (row_step(scores, g, row_mass), g) if axis == "rows" else (f, column_step(scores, f, column_mass))
         assert axis == last
-        assert difference(plan(scores, f, g), sinkhorn_plan_ref(scores, half_steps, last)) < FLOAT64
+        assert difference(plan(scores, f, g), sinkhorn_plan_ref(scores, half_steps, last, **masses)) < FLOAT64
 
 
 @quick
@@ -273,14 +284,15 @@ def with_padding(case, more_queries, more_keys, mask):
 
 
 @settings(max_examples=100, deadline=None)
-@given(cases(most_slices=0), st.integers(0, 5), st.integers(0, 5), MASKS)
-def test_masked_padding_changes_nothing_for_what_is_live(case, more_queries, more_keys, mask):
+@given(cases(most_slices=0), st.integers(0, 5), st.integers(0, 5), MASKS, seeds)
+def test_masked_padding_changes_nothing_for_what_is_live(case, more_queries, more_keys, mask, seed):
     params, scores, queries, keys, values, last = case
     n, m = scores.shape[-2:]
     padded, *points = with_padding(case, more_queries, more_keys, mask)
-    operator = SlicedDual(params, last, masked=True, wide=more_keys % 2 == 1)
+    masses = masses_of(padded, seed)
+    operator = SlicedDual(params, last, masked=True, **masses, wide=more_keys % 2 == 1)
     plan, output = operator(padded, *points[:2]), operator(padded, *points)
-    alone = SlicedDual(params, last)
+    alone = SlicedDual(params, last, **of_first(masses, n, m))
     assert difference(plan[..., :n, :m], alone(scores, queries, keys)) < tolerance(queries)
     assert difference(output[..., :n, :], alone(scores, queries, keys, values)) < tolerance(queries)
     assert (plan[..., n:, :] == 0).all()

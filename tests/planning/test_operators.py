@@ -46,16 +46,15 @@ def test_what_is_asked_for_is_taken_where_it_exists():
         ({"masked": True}, {}),
         ({"is_scores": False, "masked": True}, {}),
         ({"logarithm": True}, {}),
-        ({"row_mass": torch.ones(LENGTH)}, {}),
         ({}, {"last": "columns"}),
         ({}, {"wide": True}),
-        ({}, {"row_mass": torch.tensor([2.0])}),
     ],
     ids=str,
 )
 def test_only_plain_products_that_end_on_rows_have_a_fused_form(changes, options):
     assert fusable(plain(), Sinkhorn(40))
     assert fusable(plain(is_scores=False, masked=True, padding=("product", "scores")), Sinkhorn(40))
+    assert fusable(plain(row_mass=torch.ones(LENGTH)), Sinkhorn(40, row_mass=torch.ones(LENGTH)))
     assert not fusable(plain(**changes), Sinkhorn(40, **options))
 
 
