@@ -81,7 +81,7 @@ def test_the_fused_form_equals_the_reference(case, seed):
     params, _, queries, keys, values, _ = case
     scaled = scale_of(queries.dtype) * queries
     scores = scaled.double() @ keys.double().transpose(-1, -2)
-    masses = masses_of(scores, seed)
+    masses = masses_of(scores.to(queries.dtype), seed)
     expected = sliced_dual_plan_ref(scores, queries, keys, params, **masses) @ values.double()
     actual = SlicedDual(params, **masses, lowering="fused").from_points(scaled, queries, keys, values)
     assert actual.dtype == queries.dtype

@@ -10,6 +10,7 @@ from helpers.fitted import cached_teacher, site, sound
 from helpers.tolerances import FLOAT32, difference
 
 from asapc.config import CompileConfig
+from asapc.fidelity.sites import site_fidelity
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
 from asapc.planning.alternatives import judge
 from asapc.planning.check import Check
@@ -279,6 +280,21 @@ def test_where_no_site_misses_a_limit_of_its_own_the_step_that_helps_most_for_it
     repaired = repair(check, start, config, lambda detail: None)
     assert list(check.results) == ["0 0", "0 1", "1 1"]
     assert repaired.repairs == 2
+
+
+def test_a_repair_compares_what_it_changes_alone(two_sites, monkeypatch):
+    teacher, check, start = two_sites
+    asked = []
+
+    def note(graph, sites, operators, *others):
+        asked.append(list(operators))
+        return site_fidelity(graph, sites, operators, *others)
+
+    monkeypatch.setattr("asapc.planning.check.site_fidelity", note)
+    repaired = repair(check, start, CompileConfig(fidelity=("output-error<=0",)), lambda detail: None)
+    first, second = (s.name for s in teacher.sites)
+    assert asked == [[first, second], [second], [first]]
+    assert check(repaired).sites == Check(teacher.studied, check.alternatives)(repaired).sites
 
 
 def test_a_budget_on_the_whole_model_alone_lets_sites_go_as_far_as_it_does(teacher):
