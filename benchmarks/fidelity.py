@@ -245,7 +245,7 @@ def draw(teachers: Mapping[str, Row]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     groups = by_kind_of_teacher(teachers)
     columns = 4
@@ -255,12 +255,24 @@ def draw(teachers: Mapping[str, Row]) -> None:
         for number, family in enumerate(FAMILIES):
             points = family_points(family, of_seeds)
             style = {"color": "black", "linestyle": "--"} if family == "truncated" else {"color": f"C{number}"}
+            if family == "one pass":
+                style["linestyle"] = ""  # by their features: no order joins them
             if points:
-                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=family.rstrip(","), **style)
+                panel.plot(
+                    *zip(*points, strict=True),
+                    marker="o",
+                    markersize=4 if family == "one pass" else 3,
+                    label=family.rstrip(","),
+                    **style,
+                )
         panel.axhline(0.08, color="black", linewidth=0.5)
         panel.axvline(1.0, color="black", linewidth=0.5)
         panel.set(title=name.replace("_", " "), yscale="log", xlabel="estimated cost, exact form = 1", ylabel="relc")
         panel.title.set_fontsize(9)
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=20))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(ticker.NullFormatter())
+        panel.tick_params(labelsize=8)
     for panel in list(panels.flat)[len(groups) :]:
         panel.axis("off")
     figure.tight_layout(rect=(0, 0.06, 1, 1))

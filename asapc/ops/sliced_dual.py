@@ -221,7 +221,8 @@ class SlicedDual(nn.Module):
             u = times(row_scaling(kernel, times(scaling_vector(dual, live_columns), column_mass)), row_mass)
             v = column_scaling(kernel, u)
             closures.append(log_where_live(v, live_columns))
-        return kernel, u, times(v, column_mass), in_kernel, closures
+        v = v if column_mass is None else v * column_mass
+        return kernel, u, v, in_kernel, closures
 
     def vectors(self, scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Return what a next set of weights may combine: features and closures so far, (B, H, F + sets, M).
