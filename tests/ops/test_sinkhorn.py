@@ -73,11 +73,8 @@ def test_duals_from_one_kernel_are_those_of_the_loop(seed, n, m, half_steps, las
     if masked:
         scores[0, :, :, m // 2 :] = -torch.inf
     masses = masses_of(scores, seed)
-    for actual, expected in zip(
-        scaled_duals(scores, half_steps, last, **masses),
-        sinkhorn_duals(scores, half_steps, last, **masses),
-        strict=True,
-    ):
+    one, other = (f(scores, half_steps, last, **masses) for f in (scaled_duals, sinkhorn_duals))
+    for actual, expected in zip(one, other, strict=True):
         assert actual.shape == expected.shape
         assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-9, equal_nan=True)
 
