@@ -14,7 +14,7 @@ from asapc.ops.features import dual_features, project
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual, sliced_dual_plan_ref, target_dual
 from asapc.planning.bases import balanced_bases
-from asapc.planning.calibrate import FitKey, calibrate, regressions, thin
+from asapc.planning.calibrate import FitKey, calibrate, regressions, thin, thin_masses
 from asapc.planning.hinges import count_places
 from asapc.types.choices import SIDES, FeatureSet, SlicedDualParams
 from asapc.types.samples import Samples
@@ -211,6 +211,37 @@ def test_a_long_site_is_fitted_on_some_of_its_points(teacher, monkeypatch):
     part = teacher.calibrate()
     assert not torch.equal(part.weights[0], whole.weights[0])
     assert teacher.error(SlicedDual(part)) < 0.5 * teacher.error(Sinkhorn(3))
+
+
+def test_points_that_are_left_out_take_their_masses_with_them(monkeypatch):
+    rows = torch.arange(1.0, TOKENS + 1).double()
+    weighted = site(row_mass=rows)
+    keys = torch.zeros(1, 1, TOKENS, 1)
+    for most in (TOKENS, 4):
+        monkeypatch.setattr("asapc.planning.calibrate.MAX_POINTS", most)
+        _, queries, _ = thin((torch.zeros(1, 1, TOKENS, TOKENS), rows.view(1, 1, TOKENS, 1), keys))
+        of_rows, of_columns = thin_masses(weighted.loop)
+        assert torch.equal(of_rows, queries.flatten())
+        assert of_columns is None
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_closures_of_a_site_of_marginals_of_its_own_lead_to_its_own_dual(side):
+    """From a map that is right, two half-steps of the loop later."""
+    queries, keys = correlated_points(0) / 3, correlated_points(10) / 3
+    masses = {"row_mass": normal(20, TOKENS).exp(), "column_mass": normal(21, TOKENS).exp()}
+    weighted, params = site(**masses), replace(unfitted(queries, keys), side=side)
+    weights = torch.zeros(HEADS, params.slices + DIM + 1, dtype=torch.float64)
+    problem = regressions([weighted], {KEY: replace(params, weights=(weights,))}, batches(queries, keys, 4))[KEY]
+    f, g = masses["row_mass"].log(), masses["column_mass"].log()  # what an estimate of 0 stands for
+    scores = scores_of(queries, keys, SCALE)
+    if side == "keys":
+        f = row_step(scores, g.expand(4, HEADS, -1), masses["row_mass"])
+        closed = centred(column_step(scores, f, torch.ones(1)))
+    else:
+        g = column_step(scores, f.expand(4, HEADS, -1), masses["column_mass"])
+        closed = centred(row_step(scores, g, torch.ones(1)))
+    assert difference(problem.gram[:, -1, -1], closed.square().sum(dim=(0, 2))) < FLOAT64
 
 
 class Pivots(torch.nn.Module):
