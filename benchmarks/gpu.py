@@ -217,20 +217,20 @@ class Bench:
         return {"error": error if math.isfinite(error) else sys.float_info.max, "checked_at": length}
 
     def times(self, name: str, module: nn.Module, inputs: list[Tensor], length: int) -> Row:
-        """Return the medians of a form in each way to run it, with intervals, beside fused softmax in the same rounds."""
+        """Return the medians of a form in each way to run it, with intervals, and of fused softmax in the same rounds."""
         floor = self.forms[FLOOR].make().eval().to(self.device)
         ways: dict[str, Clock] = {
             "floor": self.timed(lambda: floor(*inputs)),
             "launched": self.timed(lambda: module(*inputs)),
         }
         notes: dict[str, str] = {}
-        for way, make in self.other_ways(name, module, inputs, length).items():
+        for way, make in self.other_ways(name, module, floor, inputs, length).items():
             try:
                 ways[way] = make()
             # Graphs that cannot be captured, compilers that fail, packages that are missing: the others go on.
             except Exception as error:
                 notes[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        settled = all([settle(clock) for clock in ways.values()]) if not self.quick else None
+        rests = [] if self.quick else [settle(clock) for clock in ways.values()]
         raw = interleaved(ways, self.seconds, self.rounds)
         return {
             "ms": {way: median(times) for way, times in raw.items()},
@@ -241,20 +241,18 @@ class Bench:
                 if way != "floor"
             },
             "rounds": len(raw["floor"]),
-            "settled": settled,
+            "settled": all(rests),
             "notes": notes,
         }
 
     def other_ways(
-        self, name: str, module: nn.Module, inputs: list[Tensor], length: int
+        self, name: str, module: nn.Module, floor: nn.Module, inputs: list[Tensor], length: int
     ) -> dict[str, Callable[[], Clock]]:
         """Return how else to run a form than launched, each made when it is asked for."""
         ways: dict[str, Callable[[], Clock]] = {}
         if self.device == "cuda":
             ways["replayed"] = lambda: self.timed(replayed(lambda: module(*inputs)))
-            ways["floor, replayed"] = lambda: self.timed(
-                replayed(lambda floor=self.forms[FLOOR].make().eval().cuda(): floor(*inputs))
-            )
+            ways["floor, replayed"] = lambda: self.timed(replayed(lambda: floor(*inputs)))
         if name in COMPILED and (length in COMPILED_LENGTHS and not self.quick):
             ways["compiled"] = lambda: self.timed(compiled(module, inputs))
         if name in (FLOOR, *COMPILED) and length in ENGINE_LENGTHS and self.device == "cuda":
