@@ -19,7 +19,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -217,7 +217,7 @@ class Bench:
         return {"error": error if math.isfinite(error) else sys.float_info.max, "checked_at": length}
 
     def times(self, name: str, module: nn.Module, inputs: list[Tensor], length: int) -> Row:
-        """Return the medians of a form in each way to run it, with intervals, and of fused softmax in the same rounds."""
+        """Return the medians of a form in each way to run it, with intervals, and of fused softmax beside them."""
         floor = self.forms[FLOOR].make().eval().to(self.device)
         ways: dict[str, Clock] = {
             "floor": self.timed(lambda: floor(*inputs)),
@@ -236,9 +236,9 @@ class Bench:
             "ms": {way: median(times) for way, times in raw.items()},
             "interval": {way: interval(times) for way, times in raw.items()},
             "times_softmax": {
-                way: median(a / b for a, b in zip(times, raw["floor"], strict=True))
+                way: median(a / b for a, b in zip(times, raw[floor_of(way, raw)], strict=True))
                 for way, times in raw.items()
-                if way != "floor"
+                if not way.startswith("floor")
             },
             "rounds": len(raw["floor"]),
             "settled": all(rests),
@@ -326,6 +326,11 @@ def interleaved(ways: Mapping[str, Clock], seconds: float, rounds: int) -> dict[
         for way in order:
             raw[way].append(ways[way]())
     return raw
+
+
+def floor_of(way: str, ways: Container[str]) -> str:
+    """Return what a way to run a form is compared with: replays with a replay."""
+    return f"floor, {way}" if f"floor, {way}" in ways else "floor"
 
 
 def interval(times: list[float]) -> tuple[float, float]:

@@ -24,6 +24,8 @@ AGAIN = "compile the model again, on this machine or for its GPU"
 # First bytes of a serialised engine, by the package that reads it.
 MAGIC = {"tensorrt": b"ftrt", "tensorrt_rtx": b"ftrt"}
 INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install tensorrt-rtx-cu12"}
+# Beside versions within one: TensorRT 11 runs engines of 10 that were built version-compatible (its support matrix).
+COMPATIBLE_MAJORS = ((10, 11),)
 HARDWARE_COMPATIBLE = (8, 0)  # the least architecture of engines that are compatible with later ones: Ampere
 
 
@@ -84,7 +86,7 @@ def start_engine(engine: EngineArtifact) -> EngineRunner:
     trt = library(engine, package, version)
     cuda = Cuda()
     check_gpu(engine, cuda)
-    return EngineRunner(trt, data, engine.path.name, flavour, cuda)
+    return EngineRunner(trt, data, engine.path.name, flavour, cuda, host_code="version" in engine.compatible)
 
 
 def checked_bytes(engine: EngineArtifact, package: str) -> bytes:
@@ -125,11 +127,11 @@ def library(engine: EngineArtifact, package: str, version: str) -> Any:
 
 
 def runs(installed: str, built: str, compatible: bool) -> bool:
-    """Return whether an installed version runs engines of another: the same, or a later one of the major version."""
+    """Return whether an installed version runs engines of another: the same, or a later one where they are compatible."""
     if installed == built or not compatible:
         return installed == built
     new, old = (tuple(int(part) for part in version.split(".")) for version in (installed, built))
-    return new[0] == old[0] and new >= old
+    return new >= old and (old[0], new[0]) in ((old[0], old[0]), *COMPATIBLE_MAJORS)
 
 
 def check_gpu(engine: EngineArtifact, cuda: Cuda) -> None:

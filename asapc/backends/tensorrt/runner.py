@@ -82,6 +82,7 @@ class EngineRunner:
         name: what messages call it.
         runtime: what reports call the runtime.
         cuda: the GPU.
+        host_code: whether the engine may bring code for the CPU: version-compatible ones carry a runtime of their own.
 
     Attributes:
         inputs: type and shapes of each, by name.
@@ -93,12 +94,14 @@ class EngineRunner:
         BuildError: TensorRT refuses the engine, or the GPU has too little memory for it.
     """
 
-    def __init__(self, trt: Any, data: bytes, name: str, runtime: str, cuda: Cuda) -> None:
+    def __init__(self, trt: Any, data: bytes, name: str, runtime: str, cuda: Cuda, host_code: bool = False) -> None:
         self.trt, self.name, self.runtime, self.cuda, self.device = trt, name, runtime, cuda, cuda.name
         self.note, self.lock = "", Lock()  # there is one buffer for each tensor: one call at a time
         self.errors: list[str] = []
         self.log = error_log(trt, self.errors)  # outlives all that is made with it
         self.deserialiser = trt.Runtime(self.log)
+        if host_code:
+            self.deserialiser.engine_host_code_allowed = True
         self.engine = self.deserialiser.deserialize_cuda_engine(data)
         if self.engine is None:
             raise self.failure("load")
