@@ -1,7 +1,8 @@
 """Stands for a GPU: CUDA's runtime and TensorRT with as much of their interfaces as asapc uses, computing on the CPU.
 
-An engine of the fake is the magic number and JSON: inputs and outputs with types and shapes. Each output is twice the sum
-of all inputs. `tests/backends/test_engine_runner.py` compares the names used here with those of the real packages.
+An engine of the fake is the magic number and JSON: inputs and outputs with types and shapes. Each output is twice the
+sum of all inputs, unless the module is given a function. `tests/backends/test_engine_runner.py` compares the names used
+here with those of the real packages.
 """
 
 import ctypes
@@ -143,6 +144,10 @@ class FakeCuda:
         self.events -= 1
 
 
+def twice_the_sum(arrays: dict[str, Any]) -> "np.ndarray[Any, Any]":
+    return 2 * sum(array.astype(np.float64) for array in arrays.values())
+
+
 class FakeContext:
     """`IExecutionContext`: takes shapes and addresses, and computes."""
 
@@ -184,11 +189,11 @@ class FakeContext:
 
     def compute(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Write the outputs for inputs of some shapes."""
-        total = sum(self.array(name, shape).astype(np.float64) for name, shape in shapes.items())
+        arrays = {name: self.array(name, shape) for name, shape in shapes.items()}
         for name in self.engine.facts["outputs"]:
-            shape = self.get_tensor_shape(name)
             kind = CODES[self.engine.get_tensor_dtype(name).name]
-            data = (2 * total).astype(kind).reshape(total.shape)[tuple(slice(0, n) for n in shape)].tobytes()
+            result = self.engine.trt.function(arrays) if self.engine.trt.function else twice_the_sum(arrays)
+            data = np.ascontiguousarray(result, kind).tobytes()
             self.engine.cuda.memory[self.places[name]][: len(data)] = data
 
     def array(self, name: str, shape: tuple[int, ...]) -> "np.ndarray[Any, Any]":
@@ -244,6 +249,7 @@ class FakeTensorRT(ModuleType):
         seen: what was given to the native deserialiser.
         failing: whether launches fail.
         uncapturable: whether they fail while a graph is captured.
+        function: what engines compute, of the inputs by name.
     """
 
     ILogger = type("ILogger", (), {"ERROR": 1, "__init__": lambda self: None})
@@ -257,6 +263,7 @@ class FakeTensorRT(ModuleType):
         self.configs: list[SimpleNamespace] = []
         self.failing = self.uncapturable = False
         self.contexts = 0
+        self.function: Callable[[dict[str, Any]], Any] | None = None
         if rtx:
             self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
 

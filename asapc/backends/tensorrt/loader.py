@@ -127,7 +127,7 @@ def library(engine: EngineArtifact, package: str, version: str) -> Any:
 
 
 def runs(installed: str, built: str, compatible: bool) -> bool:
-    """Return whether an installed version runs engines of another: the same, or a later one where they are compatible."""
+    """Return whether an installed version runs engines of another: the same, or a later one of compatible ones."""
     if installed == built or not compatible:
         return installed == built
     new, old = (tuple(int(part) for part in version.split(".")) for version in (installed, built))
