@@ -171,10 +171,12 @@ def test_failures_of_tensorrt_and_cuda_are_one_line(gpu):
     runner.trt.failing = True
     with pytest.raises(BuildError, match=r"cannot run model.engine: enqueueV3"):
         runner.run({"images": images()})
+    runner.close()
     gpu.refuse["cudaMalloc"] = Code.cudaErrorMemoryAllocation
     with pytest.raises(BuildError, match=r"refuses cudaMalloc: cudaErrorMemoryAllocation of 256 bytes") as caught:
         opened(gpu)
     assert "smaller batches" in caught.value.hint
+    assert gpu.memory == {}
 
 
 def test_types_that_numpy_lacks_and_shapes_that_depend_on_data_are_refused(gpu):

@@ -105,22 +105,31 @@ class EngineRunner:
         self.engine = self.deserialiser.deserialize_cuda_engine(data)
         if self.engine is None:
             raise self.failure("load")
-        names = [self.engine.get_tensor_name(number) for number in range(self.engine.num_io_tensors)]
-        modes = {name: self.engine.get_tensor_mode(name) for name in names}
-        self.dtypes = {name: self.dtype(name) for name in names}
+        tensors = [self.engine.get_tensor_name(number) for number in range(self.engine.num_io_tensors)]
+        self.dtypes = {tensor: self.dtype(tensor) for tensor in tensors}
         self.inputs: dict[str, Port] = {}
-        for tensor in names:
-            if modes[tensor] == trt.TensorIOMode.INPUT:
+        for tensor in tensors:
+            if self.engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT:
                 low, _, high = self.engine.get_tensor_profile_shape(tensor, 0)
                 self.inputs[tensor] = Port(self.dtypes[tensor], tuple(low), tuple(high))
-        self.outputs = [tensor for tensor in names if tensor not in self.inputs]
+        self.outputs = [tensor for tensor in tensors if tensor not in self.inputs]
         self.sessions: OrderedDict[tuple[tuple[int, ...], ...], Session] = OrderedDict()
-        self.workspace = cuda.allocate(self.engine.device_memory_size_v2)
-        # Once and for all: a captured graph holds addresses.
-        self.buffers: dict[str, int] = {}
-        largest = {tensor: port.high for tensor, port in self.inputs.items()}
-        self.sizes = {tensor: self.bytes_of(tensor, shape) for tensor, shape in self.shapes_for(largest).items()}
-        self.buffers = {tensor: cuda.allocate(size) for tensor, size in self.sizes.items()}
+        self.memory: list[int] = []
+        try:
+            self.workspace = self.allocate(self.engine.device_memory_size_v2)
+            # Once and for all: a captured graph holds addresses.
+            largest = {tensor: port.high for tensor, port in self.inputs.items()}
+            shapes = {**largest, **self.output_shapes(self.new_context(largest))}
+            self.sizes = {tensor: self.bytes_of(tensor, shapes[tensor]) for tensor in tensors}
+            self.buffers = {tensor: self.allocate(size) for tensor, size in self.sizes.items()}
+        except BuildError:
+            self.close()
+            raise
+
+    def allocate(self, size: int) -> int:
+        """Return the address of so many bytes on the GPU, which `close` frees."""
+        self.memory.append(self.cuda.allocate(size))
+        return self.memory[-1]
 
     def dtype(self, tensor: str) -> "np.dtype[Any]":
         """Return the type of an input or output."""
@@ -136,6 +145,7 @@ class EngineRunner:
     def failure(self, verb: str) -> BuildError:
         """Return the error that says why TensorRT failed."""
         reason = self.errors[-1] if self.errors else "it gives no reason"
+        self.errors.clear()
         return BuildError(f"TensorRT cannot {verb} {self.name}: {reason}", "build the engine again on this machine")
 
     def new_context(self, shapes: Shapes) -> Any:
@@ -164,10 +174,6 @@ class EngineRunner:
     def captures_itself(self) -> bool:
         """Whether TensorRT captures graphs: TensorRT-RTX knows when its kernels for a shape are compiled."""
         return hasattr(self.trt, "CudaGraphStrategy")
-
-    def shapes_for(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all inputs and outputs, for inputs of some shapes."""
-        return {**shapes, **self.output_shapes(self.new_context(shapes))}
 
     def output_shapes(self, context: Any) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the outputs, once those of the inputs are set."""
@@ -232,14 +238,14 @@ class EngineRunner:
     def capture(self, session: Session) -> None:
         """Capture a graph of a session that has run once; where that fails, `note` says why, and runs are launched."""
         self.cuda.wait()
-        self.cuda.begin_capture()
-        recorded = session.context.execute_async_v3(int(self.cuda.stream))
         try:
-            session.graph = self.cuda.end_capture()  # also after a failure, or the stream would record for ever
+            self.cuda.begin_capture()
+            recorded = session.context.execute_async_v3(int(self.cuda.stream))
+            graph = self.cuda.end_capture()  # also after a failure, or the stream would record for ever
             if not recorded:
-                self.forget(session)
-                session.graph = None
+                self.cuda.drop(graph)
                 raise self.failure("capture")
+            session.graph = graph
         except BuildError as error:
             self.note = f"launched, without a CUDA graph: {error}"
 
@@ -307,9 +313,8 @@ class EngineRunner:
         for session in self.sessions.values():
             self.forget(session)
         self.sessions.clear()
-        for address in (self.workspace, *self.buffers.values()):
-            self.cuda.free(address)
-        self.buffers.clear()
+        while self.memory:
+            self.cuda.free(self.memory.pop())
 
 
 def error_log(trt: Any, errors: list[str]) -> Any:
