@@ -10,8 +10,9 @@ import torch
 from helpers import fake_gpu
 from helpers.fake_gpu import Code, FakeContext, FakeCuda, FakeEngine, FakeTensorRT, engine_bytes
 
-from asapc.backends.tensorrt import runner as module
+from asapc.backends.tensorrt import engine as module
 from asapc.backends.tensorrt.cuda import Cuda
+from asapc.backends.tensorrt.ports import DTYPES
 from asapc.backends.tensorrt.runner import EngineRunner
 from asapc.errors import BuildError, DependencyError, SamplesError
 from asapc.fidelity.latency import measure
@@ -241,7 +242,7 @@ def test_the_fakes_have_no_name_that_the_real_packages_lack():
     assert hasattr(trt.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE")
     assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
     assert hasattr(trt.TensorIOMode, "INPUT")
-    assert {name for name in module.DTYPES if not hasattr(trt.DataType, name)} == set()
+    assert {name for name in DTYPES if not hasattr(trt.DataType, name)} == set()
 
 
 def test_cudas_runtime_has_every_function_that_the_fake_has():
