@@ -103,7 +103,7 @@ def test_a_file_that_changes_after_the_folder_was_read_is_refused(compiled, trt,
 
 def test_what_is_no_engine_at_all_is_refused_though_its_hash_fits(compiled, trt, tmp_path):
     onnx = (compiled / "model.onnx").read_bytes()
-    for number, data in enumerate((b"", b"not an engine", onnx)):
+    for number, data in enumerate((b"f", b"not an engine", onnx)):
         folder = with_engine(compiled, tmp_path / str(number), data)
         assert f"it is no engine of {BUILDER}" in refused(folder, trt)
 
@@ -185,7 +185,7 @@ def test_a_real_engine_is_refused_here_for_its_reason_alone(compiled, tmp_path, 
     rtx = pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr("asapc.backends.tensorrt.cuda.driver_loads", lambda: False)
     data = small_engine(rtx)
-    assert data.startswith(MAGIC["tensorrt_rtx"])
+    assert data.startswith(MAGIC, 1)
     builder = f"tensorrt-rtx {rtx.__version__}"
     folder = with_engine(compiled, tmp_path / "out", data, builder)
     with pytest.raises(DependencyError, match="needs an NVIDIA GPU"):

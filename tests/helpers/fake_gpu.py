@@ -271,7 +271,7 @@ class FakeTensorRT(ModuleType):
         def deserialize(data: bytes) -> FakeEngine | None:
             self.seen.append(data)
             try:
-                return FakeEngine(self, log, json.loads(data[len(MAGIC["tensorrt"]) :]))
+                return FakeEngine(self, log, json.loads(data[1 + len(MAGIC) :]))
             except ValueError:
                 log.log(1, "deserializeCudaEngine: the stream is corrupt")
                 return None
@@ -283,7 +283,7 @@ def engine_bytes(inputs: dict[str, Any] | None = None, outputs: dict[str, Any] |
     """An engine of the fake: of images (1 to 8, 4, 4) and logits of the same shape unless said otherwise."""
     inputs = inputs or {"images": {"dtype": "FLOAT", "low": [1, 4, 4], "high": [8, 4, 4]}}
     outputs = outputs or {"logits": {"dtype": "FLOAT", "shape": ["batch", 4, 4]}}
-    return MAGIC["tensorrt"] + json.dumps({"inputs": inputs, "outputs": outputs}).encode()
+    return b"f" + MAGIC + json.dumps({"inputs": inputs, "outputs": outputs}).encode()
 
 
 def install(monkeypatch: Any, cuda: FakeCuda | None, *modules: FakeTensorRT) -> None:

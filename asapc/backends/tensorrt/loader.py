@@ -21,8 +21,8 @@ from asapc.errors import CheckpointError, DependencyError
 from asapc.types.artifacts import EngineArtifact
 
 AGAIN = "compile the model again, on this machine or for its GPU"
-# First bytes of a serialised engine, by the package that reads it.
-MAGIC = {"tensorrt": b"ftrt", "tensorrt_rtx": b"ftrt"}
+# Bytes of an engine from the second on; the first one says which kind it is, and differs by product and flags.
+MAGIC = b"trt"
 INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install tensorrt-rtx-cu12"}
 # Beside versions within one: TensorRT 11 runs engines of 10 that were built version-compatible (its support matrix).
 COMPATIBLE_MAJORS = ((10, 11),)
@@ -98,11 +98,11 @@ def checked_bytes(engine: EngineArtifact, package: str) -> bytes:
         CheckpointError: it is not the file that was built, or no engine of this package.
     """
     data = engine.path.read_bytes()
-    if package not in MAGIC:
+    if package not in INSTALL:
         raise CheckpointError(f"{engine.path} was built by {engine.builder}, which is no TensorRT", AGAIN)
     if engine.sha256 is not None and sha256(data).hexdigest() != engine.sha256:
         raise CheckpointError(f"cannot read {engine.path}: it changed since it was written", AGAIN)
-    if not data.startswith(MAGIC[package]):
+    if not data.startswith(MAGIC, 1):
         raise CheckpointError(f"cannot read {engine.path}: it is no engine of {engine.builder}", AGAIN)
     return data
 
