@@ -116,7 +116,7 @@ def test_an_engine_of_another_version_is_refused_with_both_versions(compiled, tr
 
 def test_an_engine_of_the_other_product_is_refused(compiled, trt, tmp_path):
     folder = with_engine(compiled, tmp_path / "rtx", engine_bytes(), "tensorrt-rtx 1.7.1.116")
-    assert "needs tensorrt-rtx 1.7.1.116, which is not installed" in refused(folder, trt, DependencyError)
+    assert "needs tensorrt-rtx 1.7.1.116, which cannot be imported" in refused(folder, trt, DependencyError)
     folder = with_engine(compiled, tmp_path / "other", engine_bytes(), "openvino 2026.1")
     assert "was built by openvino 2026.1, which is no TensorRT" in refused(folder, trt)
 
@@ -177,7 +177,7 @@ def test_without_a_gpu_or_tensorrt_nothing_is_opened(compiled, trt, tmp_path, mo
     assert "needs an NVIDIA GPU" in refused(folder, trt, DependencyError)
     monkeypatch.undo()
     fake_gpu.install(monkeypatch, trt.cuda)
-    assert f"needs {BUILDER}, which is not installed" in refused(folder, trt, DependencyError)
+    assert f"needs {BUILDER}, which cannot be imported" in refused(folder, trt, DependencyError)
 
 
 def test_a_real_engine_is_refused_here_for_its_reason_alone(compiled, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_an_engine_is_compared_as_a_hop_and_timed_on_its_gpu(trt, tmp_path):
     assert "on the GPU, ms a batch, Fake GPU" in lines(report)
     assert "not run" not in lines(report)
     # The folder as written opens: what the loader asks for is there.
-    assert open_engine(report.folder).outputs == ["logits"]
+    assert open_engine(report.folder).outputs == list(data["fidelity"]["outputs"])
 
 
 def test_an_engine_that_computes_something_else_misses_the_budget(trt, tmp_path):

@@ -6,13 +6,12 @@ here with those of the real packages.
 """
 
 import ctypes
-import importlib
-import importlib.util
 import itertools
 import json
 import sys
 from collections.abc import Callable
 from enum import IntEnum
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -258,6 +257,7 @@ class FakeTensorRT(ModuleType):
 
     def __init__(self, cuda: FakeCuda, version: str = "10.13.3.9", rtx: bool = False) -> None:
         super().__init__("tensorrt_rtx" if rtx else "tensorrt")
+        self.__spec__ = ModuleSpec(self.__name__, None)
         self.cuda, self.__version__ = cuda, version
         self.seen: list[bytes] = []
         self.configs: list[SimpleNamespace] = []
@@ -289,18 +289,7 @@ def engine_bytes(inputs: dict[str, Any] | None = None, outputs: dict[str, Any] |
 def install(monkeypatch: Any, cuda: FakeCuda | None, *modules: FakeTensorRT) -> None:
     """Put the fakes where imports find them, and no other TensorRT; without `cuda` there is no driver."""
     monkeypatch.setattr(cuda_module, "driver_loads", lambda: cuda is not None)
-    names = {module.__name__: module for module in modules}
-    find, load = importlib.util.find_spec, importlib.import_module
-
-    def find_spec(name: str, package: str | None = None) -> Any:
-        return SimpleNamespace(name=name) if name in names else None if "tensorrt" in name else find(name, package)
-
-    def import_module(name: str, package: str | None = None) -> Any:
-        if name == "cuda.bindings.runtime":
-            return cuda
-        return names[name] if name in names else load(name, package)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    monkeypatch.setattr(importlib, "import_module", import_module)
-    for name, module in names.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    installed = {module.__name__: module for module in modules}
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, installed.get(name))

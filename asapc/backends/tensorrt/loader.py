@@ -8,7 +8,6 @@ folder can write its hashes too. Open folders alone that you would run programs 
 """
 
 import importlib
-import importlib.util
 import platform
 from collections.abc import Mapping
 from hashlib import sha256
@@ -17,7 +16,7 @@ from typing import Any
 
 from asapc.backends.tensorrt.cuda import Cuda
 from asapc.backends.tensorrt.runner import EngineRunner
-from asapc.errors import CheckpointError, DependencyError
+from asapc.errors import CheckpointError, DependencyError, one_line
 from asapc.types.artifacts import EngineArtifact
 
 AGAIN = "compile the model again, on this machine or for its GPU"
@@ -111,12 +110,15 @@ def library(engine: EngineArtifact, package: str, version: str) -> Any:
     """Return the module that runs an engine.
 
     Raises:
-        DependencyError: it is not installed.
+        DependencyError: it cannot be imported.
         CheckpointError: it has a version that does not run this engine.
     """
-    if importlib.util.find_spec(package) is None:
-        raise DependencyError(f"{engine.path} needs {engine.builder}, which is not installed", INSTALL[package])
-    trt = importlib.import_module(package)
+    try:
+        trt = importlib.import_module(package)
+    except ImportError as error:  # also of libraries that it needs
+        raise DependencyError(
+            f"{engine.path} needs {engine.builder}, which cannot be imported: {one_line(error)}", INSTALL[package]
+        ) from None
     if not runs(trt.__version__, version, "version" in engine.compatible):
         name = engine.builder.split()[0]
         raise CheckpointError(
