@@ -6,6 +6,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from helpers import fake_gpu
 from helpers.command import write_checkpoint
 from helpers.fake_gpu import FakeCuda, FakeTensorRT, engine_bytes
@@ -13,12 +14,17 @@ from helpers.paths import ROOT
 
 from asapc import showing
 from asapc.backends.onnxruntime.library import library
+from asapc.backends.tensorrt.cuda import Cuda
 from asapc.backends.tensorrt.loader import open_engine
+from asapc.backends.tensorrt.runner import EngineRunner
 from asapc.commands import compile as module
 from asapc.commands.compile import compile_model
+from asapc.commands.gpu import measure_gpu, open_built
 from asapc.config import CompileConfig
 from asapc.errors import FidelityError
-from asapc.types.artifacts import EngineArtifact, EngineResult
+from asapc.types.artifacts import EngineArtifact, EngineResult, OnnxArtifact
+from asapc.types.samples import Samples
+from asapc.writing.report import engine_note
 
 SCHEMA = json.loads((ROOT / "docs" / "report.schema.json").read_text())
 OPTIONS = {"level": 1, "fidelity": ("output-error<=0.01",), "batches": (1, 4), "seconds": 0.05}
@@ -83,13 +89,17 @@ def test_an_engine_that_computes_something_else_misses_the_budget(trt, tmp_path)
 
 def test_an_engine_for_another_gpu_is_built_and_not_run(trt, tmp_path):
     trt.cuda.capability = (9, 0)
-    report = compiled(tmp_path)
-    reason = report.data["engine"]["not_run"]
-    assert "is for SM89, and this GPU (Fake GPU) is SM90" in reason
-    assert trt.seen == []
-    assert f"The engine was built and not run: {reason}" in lines(report)
-    assert [hop["name"] for hop in report.data["fidelity"]["hops"]][-1] == "export"
-    assert report.data["latency"]["gpu"] is None
+    (tmp_path / "model.engine").write_bytes(engine_bytes())
+    artifact = EngineArtifact(tmp_path / "model.engine", "tensorrt 10.13.3.9", ("SM89",), {})
+    result, runner = open_built(EngineResult("built", artifact))
+    assert (result.status, result.artifact, runner, trt.seen) == ("built", artifact, None, [])
+    assert "is for SM89, and this GPU (Fake GPU) is SM90" in result.not_run
+    assert engine_note(result).endswith("for SM89; built, not run")
+
+
+def test_where_there_is_no_engine_none_is_opened(trt):
+    for result in (EngineResult("omitted"), EngineResult("failed", reason="why")):
+        assert open_built(result) == (result, None)
 
 
 def test_without_a_gpu_one_line_says_so(trt, tmp_path, monkeypatch):
@@ -100,7 +110,12 @@ def test_without_a_gpu_one_line_says_so(trt, tmp_path, monkeypatch):
     assert report.data["latency"]["gpu"] is None
 
 
-def test_a_note_of_the_runner_stands_in_the_report(trt, tmp_path):
+def test_what_could_not_be_run_stands_in_notes_once(trt, tmp_path):
     trt.uncapturable = True
-    notes = compiled(tmp_path).data["latency"]["gpu"]["notes"]
-    assert any(note.startswith("model.engine is launched, without a CUDA graph") for note in notes)
+    engine = EngineRunner(trt, engine_bytes(), "model.engine", "tensorrt", Cuda())
+    samples = Samples({"images": torch.rand(3, 4, 4)})
+    gpu = measure_gpu(OnnxArtifact(tmp_path / "model.onnx", 18), engine, samples, (1, 8), 0.0, 0)
+    of_onnx_runtime, of_engine = gpu.notes
+    assert of_onnx_runtime.startswith("ONNX Runtime's CUDA provider was not timed: ")
+    assert of_engine.startswith("model.engine is launched, without a CUDA graph")
+    assert [(run.name, run.batch, run.p50_ms) for run in gpu.runs] == [("compiled", 1, 2.0), ("compiled", 8, 2.0)]

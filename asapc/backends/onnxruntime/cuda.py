@@ -32,7 +32,7 @@ class CudaRunner:
         options.log_severity_level = 4
         if torch.cuda.is_available():
             # A stream of our own, since events on another one would not wait for the session.
-            self.stream = torch.cuda.Stream()
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # inputs are complete
             provider = {
                 "use_tf32": "0",
@@ -69,7 +69,7 @@ class CudaRunner:
 
     def time(self, samples: Samples) -> float:
         """Return the milliseconds that one run of the batch that is bound takes on the GPU, between two events."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record(self.stream)
         self.session.run_with_iobinding(self.binding, self.unwaited)
         end.record(self.stream)
