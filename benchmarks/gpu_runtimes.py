@@ -57,7 +57,8 @@ FORMS = (
     *("8 slices, 3", "parabolas, 2, fused", "parabolas, 4, fused"),
     *("hinges, 1", "parabolas, 1, fused", "hinges, 1, fused"),
 )
-WAYS = ("", ", graph", ", torch", ", TensorRT")
+# By what is appended to a form's name.
+WAYS = {"": "launched", ", graph": "replayed as a CUDA graph", ", torch": "in torch", ", TensorRT": "in TensorRT"}
 IN_TORCH = ("teacher", "softmax, fused", "exact 40", "hinges, 3")
 COMPILED, COMPILED_LENGTH = ("exact 40", "truncated 3", "hinges, 3", "parabolas, 2, fused"), 1024
 MODEL_BATCHES = (1, 32, 500)
@@ -77,7 +78,9 @@ def engine_runner(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[EngineRu
     with tempfile.TemporaryDirectory() as folder:
         graph = CapturedGraph(export(copy.deepcopy(module).cpu(), two.inputs), two)
         onnx = export_onnx(graph, Path(folder) / "layer.onnx", {}, standard=True)
-        return start_engine(build_engine(onnx, Path(folder) / "layer.engine", len(samples))), samples
+        here = "SM{}{}".format(*torch.cuda.get_device_capability())
+        engine = build_engine(onnx, Path(folder) / "layer.engine", len(samples), architectures=[here])
+        return start_engine(engine), samples
 
 
 class TorchRunner(EagerRunner):
@@ -262,15 +265,16 @@ def document(data: Row) -> Iterator[str]:
         if not rows:
             continue
         heads = [f"N = {row['length']}, batch {row['batch']}" for row in rows]
-        yield f"One layer, {dtype}, ms: launched / replayed as a CUDA graph / in torch / in TensorRT"
+        ways = [way for way in WAYS if any(form + way in row["ms"] for row in rows for form in FORMS)]
+        yield f"One layer, {dtype}, ms: {' / '.join(WAYS[way] for way in ways)}"
         yield ""
         yield "| | " + " | ".join(heads) + " | largest error |"
         yield "|" + "---|" * (len(heads) + 2)
         for form in FORMS:
-            names = [form + way for way in WAYS]
+            names = [form + way for way in ways]
             if not any(name in row["ms"] for row in rows for name in names):
                 continue
-            cells = [" / ".join(f"{row['ms'][name]:.2f}" for name in names if name in row["ms"]) for row in rows]
+            cells = [" / ".join(times(row["ms"], names)) for row in rows]
             largest = max(row["errors"][name] for row in rows for name in names if name in row["errors"])
             yield f"| {form} | " + " | ".join(cells) + f" | {largest:.1e} |"
         yield ""
@@ -288,6 +292,12 @@ def document(data: Row) -> Iterator[str]:
             facts = f"{models[-1]['agreement'][name]:.3f} | {models[-1]['logits'][name]:.1e}"
             yield f"| {name} | " + " | ".join(cells) + f" | {facts} |"
         yield ""
+
+
+def times(ms: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """Return times by their names, with a dash for one that is missing before another."""
+    last = max((number for number, name in enumerate(names) if name in ms), default=-1)
+    return [f"{ms[name]:.2f}" if name in ms else "-" for name in names[: last + 1]]
 
 
 if __name__ == "__main__":
