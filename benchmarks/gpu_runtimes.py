@@ -274,7 +274,7 @@ def document(data: Row) -> Iterator[str]:
             names = [form + way for way in ways]
             if not any(name in row["ms"] for row in rows for name in names):
                 continue
-            cells = [" / ".join(times(row["ms"], names)) for row in rows]
+            cells = [" / ".join(cell_times(row["ms"], names)) for row in rows]
             largest = max(row["errors"][name] for row in rows for name in names if name in row["errors"])
             yield f"| {form} | " + " | ".join(cells) + f" | {largest:.1e} |"
         yield ""
@@ -294,7 +294,7 @@ def document(data: Row) -> Iterator[str]:
         yield ""
 
 
-def times(ms: Mapping[str, float], names: Sequence[str]) -> list[str]:
+def cell_times(ms: Mapping[str, float], names: Sequence[str]) -> list[str]:
     """Return times by their names, with a dash for one that is missing before another."""
     last = max((number for number, name in enumerate(names) if name in ms), default=-1)
     return [f"{ms[name]:.2f}" if name in ms else "-" for name in names[: last + 1]]
