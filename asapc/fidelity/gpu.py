@@ -1,5 +1,6 @@
 """What timing on a GPU needs besides: a GPU that has come to rest at its speed, and a record of its clocks."""
 
+import os
 import shutil
 import subprocess
 import time
@@ -31,11 +32,12 @@ def settle(time_once: Callable[[], float]) -> bool:
 
 
 def clocks() -> tuple[Clocks, ...]:
-    """Return the state of the first GPU that nvidia-smi lists, which every driver brings; empty without one."""
+    """Return the state of the first GPU that is visible to CUDA, by the driver's nvidia-smi; empty without one."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()
-    command = [program, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    command = [program, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits", *([f"--id={first}"] if first else [])]
     ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
     lines = ran.stdout.strip().splitlines()
     fields = lines[0].split(",") if lines and ran.returncode == 0 else []

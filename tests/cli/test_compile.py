@@ -101,8 +101,8 @@ def test_compile_prints_two_tables_and_where_the_files_are(compiled):
 
 
 def test_compile_says_in_one_line_that_an_engine_was_built_and_not_run(compiled):
-    folder, result = compiled
-    reason = json.loads((folder / "report.json").read_text())["engine"]["not_run"]
+    place, result = compiled
+    reason = json.loads((place / "small.asap" / "report.json").read_text())["engine"]["not_run"]
     lines = [line for line in result.stdout.splitlines() if "not run" in line]
     assert lines == ([] if reason is None else [f"The engine was built and not run: {reason}"])
 

@@ -36,9 +36,10 @@ def test_what_never_settles_ends_in_time(clock):
 
 
 def smi(tmp_path, monkeypatch, text: str, code: int = 0) -> None:
-    """Put an nvidia-smi into the path that prints a text."""
+    """Put an nvidia-smi into the path that prints a text, and writes down what it is asked."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {code}\n")
+    program.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/words\ncat <<'END'\n{text}\nEND\nexit {code}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
@@ -49,6 +50,10 @@ def test_clocks_are_those_of_the_first_gpu(tmp_path, monkeypatch):
     (reading,) = clocks()
     assert (reading.sm_mhz, reading.max_sm_mhz, reading.memory_mhz) == (1980, 1980, 2619)
     assert (reading.temperature_c, reading.power_w) == (38, 121.5)
+    assert "--id" not in (tmp_path / "words").read_text()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert len(clocks()) == 1
+    assert "--id=3" in (tmp_path / "words").read_text().split()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the program is a shell script")
