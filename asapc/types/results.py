@@ -71,7 +71,7 @@ class Fidelity:
 
     Attributes:
         samples: number of held-out samples.
-        logits_rel, agreement, metric: end to end, from the model as loaded to the compiled ONNX file.
+        logits_rel, agreement, metric: end to end, from the model as loaded to the last hop.
         outputs: the relative error of every floating output end to end, by its name.
         hops: the same difference step by step.
         variants: all variants whose latency is measured, end to end, by name.

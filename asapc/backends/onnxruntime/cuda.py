@@ -33,7 +33,6 @@ class CudaRunner:
         if torch.cuda.is_available():
             # A stream of our own, since events on another one would not wait for the session.
             self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # inputs are complete
             provider = {
                 "use_tf32": "0",
                 "enable_cuda_graph": str(int(outputs is not None)),
@@ -55,6 +54,7 @@ class CudaRunner:
         self.inputs = {name: tensor.contiguous() for name, tensor in samples.inputs.items()}  # outlives the binding
         for name, tensor in self.inputs.items():
             self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.from_dlpack(tensor))
+        torch.cuda.synchronize()  # they were written on another stream
         self.outputs = None if outputs is None else [torch.empty_like(output) for output in outputs]
         for number, output in enumerate(self.session.get_outputs()):
             if self.outputs is None:
