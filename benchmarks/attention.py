@@ -50,7 +50,7 @@ BATCHES, LENGTHS = (1, 8), (64, 196, 256, 512, 1024, 2048, 4096)
 # The loop as written holds several matrices of scores; beyond this many entries it does not fit, or takes minutes.
 TEACHER_ENTRIES = 8 * 4096 * 4096
 # Beyond this many, two sessions with a matrix of scores do not fit into memory: each goes alone with the floor.
-TOGETHER_ENTRIES = 8 * 8 * 2048 * 2048
+TOGETHER_ENTRIES = 8 * 8 * 1024 * 1024
 FLOOR = "softmax, fused"
 TORCH_LENGTHS, TORCH_FORMS = (256, 1024), ("teacher", "softmax, fused", "exact 40", "parabolas, 3")
 SECONDS, MIN_ROUNDS, MEMORY_LENGTH = 8.0, 4, 4096
