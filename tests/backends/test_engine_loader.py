@@ -161,6 +161,8 @@ def test_what_is_lifted_is_lifted_and_no_more(compiled, trt, tmp_path):
         ("11.0.0", "10.13.3.9", True, True),
         ("12.0.0", "10.13.3.9", True, False),
         ("1.7.1.116", "1.7.1.116", False, True),
+        ("10.14.0", "10.13.0rc1", True, True),
+        ("10.14.0", "", True, False),
     ],
 )
 def test_versions(installed, built, compatible, result):

@@ -9,6 +9,7 @@ folder can write its hashes too. Open folders alone that you would run programs 
 
 import importlib
 import platform
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -132,8 +133,8 @@ def runs(installed: str, built: str, compatible: bool) -> bool:
     """Return whether an installed version runs engines of another: the same, or a later one of compatible ones."""
     if installed == built or not compatible:
         return installed == built
-    new, old = (tuple(int(part) for part in version.split(".")) for version in (installed, built))
-    return new >= old and (old[0], new[0]) in ((old[0], old[0]), *COMPATIBLE_MAJORS)
+    new, old = ([int(part) for part in re.findall(r"\d+", version)] for version in (installed, built))
+    return old != [] and new >= old and (old[0], new[0]) in ((old[0], old[0]), *COMPATIBLE_MAJORS)
 
 
 def check_gpu(engine: EngineArtifact, cuda: Cuda) -> None:
