@@ -105,6 +105,7 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
         yield from more_samples(site["name"], site["choice"])
     yield bill_grid(data["sites"])
     yield latency_grid(data)
+    yield from on_gpu(data)
     yield from early_stops(data["early_stops"])
     yield f"Ratios at batch {latency['batch']}: {comparison(latency)}"
     yield cost_check(data["costs"])
@@ -272,6 +273,22 @@ def latency_grid(data: dict[str, Any]) -> Grid:
     title = f"Latency in ONNX Runtime, ms a batch, {threads}, {latency['device']}"
     columns = ("batch", "variant", "median", "p90", "p99", "x compiled", "agreement", "accuracy")
     return Grid(title, columns, ("variant",), list(groups.values()))
+
+
+def on_gpu(data: dict[str, Any]) -> Iterator[Grid | str]:
+    """Show the latency on a GPU, or why an engine that was built was not run."""
+    if (reason := data["engine"]["not_run"]) is not None:
+        yield f"The engine was built and not run: {reason}"
+    gpu = data["latency"]["gpu"]
+    if gpu is None:
+        return
+    rows: list[Row] = [
+        (str(run["batch"]), run["runtime"], *(fixed(run[key], 3) for key in ("p50_ms", "p90_ms", "p99_ms")))
+        for run in gpu["runs"]
+    ]
+    title = f"Compiled, on the GPU, ms a batch, {gpu['device']}" + ("" if gpu["settled"] else ", speed not settled")
+    yield Grid(title, ("batch", "runtime", "median", "p90", "p99"), ("runtime",), [rows])
+    yield from gpu["notes"]
 
 
 def comparison(latency: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Measures what operators cost in ONNX Runtime, and fits the models by which the planner compares them.
 
     python -m benchmarks.costs          # on the CPU
-    python -m benchmarks.costs --gpu    # anywhere, from what `benchmarks.gpu` measured
+    python -m benchmarks.costs --gpu    # anywhere, from what `benchmarks.gpu_runtimes` measured
 
 Each operator runs alone, with the product that makes its scores, on random queries, keys and values; latencies are
 medians of interleaved runs in one process. Milliseconds a unit of work (`asapc.planning.costs.work`) follow by

@@ -1,253 +1,371 @@
-"""What attention takes on an NVIDIA GPU: one layer and the digits model, in ONNX Runtime's CUDA provider and in torch.
+"""One layer of attention on a GPU in every form: as the loop, exact, approximate, one pass, and its rivals, in torch.
 
-    python -m benchmarks.gpu --export    # anywhere: writes the graphs to benchmarks/cache/gpu/, which takes minutes
-    python -m benchmarks.gpu             # where the GPU is, with those graphs (--only layers: a part)
+    python -m benchmarks.gpu                          # on the GPU; about half an hour
+    python -m benchmarks.gpu --quick                  # a check in a minute, nothing is written
+    python -m benchmarks.gpu --quick --device cpu     # the same without a GPU
 
-One layer: 8 heads of 64, random queries, keys and values, as in `benchmarks.attention`. Medians of interleaved runs in
-one process until the GPU is done, inputs and outputs in its memory; ONNX Runtime also replays each session as a CUDA
-graph, without the time that launching takes. Errors are of outputs, relative to the same operator in torch in float32
-without TF32. Writes benchmarks/results/gpu.json and what stands in docs/gpu.md between the two markers.
+Needs torch, numpy and triton alone; TensorRT is timed too where it and asapc's other packages are installed. 8 heads of
+64, random queries, keys and values. Each form is first held to itself in float64, then timed in rounds in which it and
+fused softmax take turns, between events on the GPU: launched, replayed as a CUDA graph, and through torch.compile. What
+does not fit into memory, or fails, is skipped with the reason. Writes benchmarks/results/gpu_layers.json.
 """
 
 import argparse
+import copy
 import json
-from collections.abc import Iterator, Mapping
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Container, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from asapc.backends.base import Runner
-from asapc.backends.eager.runner import EagerRunner
-from asapc.backends.onnxruntime.builder import export_onnx
-from asapc.backends.onnxruntime.cuda import CudaRunner
-from asapc.capturing.export import export
-from asapc.commands.study import study
-from asapc.config import CompileConfig
-from asapc.fidelity.outputs import agreement
-from asapc.loading.model import load_model
-from asapc.loading.split import gather_samples
-from asapc.planning.choose import choose
-from asapc.planning.costs import shipped
-from asapc.planning.operators import operators, rivals
-from asapc.types.graph import CapturedGraph
-from asapc.types.samples import Samples
-from asapc.writing.environment import environment
-from asapc.writing.folder import write_json
-from asapc.writing.rewrite import rewrite
-from benchmarks.attention import inputs, medians, modules
-from benchmarks.generated import replace_generated
+from asapc.fidelity.gpu import clocks, settle
+from asapc.models.vit import sinkhorn
+from asapc.ops.sinkhorn import Sinkhorn
+from asapc.planning.trials import Attention, fused, sliced_dual
+from benchmarks.soft_sort import SlicedSoftSort
 
-ROOT = Path(__file__).resolve().parent
-RESULTS, GRAPHS = ROOT / "results" / "gpu.json", ROOT / "cache" / "gpu"
-DOCUMENT, MODEL = ROOT.parent / "docs" / "gpu.md", ROOT.parent / "models" / "digits.pt"
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
-BATCHES = {256: 8, 1024: 8, 4096: 2}  # by the length
-FORMS = (
-    *("teacher", "softmax, fused", "softmax", "exact 40", "truncated 3", "hinges, 3", "parabolas, 3", "parabolas, 5"),
-    *("8 slices, 3", "parabolas, 2, fused", "parabolas, 4, fused"),
+RESULTS = Path(__file__).resolve().parent / "results" / "gpu_layers.json"
+HEADS, SIZE, ITERATIONS = 8, 64, 20
+BATCHES = {64: 8, 128: 8, 256: 8, 512: 8, 1024: 8, 2048: 4, 4096: 2, 8192: 1}  # by the length
+# Of outputs, relative to the same form in float64 on the same inputs: a form that is further off is not timed.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+CHECK_LENGTH = 4096  # in float64 longer ones take minutes
+FLOOR = "softmax, fused"
+COMPILED_LENGTHS, ENGINE_LENGTHS = (1024, 4096), (1024, 4096)
+COMPILED = ("exact 40", "truncated 3", "hinges, 1", "hinges, 3", "parabolas, 1, fused")
+PACKAGES = ("torch", "numpy", "triton", "tensorrt", "tensorrt-rtx-cu12", "onnxruntime-gpu")
+# What must hold, as (title, length, dtype, time of, over time of, at least or at most, how much).
+GOALS = (
+    ("one layer against its loop", 1024, "float16", "teacher", ("hinges, 1", "parabolas, 1, fused"), "at least", 20.0),
+    ("one layer against softmax", 4096, "float16", FLOOR, ("hinges, 1", "parabolas, 1, fused"), "at most", 1.8),
 )
-IN_TORCH = ("teacher", "softmax, fused", "exact 40", "hinges, 3")
-COMPILED, COMPILED_LENGTH = ("exact 40", "truncated 3", "hinges, 3", "parabolas, 2, fused"), 1024
-MODEL_BATCHES = (1, 32, 500)
-VARIANTS = ("teacher", "exact", "truncated", "softmax", "compiled")
-SECONDS, MIN_ROUNDS = 3.0, 10
 Row = dict[str, Any]
+Clock = Callable[[], float]
 
 
-class TorchRunner(EagerRunner):
-    """A module in torch, until the GPU is done; inputs by position, as compiled modules lose the names."""
+class Form(NamedTuple):
+    """One way to compute attention: how to make it, and how many matrices of scores it holds at once."""
 
-    def __call__(self, samples: Samples) -> list[Tensor]:
-        """Return the output."""
-        with torch.no_grad():
-            output = self.module(*samples.inputs.values())
-        torch.cuda.synchronize()
-        return [output]
+    make: Callable[[], nn.Module]
+    matrices: int
+
+
+class AsWritten(nn.Module):
+    """Attention by the log-domain loop."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Map queries, keys and values (B, H, N, D) to outputs (B, H, N, D)."""
+        return sinkhorn(q @ k.transpose(-1, -2) / SIZE**0.5, ITERATIONS) @ v
+
+
+class FlashSinkhorn(nn.Module):
+    """Exact Sinkhorn attention in Triton; in float64 as the loop, which is the same function."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Map queries, keys and values (B, H, N, D) to outputs (B, H, N, D)."""
+        if q.dtype == torch.float64:
+            return AsWritten()(q, k, v)
+        from benchmarks.flash_sinkhorn import sinkhorn_attention
+
+        return sinkhorn_attention(q, k, v, 2 * ITERATIONS, SIZE**-0.5)
+
+
+def attention(operator: Any) -> nn.Module:
+    """Return an operator of asapc as attention."""
+    return Attention(operator, SIZE**-0.5)
+
+
+def forms(device: str) -> dict[str, Form]:
+    """Return what is compared, by name; numbers are half-steps."""
+    of_triton = {"exact 40, Triton": Form(FlashSinkhorn, 0)} if device == "cuda" else {}
+    return {
+        FLOOR: Form(lambda: attention(fused(Sinkhorn(1))), 0),
+        "teacher": Form(AsWritten, 4),
+        "softmax": Form(lambda: attention(Sinkhorn(1)), 3),
+        "exact 40": Form(lambda: attention(Sinkhorn(2 * ITERATIONS)), 3),
+        **of_triton,
+        "exact 40, fused": Form(lambda: attention(fused(Sinkhorn(2 * ITERATIONS))), 0),
+        "truncated 3": Form(lambda: attention(Sinkhorn(3)), 3),
+        "hinges, 1": Form(lambda: attention(sliced_dual(HEADS, SIZE, 0, 8, 0, one_pass=True)), 3),
+        "hinges, 1, fused": Form(lambda: attention(fused(sliced_dual(HEADS, SIZE, 0, 8, 0, one_pass=True))), 0),
+        "parabolas, 1, fused": Form(lambda: attention(fused(sliced_dual(HEADS, SIZE, 0, 0, 0, one_pass=True))), 0),
+        "parabolas, 2, fused": Form(lambda: attention(fused(sliced_dual(HEADS, SIZE, 0, 0, 0, "queries"))), 0),
+        "hinges, 3": Form(lambda: attention(sliced_dual(HEADS, SIZE, 0, 8, 0)), 3),
+        "8 slices, 3": Form(lambda: attention(sliced_dual(HEADS, SIZE, 8, 0, 0)), 3),
+        "soft-sort transport": Form(SlicedSoftSort, 5),
+    }
 
 
 def main() -> None:
-    """Measure what is asked for, keep the rest of the JSON, render the document."""
+    """Measure every form at every length and in every precision, and write what is known after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--export", action="store_true", help="write the graphs, measure nothing")
-    parser.add_argument("--only", choices=("layers", "compiled", "models", "render"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="two short lengths and few rounds; writes only with --out")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--dtypes", nargs="+", choices=TOLERANCES, default=list(TOLERANCES))
+    parser.add_argument("--only", nargs="+", help="these forms alone")
+    parser.add_argument("--out", type=Path, help=f"JSON to write; without --quick {RESULTS.name} by default")
     options = parser.parse_args()
-    if options.export:
-        GRAPHS.mkdir(parents=True, exist_ok=True)
-        export_layers()
-        export_models()
-        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch sees no GPU: give --device cpu for a check, or run this where there is one")
     torch.backends.cuda.matmul.allow_tf32 = False
-    data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for part, rows in {"layers": layers, "compiled": compiled_layers, "models": whole_models}.items():
-        if options.only in (None, part):
-            data[part] = list(rows())
-            data["environment"] = environment(seed=0)
-            write_json(RESULTS, data)
-    replace_generated(DOCUMENT, document(data))
+    out = options.out or (None if options.quick else RESULTS)
+    lengths = (64, 100) if options.quick else options.lengths
+    bench = Bench(options.device, 0.0 if options.quick else 1.0, options.quick)
+    unknown = sorted({*(options.only or ())} - bench.forms.keys())
+    if unknown:
+        sys.exit(f"no such form: {', '.join(unknown)}; there are {'; '.join(bench.forms)}")
+    data: Row = {"environment": environment(options.device), "layers": []}
+    for length in lengths:
+        for dtype in options.dtypes:
+            for row in bench.layer(length, dtype, options.only):
+                data["layers"].append(row)
+                print(line(row), flush=True)
+            data["clocks"] = [vars(reading) for reading in clocks()]
+            if out is not None:
+                out.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+    print("\n".join(verdicts(data["layers"])))
 
 
-def moved(samples: Samples, device: str, dtype: torch.dtype | None = None) -> Samples:
-    """Return the same on another device, or in another precision too."""
-    return Samples({name: value.to(device, dtype) for name, value in samples.inputs.items()})
-
-
-def export_layers() -> None:
-    """Write every form of one layer, at every length and in both precisions."""
-    by_form = modules()
-    for length in BATCHES:
-        for name, dtype in DTYPES.items():
-            samples = moved(inputs(2, length), "cpu", dtype)
-            for form in FORMS:
-                graph = CapturedGraph(export(by_form[form].eval(), samples.inputs), samples)
-                export_onnx(graph, layer_path(form, length, name), {})
-        print(f"exported N = {length}", flush=True)
-
-
-def layer_path(form: str, length: int, dtype: str) -> Path:
-    """Return the file of a form of one layer."""
-    return GRAPHS / f"{form.replace(', ', '_').replace(' ', '_')}.{length}.{dtype}.onnx"
-
-
-def export_models() -> None:
-    """Write the digits model as compiled with the defaults, and what it is compared with, in both precisions."""
-    teacher = study(MODEL)
-    graph, sites = teacher.graph, teacher.sites
-    selection = choose(teacher, CompileConfig(), shipped())
-    variants = {
-        **rivals(sites, selection, max(CompileConfig().batches), shipped()),
-        "compiled": operators(sites, selection),
-    }
-    for name, of_sites in variants.items():
-        for precision, dtype in DTYPES.items():
-            export_onnx(rewrite(graph, sites, of_sites, dtype), model_path(name, precision), {}, standard=True)
-
-
-def model_path(name: str, dtype: str) -> Path:
-    """Return the file of a variant of the digits model."""
-    return GRAPHS / f"digits_{name}.{dtype}.onnx"
-
-
-def milliseconds(runners: Mapping[str, Runner], samples: Samples) -> dict[str, float]:
-    """Return the medians by name."""
-    return medians(runners, samples, len(samples), SECONDS, MIN_ROUNDS)
-
-
-def relative(output: Tensor, reference: Tensor) -> float:
-    """Return the difference of an output, relative."""
-    return ((output.float() - reference).norm() / reference.norm()).item()
-
-
-def layers() -> Iterator[Row]:
-    """Yield one layer in ONNX Runtime, launched and replayed, and in torch, at every length and precision."""
-    for length in BATCHES:
-        for name in DTYPES:
-            row = layer(length, name)
-            torch.cuda.empty_cache()
-            print(length, name, {key: round(ms, 3) for key, ms in row["ms"].items()}, flush=True)
-            yield row
-
-
-def layer(length: int, name: str) -> Row:
-    """Return all forms of one layer at one length, in the precision of a name."""
-    batch = BATCHES[length]
-    samples = moved(inputs(batch, length), "cuda", DTYPES[name])
-    wide = moved(samples, "cuda", torch.float32)
-    runners: dict[str, Runner] = {}
-    errors: dict[str, float] = {}
-    by_form = modules()
-    for form in FORMS:
-        module = by_form[form].eval().cuda()
-        (reference,) = TorchRunner(module)(wide)
-        launched = CudaRunner(layer_path(form, length, name), samples)
-        of_form: dict[str, Runner] = {
-            form: launched,
-            f"{form}, graph": CudaRunner(layer_path(form, length, name), samples, launched(samples)),
-        }
-        if form in IN_TORCH:
-            of_form[f"{form}, torch"] = TorchRunner(module)
-        for label, runner in of_form.items():
-            for _ in range(3):  # a graph is captured in the first runs
-                (output,) = runner(samples)
-            errors[label] = relative(output, reference)
-        runners |= of_form
-    return {"length": length, "dtype": name, "batch": batch, "errors": errors, "ms": milliseconds(runners, samples)}
-
-
-def compiled_layers() -> Iterator[Row]:
-    """Yield one layer through torch.compile, beside torch's own fused attention."""
-    for name, dtype in DTYPES.items():
-        batch = BATCHES[COMPILED_LENGTH]
-        samples = moved(inputs(batch, COMPILED_LENGTH), "cuda", dtype)
-        by_form = modules()
-        runners: dict[str, Runner] = {"softmax, fused": TorchRunner(by_form["softmax, fused"].eval().cuda())}
-        for form in COMPILED:
-            torch._dynamo.reset()
-            compiled: Any = torch.compile(by_form[form].eval().cuda(), dynamic=False)
-            runners[form] = TorchRunner(compiled)
-        row = {"length": COMPILED_LENGTH, "dtype": name, "batch": batch, "ms": milliseconds(runners, samples)}
-        print("torch.compile", row, flush=True)
-        yield row
-
-
-def whole_models() -> Iterator[Row]:
-    """Yield the digits model: every variant at every batch, and whether it answers as the teacher does."""
-    held_out = gather_samples(load_model(MODEL), CompileConfig())[1]
-    (reference,) = CudaRunner(model_path("teacher", "float32"), moved(held_out, "cuda"))(held_out)
-    for batch in MODEL_BATCHES:
-        samples = moved(held_out[:batch], "cuda")
-        runners: dict[str, Runner] = {}
-        row: Row = {"batch": batch, "agreement": {}, "logits": {}}
-        for dtype in DTYPES:
-            for variant in VARIANTS:
-                path, name = model_path(variant, dtype), f"{variant}, {dtype}"
-                launched = CudaRunner(path, samples)
-                outputs = launched(samples)
-                runners |= {name: launched, f"{name}, graph": CudaRunner(path, samples, outputs)}
-                row["agreement"][name] = agreement(reference[:batch], outputs[0], labelled=True)
-                row["logits"][name] = relative(outputs[0], reference[:batch])
-        row["ms"] = milliseconds(runners, samples)
-        print(row, flush=True)
-        yield row
-
-
-def document(data: Row) -> Iterator[str]:
-    """Yield the tables."""
-    environment = data["environment"]
-    packages = environment["packages"]
-    runtimes = ", ".join(f"{name} {packages[name]}" for name in ("torch", "onnxruntime-gpu") if name in packages)
-    yield f"{environment['gpus'][0]}, {runtimes}."
-    yield ""
-    for dtype in DTYPES:
-        rows = [row for row in data.get("layers", []) if row["dtype"] == dtype]
-        if not rows:
+def environment(device: str) -> Row:
+    """Return what a result depends on."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
-        heads = [f"N = {row['length']}, batch {row['batch']}" for row in rows]
-        yield f"One layer, {dtype}, ms: launched / replayed as a CUDA graph / in torch"
-        yield ""
-        yield "| | " + " | ".join(heads) + " | largest error |"
-        yield "|" + "---|" * (len(heads) + 2)
-        for form in FORMS:
-            names = (form, f"{form}, graph", f"{form}, torch")
-            cells = [" / ".join(f"{row['ms'][name]:.2f}" for name in names if name in row["ms"]) for row in rows]
-            largest = max(row["errors"][name] for row in rows for name in names if name in row["errors"])
-            yield f"| {form} | " + " | ".join(cells) + f" | {largest:.1e} |"
-        yield ""
-    for row in data.get("compiled", []):
-        times = ", ".join(f"{name} {ms:.2f}" for name, ms in row["ms"].items())
-        yield f"Through torch.compile (softmax as it is), N = {row['length']}, {row['dtype']}, ms: {times}."
-        yield ""
-    if models := data.get("models"):
-        yield "The digits model, ms: launched / replayed as a CUDA graph"
-        yield ""
-        yield "| | " + " | ".join(f"batch {row['batch']}" for row in models) + " | agreement | logits, relative |"
-        yield "|" + "---|" * (len(models) + 3)
-        for name in models[0]["agreement"]:
-            cells = [f"{row['ms'][name]:.2f} / {row['ms'][f'{name}, graph']:.2f}" for row in models]
-            facts = f"{models[-1]['agreement'][name]:.3f} | {models[-1]['logits'][name]:.1e}"
-            yield f"| {name} | " + " | ".join(cells) + f" | {facts} |"
-        yield ""
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {
+        "device": gpu or platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda if gpu else None,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+        "packages": packages,
+    }
+
+
+class Bench:
+    """Checks and times forms on one device.
+
+    Args:
+        device: "cuda" or "cpu".
+        seconds: to spend on each form, at each length and precision.
+        quick: as few rounds as show that all of it runs.
+    """
+
+    def __init__(self, device: str, seconds: float, quick: bool) -> None:
+        self.device, self.seconds, self.quick, self.forms = device, seconds, quick, forms(device)
+        self.rounds = 2 if quick else 20
+
+    def layer(self, length: int, dtype: str, only: list[str] | None) -> Iterator[Row]:
+        """Yield every form at one length and precision."""
+        batch = 1 if self.quick else BATCHES.get(length, 1)
+        inputs = self.inputs(batch, length, getattr(torch, dtype))
+        for name, form in self.forms.items():
+            if only and name not in only:
+                continue
+            row: Row = {"form": name, "length": length, "batch": batch, "dtype": dtype}
+            try:
+                self.guard(form.matrices * batch * HEADS * length**2 * 4)
+                module = form.make().eval().to(self.device)
+                row |= self.check(module, form, length, dtype)
+                if row["error"] <= TOLERANCES[dtype]:
+                    row |= self.times(name, module, inputs, length)
+                else:
+                    row["skipped"] = f"wrong: {row['error']:.1e} from float64"
+            # Memory, or a kernel that this GPU does not take: the other forms go on.
+            except Exception as error:
+                row["skipped"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            yield row
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def inputs(self, batch: int, length: int, dtype: torch.dtype) -> list[Tensor]:
+        """Return random queries, keys and values."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, HEADS, length, SIZE)
+        return [torch.randn(shape, generator=generator).to(self.device, dtype) for _ in range(3)]
+
+    def guard(self, size: int) -> None:
+        """Raise MemoryError where so many bytes are not free."""
+        if self.device == "cuda":
+            free = torch.cuda.mem_get_info()[0]
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size > 0.9 * free:
+            raise MemoryError(f"does not fit: {size / 2**30:.1f} GB of scores, {free / 2**30:.1f} GB free")
+
+    def check(self, module: nn.Module, form: Form, length: int, dtype: str) -> Row:
+        """Return how far one sample is from the same form in float64, whatever the form holds at once."""
+        length = min(length, CHECK_LENGTH)
+        self.guard(max(form.matrices, 4) * HEADS * length**2 * 8)
+        inputs = self.inputs(1, length, getattr(torch, dtype))
+        with torch.no_grad():
+            output = module(*inputs).double()
+            expected = copy.deepcopy(module).double()(*(tensor.double() for tensor in inputs))
+        error = ((output - expected).norm() / expected.norm()).item()
+        return {"error": error if math.isfinite(error) else sys.float_info.max, "checked_at": length}
+
+    def times(self, name: str, module: nn.Module, inputs: list[Tensor], length: int) -> Row:
+        """Return the medians of a form in each way to run it, with intervals, and of fused softmax beside them."""
+        floor = self.forms[FLOOR].make().eval().to(self.device)
+        ways: dict[str, Clock] = {
+            "floor": self.timed(lambda: floor(*inputs)),
+            "launched": self.timed(lambda: module(*inputs)),
+        }
+        notes: dict[str, str] = {}
+        for way, make in self.other_ways(name, module, floor, inputs, length).items():
+            try:
+                ways[way] = make()
+            # Graphs that cannot be captured, compilers that fail, packages that are missing: the others go on.
+            except Exception as error:
+                notes[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        rests = [] if self.quick else [settle(clock) for clock in ways.values()]
+        raw = interleaved(ways, self.seconds, self.rounds)
+        return {
+            "ms": {way: median(times) for way, times in raw.items()},
+            "interval": {way: interval(times) for way, times in raw.items()},
+            "times_softmax": {
+                way: median(a / b for a, b in zip(times, raw[floor_of(way, raw)], strict=True))
+                for way, times in raw.items()
+                if not way.startswith("floor")
+            },
+            "rounds": len(raw["floor"]),
+            "settled": all(rests),
+            "notes": notes,
+        }
+
+    def other_ways(
+        self, name: str, module: nn.Module, floor: nn.Module, inputs: list[Tensor], length: int
+    ) -> dict[str, Callable[[], Clock]]:
+        """Return how else to run a form than launched, each made when it is asked for."""
+        ways: dict[str, Callable[[], Clock]] = {}
+        if self.device == "cuda":
+            ways["replayed"] = lambda: self.timed(replayed(lambda: module(*inputs)))
+            ways["floor, replayed"] = lambda: self.timed(replayed(lambda: floor(*inputs)))
+        if name in COMPILED and (length in COMPILED_LENGTHS and not self.quick):
+            ways["compiled"] = lambda: self.timed(compiled(module, inputs))
+        if name in (FLOOR, *COMPILED) and length in ENGINE_LENGTHS and self.device == "cuda":
+            ways["TensorRT"] = lambda: engine_clock(module, inputs)
+        return ways
+
+    def timed(self, call: Callable[[], object]) -> Clock:
+        """Return a function that makes a call and returns the milliseconds that it takes on the device."""
+
+        def on_gpu() -> float:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            with torch.no_grad():
+                start.record()
+                call()
+                end.record()
+            end.synchronize()
+            return start.elapsed_time(end)
+
+        def on_cpu() -> float:
+            start = time.perf_counter()
+            with torch.no_grad():
+                call()
+            return 1e3 * (time.perf_counter() - start)
+
+        clock = on_gpu if self.device == "cuda" else on_cpu
+        for _ in range(1 if self.quick else 3):
+            clock()
+        return clock
+
+
+def replayed(call: Callable[[], object]) -> Callable[[], object]:
+    """Return what replays a call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():  # kernels are chosen before anything is captured
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        kept = call()  # its memory is the graph's
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+def compiled(module: nn.Module, inputs: list[Tensor]) -> Callable[[], object]:
+    """Return a call of a module through torch.compile."""
+    torch._dynamo.reset()
+    function = torch.compile(module, dynamic=False)
+    return lambda: function(*inputs)
+
+
+def engine_clock(module: nn.Module, inputs: list[Tensor]) -> Clock:
+    """Return what times a module as a TensorRT engine, which needs more packages than the rest."""
+    from benchmarks.gpu_runtimes import engine_runner
+
+    runner, samples = engine_runner(module, inputs)
+    return lambda: runner.time(samples)
+
+
+def interleaved(ways: Mapping[str, Clock], seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Time each way once in every round, in a new order each round, for some seconds and at least some rounds."""
+    raw: dict[str, list[float]] = {way: [] for way in ways}
+    order, end, shuffle = list(ways), time.perf_counter() + seconds, random.Random(0).shuffle
+    while len(raw[order[0]]) < rounds or time.perf_counter() < end:
+        shuffle(order)
+        for way in order:
+            raw[way].append(ways[way]())
+    return raw
+
+
+def floor_of(way: str, ways: Container[str]) -> str:
+    """Return what a way to run a form is compared with: replays with a replay."""
+    return f"floor, {way}" if f"floor, {way}" in ways else "floor"
+
+
+def interval(times: list[float]) -> tuple[float, float]:
+    """Return a 95 % interval of the median, from order statistics: whatever the distribution."""
+    ordered, count = sorted(times), len(times)
+    reach = 0.98 * math.sqrt(count)
+    low, high = math.floor(count / 2 - reach), math.ceil(count / 2 + reach)
+    return ordered[max(low, 0)], ordered[min(high, count - 1)]
+
+
+def line(row: Row) -> str:
+    """Return a row as it is printed."""
+    head = f"{row['length']:>5} x {row['batch']} {row['dtype']:<8} {row['form']:<20}"
+    if "skipped" in row:
+        return f"{head} skipped, {row['skipped']}"
+    parts = [f"{way} {ms:.3f}" for way, ms in row["ms"].items()]
+    notes = "".join(f"; no {way}: {note}" for way, note in row["notes"].items())
+    return f"{head} {', '.join(parts)} ms, error {row['error']:.1e}{notes}"
+
+
+def verdicts(rows: list[Row]) -> Iterator[str]:
+    """Yield what is asked of a GPU, and what came of it."""
+    for title, length, dtype, other, names, sense, goal in GOALS:
+        here = {
+            row["form"]: min(ms for way, ms in row["ms"].items() if not way.startswith("floor"))
+            for row in rows
+            if row["length"] == length and row["dtype"] == dtype and "ms" in row
+        }
+        fastest = min((here[name] for name in names if name in here), default=None)
+        if fastest is None or other not in here:
+            continue
+        ratio = here[other] / fastest if sense == "at least" else fastest / here[other]
+        met = ratio >= goal if sense == "at least" else ratio <= goal
+        yield f"{title}, N = {length}, {dtype}: {ratio:.2f}, {sense} {goal:g}: {'met' if met else 'NOT MET'}"
 
 
 if __name__ == "__main__":

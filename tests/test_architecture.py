@@ -49,6 +49,7 @@ PLACES = {
     "huggingface_hub": (("asapc.loading.described",), True),
     "tensorrt": (("asapc.backends.tensorrt",), True),
     "tensorrt_rtx": (("asapc.backends.tensorrt",), True),
+    "cuda.bindings": (("asapc.backends.tensorrt",), True),
 }
 # Top-level names that exist in a checkout only.
 CHECKOUT_ONLY = ("passes", "models", "cli")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.tensorrt.builder import builder_package, try_engine
+from asapc.backends.tensorrt.runner import EngineRunner
+from asapc.commands.gpu import measure_gpu, open_built
 from asapc.commands.inspect import require_sites
 from asapc.commands.study import study, torch_threads
 from asapc.commands.target import cost_model
@@ -33,7 +35,7 @@ from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import Selection
 from asapc.types.costs import CostModel
 from asapc.types.graph import CapturedGraph
-from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency, SiteFidelity
+from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency, LatencyRun, SiteFidelity
 from asapc.types.teacher import Teacher
 from asapc.version import __version__
 from asapc.writing.dump import Dump
@@ -133,18 +135,19 @@ def compile_model(
         with stage("engine", on_event) as step:
             path, axes = folder / "model.engine", teacher.open_graph.axes
             engine = try_engine(config.target, files.deployed, path, max(config.batches), axes)
+            engine, on_gpu = open_built(engine)
             step.summary = engine_note(engine)
 
         with stage("verify", on_event) as step:
             runners = variants(teacher, selection, compiled, files, config, model, threads, step)
             step.advance(f"{len(teacher.held_out)} held-out samples")
-            fidelity = compare(teacher, compiled, checked.sites, files, runners, hops, config)
+            fidelity = compare(teacher, compiled, checked.sites, files, runners, hops, config, on_gpu)
             verdict = check_budget(fidelity, config.bounds(), share_of_exact(selection))
             step.summary = verdict.headline
 
         # After the budget: a model that misses it is not worth measuring.
         with stage("measure", on_event) as step:
-            latency = measure_all(teacher, runners, config, threads, step)
+            latency = measure_all(teacher, runners, files.deployed, on_gpu, config, threads, step)
             step.summary = f"{len(runners)} variants at batch {', '.join(map(str, config.batches))}"
 
         data = report_data(
@@ -224,6 +227,7 @@ def compare(
     runners: Mapping[str, Runner],
     in_torch: Mapping[str, Runner],
     config: CompileConfig,
+    on_gpu: Runner | None,
 ) -> Fidelity:
     """Measure fidelity on held-out samples, hop by hop to the files; that of sites, which need none, is known.
 
@@ -234,6 +238,8 @@ def compare(
         hops["precision"] = OnnxRuntimeRunner(files.deployed.path)
     elif config.precision == "bfloat16":  # ONNX Runtime cannot multiply it on the CPU
         hops["precision"] = EagerRunner(compiled.lowered.program.module())
+    if on_gpu is not None:
+        hops["engine"] = on_gpu
     return verify(hops, runners, of_sites, teacher.held_out, teacher.graph.samples_at_once(BATCH))
 
 
@@ -251,14 +257,23 @@ def hops_in_torch(teacher: Teacher, compiled: Compiled) -> dict[str, Remembering
 
 
 def measure_all(
-    teacher: Teacher, runners: Mapping[str, Runner], config: CompileConfig, threads: int, step: Stage
+    teacher: Teacher,
+    runners: Mapping[str, Runner],
+    deployed: OnnxArtifact,
+    on_gpu: EngineRunner | None,
+    config: CompileConfig,
+    threads: int,
+    step: Stage,
 ) -> Latency:
-    """Measure the latency of all variants at every batch size."""
-    runs = []
+    """Measure the latency of all variants on the CPU, and of the compiled model on a GPU, at every batch size."""
+    runs, cpu = list[LatencyRun](), cpu_name()
     for batch in config.batches:
         step.advance(f"batch {batch}")
-        runs += measure(runners, teacher.held_out, batch, config.seconds, config.seed)
-    return Latency(cpu_name(), threads, tuple(runs))
+        timed = measure(runners, teacher.held_out, batch, config.seconds, config.seed)
+        runs += [replace(run, device=cpu) for run in timed]
+    step.advance("GPU")
+    gpu = measure_gpu(deployed, on_gpu, teacher.held_out, config.batches, config.seconds, config.seed)
+    return Latency(cpu, threads, tuple(runs), gpu)
 
 
 def check_costs(

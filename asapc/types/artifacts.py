@@ -23,12 +23,16 @@ class EngineArtifact:
         builder: which compiler made it, and its version.
         targets: GPU architectures it runs on, e.g. "SM89".
         refused: architectures that the compiler knows but cannot build this model for, with its reason.
+        compatible: what it runs on beside: "version" for later versions of its builder, "hardware" for later GPUs.
+        sha256: of the file, where it is known.
     """
 
     path: Path
     builder: str
     targets: tuple[str, ...]
     refused: Mapping[str, str]
+    compatible: tuple[str, ...] = ()
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +44,11 @@ class EngineResult:
         artifact: the engine, if it was built.
         reason: why it failed, in the words of the builder, else None.
         node: of the ONNX file, where the builder says at which it failed.
+        not_run: why an engine that was built was not run; None where it was, and where there is none.
     """
 
     status: Literal["built", "failed", "omitted"]
     artifact: EngineArtifact | None = None
     reason: str | None = None
     node: str | None = None
+    not_run: str | None = None

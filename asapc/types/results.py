@@ -40,8 +40,8 @@ class Hop:
 
     Attributes:
         name: "capture" (from the model as loaded to its graph), "amortisation" (operators replace loops), "activations"
-            (ReLU networks replace smooth activations, on request), "export" (to ONNX Runtime), or "precision" (to that
-            of the engine, where it is not float32).
+            (ReLU networks replace smooth activations, on request), "export" (to ONNX Runtime), "precision" (to that
+            of the engine, where it is not float32), or "engine" (to TensorRT, where there is a GPU to run it).
         max_abs: largest absolute difference.
         rel: norm of the difference over the norm of the reference output.
         agreement: share of samples whose first output has the same argmax; None where it has no class axis.
@@ -71,7 +71,7 @@ class Fidelity:
 
     Attributes:
         samples: number of held-out samples.
-        logits_rel, agreement, metric: end to end, from the model as loaded to the compiled ONNX file.
+        logits_rel, agreement, metric: end to end, from the model as loaded to the last hop.
         outputs: the relative error of every floating output end to end, by its name.
         hops: the same difference step by step.
         variants: all variants whose latency is measured, end to end, by name.
@@ -90,7 +90,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class LatencyRun:
-    """Latency of one model in one runtime at one batch size, milliseconds a call."""
+    """Latency of one model in one runtime at one batch size on one device, milliseconds a call."""
 
     name: str
     runtime: str
@@ -101,15 +101,47 @@ class LatencyRun:
     mean_ms: float
     std_ms: float
     samples: int
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """The state of a GPU as its driver reports it; None for what it does not report."""
+
+    sm_mhz: float | None
+    max_sm_mhz: float | None
+    memory_mhz: float | None
+    temperature_c: float | None
+    power_w: float | None
+
+
+@dataclass(frozen=True)
+class GpuLatency:
+    """Interleaved runs of the compiled model on a GPU, in every runtime that is there.
+
+    Attributes:
+        device: name of the GPU.
+        runs: times between events on the GPU, without copies to it and from it.
+        settled: whether all runtimes took the same time again and again before they were timed.
+        clocks: of the GPU before and after; empty where the driver's nvidia-smi is missing.
+        notes: what could not be run, and why.
+    """
+
+    device: str
+    runs: tuple[LatencyRun, ...]
+    settled: bool
+    clocks: tuple[Clocks, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Interleaved runs of all variants on one device, and the threads of the runtime."""
+    """Interleaved runs of all variants on one device, the threads of the runtime, and runs on a GPU if there is one."""
 
     device: str
     threads: int
     runs: tuple[LatencyRun, ...]
+    gpu: GpuLatency | None = None
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,16 @@ def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineA
             for path, opset in {onnx.path: onnx.opset for onnx in models}.items()
         ),
         *(
-            ("engine", a.path, {"builder": a.builder, "targets": list(a.targets), "refused": a.refused})
+            (
+                "engine",
+                a.path,
+                {
+                    "builder": a.builder,
+                    "targets": list(a.targets),
+                    "refused": a.refused,
+                    "compatible": list(a.compatible),
+                },
+            )
             for a in ([] if engine is None else [engine])
         ),
         ("operator", operator, {"builder": "asapc", "targets": []}),

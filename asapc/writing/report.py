@@ -12,7 +12,7 @@ from asapc.types.budget import Verdict
 from asapc.types.choices import Alternatives, Candidate, Choice, Selection, Tradeoff
 from asapc.types.costs import CostModel
 from asapc.types.graph import EarlyStops
-from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency
+from asapc.types.results import CostCheck, Fidelity, FittedActivation, GpuLatency, Latency
 from asapc.types.site import Miss, Site
 from asapc.types.teacher import Teacher
 
@@ -67,7 +67,12 @@ def report_data(
         "verdict": verdict_data(verdict),
         "latency": latency_data(latency),
         "costs": costs_data(costs),
-        "engine": {"status": engine.status, "reason": engine.reason, "node": engine.node},
+        "engine": {
+            "status": engine.status,
+            "reason": engine.reason,
+            "node": engine.node,
+            "not_run": engine.not_run,
+        },
         "artifacts": artifacts,
         "environment": environment,
     }
@@ -149,7 +154,8 @@ def engine_note(engine: EngineResult) -> str:
     """Return in one line what came of the engine."""
     if engine.artifact is None:
         return "none" if engine.reason is None else f"none: {engine.reason}"
-    return f"{engine.artifact.builder} for {', '.join(engine.artifact.targets)}"
+    built = f"{engine.artifact.builder} for {', '.join(engine.artifact.targets)}"
+    return built if engine.not_run is None else f"{built}; built, not run"
 
 
 def choice_data(choice: Choice) -> dict[str, Any]:
@@ -256,6 +262,18 @@ def latency_data(latency: Latency) -> dict[str, Any]:
         "speedup_vs_exact": p50["exact"] / p50["compiled"],
         "speedup_vs_truncated": p50["truncated"] / p50["compiled"],
         "ratio_to_softmax": p50["compiled"] / p50["softmax"],
+        "gpu": None if latency.gpu is None else gpu_data(latency.gpu),
+    }
+
+
+def gpu_data(gpu: GpuLatency) -> dict[str, Any]:
+    """Return the runs on a GPU, with its clocks before and after."""
+    return {
+        "device": gpu.device,
+        "settled": gpu.settled,
+        "clocks": [asdict(clocks) for clocks in gpu.clocks],
+        "notes": list(gpu.notes),
+        "runs": [asdict(run) for run in gpu.runs],
     }
 
 

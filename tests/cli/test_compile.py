@@ -100,6 +100,13 @@ def test_compile_prints_two_tables_and_where_the_files_are(compiled):
     assert "\x1b" not in result.stdout  # no colours in a pipe
 
 
+def test_compile_says_in_one_line_that_an_engine_was_built_and_not_run(compiled):
+    place, result = compiled
+    reason = json.loads((place / "small.asap" / "report.json").read_text())["engine"]["not_run"]
+    lines = [line for line in result.stdout.splitlines() if "not run" in line]
+    assert lines == ([] if reason is None else [f"The engine was built and not run: {reason}"])
+
+
 def test_an_engine_that_fails_is_a_warning_and_all_else_is_whole(small, monkeypatch):
     crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     monkeypatch.setattr(asapc.backends.tensorrt.builder, "CHILD", crash)
@@ -110,7 +117,7 @@ def test_an_engine_that_fails_is_a_warning_and_all_else_is_whole(small, monkeypa
     files = {"manifest.json", "model.onnx", "operator.safetensors", "report.json"}
     assert {path.name for path in Path("out").iterdir()} == files
     report = json.loads(Path("out/report.json").read_text())
-    assert report["engine"] == {"status": "failed", "reason": reason, "node": None}
+    assert report["engine"] == {"status": "failed", "reason": reason, "node": None, "not_run": None}
     jsonschema.validate(report, json.loads((ROOT / "docs" / "report.schema.json").read_text()))
 
 
