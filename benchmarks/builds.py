@@ -37,7 +37,7 @@ from asapc.planning.propose import why_not_sliced
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import SIDES, Candidate, FeatureSet
 from asapc.types.graph import Axes
-from asapc.types.options import Lowering
+from asapc.types.options import Lowering, Precision
 from asapc.types.samples import Samples
 from asapc.types.site import Site
 from asapc.types.teacher import Teacher
@@ -62,6 +62,8 @@ SLICES, PIECES, CLOSURE_STEPS = 4, 8, 1
 LEVELLED = "exact, levelled"  # as for scores that spread far, `ops.scaling.MAX_SPREAD`
 ONE = ("SM89",)  # the architecture of most builds: every further one takes as long again
 EVERYWHERE = ("hinges, keys", "materialised")  # of which every architecture is tried
+# What is also built in float16, and with open lengths: the other forms differ from these in parts that they share.
+MAIN = ("as written", "exact", "hinges, keys", "one pass")
 
 Row = dict[str, Any]
 Modules = Mapping[str, Operator]
@@ -70,7 +72,7 @@ Modules = Mapping[str, Operator]
 def main() -> None:
     """Build what is asked for, write the JSON, render the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="PATTERN", help="names of models, built again")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="names of models, built again")
     parser.add_argument("--processes", type=int, default=2, help="how many models at once")
     parser.add_argument("--render", action="store_true", help="render the document only")
     options = parser.parse_args()
@@ -89,9 +91,9 @@ def main() -> None:
     replace_generated(DOCUMENT, document(json.loads(RESULTS.read_text())))
 
 
-def is_due(name: str, pattern: str | None, data: Row) -> bool:
+def is_due(name: str, patterns: Sequence[str] | None, data: Row) -> bool:
     """Return whether a model is to be built: by default if it has not been."""
-    return name not in data["models"] if pattern is None else fnmatch(name, pattern)
+    return name not in data["models"] if patterns is None else any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def build_all(name: str) -> Row:
@@ -101,34 +103,41 @@ def build_all(name: str) -> Row:
     module = case.build().eval()
     samples = Samples(case.inputs(SAMPLES, torch.Generator().manual_seed(0)))
     teacher = study_module(module, samples)
-    row: Row = {"name": name, "masked": any(site.loop.masked for site in teacher.sites), "lengths": "open"}
-    row["builds"] = list(builds(teacher, ("float32", "float16"))) if teacher.sites else []
+    row: Row = {
+        "name": name,
+        "masked": any(site.loop.masked for site in teacher.sites),
+        "lengths": "open",
+        "builds": [],
+    }
+    if not teacher.sites:
+        return row
+    row["builds"] += builds(teacher, "float32")
+    row["builds"] += builds(teacher, "float16", MAIN)
     try:
         reopened = study_module(module, samples, config=CompileConfig(dynamic=OPEN))
     except AsapcError as error:
         row["lengths"] = str(error)
     else:
-        row["builds"] += builds(reopened, ("float32",)) if teacher.sites else []
+        row["builds"] += builds(reopened, "float32", MAIN)
     return row
 
 
-def builds(teacher: Teacher, precisions: Sequence[str]) -> Iterator[Row]:
-    """Yield what becomes of each form of a model in each precision."""
+def builds(teacher: Teacher, precision: Precision, names: Sequence[str] | None = None) -> Iterator[Row]:
+    """Yield what becomes of each form of a model, or of those with some names, in a precision."""
     graph, lengths = teacher.open_graph, "fixed" if teacher.open_graph is teacher.graph else "open"
     with tempfile.TemporaryDirectory() as folder:
         for (form, lowering), modules in forms(teacher).items():
-            for precision in precisions:
-                row: Row = {"form": form, "lowering": lowering, "precision": precision, "lengths": lengths}
-                try:
-                    program = rewrite(graph, teacher.open_sites, modules, getattr(torch, precision))
-                    path = Path(folder) / "model.onnx"
-                    onnx = export_onnx(program, path, {}, standard=precision != "float32")
-                except Exception as error:  # a defect of one form must not lose what is known of the others
-                    yield row | {"defect": f"{type(error).__name__}: {error}".splitlines()[0]}
-                    continue
-                yield row | engine(
-                    onnx, graph.axes, None if lengths == "fixed" and (form, lowering) == EVERYWHERE else ONE
-                )
+            if names is not None and form not in names:
+                continue
+            row: Row = {"form": form, "lowering": lowering, "precision": precision, "lengths": lengths}
+            try:
+                program = rewrite(graph, teacher.open_sites, modules, getattr(torch, precision))
+                onnx = export_onnx(program, Path(folder) / "model.onnx", {}, standard=precision != "float32")
+            except Exception as error:  # a defect of one form must not lose what is known of the others
+                yield row | {"defect": f"{type(error).__name__}: {error}".splitlines()[0]}
+                continue
+            everywhere = (form, lowering) == EVERYWHERE and lengths == "fixed"
+            yield row | engine(onnx, graph.axes, None if everywhere else ONE)
 
 
 def engine(onnx: OnnxArtifact, axes: Axes | None, architectures: Sequence[str] | None) -> Row:

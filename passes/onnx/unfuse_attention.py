@@ -11,6 +11,7 @@ from typing import Any
 
 from asapc.passes.base import GraphPass, PassResult
 
+BIASED = "_biased"  # what the names of scores with a bias end with
 ZERO, FIRST, SECOND, LAST_AXIS = "asapc_zero", "asapc_first", "asapc_second", "asapc_last_axis"
 EXPONENTIALS = ("Exp", "LogSoftmax", "ReduceLogSumExp")  # what a softmax is spelled with where it is not one node
 PRODUCTS = ("MatMul", "Gemm", "Einsum", "Conv")  # beyond which nothing is part of the pattern
@@ -44,7 +45,7 @@ class UnfuseAttention(GraphPass[Any]):
 def scores_of_loops(graph: Any) -> set[str]:
     """Return the names of the products that are exponentiated, but for those of plain attention.
 
-    That has a softmax of which the result is used once.
+    That has a softmax of which the result is used once. Nor are those that have their bias.
     """
     producers = {name: node for node in graph.node for name in node.output}
     uses = Counter(name for node in graph.node for name in node.input)
@@ -61,23 +62,23 @@ def scores_of_loops(graph: Any) -> set[str]:
             continue
         visited.add(name)
         if node.op_type in PRODUCTS:
-            products.add(name)
+            products |= set() if f"{name}{BIASED}" in producers else {name}
         else:
             pending += node.input
     return products
 
 
 def zero_bias(product: Any) -> list[Any]:
-    """Build nodes that add the first column of a product's left operand, times 0, to the product; the last is the sum."""
+    """Build nodes that add the first column of a product's left operand, times 0, to it; the last is the sum."""
     from onnx.helper import make_node
 
     scores, query = product.output[0], product.input[0]
-    column, factor, nothing, biased = (f"{scores}_{part}" for part in ("column", "factor", "nothing", "biased"))
+    column, factor, nothing = (f"{scores}_{part}" for part in ("column", "factor", "nothing"))
     return [
         make_node("Slice", [query, FIRST, SECOND, LAST_AXIS], [column]),
         make_node("CastLike", [ZERO, column], [factor]),
         make_node("Mul", [column, factor], [nothing]),
-        make_node("Add", [scores, nothing], [biased]),
+        make_node("Add", [scores, nothing], [f"{scores}{BIASED}"]),
     ]
 
 
