@@ -13,7 +13,8 @@ from asapc.types.graph import DynamicAxis
 SORT = "sort (float[b,{length}] x) => (float[b,{length}] y) <int64[1] k={{{length}}}> {{[it] y, i = TopK(x, k)}}"
 OPEN_SORT = """sort (float[b,n] x) => (float[b,n] y) <int64[1] one={1}, int64[1] two={2}>
     {s = Shape(x) k = Slice(s, one, two) [it] y, i = TopK(x, k)}"""
-ATTENTION = "attention ({kind}[b,2,16,{size}] x) => ({kind}[b,2,16,{size}] y) {{[it] y = Attention(x, x, x)}}"
+ATTENTION = """attention ({kind}[b,2,16,{size}] q, {kind}[b,2,16,{size}] k, {kind}[b,2,16,{size}] v)
+    => ({kind}[b,2,16,{size}] y) {{[it] y = Attention(q, k, v)}}"""
 SCATTER = "scatter (float[b,8] x, int64[b,8] i) => (float[b,8] y) {{[it] y = ScatterElements<axis=1{more}>(x, i, x)}}"
 SCATTER_ND = "scatter (float[b,8] x, int64[b,1] i) => (float[b,8] y) {{[it] y = ScatterND{more}(x, i, x)}}"
 PRODUCT = "product ({kind}[b,8,8] x) => ({kind}[b,8,8] y) {{[it] y = MatMul(x, x)}}"
