@@ -130,7 +130,8 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
             nodes[old.name] = replacement
             modified = True
         if modified:
-            drop_assertions(program)  # they would keep the loop alive
+            for node in program.graph.find_nodes(op="call_function", target=ASSERTION):
+                program.graph.erase_node(node)  # they would keep the loop alive
             program.graph.eliminate_dead_code()
             program.delete_all_unused_submodules()
             program.recompile()
@@ -162,18 +163,11 @@ def of_one_row(nodes: Mapping[str, Node], product: DotProduct) -> Node:
     return copies[rest[-1]]
 
 
-def drop_assertions(program: GraphModule) -> None:
-    """Drop what torch.export asserts of dtypes at casts, without recompiling."""
-    for node in program.graph.find_nodes(op="call_function", target=ASSERTION):
-        program.graph.erase_node(node)
-
-
 def keep_float32(program: GraphModule) -> None:
     """Cast what goes into normalisations, exponentials and sums back to the floats that it was traced as.
 
     Torch's automatic casts for GPUs do so; the graph was traced with those for CPUs instead.
     """
-    drop_assertions(program)  # of dtypes that are others in half precision
     for node in list(program.graph.nodes):
         if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in WIDE:
             for source in node.all_input_nodes:

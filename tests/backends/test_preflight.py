@@ -1,4 +1,4 @@
-"""What is refused before a build: each rule is broken by a graph that NVIDIA's compiler refuses, and by no neighbour."""
+"""What is refused before a build: each rule is broken by a graph that the compiler refuses, and by no neighbour."""
 
 import onnx
 import pytest

@@ -14,7 +14,7 @@ from typing import Any
 from asapc.errors import BuildError
 from asapc.passes.onnx.standard_attention import StandardAttention
 
-MAX_SORT = 3840  # the largest K of a TopK
+MAX_SORT = 3840  # the largest K of a TopK; longer sites get no slices
 MAX_HEAD = 256  # the largest heads of ONNX's own attention
 MAX_SIZES = 64  # beyond which a constant holds no sizes
 COUNT = "{}_count"  # a value that is not in the model: its shape is what one of the model holds
