@@ -6,6 +6,7 @@ rule here was tried: TensorRT-RTX refuses a graph that breaks it, and builds one
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -116,7 +117,9 @@ def at_largest(model: Any, largest_batch: int, ranges: Ranges) -> Any:
     # Inference computes numbers too, but shows them as shapes alone.
     for name in {node.input[1] for node in model.graph.node if node.op_type == "TopK"}:
         model.graph.node.append(onnx.helper.make_node("ConstantOfShape", [name], [COUNT.format(name)]))
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    with suppress(onnx.shape_inference.InferenceError):  # of a model at odds with itself, which the parser judges
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    return model
 
 
 def values_of(graph: Any) -> dict[str, Value]:
@@ -144,7 +147,7 @@ def long_sort(node: Any, values: Mapping[str, Value]) -> Fault | None:
     (count,) = values.get(COUNT.format(node.input[1]), NOTHING).sizes or (None,)
     if count is None or count <= MAX_SORT:
         return None
-    why = f"it gives {count:,} elements in order, and TensorRT no more than {MAX_SORT:,}"
+    why = f"it gives {count} elements in order, and TensorRT no more than {MAX_SORT}"
     return Fault(why, "lower the upper end of that axis in --dynamic, or replace the sort in the model")
 
 
