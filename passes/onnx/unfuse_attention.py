@@ -3,7 +3,8 @@
 TensorRT-RTX 1.7 fuses a product, the exponential of it and a product with that, whatever is elementwise in between: a
 scale, a mask, a dual. It crashes where it finds what attention does not have, as scaling loops do: an exponential that
 is used more than once, or one that no sum divides. A bias that is computed at run time keeps the pattern from matching.
-It is zero: one column of an operand, times 0. Only the compiler reads this model; the user's file stays as it is.
+It is zero, as the answer to whether a number is below minus infinity, be it NaN or infinite itself. Only the compiler
+reads this model; the user's file stays as it is.
 """
 
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Any
 from asapc.passes.base import GraphPass, PassResult
 
 BIASED = "_biased"  # what the names of scores with a bias end with
-ZERO, FIRST, SECOND, LAST_AXIS = "asapc_zero", "asapc_first", "asapc_second", "asapc_last_axis"
+LEAST, FLAT, BEGIN, END = "asapc_least", "asapc_flat", "asapc_begin", "asapc_end"
 EXPONENTIALS = ("Exp", "LogSoftmax", "ReduceLogSumExp")  # what a softmax is spelled with where it is not one node
 PRODUCTS = ("MatMul", "Gemm", "Einsum", "Conv")  # beyond which nothing is part of the pattern
 
@@ -69,24 +70,27 @@ def scores_of_loops(graph: Any) -> set[str]:
 
 
 def zero_bias(product: Any) -> list[Any]:
-    """Build nodes that add the first column of a product's left operand, times 0, to it; the last is the sum."""
+    """Build nodes that add to a product whether the first number of its left operand is below all numbers."""
     from onnx.helper import make_node
 
     scores, query = product.output[0], product.input[0]
-    column, factor, nothing = (f"{scores}_{part}" for part in ("column", "factor", "nothing"))
+    parts = ("numbers", "first", "least", "is_below", "nothing")
+    numbers, first, least, is_below, nothing = (f"{scores}_{part}" for part in parts)
     return [
-        make_node("Slice", [query, FIRST, SECOND, LAST_AXIS], [column]),
-        make_node("CastLike", [ZERO, column], [factor]),
-        make_node("Mul", [column, factor], [nothing]),
+        make_node("Reshape", [query, FLAT], [numbers]),
+        make_node("Slice", [numbers, BEGIN, END], [first]),
+        make_node("CastLike", [LEAST, first], [least]),
+        make_node("Less", [first, least], [is_below]),
+        make_node("CastLike", [is_below, scores], [nothing]),
         make_node("Add", [scores, nothing], [f"{scores}{BIASED}"]),
     ]
 
 
 def constants_of_bias() -> list[Any]:
-    """Return the zero, the ends of the first column and its axis, which all biases read, as TensorProtos."""
+    """Return what all biases read, as TensorProtos: minus infinity, and what singles out the first number."""
     import numpy as np
     from onnx.numpy_helper import from_array
 
-    ends = {FIRST: 0, SECOND: 1, LAST_AXIS: -1}
-    numbers = [from_array(np.array([number], np.int64), name) for name, number in ends.items()]
-    return [from_array(np.zeros((), np.float32), ZERO), *numbers]
+    numbers = {FLAT: -1, BEGIN: 0, END: 1}
+    places = [from_array(np.array([number], np.int64), name) for name, number in numbers.items()]
+    return [from_array(np.array(-np.inf, np.float32), LEAST), *places]
