@@ -78,14 +78,12 @@ def main() -> None:
     options = parser.parse_args()
     data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"models": {}}
     names = [] if options.render else [case.name for case in POSITIVES if is_due(case.name, options.only, data)]
-    # A process keeps what torch compiled and traced; a fresh one now and then bounds the memory.
-    with get_context("spawn").Pool(options.processes, quieten, maxtasksperchild=5) as pool:
-        for row in pool.imap_unordered(build_all, names):
-            name = row.pop("name")
-            data["models"][name] = row
-            data["environment"] = environment(seed=0)
-            write_json(RESULTS, data)
-            print(f"{name:<32} {dict(Counter(outcome(build) for build in row['builds']))}", flush=True)
+    for row in rows_of(names, options.processes):
+        name = row.pop("name")
+        data["models"][name] = row
+        data["environment"] = environment(seed=0)
+        write_json(RESULTS, data)
+        print(f"{name:<32} {dict(Counter(outcome(build) for build in row['builds']))}", flush=True)
     order = [case.name for case in POSITIVES if case.name in data["models"]]
     write_json(RESULTS, {**data, "models": {name: data["models"][name] for name in order}})
     replace_generated(DOCUMENT, document(json.loads(RESULTS.read_text())))
@@ -94,6 +92,15 @@ def main() -> None:
 def is_due(name: str, patterns: Sequence[str] | None, data: Row) -> bool:
     """Return whether a model is to be built: by default if it has not been."""
     return name not in data["models"] if patterns is None else any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def rows_of(names: Sequence[str], processes: int) -> Iterator[Row]:
+    """Yield the rows of models as they are done."""
+    if not names:
+        return
+    # A process keeps what torch compiled and traced; a fresh one now and then bounds the memory.
+    with get_context("spawn").Pool(processes, quieten, maxtasksperchild=5) as pool:
+        yield from pool.imap_unordered(build_all, names)
 
 
 def build_all(name: str) -> Row:
