@@ -29,7 +29,7 @@ from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.tensorrt.builder import build_engine
 from asapc.commands.study import study_module
 from asapc.config import CompileConfig
-from asapc.errors import AsapcError, BuildError
+from asapc.errors import AsapcError, BuildError, one_line
 from asapc.ops.sliced_dual import bias_side
 from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.operators import Operator, build, fusable
@@ -141,7 +141,7 @@ def builds(teacher: Teacher, precision: Precision, names: Sequence[str] | None =
                 program = rewrite(graph, teacher.open_sites, modules, getattr(torch, precision))
                 onnx = export_onnx(program, Path(folder) / "model.onnx", {}, standard=precision != "float32")
             except Exception as error:  # a defect of one form must not lose what is known of the others
-                yield row | {"defect": f"{type(error).__name__}: {error}".splitlines()[0]}
+                yield row | {"defect": one_line(error)[:200]}
                 continue
             everywhere = (form, lowering) == EVERYWHERE and lengths == "fixed"
             yield row | engine(onnx, graph.axes, None if everywhere else ONE)
@@ -235,7 +235,7 @@ def document(data: Row) -> Iterator[str]:
         cells = [share_built([row for row in of_form if (row["precision"], row["lengths"]) == c]) for c in columns]
         yield f"| {form} | {lowering} | {' | '.join(cells)} |"
     yield ""
-    yield "| not built | model | NVIDIA's reason |"
+    yield "| not built | model | reason, NVIDIA's or asapc's |"
     yield "|---|---|---|"
     for row in rows:
         if outcome(row) != "built":
