@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import product
 from math import inf
 
+from asapc.backends.tensorrt.preflight import MAX_SORT
 from asapc.config import CompileConfig
 from asapc.ops.sliced_dual import bias_side, first_half_steps
 from asapc.planning.calibrate import FitKey, calibrate
@@ -17,8 +18,6 @@ from asapc.types.teacher import Teacher
 MAX_CLOSURE_STEPS = 5
 MAX_EXACT_HALF_STEPS = 3  # an estimate is followed by as many, so that a loop this short cannot be beaten
 TRUNCATED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # half-steps
-# TensorRT sorts no more than this many elements; longer sites get no slices.
-MAX_SORT = 3840
 # Limits of what fits and choices look at: most scores of the largest site, fewest samples.
 MAX_SCORES, MIN_SAMPLES = 2**27, 4
 SELECTION_SHARE = 4  # one in four calibration samples chooses between candidates and is not fitted on

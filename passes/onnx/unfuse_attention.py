@@ -1,9 +1,10 @@
 """Keeps TensorRT's compiler from taking Sinkhorn for attention.
 
-Where the exponential of a product of two tensors is used more than once, as a scaling loop uses its kernel,
-TensorRT-RTX 1.7 starts to fuse attention, finds more users than attention has, and crashes. A bias that is computed at
-run time keeps the pattern from matching. It is zero: the sum of one operand, times 0. Only the compiler reads this
-model; the user's file stays as it is.
+TensorRT-RTX 1.7 fuses a product, the exponential of it and a product with that, whatever is elementwise in between: a
+scale, a mask, a dual. It crashes where it finds what attention does not have, as scaling loops do: an exponential that
+is used more than once, or one that no sum divides. A bias that is computed at run time keeps the pattern from matching.
+It is zero, as the answer to whether a number is below minus infinity, be it NaN or infinite itself. Only the compiler
+reads this model; the user's file stays as it is.
 """
 
 from collections import Counter
@@ -11,8 +12,10 @@ from typing import Any
 
 from asapc.passes.base import GraphPass, PassResult
 
-ZERO, AXIS = "asapc_zero", "asapc_axis"
-EXPONENTIALS = ("LogSoftmax", "ReduceMax")  # what a softmax is spelled with where it is not one node
+BIASED = "_biased"  # what the names of scores with a bias end with
+LEAST, FLAT, BEGIN, END = "asapc_least", "asapc_flat", "asapc_begin", "asapc_end"
+EXPONENTIALS = ("Exp", "LogSoftmax", "ReduceLogSumExp")  # what a softmax is spelled with where it is not one node
+PRODUCTS = ("MatMul", "Gemm", "Einsum", "Conv")  # beyond which nothing is part of the pattern
 
 
 class UnfuseAttention(GraphPass[Any]):
@@ -22,15 +25,14 @@ class UnfuseAttention(GraphPass[Any]):
         """Put the bias between each product and what exponentiates it."""
         graph = program.graph
         constants = {tensor.name for tensor in graph.initializer}
-        exponentiated = exponentiated_values(graph)
+        scores = scores_of_loops(graph)
         nodes: list[Any] = []
         biased: dict[str, str] = {}  # names of scores with the bias, by those without
         for node in graph.node:
             for i, name in enumerate(node.input):
                 node.input[i] = biased.get(name, name)
             nodes.append(node)
-            product = node.op_type == "MatMul" and not constants & set(node.input)
-            if product and node.output[0] in exponentiated:
+            if node.op_type == "MatMul" and node.output[0] in scores and not constants & set(node.input):
                 bias = zero_bias(node)
                 nodes += bias
                 biased[node.output[0]] = bias[-1].output[0]
@@ -41,30 +43,54 @@ class UnfuseAttention(GraphPass[Any]):
         return PassResult(program, bool(biased))
 
 
-def exponentiated_values(graph: Any) -> set[str]:
-    """Return the names of the scores of each softmax whose result is used more than once, or that is several nodes."""
+def scores_of_loops(graph: Any) -> set[str]:
+    """Return the names of the products that are exponentiated, but for those of plain attention.
+
+    That has a softmax of which the result is used once. Nor are those that have their bias.
+    """
+    producers = {name: node for node in graph.node for name in node.output}
     uses = Counter(name for node in graph.node for name in node.input)
     kernels = [node for node in graph.node if node.op_type == "Softmax" and uses[node.output[0]] > 1]
-    return {node.input[0] for node in [*kernels, *(n for n in graph.node if n.op_type in EXPONENTIALS)]}
+    pending = [
+        name for node in (*kernels, *(n for n in graph.node if n.op_type in EXPONENTIALS)) for name in node.input
+    ]
+    products: set[str] = set()
+    visited: set[str] = set()
+    while pending:
+        name = pending.pop()
+        node = producers.get(name)
+        if node is None or name in visited:
+            continue
+        visited.add(name)
+        if node.op_type in PRODUCTS:
+            products |= set() if f"{name}{BIASED}" in producers else {name}
+        else:
+            pending += node.input
+    return products
 
 
 def zero_bias(product: Any) -> list[Any]:
-    """Build nodes that add the sum of a product's right operand, times 0, to the product; the last is the result."""
+    """Build nodes that add to a product whether the first number of its left operand is below all numbers."""
     from onnx.helper import make_node
 
-    scores, key = product.output[0], product.input[1]
-    total, nothing, biased = (f"{scores}_{part}" for part in ("sum", "nothing", "biased"))
+    scores, query = product.output[0], product.input[0]
+    parts = ("numbers", "first", "least", "is_below", "nothing")
+    numbers, first, least, is_below, nothing = (f"{scores}_{part}" for part in parts)
     return [
-        make_node("ReduceSum", [key, AXIS], [total], keepdims=1),
-        make_node("CastLike", [ZERO, total], [f"{nothing}_factor"]),
-        make_node("Mul", [total, f"{nothing}_factor"], [nothing]),
-        make_node("Add", [scores, nothing], [biased]),
+        make_node("Reshape", [query, FLAT], [numbers]),
+        make_node("Slice", [numbers, BEGIN, END], [first]),
+        make_node("CastLike", [LEAST, first], [least]),
+        make_node("Less", [first, least], [is_below]),
+        make_node("CastLike", [is_below, scores], [nothing]),
+        make_node("Add", [scores, nothing], [f"{scores}{BIASED}"]),
     ]
 
 
 def constants_of_bias() -> list[Any]:
-    """Return the zero and the axis that all biases read, as TensorProtos."""
+    """Return what all biases read, as TensorProtos: minus infinity, and what singles out the first number."""
     import numpy as np
     from onnx.numpy_helper import from_array
 
-    return [from_array(np.zeros((), np.float32), ZERO), from_array(np.array([-2], np.int64), AXIS)]
+    numbers = {FLAT: -1, BEGIN: 0, END: 1}
+    places = [from_array(np.array([number], np.int64), name) for name, number in numbers.items()]
+    return [from_array(np.array(-np.inf, np.float32), LEAST), *places]

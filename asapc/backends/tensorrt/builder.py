@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from asapc.backends.base import temporary
+from asapc.backends.tensorrt.preflight import preflight
 from asapc.errors import BuildError, DependencyError
 from asapc.types.artifacts import EngineArtifact, EngineResult, OnnxArtifact
 from asapc.types.graph import Axes
@@ -81,6 +82,7 @@ def build_engine(
         name: {number: (axis.low, axis.high or largest_batch) for number, axis in of_input.items()}
         for name, of_input in (axes or {}).items()
     }
+    preflight(package, onnx.path, largest_batch, ranges)
     request = {
         "package": package,
         "target": "SM{}{}".format(*torch.cuda.get_device_capability()) if package == "tensorrt" else None,
