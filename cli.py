@@ -241,6 +241,22 @@ def approx(
         show([showing.approximation(title, result.data()["rows"]), str(out_file), *([str(plot)] if plot else [])])
 
 
+@command("asapc doctor", "asapc doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Examine this machine and its installation, with a command for each thing that is wrong."""
+    from asapc.doctor import examine
+    from asapc.doctor.showing import examination
+
+    with err.status("importing what asapc needs, to see whether it can"):
+        found = examine()
+    if as_json:
+        print_json(found.data())
+    else:
+        show(examination(found))
+    if not found.ready:
+        raise typer.Exit(1)
+
+
 @command("asapc train digits --out mine.pt", "asapc train digits --epochs 1 --seed 3")
 def train(
     recipe: Annotated[str, typer.Argument(metavar="digits", help="What to train.", show_default=False)],

@@ -16,8 +16,9 @@ from helpers.paths import ROOT
 
 # From the top down: each folder, or file that stands alone, of the library, with all others that it imports.
 ARROWS = {
-    "cli": "terminal showing commands planning relu writing process models config errors version",
+    "cli": "terminal doctor showing commands planning relu writing process models config errors version",
     "terminal": "showing process config types errors events",
+    "doctor": "showing errors version",  # of the library nothing else: it must work where torch does not
     "showing": "writing",
     "commands": "pictures planning fidelity relu writing backends capturing loading passes config types errors events "
     "version",
