@@ -6,7 +6,7 @@ It must work where torch and the runtimes do not, so it imports none of them: pr
 from dataclasses import dataclass
 from typing import Any
 
-from asapc.doctor.collect import collect
+from asapc.doctor.survey import collect
 from asapc.doctor.facts import Facts
 from asapc.doctor.rules import Finding, diagnose
 

@@ -14,7 +14,8 @@ class Module:
         error: why it cannot be imported, in one line; None where it can, and where it is not installed.
         details: by module. torch: `cuda`, the version that it was built with, or None; `gpus`, how many it sees;
             `reason`, why it sees none. onnxruntime: `session`, whether it has InferenceSession; `providers`.
-            tensorrt and tensorrt_rtx: `architectures`, those that it builds for ahead of time. Empty where it cannot be imported.
+            tensorrt and tensorrt_rtx: `architectures`, those that it builds for ahead of time. Empty where it cannot
+            be imported.
     """
 
     installed: bool
