@@ -35,28 +35,13 @@ def requirements(name: str) -> list[Requirement]:
     return [item for item in parsed if item.marker is None or item.marker.evaluate(environment)]
 
 
-def tags(name: str) -> list[str]:
-    """What pip takes on a platform: on Linux builds for older systems too, which it does not add by itself."""
-    older, machine = range(17, 28), PLATFORMS[name][1]
-    return (
-        [name, *(f"manylinux_2_{n}_{machine}" for n in older), f"manylinux2014_{machine}"]
-        if "linux" in name
-        else [name]
-    )
-
-
 def releases(package: str, name: str) -> list[str]:
     """The versions of a package that have a wheel for a platform, by the index alone: no wheel is fetched."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "index",
-        "versions",
-        package,
-        "--only-binary=:all:",
-        "--python-version=3.11",
-    ]
+    machine = PLATFORMS[name][1]
+    # Builds for older systems serve too; pip adds those of macOS by itself.
+    older = [f"manylinux_2_{n}_{machine}" for n in range(17, 28)] if name.startswith("manylinux") else []
+    command = [sys.executable, "-m", "pip", "index", "versions", package, "--retries=2", "--timeout=10"]
+    command += ["--only-binary=:all:", "--python-version=3.11", *(f"--platform={tag}" for tag in (name, *older))]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     line = re.search(r"^Available versions: (.*)$", ran.stdout, flags=re.MULTILINE)
     return line[1].split(", ") if line else []

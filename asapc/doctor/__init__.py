@@ -6,9 +6,9 @@ It must work where torch and the runtimes do not, so it imports none of them: pr
 from dataclasses import dataclass
 from typing import Any
 
-from asapc.doctor.survey import collect
 from asapc.doctor.facts import Facts
 from asapc.doctor.rules import Finding, diagnose
+from asapc.doctor.survey import collect
 
 
 @dataclass(frozen=True)

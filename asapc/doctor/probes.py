@@ -65,6 +65,8 @@ MODULES = {
     "cuda.bindings": "from cuda.bindings import driver",
 }
 COMPILER = "asapc.commands.compile"
+# What compiling imports only where it needs it.
+LATER = "import jsonschema, numpy, onnxscript, platformdirs, safetensors.torch, scipy.interpolate, scipy.optimize"
 
 # The driver by its own interface: it needs no package, and no nvidia-smi, which containers often lack.
 CUDA = """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from asapc.doctor.facts import Driver, Facts, Folder, Gpu, Module, Requirement
-from asapc.doctor.probes import COMPILER, CUDA, MODULES, probe
+from asapc.doctor.probes import COMPILER, CUDA, LATER, MODULES, probe
 from asapc.errors import one_line, printable
 from asapc.version import __version__
 
@@ -26,7 +26,7 @@ MEBIBYTE = 2**20
 def collect() -> Facts:
     """Return the facts about this machine and its installation, after some seconds."""
     codes = {name: (name, code) for name, code in MODULES.items()}
-    answers = probe({**codes, "compiler": (COMPILER, ""), "cuda": ("ctypes", CUDA)})
+    answers = probe({**codes, "compiler": (COMPILER, LATER), "cuda": ("ctypes", CUDA)})
     cuda = answers.pop("cuda")
     compiler = Module(**answers.pop("compiler"))
     driver, gpus = driver_and_gpus(cuda)
