@@ -227,12 +227,14 @@ RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
 
 
 def diagnose(facts: Facts) -> tuple[Finding, ...]:
-    """Return what is wrong, faults first."""
+    """Return what is wrong, faults first; no remark on what a command above it already mends."""
     findings = [finding for rule in RULES for finding in rule(facts)]
     if facts.compiler.error is not None and not any(finding.severity == "fault" for finding in findings):
         message = f"asapc cannot be imported whole: {facts.compiler.error}"
         command = "pip install --force-reinstall asapc"
         findings.append(Finding("broken-compiler", "fault", message, (command,)))
+    mends = {command for finding in findings if finding.severity != "remark" for command in finding.commands}
+    findings = [finding for finding in findings if finding.severity != "remark" or not mends & set(finding.commands)]
     order = ("fault", "warning", "remark")
     return tuple(sorted(findings, key=lambda finding: order.index(finding.severity)))
 

@@ -125,7 +125,11 @@ def test_where_no_builder_comes_with_asapc_its_absence_is_a_remark_and_beside_a_
     facts = without_requirement(with_modules(HEALTHY, tensorrt_rtx=NONE), "tensorrt-rtx-cu12")
     assert rules(replace(facts, system="Darwin-arm64")) == [("no-builder", "remark")]
     beside = without_requirement(with_modules(with_gpu(HOPPER), tensorrt_rtx=NONE), "tensorrt-rtx-cu12")
-    assert rules(beside) == [("no-builder", "warning"), ("missing-extra", "remark")]
+    assert rules(beside) == [("no-builder", "warning")]
+
+
+def test_there_is_no_remark_on_what_the_command_of_a_warning_installs():
+    assert rules(with_gpu(HOPPER)) == [("foreign-gpu", "warning")]
 
 
 def test_the_plain_runtime_beside_a_gpu_is_a_warning():
