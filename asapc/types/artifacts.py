@@ -1,17 +1,26 @@
 """Files that a compilation writes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from asapc.types.engine import EngineLayer, Place
 
 
 @dataclass(frozen=True, eq=False)
 class OnnxArtifact:
-    """An ONNX file that onnx.checker accepts."""
+    """An ONNX file that onnx.checker accepts.
+
+    Attributes:
+        path: the file.
+        opset: version of the ONNX standard.
+        places: where nodes come from, by their name; the file itself tells nothing of the user's machine.
+    """
 
     path: Path
     opset: int
+    places: Mapping[str, Place] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +32,18 @@ class EngineArtifact:
         builder: which compiler made it, and its version.
         targets: GPU architectures it runs on, e.g. "SM89".
         refused: architectures that the compiler knows but cannot build this model for, with its reason.
+        compatible: what it runs on beside: "version" for later versions of its builder, "hardware" for later GPUs.
+        layers: of which it consists, as far as the compiler's log lists them.
+        notes: what the user should know of the build, in sentences.
     """
 
     path: Path
     builder: str
     targets: tuple[str, ...]
     refused: Mapping[str, str]
+    compatible: tuple[str, ...] = ()
+    layers: tuple[EngineLayer, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
