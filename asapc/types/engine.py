@@ -140,6 +140,11 @@ class EngineLayer:
     nodes: tuple[str, ...]
     attention: bool
 
+    @classmethod
+    def of(cls, name: str, kind: str, precision: Sequence[str], nodes: Sequence[str], attention: bool) -> "EngineLayer":
+        """Return the layer of which JSON holds the fields."""
+        return cls(name, kind, tuple(precision), tuple(nodes), attention)
+
 
 def parse_architectures(text: str) -> tuple[str, ...]:
     """Parse `sm86,sm89,sm120`.

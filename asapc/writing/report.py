@@ -11,6 +11,7 @@ from asapc.types.artifacts import EngineResult
 from asapc.types.budget import Verdict
 from asapc.types.choices import Alternatives, Candidate, Choice, Selection, Tradeoff
 from asapc.types.costs import CostModel
+from asapc.types.engine import EngineLayer, Place
 from asapc.types.graph import EarlyStops
 from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency
 from asapc.types.site import Miss, Site
@@ -41,6 +42,7 @@ def report_data(
     latency: Latency,
     costs: CostCheck,
     engine: EngineResult,
+    places: Mapping[str, Place],
     artifacts: list[dict[str, Any]],
     environment: dict[str, object],
 ) -> dict[str, Any]:
@@ -67,7 +69,12 @@ def report_data(
         "verdict": verdict_data(verdict),
         "latency": latency_data(latency),
         "costs": costs_data(costs),
-        "engine": {"status": engine.status, "reason": engine.reason, "node": engine.node},
+        "engine": {
+            "status": engine.status,
+            "reason": engine.reason,
+            "node": engine.node,
+            "layers": [layer_data(layer, places) for layer in engine.artifact.layers] if engine.artifact else [],
+        },
         "artifacts": artifacts,
         "environment": environment,
     }
@@ -149,7 +156,22 @@ def engine_note(engine: EngineResult) -> str:
     """Return in one line what came of the engine."""
     if engine.artifact is None:
         return "none" if engine.reason is None else f"none: {engine.reason}"
-    return f"{engine.artifact.builder} for {', '.join(engine.artifact.targets)}"
+    built = f"{engine.artifact.builder} for {', '.join(engine.artifact.targets)}"
+    return "; ".join([built, *engine.artifact.notes])
+
+
+def layer_data(layer: EngineLayer, places: Mapping[str, Place]) -> dict[str, Any]:
+    """Return a layer of an engine as the report shows it, with the sites to which its nodes belong."""
+    own = [places[node] for node in layer.nodes if node in places]
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "precision": list(layer.precision),
+        "nodes": list(layer.nodes),
+        "modules": list(dict.fromkeys(place.module for place in own if place.module)),
+        "sites": list(dict.fromkeys(place.site for place in own if place.site)),
+        "attention": layer.attention,
+    }
 
 
 def choice_data(choice: Choice) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import SlicedDualParams
+from asapc.types.engine import EngineOptions
 from asapc.types.graph import CapturedGraph, DynamicAxis
 from asapc.types.samples import Samples
 
 HEADS, SIZE, TOKENS = 2, 4, 12
-ONE = ["SM89"]  # to build for all takes six times as long
+ONE = EngineOptions(architectures=("SM89",))  # to build for all takes six times as long
 
 
 class OfPoints(nn.Module):
@@ -147,7 +148,7 @@ DYNAMIC = (
 def test_an_engine_is_built_for_every_operator_with_a_dynamic_batch(name, ahead_of_time, tmp_path):
     artifact = exported(OPERATORS[name](), tmp_path / "model.onnx")
     # A profile from 1 to 5 builds only if the batch is dynamic.
-    engine = build_engine(artifact, tmp_path / "model.engine", 5, architectures=ONE)
+    engine = build_engine(artifact, tmp_path / "model.engine", 5, options=ONE)
     assert engine.path == tmp_path / "model.engine"
     assert engine.path.stat().st_size > 1000
     assert engine.builder.startswith("tensorrt-rtx ")
@@ -161,8 +162,8 @@ HALVES = [("float16", "fused sliced dual"), ("bfloat16", "sliced dual with slice
 @pytest.mark.parametrize(("precision", "name"), HALVES)
 def test_an_engine_is_built_in_half_precision(name, precision, ahead_of_time, tmp_path):
     artifact = exported(OPERATORS[name](), tmp_path / "model.onnx", precision=getattr(torch, precision))
-    engine = build_engine(artifact, tmp_path / "model.engine", 5, architectures=ONE)
-    assert engine.targets == tuple(ONE)
+    engine = build_engine(artifact, tmp_path / "model.engine", 5, options=ONE)
+    assert engine.targets == ONE.architectures
 
 
 @pytest.mark.parametrize("name", ["masked Sinkhorn", slow("fused sliced dual")])
@@ -170,7 +171,7 @@ def test_an_engine_is_built_for_a_range_of_lengths(name, ahead_of_time, tmp_path
     open_axes = {0: DynamicAxis("batch", 1, 4), 2: DynamicAxis("seq", 2, 6000)}  # more than TensorRT sorts
     axes = dict.fromkeys(("queries", "keys", "values"), open_axes)
     artifact = exported(OPERATORS[name](), tmp_path / "model.onnx", axes)
-    assert build_engine(artifact, tmp_path / "model.engine", 4, axes, architectures=ONE).targets
+    assert build_engine(artifact, tmp_path / "model.engine", 4, axes, options=ONE).targets
 
 
 def test_every_target_is_built_for_or_refused_with_a_reason(ahead_of_time, tmp_path):

@@ -93,6 +93,7 @@ def report() -> dict:
         latency,
         CostCheck(shipped(), 32, 1.0, -0.5),
         EngineResult("omitted"),
+        {},
         artifacts,
         environment(seed=0),
     )
