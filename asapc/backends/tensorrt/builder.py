@@ -165,9 +165,9 @@ def located(error: BuildError, onnx: OnnxArtifact) -> BuildError:
     """Return an error that says which of the user's modules and lines its node comes from."""
     if error.node is None:
         return error
-    place = str(onnx.places.get(error.node, ""))
-    where = f"at node {error.node}" + (f", {place}" if place else "")
-    return BuildError(f"{error} ({where})", error.hint, error.node)
+    name = "" if error.node in str(error) else f"at node {error.node}"
+    where = ", ".join(filter(None, [name, str(onnx.places.get(error.node, ""))]))
+    return BuildError(f"{error} ({where})", error.hint, error.node) if where else error
 
 
 def builder_package(target: Target) -> str:

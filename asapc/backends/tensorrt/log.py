@@ -8,7 +8,7 @@ from typing import Any
 LAYERS = "Layers:\n"  # begins the message that lists the engine's layers
 LAYER = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<kind>.*?), Inputs: \[(?P<inputs>.*?)\], (?:Constants: \[.*?\], )?"
-    r"Outputs: \[(?P<outputs>.*?)\], .*?Tactic(?:Name)?: (?P<tactic>.*?), .*?Metadata: (?P<metadata>.*)$"
+    r"Outputs: \[(?P<outputs>.*)\], [^\[\]]*?TacticName: (?P<tactic>[^,]*), .*?Metadata: (?P<metadata>.*)$"
 )
 TYPE = re.compile(r"(?:Datatype|Format/Datatype): ([A-Za-z0-9_]+)")
 NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
