@@ -159,7 +159,7 @@ def compile_model(
             latency,
             check_costs(teacher, compiled, latency, config, model),
             engine,
-            files.deployed.places,
+            files.deployed,
             list_artifacts(folder, [files.onnx, files.deployed], engine.artifact),
             environment(config.seed),
         )

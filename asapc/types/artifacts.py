@@ -22,6 +22,10 @@ class OnnxArtifact:
     opset: int
     places: Mapping[str, Place] = field(default_factory=dict)
 
+    def place_of(self, node: str) -> Place:
+        """Return where a node comes from; passes call those that they make of one NODE/PART."""
+        return self.places.get(node) or self.places.get(node.rpartition("/")[0]) or Place()
+
 
 @dataclass(frozen=True, eq=False)
 class EngineArtifact:

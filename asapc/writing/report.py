@@ -7,11 +7,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from asapc.types.artifacts import EngineResult
+from asapc.types.artifacts import EngineResult, OnnxArtifact
 from asapc.types.budget import Verdict
 from asapc.types.choices import Alternatives, Candidate, Choice, Selection, Tradeoff
 from asapc.types.costs import CostModel
-from asapc.types.engine import EngineLayer, Place
+from asapc.types.engine import EngineLayer
 from asapc.types.graph import EarlyStops
 from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency
 from asapc.types.site import Miss, Site
@@ -42,7 +42,7 @@ def report_data(
     latency: Latency,
     costs: CostCheck,
     engine: EngineResult,
-    places: Mapping[str, Place],
+    deployed: OnnxArtifact,
     artifacts: list[dict[str, Any]],
     environment: dict[str, object],
 ) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def report_data(
             "status": engine.status,
             "reason": engine.reason,
             "node": engine.node,
-            "layers": [layer_data(layer, places) for layer in engine.artifact.layers] if engine.artifact else [],
+            "layers": [layer_data(layer, deployed) for layer in engine.artifact.layers] if engine.artifact else [],
         },
         "artifacts": artifacts,
         "environment": environment,
@@ -160,9 +160,9 @@ def engine_note(engine: EngineResult) -> str:
     return "; ".join([built, *engine.artifact.notes])
 
 
-def layer_data(layer: EngineLayer, places: Mapping[str, Place]) -> dict[str, Any]:
+def layer_data(layer: EngineLayer, onnx: OnnxArtifact) -> dict[str, Any]:
     """Return a layer of an engine as the report shows it, with the sites to which its nodes belong."""
-    own = [places[node] for node in layer.nodes if node in places]
+    own = [onnx.place_of(node) for node in layer.nodes]
     return {
         "name": layer.name,
         "kind": layer.kind,

@@ -166,7 +166,7 @@ def located(error: BuildError, onnx: OnnxArtifact) -> BuildError:
     if error.node is None:
         return error
     name = "" if error.node in str(error) else f"at node {error.node}"
-    where = ", ".join(filter(None, [name, str(onnx.places.get(error.node, ""))]))
+    where = ", ".join(filter(None, [name, str(onnx.place_of(error.node))]))
     return BuildError(f"{error} ({where})", error.hint, error.node) if where else error
 
 
