@@ -155,9 +155,9 @@ def fusion(site: str, layers: list[dict[str, Any]]) -> str:
     fused = sum(layer["attention"] for layer in own)
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer["kind"] for layer in own).items())
     attention = f"attention as one kernel in {fused}" if fused else "no attention as one kernel"
-    return (
-        f"{site} is {len(own)} layers of the engine ({kinds}): {attention}" if own else f"{site} is no layer of its own"
-    )
+    if not own:
+        return f"{site} is in no layer of the engine by itself"
+    return f"{site} is in {len(own)} layers of the engine ({kinds}): {attention}"
 
 
 def verification(data: dict[str, Any]) -> Iterator[Grid | str]:

@@ -1,6 +1,7 @@
 """What engines may be asked for, by package, and how that reaches NVIDIA's interface."""
 
 import enum
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -91,10 +92,10 @@ def test_what_an_installed_version_lacks_is_named():
 
 
 def test_a_version_that_is_too_old_is_refused(monkeypatch):
-    monkeypatch.setattr("importlib.import_module", lambda name: tensorrt("10.8.0"))
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt("10.8.0"))
     with pytest.raises(BuildError, match=r"TensorRT 10\.8\.0 is installed, and is too old"):
         open_package("tensorrt")
-    monkeypatch.setattr("importlib.import_module", lambda name: tensorrt("10.13.2"))
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt("10.13.2"))
     assert open_package("tensorrt").__version__ == "10.13.2"
 
 
@@ -171,8 +172,9 @@ AXES = {name: {0: DynamicAxis("batch", 1, None), 1: DynamicAxis("seq", 4, 64)} f
 
 def test_axes_of_one_name_follow_the_input_that_a_profile_names():
     sizes = narrowed({"x": ((1, 4, 8), (16, 32, 64), (8, 8, 8))}, SHAPES, AXES, 32)
-    assert sizes == dict.fromkeys(SHAPES, {0: (1, 4, 8), 1: (16, 32, 64)})
-    assert narrowed({}, SHAPES, AXES, 32) == dict.fromkeys(SHAPES, {0: (1, 32, 32), 1: (4, 64, 64)})
+    assert sizes == {name: {0: (1, 4, 8), 1: (16, 32, 64)} for name in SHAPES}
+    whole = {0: (1, 32, 32), 1: (4, 64, 64)}
+    assert narrowed({}, SHAPES, AXES, 32) == dict.fromkeys(SHAPES, whole)
 
 
 @pytest.mark.parametrize(
