@@ -76,7 +76,6 @@ def compile(
 
 @command(
     "asapc inspect model.pt --why",
-    "asapc inspect weights.pt --model my_models:build --input-shape x=2,197,64",
     "asapc inspect model.asap",
     takes=(OPTIONS["calib"], *READS),
 )
