@@ -83,7 +83,8 @@ def inspect(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="A model as `asapc compile` takes it, or the folder that `asapc compile` wrote."
+            metavar="FILE",
+            help="Checkpoint, weights (with --model), .pt2 or ONNX; or the folder that `asapc compile` wrote.",
         ),
     ],
     options: CompileConfig,
