@@ -76,19 +76,29 @@ def compile(
 
 @command(
     "asapc inspect model.pt --why",
-    "asapc inspect weights.pt --model my_models:build --input-shape x=2,197,64",
+    "asapc inspect model.asap",
     takes=(OPTIONS["calib"], *READS),
 )
 def inspect(
-    file: ModelFile,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Checkpoint, weights (with --model), .pt2 or ONNX; or the folder that `asapc compile` wrote.",
+        ),
+    ],
     options: CompileConfig,
     why: Annotated[bool, typer.Option("--why", help="Show near misses, and why each was refused.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the Sinkhorn attention of a checkpoint."""
-    from asapc.commands.inspect import inspect_model, require_sites
+    """List the Sinkhorn attention of a checkpoint, or what a compiled folder consists of."""
+    from asapc.commands.inspect import inspect_folder, inspect_model, is_compiled, require_sites
     from asapc.writing.report import early_stop_data, miss_data, site_data
 
+    if is_compiled(file):
+        report = inspect_folder(file)
+        print_json(report) if as_json else show(showing.compiled_folder(file, report))
+        return
     warn_of_unsafe_load(file, options)
     with stages(visible=True) as on_event:
         findings = inspect_model(file, options, on_event)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from asapc.errors import OptionError
+from asapc.types import engine
 from asapc.types.axes import parse_ranges
 from asapc.types.budget import DEFAULT_BUDGET, METRICS, Bound, parse_bound
 from asapc.types.options import (
@@ -242,6 +243,12 @@ class CompileConfig:
             range=Range(0),
         ),
     ] = (0, 8)
+    gpu_arch: engine.GpuArch = ""
+    workspace: engine.Workspace = ""
+    profile: engine.Profile = ()
+    timing_cache: engine.TimingCache = None
+    version_compatible: engine.VersionCompatible = False
+    hardware_compatible: engine.HardwareCompatible = False
     batches: Annotated[
         tuple[int, ...],
         Option(
@@ -283,12 +290,24 @@ class CompileConfig:
             object.__setattr__(self, name, option.clean(getattr(self, name)))
         self.bounds()
         parse_ranges(self.dynamic)
+        self.engine_options()
         if "sorted" not in self.kinds() and any(self.slices):
             raise OptionError("--slices asks for sorted slices, which --operators leaves out", "omit one of the two")
 
     def bounds(self) -> tuple[Bound, ...]:
         """Return the fidelity budget, parsed."""
         return tuple(parse_bound(term) for term in self.fidelity)
+
+    def engine_options(self) -> engine.EngineOptions:
+        """Return what is asked of the engine, parsed."""
+        return engine.EngineOptions(
+            engine.parse_architectures(self.gpu_arch),
+            engine.parse_memory(self.workspace),
+            engine.parse_profiles(self.profile),
+            None if self.timing_cache is None else Path(self.timing_cache),
+            self.version_compatible,
+            self.hardware_compatible,
+        )
 
     def kinds(self) -> frozenset[str]:
         """Return the kinds of operators that the planner may use."""

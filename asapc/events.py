@@ -22,6 +22,14 @@ class StageAdvanced:
 
 
 @dataclass(frozen=True)
+class StageWaits:
+    """A stage begins something long that tells nothing of its progress; `detail` says what, and how long it took."""
+
+    stage: str
+    detail: str
+
+
+@dataclass(frozen=True)
 class StageDone:
     """A stage ended without an error; `detail` sums up its result."""
 
@@ -30,7 +38,7 @@ class StageDone:
     detail: str
 
 
-Event = StageStarted | StageAdvanced | StageDone
+Event = StageStarted | StageAdvanced | StageWaits | StageDone
 OnEvent = Callable[[Event], None]
 
 
@@ -43,6 +51,10 @@ class Stage:
     def advance(self, detail: str) -> None:
         """Report what the stage is doing now."""
         self.on_event(StageAdvanced(self.name, detail))
+
+    def wait(self, detail: str) -> None:
+        """Report the beginning of something long of which no progress is known."""
+        self.on_event(StageWaits(self.name, detail))
 
 
 @contextmanager

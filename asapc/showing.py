@@ -117,6 +117,50 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     yield str(folder / "report.json")
 
 
+def compiled_folder(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
+    """Show what a compiled folder consists of: its sites, its files, and the layers of its engine by site."""
+    yield data["verdict"]["headline"]
+    yield choices_grid(data["sites"])
+    for artifact in data["artifacts"]:
+        targets = f" for {', '.join(artifact['targets'])}" if artifact["targets"] else ""
+        yield f"{folder / artifact['path']}  ({artifact['builder']}{targets})"
+    engine = data["engine"]
+    if engine["status"] != "built":
+        yield f"no engine: {engine['reason'] or 'none was asked for'}"
+    elif not engine["layers"]:
+        yield "the engine's builder listed no layers"
+    else:
+        yield layers_grid(engine["layers"])
+        yield from (fusion(site["name"], engine["layers"]) for site in data["sites"])
+
+
+def layers_grid(layers: list[dict[str, Any]]) -> Grid:
+    """Show the layers of an engine."""
+    rows: list[Row] = [
+        (
+            str(number),
+            layer["kind"],
+            " ".join(layer["precision"]),
+            ", ".join(layer["sites"]) or ", ".join(layer["modules"]),
+            layer["name"],
+        )
+        for number, layer in enumerate(layers, 1)
+    ]
+    columns = ("", "kind", "types", "site or module", "layer")
+    return Grid("Engine", columns, columns[1:], [rows])
+
+
+def fusion(site: str, layers: list[dict[str, Any]]) -> str:
+    """Return a line on what became of a site in an engine."""
+    own = [layer for layer in layers if site in layer["sites"]]
+    fused = sum(layer["attention"] for layer in own)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer["kind"] for layer in own).items())
+    attention = f"attention as one kernel in {fused}" if fused else "no attention as one kernel"
+    if not own:
+        return f"{site} is in no layer of the engine by itself"
+    return f"{site} is in {len(own)} layers of the engine ({kinds}): {attention}"
+
+
 def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
     """Show the fidelity of a compiled model on other samples, site by site and whole."""
     yield data["verdict"]["headline"]

@@ -5,6 +5,7 @@ import inspect as reflection
 import json
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
@@ -16,10 +17,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from asapc.config import CompileConfig
 from asapc.errors import AsapcError, InternalError
-from asapc.events import Event, StageAdvanced, StageDone, StageStarted
+from asapc.events import Event, StageAdvanced, StageDone, StageStarted, StageWaits
 from asapc.process import interrupts
 from asapc.process.scratch import temporary_files
 from asapc.process.streams import Stream
@@ -136,6 +138,17 @@ def options_of(config: Path | None, trust: bool | None, values: dict[str, Any]) 
     return replace(base, **changes)
 
 
+class Waiting:
+    """A line that says how long something has taken so far, anew whenever it is drawn."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.start = text, time.perf_counter()
+
+    def __rich__(self) -> Text:
+        """Return the line."""
+        return Text(f"{self.text}  {time.perf_counter() - self.start:.0f} s")
+
+
 @contextmanager
 def stages(visible: bool) -> Iterator[Callable[[Event], None]]:
     """Show events on stderr: a spinner for the running stage, a line with its time for each that is done."""
@@ -151,6 +164,11 @@ def stages(visible: bool) -> Iterator[Callable[[Event], None]]:
                     status.update(stage)
                 case StageAdvanced(stage, detail):
                     status.update(f"{stage}  {detail}")
+                case StageWaits(stage, detail):
+                    if err.is_terminal:
+                        status.update(Waiting(f"{stage}  {detail}"))
+                    else:
+                        say(err, f"  {stage:<8}           {detail} ...")
                 case StageDone(stage, seconds, detail):
                     say(err, f"  {stage:<8} {seconds:6.1f} s  {detail}")
 

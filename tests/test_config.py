@@ -141,6 +141,12 @@ output_names = "logits,attention"
 operators = "sorted, exact"
 slices = [0, 4]
 pieces = [4]
+gpu_arch = "sm86,sm120"
+workspace = "2GB"
+profile = ["x=1x3:2x3:4x3"]
+timing_cache = "times.bin"
+version_compatible = true
+hardware_compatible = true
 batches = [1, 8]
 seconds = 2
 threads = 1
@@ -183,6 +189,12 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
         operators="sorted, exact",
         slices=(0, 4),
         pieces=(4,),
+        gpu_arch="sm86,sm120",
+        workspace="2GB",
+        profile=("x=1x3:2x3:4x3",),
+        timing_cache=Path("times.bin"),
+        version_compatible=True,
+        hardware_compatible=True,
         batches=(1, 8),
         seconds=2.0,
         threads=1,

@@ -1,6 +1,8 @@
 """`asapc compile`: from a file to its compiled form, one stage after the other."""
 
+import hashlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,9 @@ from asapc.backends.base import RememberingRunner, Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
-from asapc.backends.tensorrt.builder import builder_package, try_engine
+from asapc.backends.tensorrt.builder import WITHOUT, check_options, try_engine
+from asapc.backends.tensorrt.durations import keep_duration, last_duration
+from asapc.backends.tensorrt.profiles import narrowed
 from asapc.backends.tensorrt.runner import EngineRunner
 from asapc.commands.gpu import measure_gpu, open_built
 from asapc.commands.inspect import require_sites
@@ -31,10 +35,10 @@ from asapc.planning.choose import choose
 from asapc.planning.costs import estimate_all, share_of_exact
 from asapc.planning.operators import alike, operators, rivals, softmax_cost
 from asapc.relu.stand_ins import fit_activations
-from asapc.types.artifacts import OnnxArtifact
+from asapc.types.artifacts import EngineResult, OnnxArtifact
 from asapc.types.choices import Selection
 from asapc.types.costs import CostModel
-from asapc.types.graph import CapturedGraph
+from asapc.types.graph import BATCH_AXIS, Axes, CapturedGraph
 from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency, LatencyRun, SiteFidelity
 from asapc.types.teacher import Teacher
 from asapc.version import __version__
@@ -99,9 +103,9 @@ def compile_model(
     dump, model = Dump(None if config.dump is None else Path(config.dump)), cost_model(config)
     # The folder is opened first: whoever cannot write it should not learn so after minutes of work.
     with torch_threads(config.threads) as threads, output_folder(out, config.force) as folder:
-        if config.target.startswith("tensorrt"):
-            builder_package(config.target)  # whether there is one is known before minutes of work
+        check_options(config.target, config.engine_options())  # known before minutes of work
         teacher = study(path, config, on_event=on_event, dump=dump)
+        open_axes(teacher, config)
         require_sites(teacher.findings, path)
         config = origin_of(teacher.loaded).adapt(config)
 
@@ -133,8 +137,7 @@ def compile_model(
 
         # Before the rivals are exported, which takes long: a model without an engine fails early.
         with stage("engine", on_event) as step:
-            path, axes = folder / "model.engine", teacher.open_graph.axes
-            engine = try_engine(config.target, files.deployed, path, max(config.batches), axes)
+            engine = build(teacher, files.deployed, folder / "model.engine", config, step)
             engine, on_gpu = open_built(engine)
             step.summary = engine_note(engine)
 
@@ -159,6 +162,7 @@ def compile_model(
             latency,
             check_costs(teacher, compiled, latency, config, model),
             engine,
+            files.deployed,
             list_artifacts(folder, [files.onnx, files.deployed], engine.artifact),
             environment(config.seed),
         )
@@ -191,6 +195,33 @@ def write(teacher: Teacher, selection: Selection, compiled: Compiled, folder: Pa
         return Files(onnx, onnx)
     path = folder / f"model.{config.precision}.onnx"
     return Files(onnx, export_onnx(compiled.lowered, path, metadata, standard=True))
+
+
+def open_axes(teacher: Teacher, config: CompileConfig) -> Axes:
+    """Return the open axes of all inputs.
+
+    Raises:
+        OptionError: --profile does not fit them.
+    """
+    shapes = {name: tuple(value.shape) for name, value in teacher.open_graph.example.inputs.items()}
+    axes = teacher.open_graph.axes or {name: {0: BATCH_AXIS} for name in shapes}
+    narrowed(config.engine_options().profiles, shapes, axes, max(config.batches))
+    return axes
+
+
+def build(teacher: Teacher, onnx: OnnxArtifact, path: Path, config: CompileConfig, step: Stage) -> EngineResult:
+    """Build the engine that the options ask for, and say how long that took the last time."""
+    options, batch = config.engine_options(), max(config.batches)
+    asked = (teacher.loaded.sha256, config.target, config.precision, config.dynamic, config.level, batch, options)
+    key = hashlib.sha256(repr(asked).encode()).hexdigest()
+    last = None if config.no_cache else last_duration(key)
+    if config.target not in WITHOUT:
+        step.wait("NVIDIA's compiler" + ("" if last is None else f", which took {last:.0f} s the last time"))
+    start = time.perf_counter()
+    engine = try_engine(config.target, onnx, path, batch, open_axes(teacher, config), options)
+    if engine.artifact is not None and not config.no_cache:
+        keep_duration(key, time.perf_counter() - start)
+    return engine
 
 
 def variants(

@@ -7,10 +7,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from asapc.types.artifacts import EngineResult
+from asapc.types.artifacts import EngineResult, OnnxArtifact
 from asapc.types.budget import Verdict
 from asapc.types.choices import Alternatives, Candidate, Choice, Selection, Tradeoff
 from asapc.types.costs import CostModel
+from asapc.types.engine import EngineLayer
 from asapc.types.graph import EarlyStops
 from asapc.types.results import CostCheck, Fidelity, FittedActivation, GpuLatency, Latency
 from asapc.types.site import Miss, Site
@@ -41,6 +42,7 @@ def report_data(
     latency: Latency,
     costs: CostCheck,
     engine: EngineResult,
+    deployed: OnnxArtifact,
     artifacts: list[dict[str, Any]],
     environment: dict[str, object],
 ) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def report_data(
             "reason": engine.reason,
             "node": engine.node,
             "not_run": engine.not_run,
+            "layers": [layer_data(layer, deployed) for layer in engine.artifact.layers] if engine.artifact else [],
         },
         "artifacts": artifacts,
         "environment": environment,
@@ -155,7 +158,22 @@ def engine_note(engine: EngineResult) -> str:
     if engine.artifact is None:
         return "none" if engine.reason is None else f"none: {engine.reason}"
     built = f"{engine.artifact.builder} for {', '.join(engine.artifact.targets)}"
-    return built if engine.not_run is None else f"{built}; built, not run"
+    notes = [*engine.artifact.notes, *([] if engine.not_run is None else ["built, not run"])]
+    return "; ".join([built, *notes])
+
+
+def layer_data(layer: EngineLayer, onnx: OnnxArtifact) -> dict[str, Any]:
+    """Return a layer of an engine as the report shows it, with the sites to which its nodes belong."""
+    own = [onnx.place_of(node) for node in layer.nodes]
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "precision": list(layer.precision),
+        "nodes": list(layer.nodes),
+        "modules": list(dict.fromkeys(place.module for place in own if place.module)),
+        "sites": list(dict.fromkeys(place.site for place in own if place.site)),
+        "attention": layer.attention,
+    }
 
 
 def choice_data(choice: Choice) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def trt(monkeypatch) -> FakeTensorRT:
     fake = FakeTensorRT(gpu)
     fake_gpu.install(monkeypatch, gpu, fake)
 
-    def build(target, onnx, path: Path, largest_batch: int, axes=None) -> EngineResult:
+    def build(target, onnx, path: Path, largest_batch: int, axes=None, options=None) -> EngineResult:
         session = library().InferenceSession(str(onnx.path), providers=["CPUExecutionProvider"])
         (given,), (result,) = session.get_inputs(), session.get_outputs()
         sizes = given.shape[1:]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from unittest.mock import patch
 
 from asapc.backends.tensorrt.builder import build_engine
@@ -22,10 +22,13 @@ def quick_compilation() -> Iterator[None]:
     def for_a_moment(runners, samples, batch, seconds, seed):
         return measure(runners, samples, batch, 0.05, seed, rounds=2)
 
-    engines = partial(build_engine, architectures=("SM89",))
+    def for_one(onnx, path, largest_batch, axes, target, options):
+        options = replace(options, architectures=options.architectures or ("SM89",))
+        return build_engine(onnx, path, largest_batch, axes, target, options)
+
     with (
         patch("asapc.commands.compile.export_rivals", one_for_all),
         patch("asapc.commands.compile.measure", for_a_moment),
-        patch("asapc.backends.tensorrt.builder.build_engine", engines),
+        patch("asapc.backends.tensorrt.builder.build_engine", for_one),
     ):
         yield

@@ -10,7 +10,7 @@ from helpers.fitted import changed
 from helpers.paths import ROOT
 
 from asapc.planning.costs import shipped
-from asapc.types.artifacts import EngineResult
+from asapc.types.artifacts import EngineResult, OnnxArtifact
 from asapc.types.budget import Bound, Term, Verdict
 from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 from asapc.types.graph import EarlyStops
@@ -93,6 +93,7 @@ def report() -> dict:
         latency,
         CostCheck(shipped(), 32, 1.0, -0.5),
         EngineResult("omitted"),
+        OnnxArtifact(Path("model.onnx"), 18),
         artifacts,
         environment(seed=0),
     )
