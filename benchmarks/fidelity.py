@@ -25,7 +25,6 @@ from torch import nn
 
 from asapc.backends.eager.runner import EagerRunner
 from asapc.config import CompileConfig
-from asapc.fidelity.latency import measure
 from asapc.fidelity.outputs import agreement, first_output
 from asapc.fidelity.sites import candidate_fidelity, site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
@@ -36,6 +35,7 @@ from asapc.planning.costs import estimate, shipped
 from asapc.planning.operators import Operator, build, exact_operator, lower, operators, softmax_operator
 from asapc.planning.propose import propose, split
 from asapc.planning.ranges import score_ranges, wide_sites
+from asapc.timing.rounds import measure
 from asapc.types.choices import SIDES, Alternatives, Candidate, SlicedDualParams
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples

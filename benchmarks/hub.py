@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from asapc.backends.base import Runner
 from asapc.commands.study import study_module
 from asapc.config import CompileConfig
-from asapc.fidelity.latency import time_rounds
 from asapc.planning.choose import choose
 from asapc.planning.costs import shipped
 from asapc.planning.operators import operators
+from asapc.timing.rounds import time_rounds
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from math import ceil, floor, isfinite, log10
 from typing import NamedTuple
 
 from asapc.errors import OptionError
@@ -42,6 +43,16 @@ class Term:
     def met(self) -> bool:
         """Whether the model keeps it."""
         return self.bound.met(self.reached)
+
+    @property
+    def tightest(self) -> Bound:
+        """The closest term that the model keeps, to three digits or more."""
+        if not self.reached or not isfinite(self.reached):
+            return Bound(self.bound.metric, self.reached)
+        unit = 10.0 ** (floor(log10(abs(self.reached))) - 2)
+        outward = floor if METRICS[self.bound.metric] == ">=" else ceil
+        near = float(f"{outward(self.reached / unit) * unit:.12g}")
+        return Bound(self.bound.metric, near)
 
 
 @dataclass(frozen=True)

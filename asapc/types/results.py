@@ -90,26 +90,17 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class LatencyRun:
-    """Latency of one model in one runtime at one batch size, milliseconds a call."""
+    """Latency of one model in one runtime at one batch size, milliseconds a call; None for what so few do not tell."""
 
     name: str
     runtime: str
     batch: int
     p50_ms: float
-    p90_ms: float
-    p99_ms: float
+    p90_ms: float | None
+    p99_ms: float | None
     mean_ms: float
     std_ms: float
     samples: int
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Interleaved runs of all variants on one device, and the threads of the runtime."""
-
-    device: str
-    threads: int
-    runs: tuple[LatencyRun, ...]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asapc.fidelity import latency as module
-from asapc.fidelity.latency import MIN_ROUNDS, WARM_UP_CALLS, measure, summarise
+from asapc.timing import rounds as module
+from asapc.timing.rounds import MIN_ROUNDS, WARM_UP_CALLS, measure, summarise
 from asapc.types.samples import Samples
 
 SAMPLES = Samples({"x": torch.arange(3.0)})
