@@ -276,13 +276,13 @@ def latency_grid(data: dict[str, Any]) -> Grid:
     return Grid(title, columns, ("variant",), list(groups.values()))
 
 
-def plus_minus(ratio: dict[str, Any] | None) -> str:
+def plus_minus(ratio: dict[str, Any] | None, digits: int = 2) -> str:
     """Format a ratio with half its interval; None, of a model to itself, as nothing."""
     if ratio is None:
         return ""
     if ratio["finding"] == "identical":
         return "same graph"
-    return f"{ratio['value']:.2f} ±{(ratio['high'] - ratio['low']) / 2:.2f}"
+    return f"{fixed(ratio['value'], digits)} ±{fixed((ratio['high'] - ratio['low']) / 2, digits)}"
 
 
 def closest_budget(verdict: dict[str, Any]) -> str:

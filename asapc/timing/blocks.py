@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from asapc.types.samples import Samples
 # Milliseconds by the model's name: (blocks, rounds). What stands in the same place was timed in the same round.
 Times = Mapping[str, NDArray[np.float64]]
 Open = Callable[[], Runner]
+Settled = Callable[[Times], bool]
 
 MIN_BLOCKS = 5  # a bootstrap of fewer says little
 MIN_ROUNDS, MAX_ROUNDS = 5, 200  # of a block
@@ -50,7 +52,7 @@ def time_blocks(
     samples: Samples,
     batch: int,
     effort: Effort,
-    settled: Callable[[Times], bool] = lambda times: False,
+    settled: Settled = lambda times: False,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> Times:
     """Time models in turns, block by block, until the result is settled or time is up.
@@ -103,5 +105,7 @@ def plan_rounds(runners: Mapping[str, Runner], inputs: Samples, opening: float, 
 
 def save_times(path: Path, times: Mapping[int, Times]) -> None:
     """Write raw times, compressed: arrays "<batch>.<model>" of milliseconds, (blocks, rounds)."""
-    arrays = {f"{batch}.{name}": values for batch, of_batch in times.items() for name, values in of_batch.items()}
-    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {
+        f"{batch}.{name}": values for batch, of_batch in times.items() for name, values in of_batch.items()
+    }
+    np.savez_compressed(path, **arrays)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from scipy import stats
 
-from asapc.timing.blocks import Times
+from asapc.timing.blocks import Settled, Times
 from asapc.timing.ratios import Values, half_width, noise_floor, paired_ratio, unpaired_ratio
 from asapc.types.timing import IDENTICAL, Gate, Outcome, Ratio
 
@@ -16,7 +16,7 @@ SIGNIFICANT = 0.01  # of the rank test
 MAX_DRIFT = 0.1
 
 
-def narrow_enough(limit: float, ratio_of: Callable[[Times], Ratio]) -> Callable[[Times], bool]:
+def narrow_enough(limit: float, ratio_of: Callable[[Times], Ratio]) -> Settled:
     """Return the rule by which a gate has measured enough: ratio and noise floor are known to half the limit."""
 
     def settled(times: Times) -> bool:
@@ -48,6 +48,11 @@ def relative_gate(times: Times, batch: int, limit: float) -> Gate:
 def scaled(times: Times, name: str) -> Values:
     """Return times in units of the reference workload's in the same round."""
     return times[name] / times[REFERENCE]
+
+
+def scaled_spread(times: Times) -> Ratio:
+    """Return the ratio of a model to the reference workload, of which a baseline has to know how far it varies."""
+    return paired_ratio(times[HEAD], times[REFERENCE])
 
 
 def baseline_slowdown(baseline: Times) -> Callable[[Times], Ratio]:

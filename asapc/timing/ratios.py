@@ -52,7 +52,8 @@ def interval(values: list[Values], statistic: Callable[..., Any], blocks: int, s
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Ratio(*(float(np.exp(bound)) for bound in (statistic(*values), result.low, result.high)))
+    value, low, high = (float(np.exp(bound)) for bound in (statistic(*values), result.low, result.high))
+    return Ratio(value, low, high)
 
 
 center = partial(stats.trim_mean, proportiontocut=TRIM, axis=-1)

@@ -85,6 +85,5 @@ def summarise(name: str, runtime: str, batch: int, times: Sequence[float]) -> La
     """Compute percentiles, mean and standard deviation of raw times in milliseconds."""
     raw = np.asarray(times, dtype=np.float64).ravel()
     p90, p99 = (float(np.percentile(raw, q)) if raw.size >= needed else None for q, needed in NEEDED.items())
-    return LatencyRun(
-        name, runtime, batch, float(np.median(raw)), p90, p99, raw.mean().item(), raw.std().item(), raw.size
-    )
+    p50, mean, std = (float(function(raw)) for function in (np.median, np.mean, np.std))
+    return LatencyRun(name, runtime, batch, p50, p90, p99, mean, std, raw.size)

@@ -228,7 +228,8 @@ def write_held_out(path: Path, samples: Samples, outputs: Sequence[Sequence[Tens
         tensors["labels"] = samples.labels
     count = max(1, min(len(samples), MAX_HELD_OUT // (sum(t[:1].nbytes for t in tensors.values()) or 1)))
     kept = {name: value[:count].detach().cpu() for name, value in tensors.items()}
-    np.savez_compressed(path, **{n: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for n, t in kept.items()})
+    arrays: dict[str, Any] = {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for n, t in kept.items()}
+    np.savez_compressed(path, **arrays)
 
 
 def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineArtifact | None) -> list[dict[str, Any]]:

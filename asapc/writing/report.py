@@ -254,9 +254,8 @@ def speed_note(latency: Latency) -> str:
     """Return what the operators gain over the exact form at the largest batch, and what to do where that is nothing."""
     largest = max(latency.batches, key=lambda of_batch: of_batch.batch)
     exact = largest.ratios["exact"]
-    seen = (
-        f"{exact.value:.2f}x as fast as exact Sinkhorn ({exact.low:.2f} to {exact.high:.2f}) at batch {largest.batch}"
-    )
+    times = f"{exact.value:.2f}x as fast as exact Sinkhorn ({exact.low:.2f} to {exact.high:.2f})"
+    seen = f"{times} at batch {largest.batch}"
     match exact.finding(largest.floor):
         case "identical":
             return "this is exact Sinkhorn"
