@@ -1,4 +1,4 @@
-"""The results of `bench` and `check` as tables and sentences, in Markdown too: a file of its own for its length alone."""
+"""The results of `bench` and `check` as tables and sentences, and these in Markdown."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -50,7 +50,7 @@ TRUST_CONFIG = Option(
 
 @contextmanager
 def exit_codes(as_json: bool = False) -> Iterator[None]:
-    """Turn exceptions into the exit codes of `asapc.errors`, with one message and one hint, and JSON where asked for."""
+    """Turn exceptions into the exit codes of `asapc.errors`, with one message and one hint, in JSON too if asked."""
     printed.clear()
     try:
         yield
@@ -191,6 +191,6 @@ def show(parts: Iterable[Grid | str]) -> None:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """Print data alone on stdout, for programs."""
-    printed.append(str(data["schema"]))
+    printed.append(str(data.get("schema")))
     out.file.write(json.dumps(data, indent=2) + "\n")
     out.file.flush()

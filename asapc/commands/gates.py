@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from asapc.commands.folders import Folder, Runtime, open_file
-from asapc.errors import NotComparableError, OptionError
+from asapc.errors import NotComparableError, OptionError, UnstableError
 from asapc.events import Stage
 from asapc.loading.baseline import SAVE, SCHEMA, digest
 from asapc.timing.blocks import AGAIN, Effort, Open, Settled, Times, time_blocks
@@ -28,9 +28,10 @@ from asapc.timing.gate import (
     scaled_spread,
 )
 from asapc.timing.machine import REFERENCE_INPUTS, reference
+from asapc.timing.ratios import half_width
 from asapc.timing.rounds import repeated
 from asapc.types.samples import Samples
-from asapc.types.timing import Conditions, Gate
+from asapc.types.timing import Conditions, Gate, Ratio
 from asapc.version import __version__
 from asapc.writing.environment import environment
 from asapc.writing.report import conditions_data
@@ -137,6 +138,7 @@ class Measurement:
 
         Raises:
             NotComparableError: the baseline lacks a batch size.
+            UnstableError: times vary too much for a baseline.
         """
         limit = self.options.max_slowdown
         earlier = {} if baseline is None else {run["batch"]: run for run in baseline["runs"]}
@@ -157,6 +159,8 @@ class Measurement:
                 self.times[batch] = times
                 if then is not None:
                     gates.append(baseline_gate(times, then, batch, limit))
+                elif not settled(times):
+                    raise unfit(batch, scaled_spread(times))
         return gates
 
     def workload(self) -> AbstractContextManager[Any]:
@@ -183,6 +187,15 @@ class Measurement:
         effort = Effort(self.options.seconds, blocks=self.options.blocks, seed=self.seed)
         models = {HEAD: own, HEAD + AGAIN: own, **others}
         return time_blocks(models, self.samples, batch, effort, settled, self.step.advance)
+
+
+def unfit(batch: int, spread: Ratio) -> UnstableError:
+    """Return the error for times that are no baseline: later checks could not tell anything by them."""
+    return UnstableError(
+        f"latency is not stable enough for a baseline at batch {batch}: beside the reference workload it is known to "
+        f"within {half_width(spread):.1%}",
+        "measure on a quieter machine, or for longer with --seconds",
+    )
 
 
 def baseline_data(measurement: Measurement, conditions: Conditions) -> dict[str, Any]:

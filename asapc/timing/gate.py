@@ -89,7 +89,7 @@ def judge(times: Times, batch: int, limit: float, slowdown: Ratio, p: float, med
     outcome: Outcome = "passed"
     if too_slow and clear:
         outcome, reason = "regression", f"it takes {seen}, more than the {1 + limit:.2f} that is allowed"
-    elif too_slow or half_width(slowdown) > limit:
+    elif too_slow or (half_width(slowdown) > limit and slowdown.high > 1 + limit):
         outcome, reason = "unstable", f"it took {seen}, while two openings of one file differ by up to {floor:.1%}"
     else:
         reason = f"it takes {seen}, within the {1 + limit:.2f} that is allowed"
