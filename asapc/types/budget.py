@@ -51,8 +51,7 @@ class Term:
             return Bound(self.bound.metric, self.reached)
         unit = 10.0 ** (floor(log10(abs(self.reached))) - 2)
         outward = floor if METRICS[self.bound.metric] == ">=" else ceil
-        near = float(f"{outward(self.reached / unit) * unit:.12g}")
-        return Bound(self.bound.metric, near)
+        return Bound(self.bound.metric, float(f"{outward(round(self.reached / unit, 9)) * unit:.12g}"))
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,8 @@ def report() -> dict:
     batches = [
         BatchLatency(
             batch,
-            tuple(
-                LatencyRun(name, "onnxruntime", batch, ms * batch, ms, None, ms, 0.0, 10)
-                for name, ms in VARIANTS.items()
-            ),
-            {name: Ratio(ms / VARIANTS["compiled"], 0.1, 9.0) for name, ms in VARIANTS.items() if name != "compiled"},
+            tuple(LatencyRun(name, "ort", batch, ms * batch, ms, None, ms, 0.0, 10) for name, ms in VARIANTS.items()),
+            {name: Ratio(ms / 2, 0.4 * ms, 0.6 * ms) for name, ms in VARIANTS.items() if name != "compiled"},
             floor=0.01,
             blocks=5,
             stable=batch == 1,
@@ -156,11 +153,9 @@ def test_the_schema_refuses_what_it_does_not_describe() -> None:
     ("ratio", "note"),
     [
         (Ratio(1.5, 1.4, 1.6), "1.50x as fast as exact Sinkhorn (1.40 to 1.60) at batch 8"),
-        (Ratio(1.015, 1.012, 1.018), "not significantly different: the approximation does not pay, use -O1 here"),
-        (
-            Ratio(0.5, 0.4, 0.6),
-            "0.50x as fast as exact Sinkhorn (0.40 to 0.60) at batch 8: the approximation does not pay",
-        ),
+        (Ratio(1.015, 1.012, 1.018), "(1.01 to 1.02) at batch 8: the approximation does not pay, use -O1 here"),
+        (Ratio(0.5, 0.4, 0.6), "0.50x as fast as exact Sinkhorn (0.40 to 0.60) at batch 8: the approximation does not"),
+        (Ratio(1.2, 0.9, 1.5), "which this run cannot tell from 1: the same file opened twice may differ by 2%"),
         (Ratio(1.0, 1.0, 1.0, identical=True), "this is exact Sinkhorn"),
     ],
 )
