@@ -3,10 +3,10 @@
     python -m benchmarks.gates                      # what is missing: about 75 minutes, on a machine that is quiet
     python -m benchmarks.gates --repetitions 2      # a try
 
-Every repetition runs `check_folder` with fresh sessions on the shipped model at batch 1, on the quiet machine and beside
-a process that keeps one core busy. The model is truncated Sinkhorn of BASE half-steps. Slower ones have more: those whose
-time, as measured on the quiet machine, is nearest 10 % and 5 % above. Results are written after each repetition, so that
-a run may be stopped and goes on where it was.
+Every repetition runs `check_folder` with fresh sessions on the shipped model at batch 1, on the quiet machine and
+beside a process that keeps one core busy. The model is truncated Sinkhorn of BASE half-steps. Slower ones have more:
+those whose time, as measured on the quiet machine, is nearest 10 % and 5 % above. Results are written after each
+repetition, so that a run may be stopped and goes on where it was.
 """
 
 import argparse

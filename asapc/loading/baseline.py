@@ -26,7 +26,7 @@ def read_baseline(path: Path) -> dict[str, Any]:
     content = read_json(source, SAVE)
     name, _, version = str(content.get("schema") if isinstance(content, dict) else None).partition("/")
     if name != SCHEMA.partition("/")[0]:
-        raise source.refuse("it is no baseline of `asapc check`", SAVE)
+        raise source.refuse("it is no baseline of asapc check", SAVE)
     if f"{name}/{version}" != SCHEMA:
         reads = SCHEMA.partition("/")[2]
         raise NotComparableError(f"{path} is a baseline of version {version[:20]}, and this asapc reads {reads}", SAVE)
