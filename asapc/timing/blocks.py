@@ -81,10 +81,11 @@ def time_blocks(
         of_block = time_rounds(runners, inputs, batch, 0.0, draw.getrandbits(32), rounds)
         for name, milliseconds in of_block.items():
             raw[name].append(milliseconds)
-        times = {name: np.array(blocks) for name, blocks in raw.items()}
         advance(f"batch {batch}: {block} blocks of {rounds} rounds")
-        if block >= effort.blocks and (settled(times) or time.perf_counter() >= end):
-            break
+        if block >= effort.blocks:
+            times = {name: np.array(blocks) for name, blocks in raw.items()}
+            if settled(times) or time.perf_counter() >= end:
+                break
     return times
 
 

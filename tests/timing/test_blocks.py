@@ -64,7 +64,8 @@ def test_every_block_opens_every_model_anew_and_the_order_varies(lab):
 
 def test_rounds_last_as_long_as_opening_within_bounds_and_within_the_time(lab):
     def rounds(seconds: float, total: float) -> int:
-        return time_blocks({"a": lab.opener("a", seconds)}, SAMPLES, 1, Effort(total, blocks=2))["a"].shape[1]
+        models = {"a": lab.opener("a", seconds)}
+        return time_blocks(models, SAMPLES, 1, Effort(total, blocks=2), lambda times: True)["a"].shape[1]
 
     assert rounds(0.03, 100.0) == 6  # of 30 ms: 0.2 s
     assert rounds(1e-5, 100.0) == MAX_ROUNDS
