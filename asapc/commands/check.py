@@ -76,7 +76,7 @@ class Check:
             "verdict": verdict_data(self.verdict),
             "gates": [gate.data() for gate in self.gates],
             "conditions": conditions_data(self.conditions),
-            "warnings": warn_of_load(self.conditions) if self.gates else [],
+            "warnings": warn_of_load(self.conditions) if any(gate.blocks for gate in self.gates) else [],
         }
 
 

@@ -15,6 +15,7 @@ from asapc.timing.blocks import Open
 from asapc.types.samples import Samples
 from asapc.types.timing import Conditions
 
+MIN_WATCH = 1.0  # seconds, of which the system's counts say something
 BUSY = 0.2  # cores that others may keep busy before that is worth a warning
 LAYERS, WIDTH, ROWS = 6, 256, 64  # of the reference workload: about a millisecond on one core of today
 REFERENCE_INPUTS = Samples({"x": torch.linspace(-1, 1, ROWS * WIDTH).reshape(1, ROWS, WIDTH)})
@@ -31,8 +32,8 @@ class Watch:
         """What was seen."""
         (then, used_then, own_then), (now, used_now, own_now) = self.start, snapshot()
         others = None
-        if now > then and used_now is not None and used_then is not None:
-            # The system counts in hundredths of a second, so that short runs come out below nothing.
+        if now - then >= MIN_WATCH and used_now is not None and used_then is not None:
+            # The system counts in hundredths of a second.
             others = max(0.0, (used_now - used_then) - (own_now - own_then)) / (now - then)
         return Conditions(cores(), self.load, others, (*self.megahertz, *megahertz()))
 
