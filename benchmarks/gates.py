@@ -12,6 +12,7 @@ repetition, so that a run may be stopped and goes on where it was.
 import argparse
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections import Counter
@@ -196,7 +197,7 @@ def summary(rows: Sequence[Row], truth: float) -> str:
 @contextmanager
 def busy_core() -> Iterator[None]:
     """Keep one core busy."""
-    process = multiprocessing.Process(target=spin, daemon=True)
+    process = multiprocessing.Process(target=spin, args=(os.getpid(),), daemon=True)
     process.start()
     try:
         yield
@@ -205,9 +206,9 @@ def busy_core() -> Iterator[None]:
         process.join()
 
 
-def spin() -> None:
-    """Do nothing, as fast as possible."""
-    while True:
+def spin(parent: int) -> None:
+    """Do nothing, as fast as possible, for as long as the process that started this one lives."""
+    while os.getppid() == parent:
         pass
 
 
