@@ -13,6 +13,7 @@ docs/fidelity.png, and what stands in docs/fidelity.md between the two markers.
 import argparse
 import json
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -146,7 +147,8 @@ def time_one_pass(name: str, teacher: Teacher) -> Row:
         for site in sites:
             lower(site, of_sites[site.name], BATCH, shipped())
     threads = torch.get_num_threads()
-    runners = export_rivals(teacher, modules, threads, lambda detail: None)
+    with tempfile.TemporaryDirectory() as folder:
+        runners = export_rivals(teacher, modules, threads, Path(folder), lambda detail: None)
     runs = measure(runners, held_out, BATCH, SECONDS)
     reference = first_output(EagerRunner(graph.program.module()), held_out)
     rows = {
