@@ -10,11 +10,13 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from asapc import showing
+from asapc.cli_timing import bench as bench
+from asapc.cli_timing import check as check
 from asapc.config import OPTIONS, CompileConfig
 from asapc.errors import OptionError
 from asapc.process import interrupts
 from asapc.process.streams import open_missing
-from asapc.terminal import BUDGET_MISSED, ENDS, app, command, err, out, print_json, say, show, stages
+from asapc.terminal import BUDGET_MISSED, ENDS, LATENCY_ENDS, app, command, err, out, print_json, say, show, stages
 from asapc.version import __version__
 
 # What `tradeoffs` shares with `compile`: all but outputs, the engine, and how latency is measured.
@@ -33,7 +35,7 @@ a_number = functools.partial(typer.Option, metavar="NUMBER")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 
-@app.callback(invoke_without_command=True, epilog=ENDS.format(BUDGET_MISSED))
+@app.callback(invoke_without_command=True, epilog=ENDS.format(BUDGET_MISSED + LATENCY_ENDS))
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
@@ -47,7 +49,7 @@ def root(
     "asapc compile model.pt --calib samples.npz --fidelity 'agreement>=0.99'",
     "asapc compile weights.safetensors --model my_models:build --calib samples.npz",
     takes=OPTIONS.values(),
-    gate=True,
+    ends=BUDGET_MISSED,
 )
 def compile(
     file: ModelFile,
@@ -149,7 +151,7 @@ def tradeoffs(
         replace(OPTIONS["fidelity"], default_text="what the model was compiled to keep"),
         *(OPTIONS[name] for name in ("model", "model_args", "weights", "unsafe_load")),
     ),
-    gate=True,
+    ends=BUDGET_MISSED,
 )
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],

@@ -263,7 +263,7 @@ class CompileConfig:
         float,
         Option(
             "--seconds",
-            "Time to measure each batch size.",
+            "The most time to measure each batch size; it ends where all ratios are known to within 1 %.",
             MEASURING,
             metavar="SECONDS",
             range=Range(0, above=True),

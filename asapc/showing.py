@@ -98,6 +98,7 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     """Show the report of `compile`: tables, what they say in words, and where the files are."""
     fidelity, latency = data["fidelity"], data["latency"]
     yield data["verdict"]["headline"]
+    yield closest_budget(data["verdict"])
     yield output_errors(fidelity)
     yield choices_grid(data["sites"])
     for site in data["sites"]:
@@ -108,6 +109,7 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     yield from on_gpu(data)
     yield from early_stops(data["early_stops"])
     yield f"Ratios at batch {latency['batch']}: {comparison(latency)}"
+    yield from (f"warning: {line}" for line in latency["warnings"])
     yield cost_check(data["costs"])
     for hop in fidelity["hops"]:
         yield f"  {hop['name']:<13} changes the outputs by {hop['rel']:.1e} relative, {hop['max_abs']:.1e} at most"
@@ -300,7 +302,7 @@ def bill(site: dict[str, Any]) -> list[Row]:
 def latency_grid(data: dict[str, Any]) -> Grid:
     """Show latency and fidelity of every variant, a group for each batch size."""
     latency, variants = data["latency"], data["fidelity"]["variants"]
-    p50 = {(run["name"], run["batch"]): run["p50_ms"] for run in latency["runs"]}
+    ratios = {(ratio["name"], ratio["batch"]): ratio for ratio in latency["ratios"]}
     groups: dict[int, list[Row]] = {}
     for run in latency["runs"]:
         variant = variants[run["name"]]
@@ -308,7 +310,7 @@ def latency_grid(data: dict[str, Any]) -> Grid:
             str(run["batch"]),
             run["name"],
             *(fixed(run[key], 2) for key in ("p50_ms", "p90_ms", "p99_ms")),
-            fixed(run["p50_ms"] / p50["compiled", run["batch"]], 2),
+            plus_minus(ratios.get((run["name"], run["batch"]))),
             fixed(variant["agreement"]),
             fixed(variant["metric"]),
         )
@@ -335,14 +337,42 @@ def on_gpu(data: dict[str, Any]) -> Iterator[Grid | str]:
     yield from gpu["notes"]
 
 
+def plus_minus(ratio: dict[str, Any] | None, digits: int = 2) -> str:
+    """Format a ratio with half its interval; None, of a model to itself, as nothing."""
+    if ratio is None:
+        return ""
+    if ratio["finding"] == "identical":
+        return "same graph"
+    return f"{fixed(ratio['value'], digits)} ±{fixed((ratio['high'] - ratio['low']) / 2, digits)}"
+
+
+def closest_budget(verdict: dict[str, Any]) -> str:
+    """Return a line with the terms that a model just keeps."""
+    terms = " ".join(f"'{term['closest']}'" for term in verdict["terms"] if term["closest"] is not None)
+    return f"the closest budget that it keeps: {terms}"
+
+
 def comparison(latency: dict[str, Any]) -> str:
     """Return in words how fast the compiled model is beside its rivals."""
-    return (
-        f"compiled is {latency['speedup_vs_teacher']:.1f}x as fast as the teacher, "
-        f"{latency['speedup_vs_exact']:.2f}x as fast as the best exact form, "
-        f"{latency['speedup_vs_truncated']:.2f}x as fast as truncated Sinkhorn of as many half-steps, "
-        f"and takes {latency['ratio_to_softmax']:.2f}x the time of softmax attention."
-    )
+    rivals = {
+        "teacher": "the teacher",
+        "exact": "the best exact form",
+        "truncated": "truncated Sinkhorn of as many half-steps",
+        "softmax": "softmax attention",
+    }
+    ratios = {ratio["name"]: ratio for ratio in latency["ratios"] if ratio["batch"] == latency["batch"]}
+    return "compiled is " + ", ".join(beside(ratios[name], label) for name, label in rivals.items())
+
+
+def beside(ratio: dict[str, Any], rival: str) -> str:
+    """Return in words how fast the compiled model is beside one rival, whose time over its own is given."""
+    match ratio["finding"]:
+        case "identical":
+            return f"the same graph as {rival}"
+        case "not significantly different":
+            return f"not significantly faster or slower than {rival}"
+        case _:
+            return f"{ratio['value']:.2f}x as fast as {rival}"
 
 
 def cost_check(costs: dict[str, Any]) -> str:

@@ -41,6 +41,8 @@ err = Console(file=cast(IO[str], Stream("stderr", required=False)), highlight=Fa
 
 ENDS = "Exit codes: 0 done, 1 input at fault, 2 usage, {}70 defect, 130 or 143 interrupted."
 BUDGET_MISSED = "3 fidelity budget missed, "
+LATENCY_ENDS = "4 slower, 5 not comparable, 6 latency not stable, "
+printed: list[str] = []  # schemas of what the running command has printed as JSON: one result, or one error
 KEYWORD_ONLY = reflection.Parameter.KEYWORD_ONLY
 CONFIG_FILE = Option("--config", "Options in TOML; the command line wins.", metavar="FILE", name="config", kind=Path)
 TRUST_CONFIG = Option(
@@ -49,8 +51,9 @@ TRUST_CONFIG = Option(
 
 
 @contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turn exceptions into the exit codes of `asapc.errors`, with one message and one hint."""
+def exit_codes(as_json: bool = False) -> Iterator[None]:
+    """Turn exceptions into the exit codes of `asapc.errors`, with one message and one hint, in JSON too if asked."""
+    printed.clear()
     try:
         yield
         interrupts.check()
@@ -59,6 +62,9 @@ def exit_codes() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         with interrupts.held():
             code = explain(error)
+            if as_json and not printed:
+                hint = error.hint if isinstance(error, AsapcError) else None
+                print_json({"schema": "asapc.error/1", "exit_code": code, "error": str(error), "hint": hint})
         raise typer.Exit(code) from None
 
 
@@ -78,25 +84,25 @@ def explain(error: BaseException) -> int:
 
 
 def command(
-    *examples: str, takes: Collection[Option] = (), gate: bool = False
+    *examples: str, takes: Collection[Option] = (), ends: str = ""
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function to the app as the command of its name, which ends with the exit codes of `asapc.errors`.
 
     Args:
         examples: of the command line, for --help.
-        gate: whether the command fails where a fidelity budget is missed.
+        ends: exit codes that other commands do not have, as text.
         takes: options of `CompileConfig`, to which --config is added. The function gets their values as one
             `CompileConfig`, its parameter `options`.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
-        ends = ENDS.format(BUDGET_MISSED if gate else "")
+        codes = ENDS.format(ends)
         own = [p for p in reflection.signature(function).parameters.values() if p.name != "options"]
         parameters = [parameter(option) for option in (*takes, CONFIG_FILE, TRUST_CONFIG)] if takes else []
 
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
-            with exit_codes(), temporary_files():
+            with exit_codes(arguments.get("as_json", False)), temporary_files():
                 if takes:
                     values = {option.name: arguments.pop(option.name) for option in takes}
                     arguments["options"] = options_of(arguments.pop("config"), arguments.pop("trust"), values)
@@ -105,7 +111,7 @@ def command(
         # Typer reads parameters off the signature.
         parameters += [p.replace(kind=KEYWORD_ONLY) for p in own]
         cast(Any, run).__signature__ = reflection.Signature(parameters)
-        app.command(epilog="\n\n".join(["Examples:", *examples, ends]))(run)
+        app.command(epilog="\n\n".join(["Examples:", *examples, codes]))(run)
         return function
 
     return add
@@ -203,5 +209,6 @@ def show(parts: Iterable[Grid | str]) -> None:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """Print data alone on stdout, for programs."""
+    printed.append(str(data.get("schema")))
     out.file.write(json.dumps(data, indent=2) + "\n")
     out.file.flush()

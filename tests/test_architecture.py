@@ -16,15 +16,18 @@ from helpers.paths import ROOT
 
 # From the top down: each folder, or file that stands alone, of the library, with all others that it imports.
 ARROWS = {
-    "cli": "terminal showing commands planning relu writing process models config errors version",
+    "cli": "cli_timing terminal showing commands planning relu writing process models config errors version",
+    "cli_timing": "terminal showing_timing commands writing config",
     "terminal": "showing process config types errors events",
+    "showing_timing": "showing",
     "showing": "writing",
-    "commands": "pictures planning fidelity relu writing backends capturing loading passes config types errors events "
-    "version",
+    "commands": "pictures planning fidelity timing relu writing backends capturing loading passes config types errors "
+    "events version",
     "planning": "fidelity backends passes ops config types errors",
     "writing": "pictures backends capturing loading passes process config types errors hashes version",
     "relu": "pictures backends capturing passes types errors version",
     "fidelity": "backends passes types errors",
+    "timing": "backends types",
     "backends": "capturing loading passes ops types errors",
     "capturing": "loading passes types errors",
     "loading": "config types errors hashes",
@@ -43,7 +46,7 @@ ARROWS = {
 # Below which modules a package may be imported at all, and whether inside functions only.
 PLACES = {
     "rich": (("asapc.cli", "asapc.terminal"), False),
-    "typer": (("asapc.cli", "asapc.terminal"), False),
+    "typer": (("asapc.cli", "asapc.cli_timing", "asapc.terminal"), False),
     "onnxruntime": (("asapc.backends.onnxruntime",), True),
     "transformers": (("asapc.loading.described",), True),
     "huggingface_hub": (("asapc.loading.described",), True),

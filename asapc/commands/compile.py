@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +27,6 @@ from asapc.commands.target import cost_model
 from asapc.config import CompileConfig
 from asapc.events import OnEvent, Stage, stage
 from asapc.fidelity.budget import check_budget
-from asapc.fidelity.latency import measure
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
@@ -35,16 +35,27 @@ from asapc.planning.choose import choose
 from asapc.planning.costs import estimate_all, share_of_exact
 from asapc.planning.operators import alike, operators, rivals, softmax_cost
 from asapc.relu.stand_ins import fit_activations
+from asapc.timing.blocks import Effort, save_times
+from asapc.timing.compare import compare as compare_times
+from asapc.timing.machine import Watch, warn_of_load
 from asapc.types.artifacts import EngineResult, OnnxArtifact
 from asapc.types.choices import Selection
 from asapc.types.costs import CostModel
 from asapc.types.graph import BATCH_AXIS, Axes, CapturedGraph
-from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency, LatencyRun, SiteFidelity
+from asapc.types.results import CostCheck, Fidelity, FittedActivation, SiteFidelity
 from asapc.types.teacher import Teacher
+from asapc.types.timing import Latency
 from asapc.version import __version__
 from asapc.writing.dump import Dump
 from asapc.writing.environment import cpu_name, environment
-from asapc.writing.folder import list_artifacts, output_folder, write_json, write_manifest, write_operators
+from asapc.writing.folder import (
+    list_artifacts,
+    output_folder,
+    write_held_out,
+    write_json,
+    write_manifest,
+    write_operators,
+)
 from asapc.writing.origins import origin_of
 from asapc.writing.report import CompileReport, activations_note, engine_note, report_data, selection_note
 from asapc.writing.rewrite import export_rivals, rewrite
@@ -102,7 +113,11 @@ def compile_model(
     out = Path(config.out or f"{Path(os.path.abspath(path)).stem}.asap")  # a folder may be named by dots
     dump, model = Dump(None if config.dump is None else Path(config.dump)), cost_model(config)
     # The folder is opened first: whoever cannot write it should not learn so after minutes of work.
-    with torch_threads(config.threads) as threads, output_folder(out, config.force) as folder:
+    with (
+        torch_threads(config.threads) as threads,
+        output_folder(out, config.force) as folder,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         check_options(config.target, config.engine_options())  # known before minutes of work
         teacher = study(path, config, on_event=on_event, dump=dump)
         open_axes(teacher, config)
@@ -142,15 +157,18 @@ def compile_model(
             step.summary = engine_note(engine)
 
         with stage("verify", on_event) as step:
-            runners = variants(teacher, selection, compiled, files, config, model, threads, step)
+            runners = variants(teacher, selection, compiled, files, config, model, threads, Path(scratch), step)
             step.advance(f"{len(teacher.held_out)} held-out samples")
             fidelity = compare(teacher, compiled, checked.sites, files, runners, hops, config, on_gpu)
             verdict = check_budget(fidelity, config.bounds(), share_of_exact(selection))
             step.summary = verdict.headline
+            size = teacher.graph.samples_at_once(BATCH)  # of the batches in which the outputs are remembered
+            outputs = [hops["teacher"](some) for some in teacher.held_out.batches(size)]
+            write_held_out(folder / "held_out.npz", teacher.held_out, outputs)
 
         # After the budget: a model that misses it is not worth measuring.
         with stage("measure", on_event) as step:
-            latency = measure_all(teacher, runners, files.deployed, on_gpu, config, threads, step)
+            latency = measure_all(teacher, runners, files.deployed, on_gpu, config, threads, folder, step)
             step.summary = f"{len(runners)} variants at batch {', '.join(map(str, config.batches))}"
 
         data = report_data(
@@ -232,15 +250,16 @@ def variants(
     config: CompileConfig,
     model: CostModel,
     threads: int,
+    scratch: Path,
     step: Stage,
-) -> dict[str, Runner]:
+) -> dict[str, OnnxRuntimeRunner]:
     """Open what is compared and timed in ONNX Runtime: the rivals by name, and the compiled model last."""
     modules = rivals(teacher.sites, selection, max(config.batches), model, config.wanted_lowering)
     own = OnnxRuntimeRunner(files.onnx.path, threads, "compiled")
     # Of two that are the same, one is exported.
     same = {name for name in modules if not compiled.activations and alike(modules[name], compiled.operators)}
     others = {name: of_sites for name, of_sites in modules.items() if name not in same}
-    runners = export_rivals(teacher, others, threads, step.advance)
+    runners = export_rivals(teacher, others, threads, scratch, step.advance)
     return {**{name: own if name in same else runners[name] for name in modules}, "compiled": own}
 
 
@@ -289,22 +308,31 @@ def hops_in_torch(teacher: Teacher, compiled: Compiled) -> dict[str, Remembering
 
 def measure_all(
     teacher: Teacher,
-    runners: Mapping[str, Runner],
+    runners: Mapping[str, OnnxRuntimeRunner],
     deployed: OnnxArtifact,
     on_gpu: EngineRunner | None,
     config: CompileConfig,
     threads: int,
+    folder: Path,
     step: Stage,
 ) -> Latency:
-    """Measure the latency of all variants on the CPU, and of the compiled model on a GPU, at every batch size."""
-    runs, cpu = list[LatencyRun](), cpu_name()
-    for batch in config.batches:
-        step.advance(f"batch {batch}")
-        timed = measure(runners, teacher.held_out, batch, config.seconds, config.seed)
-        runs += [replace(run, device=cpu) for run in timed]
+    """Measure the latency of all variants on the CPU, and of the compiled model on a GPU, at every batch size.
+
+    The raw times of the CPU go into the folder.
+    """
+    own, watch = runners["compiled"], Watch()
+    same = {name: "compiled" for name, runner in runners.items() if runner is own and name != "compiled"}
+    models = {"compiled": own.reopen, **{name: runners[name].reopen for name in runners if name not in same}}
+    effort = Effort(config.seconds, seed=config.seed)
+    results = {
+        batch: compare_times(models, same, teacher.held_out, batch, effort, step.advance) for batch in config.batches
+    }
+    save_times(folder / "latency.npz", {batch: times for batch, (_, times) in results.items()})
+    batches = tuple(of_batch for of_batch, _ in results.values())
+    conditions = watch.conditions
     step.advance("GPU")
     gpu = measure_gpu(deployed, on_gpu, teacher.held_out, config.batches, config.seconds, config.seed)
-    return Latency(cpu, threads, tuple(runs), gpu)
+    return Latency(cpu_name(), threads, batches, conditions, tuple(warn_of_load(conditions)), gpu)
 
 
 def check_costs(
@@ -323,5 +351,6 @@ def check_costs(
         return CostCheck(model, batch, reason="activations were replaced beside the operators")
     own = estimate_all(teacher.sites, compiled.operators, batch, model)
     floor = softmax_cost(teacher.sites, batch, model, config.wanted_lowering)
-    p50 = {run.name: run.p50_ms for run in latency.runs if run.batch == batch}
+    [largest] = (of_batch for of_batch in latency.batches if of_batch.batch == batch)
+    p50 = {run.name: run.p50_ms for run in largest.runs}
     return CostCheck(model, batch, own - floor, p50["compiled"] - p50["softmax"])

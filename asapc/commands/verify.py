@@ -1,6 +1,6 @@
 """`asapc verify`: the fidelity of a compiled model on other samples, against its teacher or its stored outputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
@@ -236,21 +236,30 @@ def rate_sites(
     if [facts(site_data(site)) for site in sites] != [facts(site) for site in stored]:
         note = "sites are not rated, since their loops do not show on these samples as they did in calibration"
         return Ratings(note=note, samples_at_once=at_once)
-    parameters = Source.at(folder / OPERATORS, CheckpointError)
-    tensors = read_safetensors(parameters)
-    pairs = zip(sites, stored, strict=True)
-    choices = {site.name: Choice(read_choice(parameters, site, of, tensors), "") for site, of in pairs}
+    selection = stored_selection(folder, report, sites)
     try:
-        # As it was compiled, whatever the spread of these samples.
-        wide = frozenset(site["name"] for site in stored if site["wide"])
-        modules = operators(sites, Selection(choices, wide))
+        modules = operators(sites, selection)
         fidelities = site_fidelity(teacher.graph, sites, modules, samples)
     except (RuntimeError, IndexError, ValueError) as error:  # shapes that torch cannot bring together
+        parameters = Source.at(folder / OPERATORS, CheckpointError)
         raise parameters.refuse(f"its parameters do not fit the model: {one_line(error)}", COMPILE) from error
     ranges = score_ranges(teacher.graph, sites, samples)
     calibrated = {site["name"]: site["calibration_range"] for site in stored}
     outside = {name: share_outside(scores.deviations, *calibrated[name]) for name, scores in ranges.items()}
     return Ratings(fidelities, outside, samples_at_once=at_once)
+
+
+def stored_selection(folder: Path, report: Mapping[str, Any], sites: Sequence[Site]) -> Selection:
+    """Return the operators that a folder holds, for the sites of its teacher, which are those of its report.
+
+    Raises:
+        CheckpointError: the parameters in the folder are not those of the report.
+    """
+    parameters = Source.at(folder / OPERATORS, CheckpointError)
+    tensors, pairs = read_safetensors(parameters), zip(sites, report["sites"], strict=True)
+    choices = {site.name: Choice(read_choice(parameters, site, of, tensors), "") for site, of in pairs}
+    # As it was compiled, whatever the spread of other samples.
+    return Selection(choices, frozenset(site["name"] for site in report["sites"] if site["wide"]))
 
 
 def facts(site: Mapping[str, Any]) -> tuple[Any, ...]:

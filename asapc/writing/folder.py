@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from asapc.errors import OutputError
@@ -17,9 +19,11 @@ from asapc.process.interrupts import held, state
 from asapc.process.scratch import scratch_folder, sweep
 from asapc.types.artifacts import EngineArtifact, OnnxArtifact
 from asapc.types.choices import Selection
+from asapc.types.samples import Samples
 from asapc.types.site import Site
 
 MANIFEST = "manifest.json"
+MAX_HELD_OUT = 2**24  # bytes of samples and outputs, before compression
 MAX_MANIFEST = 2**20  # bytes; of the handful of files that asapc writes it has some hundreds
 # Of the hidden folders beside an output in which it grows.
 PREFIX = ".asapc."
@@ -205,6 +209,27 @@ def write_operators(path: Path, sites: Sequence[Site], selection: Selection) -> 
             tensors[f"{site.name}.knots"] = params.knots
             tensors |= {f"{site.name}.weights.{i}": w for i, w in enumerate(params.weights)}
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def write_held_out(path: Path, samples: Samples, outputs: Sequence[Sequence[Tensor]]) -> None:
+    """Write held-out samples and what the teacher returned for them, compressed, so that both can be compared again.
+
+    Arrays are named "input.<name>", "output.<place>" and "labels". Of large samples as many are kept as fit into
+    MAX_HELD_OUT bytes. bfloat16, which numpy does not know, becomes float32.
+
+    Args:
+        path: the file.
+        samples: the inputs.
+        outputs: of the model, batch by batch.
+    """
+    tensors = {f"input.{name}": value for name, value in samples.inputs.items()}
+    tensors |= {f"output.{place}": torch.cat(parts) for place, parts in enumerate(zip(*outputs, strict=True))}
+    if samples.labels is not None:
+        tensors["labels"] = samples.labels
+    count = max(1, min(len(samples), MAX_HELD_OUT // (sum(t[:1].nbytes for t in tensors.values()) or 1)))
+    kept = {name: value[:count].detach().cpu() for name, value in tensors.items()}
+    arrays: dict[str, Any] = {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for n, t in kept.items()}
+    np.savez_compressed(path, **arrays)
 
 
 def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineArtifact | None) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from asapc.types.results import (
     Fidelity,
     FittedActivation,
     Hop,
-    Latency,
     LatencyRun,
     Metric,
     SiteFidelity,
@@ -27,10 +26,12 @@ from asapc.types.results import (
 )
 from asapc.types.samples import Samples
 from asapc.types.site import Findings, Miss, Site
+from asapc.types.timing import BatchLatency, Conditions, Latency, Ratio
 from asapc.writing.environment import environment
-from asapc.writing.report import early_stop_data, early_stop_note, miss_data, report_data, site_data
+from asapc.writing.report import early_stop_data, early_stop_note, miss_data, report_data, site_data, speed_note
 
 SCHEMA = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+CONDITIONS = Conditions((0, 1), None, 0.1, ())
 VARIANTS = {"teacher": 8.0, "exact": 3.0, "truncated": 1.5, "softmax": 1.0, "compiled": 2.0}
 
 
@@ -72,16 +73,23 @@ def report() -> dict:
         variants={name: VariantFidelity(None if name == "truncated" else 0.1, None, None) for name in VARIANTS},
         sites={"a": SiteFidelity(0.1, 0.1, 0.0, 0.1)},
     )
-    runs = [
-        LatencyRun(name, "onnxruntime", batch, ms * batch, ms, ms, ms, 0.0, 10)
+    batches = [
+        BatchLatency(
+            batch,
+            tuple(LatencyRun(name, "ort", batch, ms * batch, ms, None, ms, 0.0, 10) for name, ms in VARIANTS.items()),
+            {name: Ratio(ms / 2, 0.4 * ms, 0.6 * ms) for name, ms in VARIANTS.items() if name != "compiled"},
+            floor=0.01,
+            blocks=5,
+            stable=batch == 1,
+            warnings=("why",),
+        )
         for batch in (1, 32)
-        for name, ms in VARIANTS.items()
     ]
     lowered = FittedActivation("gelu, float32", torch.nn.Identity(), 16, 1e-3, -6.0, 4.0, 2)
     artifacts = [{"kind": "onnx", "path": "model.onnx", "sha256": "0" * 64, "builder": "b", "targets": []}]
     stops = EarlyStops({"sinkhorn.py:7": "if err.item() < self.tol:"}, 1e-3, taken=True)
     findings = Findings(sites, (Miss("node", None, "why", "what to do"),), stops)
-    verdict, latency = Verdict((Term(Bound("relc", 0.2), 0.1),)), Latency("cpu", 2, tuple(runs))
+    verdict, latency = Verdict((Term(Bound("relc", 0.2), 0.1),)), Latency("cpu", 2, tuple(batches), CONDITIONS)
     samples = Samples({"x": torch.zeros(4, 1)})
     teacher = fitted.studied(torch.nn.Identity(), None, findings, samples)
     return report_data(
@@ -142,7 +150,30 @@ def test_the_schema_refuses_what_it_does_not_describe() -> None:
         jsonschema.validate({**report(), "more": 1}, SCHEMA)
 
 
-def test_ratios_are_of_medians_at_the_largest_batch() -> None:
+@pytest.mark.parametrize(
+    ("ratio", "note"),
+    [
+        (Ratio(1.5, 1.4, 1.6), "1.50x as fast as exact Sinkhorn (1.40 to 1.60) at batch 8"),
+        (Ratio(1.015, 1.012, 1.018), "(1.01 to 1.02) at batch 8: the approximation does not pay, use -O1 here"),
+        (Ratio(0.5, 0.4, 0.6), "0.50x as fast as exact Sinkhorn (0.40 to 0.60) at batch 8: the approximation does not"),
+        (Ratio(1.2, 0.9, 1.5), "which this run cannot tell from 1: the same file opened twice may differ by 2%"),
+        (Ratio(1.0, 1.0, 1.0, identical=True), "this is exact Sinkhorn"),
+    ],
+)
+def test_the_headline_says_what_the_approximation_gains_and_what_to_do_where_that_is_nothing(ratio, note) -> None:
+    batches = (BatchLatency(8, (), {"exact": ratio}, floor=0.02, blocks=5, stable=True, warnings=()),)
+    assert note in speed_note(Latency("cpu", 1, batches, CONDITIONS))
+
+
+def test_what_speaks_against_the_figures_stands_in_the_report() -> None:
+    latency = report()["latency"]
+    assert latency["warnings"] == ["batch 1: why", "batch 32: why"]
+    assert [each["stable"] for each in latency["measurements"]] == [True, False]
+    assert report()["verdict"]["headline"].endswith("at batch 32")
+    assert report()["verdict"]["terms"][0]["closest"] == "relc<=0.1"
+
+
+def test_ratios_are_at_the_largest_batch() -> None:
     latency = report()["latency"]
     assert latency["batch"] == 32
     assert latency["speedup_vs_teacher"] == 4.0

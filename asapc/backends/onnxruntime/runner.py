@@ -44,7 +44,7 @@ class OnnxRuntimeRunner:
 
     def __init__(self, path: Path, threads: int = 0, name: str | None = None) -> None:
         onnxruntime = library()
-        self.name = name or path.name
+        self.path, self.threads, self.name = path, threads, name or path.name
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # fatal only: errors are raised too, and the caller shows them
@@ -63,6 +63,10 @@ class OnnxRuntimeRunner:
             for _, *sizes in [value.shape]
         }
         self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def reopen(self) -> "OnnxRuntimeRunner":
+        """Return another session of the same file."""
+        return OnnxRuntimeRunner(self.path, self.threads, self.name)
 
     def __call__(self, samples: Samples) -> list[Tensor]:
         """Return all outputs for one batch.
