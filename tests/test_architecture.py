@@ -47,6 +47,8 @@ PLACES = {
     "onnxruntime": (("asapc.backends.onnxruntime",), True),
     "transformers": (("asapc.loading.described",), True),
     "huggingface_hub": (("asapc.loading.described",), True),
+    "jinja2": (("asapc.writing.html",), True),
+    "matplotlib": (("asapc.pictures", "benchmarks"), False),
     "tensorrt": (("asapc.backends.tensorrt",), True),
     "tensorrt_rtx": (("asapc.backends.tensorrt",), True),
 }

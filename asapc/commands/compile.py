@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -14,15 +15,17 @@ from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.tensorrt.builder import builder_package, try_engine
+from asapc.commands.figures import gather_figures
 from asapc.commands.inspect import require_sites
 from asapc.commands.study import study, torch_threads
 from asapc.commands.target import cost_model
 from asapc.config import CompileConfig
-from asapc.events import OnEvent, Stage, stage
+from asapc.events import OnEvent, Stage, Timed, stage
 from asapc.fidelity.budget import check_budget
 from asapc.fidelity.latency import measure
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
+from asapc.loading.teacher import model_data
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.cache import cache_note, cache_of
 from asapc.planning.choose import choose
@@ -39,7 +42,9 @@ from asapc.version import __version__
 from asapc.writing.dump import Dump
 from asapc.writing.environment import cpu_name, environment
 from asapc.writing.folder import list_artifacts, output_folder, write_json, write_manifest, write_operators
+from asapc.writing.html import FIGURES, PAGE, render, write_figures
 from asapc.writing.origins import origin_of
+from asapc.writing.recipe import command_line, options_data
 from asapc.writing.report import CompileReport, activations_note, engine_note, report_data, selection_note
 from asapc.writing.rewrite import export_rivals, rewrite
 
@@ -93,6 +98,7 @@ def compile_model(
         AsapcError: the input is at fault or the fidelity budget is missed. Nothing is written then.
     """
     path, config = Path(path), config or CompileConfig()
+    command, began, on_event = command_line(path, config), datetime.now(UTC), Timed(on_event)
     out = Path(config.out or f"{Path(os.path.abspath(path)).stem}.asap")  # a folder may be named by dots
     dump, model = Dump(None if config.dump is None else Path(config.dump)), cost_model(config)
     # The folder is opened first: whoever cannot write it should not learn so after minutes of work.
@@ -131,8 +137,8 @@ def compile_model(
 
         # Before the rivals are exported, which takes long: a model without an engine fails early.
         with stage("engine", on_event) as step:
-            path, axes = folder / "model.engine", teacher.open_graph.axes
-            engine = try_engine(config.target, files.deployed, path, max(config.batches), axes)
+            place, axes = folder / "model.engine", teacher.open_graph.axes
+            engine = try_engine(config.target, files.deployed, place, max(config.batches), axes)
             step.summary = engine_note(engine)
 
         with stage("verify", on_event) as step:
@@ -147,7 +153,21 @@ def compile_model(
             latency = measure_all(teacher, runners, config, threads, step)
             step.summary = f"{len(runners)} variants at batch {', '.join(map(str, config.batches))}"
 
+        with stage("figures", on_event) as step:
+            figures = gather_figures(teacher, selection, compiled.operators)
+            write_figures(folder / FIGURES, figures)
+            step.summary = "attention of held-out samples"
+
+        run = {
+            "date": began.isoformat(timespec="seconds"),
+            "command": command,
+            "model": model_data(teacher.loaded, config),
+            **runners["compiled"].signature(),
+            "options": options_data(config, out, threads),
+            "stages": [{"stage": name, "seconds": round(seconds, 3)} for name, seconds in on_event.seconds.items()],
+        }
         data = report_data(
+            run,
             teacher,
             selection,
             compiled.activations,
@@ -160,6 +180,7 @@ def compile_model(
             environment(config.seed),
         )
         write_json(folder / "report.json", data)
+        (folder / PAGE).write_text(render(data, figures), encoding="utf-8")
         write_manifest(folder, teacher.loaded.sha256, __version__)  # last, since it lists all files
     return CompileReport(out, data)
 
@@ -199,7 +220,7 @@ def variants(
     model: CostModel,
     threads: int,
     step: Stage,
-) -> dict[str, Runner]:
+) -> dict[str, OnnxRuntimeRunner]:
     """Open what is compared and timed in ONNX Runtime: the rivals by name, and the compiled model last."""
     modules = rivals(teacher.sites, selection, max(config.batches), model, config.wanted_lowering)
     own = OnnxRuntimeRunner(files.onnx.path, threads, "compiled")
@@ -255,8 +276,8 @@ def measure_all(
 ) -> Latency:
     """Measure the latency of all variants at every batch size."""
     runs = []
-    for batch in config.batches:
-        step.advance(f"batch {batch}")
+    for number, batch in enumerate(config.batches):
+        step.advance(f"batch {batch}", remaining=config.seconds * (len(config.batches) - number))
         runs += measure(runners, teacher.held_out, batch, config.seconds, config.seed)
     return Latency(cpu_name(), threads, tuple(runs))
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from asapc.types.artifacts import EngineResult
-from asapc.types.budget import Verdict
-from asapc.types.choices import Alternatives, Candidate, Choice, Selection, Tradeoff
+from asapc.types.budget import Term, Verdict
+from asapc.types.choices import Alternatives, Candidate, Cheaper, Choice, Selection, Tradeoff
 from asapc.types.costs import CostModel
 from asapc.types.graph import EarlyStops
 from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency
 from asapc.types.site import Miss, Site
 from asapc.types.teacher import Teacher
 
-SCHEMA = "asapc.report/2"
+SCHEMA = "asapc.report/3"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class CompileReport:
 
 
 def report_data(
+    run: Mapping[str, Any],
     teacher: Teacher,
     selection: Selection,
     activations: Sequence[FittedActivation],
@@ -44,11 +45,27 @@ def report_data(
     artifacts: list[dict[str, Any]],
     environment: dict[str, object],
 ) -> dict[str, Any]:
-    """Assemble the content of report.json, of plain types only."""
-    loaded, findings = teacher.loaded, teacher.findings
+    """Assemble the content of report.json, of plain types only.
+
+    Args:
+        run: what was asked for, and what the files say of themselves.
+        teacher: the model; what follows is what the stages made of it.
+        selection: its operators.
+        activations: what replaces smooth activations.
+        fidelity: how close it comes.
+        verdict: the budget that was in force, judged.
+        latency: how fast it is.
+        costs: how far the planner's estimates were off.
+        engine: what came of it.
+        artifacts: the files, see `writing.folder.list_artifacts`.
+        environment: see `writing.environment`.
+    """
+    findings = teacher.findings
     return {
         "schema": SCHEMA,
-        "model": {"path": str(loaded.path), "sha256": loaded.sha256, "parameters": loaded.parameters},
+        **run,
+        "verdict": verdict_data(verdict),
+        "budget": [str(term.bound) for term in verdict.terms],
         "sites": [
             {
                 **site_data(site),
@@ -59,12 +76,11 @@ def report_data(
             }
             for site in findings.sites
         ],
+        "cheaper": cheaper_data(selection.cheaper),
         "misses": [miss_data(miss) for miss in findings.misses],
         "early_stops": early_stop_data(findings.early_stops),
         "activations": [activation_data(activation) for activation in activations],
         "fidelity": fidelity_data(fidelity),
-        "budget": [str(term.bound) for term in verdict.terms],
-        "verdict": verdict_data(verdict),
         "latency": latency_data(latency),
         "costs": costs_data(costs),
         "engine": {"status": engine.status, "reason": engine.reason, "node": engine.node},
@@ -177,6 +193,24 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+def cheaper_data(cheaper: Cheaper | None) -> dict[str, Any] | None:
+    """Return the next cheaper selection as the report shows it; None where there is none."""
+    if cheaper is None:
+        return None
+    return {
+        "sites": {name: candidate_data(candidate) for name, candidate in cheaper.candidates.items()},
+        "estimated_ms": cheaper.cost if isfinite(cheaper.cost) else None,
+        "samples": "held-out" if cheaper.held_out else "calibration",
+        "margin": cheaper.margin,
+        "missed": [term_data(term) for term in cheaper.missed],
+    }
+
+
+def term_data(term: Term) -> dict[str, Any]:
+    """Return a term of a budget, and what was reached, as the report shows them."""
+    return {"term": str(term.bound), "reached": term.reached if isfinite(term.reached) else None, "met": term.met}
+
+
 def tradeoffs_data(
     teacher: Teacher,
     alternatives: Alternatives,
@@ -236,11 +270,11 @@ def fidelity_data(fidelity: Fidelity) -> dict[str, Any]:
 
 def verdict_data(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict for the report: whether the budget is kept, and for each term what was reached."""
-    terms = [
-        {"term": str(term.bound), "reached": term.reached if isfinite(term.reached) else None, "met": term.met}
-        for term in verdict.terms
-    ]
-    return {"passed": verdict.passed, "headline": verdict.headline, "terms": terms}
+    return {
+        "passed": verdict.passed,
+        "headline": verdict.headline,
+        "terms": [term_data(term) for term in verdict.terms],
+    }
 
 
 def latency_data(latency: Latency) -> dict[str, Any]:

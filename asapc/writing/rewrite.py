@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asapc.backends.base import Runner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capturing.export import export
 from asapc.errors import CaptureError, InternalError
@@ -60,7 +59,7 @@ def export_rivals(
     variants: Mapping[str, Mapping[str, nn.Module]],
     threads: int,
     advance: Callable[[str], None],
-) -> dict[str, Runner]:
+) -> dict[str, OnnxRuntimeRunner]:
     """Export what a compiled model is compared with, and open it in the same runtime.
 
     Args:
@@ -70,7 +69,7 @@ def export_rivals(
         advance: called with a line about the progress.
     """
     origin, graph, sites = origin_of(teacher.loaded), teacher.graph, teacher.sites
-    runners: dict[str, Runner] = {}
+    runners: dict[str, OnnxRuntimeRunner] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, modules in variants.items():
             advance(f"exporting {name} for comparison")

@@ -14,7 +14,7 @@ from asapc.cli import app
 from asapc.config import OPTIONS
 from asapc.terminal import BUDGET_MISSED, CONFIG_FILE, ENDS, say
 
-COMMANDS = ("compile", "inspect", "tradeoffs", "verify", "costs", "approx", "train")
+COMMANDS = ("compile", "inspect", "tradeoffs", "verify", "report", "costs", "approx", "train")
 
 
 def words(text: str) -> str:

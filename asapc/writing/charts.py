@@ -1,0 +1,81 @@
+"""Draws the charts of a report: each an image that a page holds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from asapc.pictures import BLUE, INK, ORANGE, PAGE_SIZE, as_png, as_svg, decades, new_figure, page_style
+
+MAX_SHOWN = 99.5  # percentile of a map's entries that has the strongest colour
+
+
+def curve(front: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], limit: float | None) -> str | None:
+    """Draw error against cost of a site's candidates, with the chosen one; None where fewer than two are known."""
+    points = [(c["estimated_ms"], c["calibration_relc"]) for c in front if c["calibration_relc"] is not None]
+    points = [(ms, error) for ms, error in points if ms is not None and error > 0]
+    if len(points) < 2:
+        return None
+    with page_style():
+        figure = new_figure(PAGE_SIZE)
+        axes = figure.subplots()
+        axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=4)
+        if chosen["estimated_ms"] is not None and chosen["calibration_relc"]:
+            at = chosen["estimated_ms"], chosen["calibration_relc"]
+            axes.plot(*at, color=ORANGE, marker="D", markersize=8, linestyle="", label="chosen")
+        if limit:
+            axes.axhline(limit, color=INK, linestyle="--", linewidth=1, label="budget")
+        axes.set(yscale="log", xlabel="estimated ms", ylabel="relc on calibration samples")
+        decades(axes, [error for _, error in points] + ([limit] if limit else []))
+        axes.margins(0.08)
+        axes.legend(loc="upper right", fontsize=8)
+        return as_svg(figure)
+
+
+def column_sums(columns: np.ndarray) -> str | None:
+    """Draw the column sums (2, S, k) of the teacher's and the compiled plan on the first sample; None without any."""
+    teacher, compiled = columns[:, 0]
+    live = np.isfinite(teacher)
+    if not live.any():
+        return None
+    order = np.argsort(teacher[live], kind="stable")
+    with page_style():
+        figure = new_figure(PAGE_SIZE)
+        axes = figure.subplots()
+        axes.axhline(1, color=INK, linestyle="--", linewidth=1, label="as it should be")
+        axes.plot(compiled[live][order], color=ORANGE, marker=".", markersize=4, linestyle="", label="compiled")
+        axes.plot(teacher[live][order], color=BLUE, label="teacher")
+        axes.set(xlabel="keys, by the teacher's sum", ylabel="column sum")
+        axes.legend(loc="upper left", fontsize=8)
+        return as_svg(figure)
+
+
+def scatter(dual: np.ndarray) -> str | None:
+    """Draw the points (2, P) of a true dual and its estimate; None without any."""
+    true, predicted = dual[:, np.isfinite(dual).all(axis=0)]
+    if not len(true):
+        return None
+    with page_style():
+        figure = new_figure(PAGE_SIZE)
+        axes = figure.subplots()
+        ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
+        axes.plot(ends, ends, color=INK, linestyle="--", linewidth=1, label="equal")
+        axes.plot(true, predicted, color=BLUE, marker="o", markersize=3, linestyle="", alpha=0.5, label="a point")
+        axes.set(xlabel="true dual", ylabel="estimate")
+        axes.legend(loc="upper left", fontsize=8)
+        return as_svg(figure)
+
+
+def maps(teacher: np.ndarray, compiled: np.ndarray) -> dict[str, Any]:
+    """Draw two maps (n, m) of one sample with one scale, and their difference with its own."""
+    teacher, compiled = (np.nan_to_num(values.astype(np.float32)) for values in (teacher, compiled))
+    difference = compiled - teacher
+    most = max(float(np.percentile(teacher, MAX_SHOWN)), 1e-9)
+    off = max(float(np.percentile(np.abs(difference), MAX_SHOWN)), 1e-9)
+    return {
+        "teacher": as_png(teacher, "viridis", 0, most),
+        "compiled": as_png(compiled, "viridis", 0, most),
+        "difference": as_png(difference, "PuOr_r", -off, off),
+        "most": most,
+        "off": off,
+    }

@@ -1,0 +1,250 @@
+"""Writes report.html: one page that holds all it shows, from the report and the arrays that its figures need."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from math import isfinite, log10
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asapc.types.budget import parse_bound
+from asapc.writing import charts
+from asapc.writing.report import early_stop_note
+from asapc.writing.words import cheaper_note, cost_check, label, number, output_errors
+
+FIGURES = "figures.npz"
+PAGE = "report.html"
+# Differences below this are rounding; the bars of steps begin here.
+LEAST_STEP = 1e-9
+Row = dict[str, Any]
+Arrays = Mapping[str, np.ndarray]
+
+
+def write_figures(path: Path, arrays: Arrays) -> None:
+    """Write the arrays that figures are drawn from."""
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def render(report: Mapping[str, Any], arrays: Arrays) -> str:
+    """Return the page of a report.
+
+    Args:
+        report: the content of report.json.
+        arrays: what `commands.figures.gather_figures` returned; figures whose arrays are not there are left out.
+    """
+    latency = list(latency_groups(report))
+    context = {
+        "report": report,
+        "name": Path(report["model"]["path"]).name,
+        "style": read_template("report.css"),
+        "cards": list(cards(report)),
+        "sections": [
+            ("budget", "Budget"),
+            ("model", "What was compiled"),
+            ("latency", "Where the time goes"),
+            ("steps", "What each step changes"),
+            ("sites", "Site by site"),
+            ("run", "The run"),
+        ],
+        "outputs_note": sentence(output_errors(report["fidelity"])),
+        "notes": list(notes(report)),
+        "sites": [site_data(report, index, site, arrays) for index, site in enumerate(report["sites"])],
+        "latency": latency,
+        "bars_cut": any(row["cut"] for group in latency for row in group["rows"]),
+        "intervals": any(row["low"] is not None for group in latency for row in group["rows"]),
+        "costs_note": sentence(cost_check(report["costs"])),
+        "hops": [{**hop, **log_bar(hop["rel"], report)} for hop in report["fidelity"]["hops"]],
+        "cheaper_note": sentence(cheaper_note(report)),
+        "stages": stage_rows(report["stages"]),
+        "engine_note": engine_note(report["engine"]),
+        "environment": list(environment_rows(report["environment"])),
+    }
+    return str(template().render(context))
+
+
+@cache
+def template() -> Any:
+    """Return the template of the page, which escapes all that it is given."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    filters = {"number": decimals, "ms": milliseconds, "tiny": tiny, "shape": shape, "option": option}
+    environment.filters.update({**filters, "sentence": sentence})
+    return environment.from_string(read_template("report.html"))
+
+
+def read_template(name: str) -> str:
+    """Return a file of the templates' folder."""
+    return resources.files("asapc.writing").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def cards(report: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield what stands at the top: how fast, and how close."""
+    latency, fidelity = report["latency"], report["fidelity"]
+    at = f"at batch {latency['batch']}"
+    exact = all(site["choice"]["operator"] in ("exact", "keep") for site in report["sites"])
+    rivals = {"teacher": "the model as it was"} | ({} if exact else {"exact": "the best exact form"})
+    for name, of in rivals.items():
+        yield {"label": f"times as fast as {of}", "value": f"{latency[f'speedup_vs_{name}']:.2f}x", "more": at}
+    yield {"label": "time of softmax attention", "value": f"{latency['ratio_to_softmax']:.2f}x", "more": at}
+    if fidelity["agreement"] is not None:
+        yield {"label": "same class as the teacher", "value": percent(fidelity["agreement"])}
+    if (metric := fidelity["metric"]) is not None:
+        of_teacher = f"teacher {percent(metric['teacher'])}"
+        yield {"label": metric["name"], "value": percent(metric["compiled"]), "more": of_teacher}
+    if fidelity["agreement"] is None:
+        yield {"label": "error of the first output", "value": f"{fidelity['logits_rel']:.2%}"}
+
+
+def notes(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what else has to be known of the model."""
+    if note := early_stop_note(report["early_stops"]):
+        yield f"Captured {note}."
+    for activation in report["activations"]:
+        yield (
+            f"{activation['nodes']} x {activation['name']}: a ReLU network of {activation['units']} units stands in, "
+            f"off by {activation['error']:.1e} at most."
+        )
+    if misses := len(report["misses"]):
+        yield f"{misses} near miss{'es' * (misses > 1)} stayed as written; `asapc inspect --why` says why."
+
+
+def latency_groups(report: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield the runs of each batch size with their bars, which the teacher's does not shrink: it is cut off."""
+    variants, metric = report["fidelity"]["variants"], report["fidelity"]["metric"]
+    runs = report["latency"]["runs"]
+    for batch in sorted({run["batch"] for run in runs}):
+        group = [run for run in runs if run["batch"] == batch]
+        own = next(run["p50_ms"] for run in group if run["name"] == "compiled")
+        most = max(max(run["p50_ms"], *(interval(run) or [0.0])) for run in group if run["name"] != "teacher")
+        scale = 90 / (1.05 * most or 1.0)
+        rows = []
+        for run in group:
+            ends, width = interval(run), scale * run["p50_ms"]
+            low, high = (None, None) if ends is None or width > 100 else (min(scale * end, 100) for end in ends)
+            rows.append(
+                {
+                    **run,
+                    **{name: variants[run["name"]][name] for name in ("agreement", "metric")},
+                    "ratio": run["p50_ms"] / own if own else None,
+                    "width": min(width, 100),
+                    "cut": width > 100,
+                    "low": low,
+                    "high": high,
+                    "interval": "" if ends is None else " to ".join(map(milliseconds, ends)),
+                }
+            )
+        agreement = any(row["agreement"] is not None for row in rows)
+        yield {"batch": batch, "rows": rows, "agreement": agreement, "metric": metric and metric["name"]}
+
+
+def interval(run: Mapping[str, Any]) -> list[float] | None:
+    """Return the interval of a run's median in milliseconds, None where none is known."""
+    ends: list[float] | None = run.get("p50_interval_ms")
+    return ends
+
+
+def site_data(report: Mapping[str, Any], index: int, site: Mapping[str, Any], arrays: Arrays) -> Row:
+    """Return a site with its figures."""
+    choice = site["choice"]
+    chosen = {key: value for key, value in choice.items() if key not in ("reason", "front")}
+    limit = next((b.limit for b in map(parse_bound, report["budget"]) if b.metric == "relc"), None)
+    teacher, compiled = (arrays.get(f"{index}.{name}") for name in ("teacher", "compiled"))
+    columns, dual = arrays.get(f"{index}.columns"), arrays.get(f"{index}.dual")
+    maps = [] if teacher is None or compiled is None else [charts.maps(*s) for s in zip(teacher, compiled, strict=True)]
+    fits = teacher is None or (site["queries"], site["keys"]) == teacher.shape[1:]
+    return {
+        **site,
+        "label": label(choice),
+        "curve": charts.curve(choice["front"], chosen, limit),
+        "curve_text": curve_text(site["name"], choice["front"], chosen),
+        "columns": None if columns is None else charts.column_sums(columns),
+        "dual": None if dual is None else charts.scatter(dual),
+        "correlation": None if dual is None else correlation(dual),
+        "head": int(arrays.get(f"{index}.head", np.array(0))),
+        "maps": maps,
+        "shown": "" if fits else ", evenly spaced ones of them",
+        "front": [{**c, "label": label(c), "chosen": c == chosen} for c in choice["front"]],
+    }
+
+
+def curve_text(name: str, front: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
+    """Describe the chart of a site's candidates for those who do not see it; the table below holds its points."""
+    at = f"{milliseconds(chosen['estimated_ms'])} ms and relc {decimals(chosen['calibration_relc'])}"
+    return f"Error by estimated time of {len(front)} operators for {name}; the chosen one is at {at}."
+
+
+def correlation(dual: np.ndarray) -> float | None:
+    """Return the correlation of a dual and its estimate, None where either does not vary."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = float(np.corrcoef(dual)[0, 1])
+    return value if isfinite(value) else None
+
+
+def log_bar(value: float, report: Mapping[str, Any]) -> Row:
+    """Return a bar on a logarithmic scale from rounding to the largest step."""
+    most = max(hop["rel"] for hop in report["fidelity"]["hops"])
+    span = log10(max(most, 10 * LEAST_STEP) / LEAST_STEP)
+    width = 100 * log10(max(value, LEAST_STEP) / LEAST_STEP) / span
+    return {"width": width, "cut": False, "low": None, "high": None}
+
+
+def stage_rows(stages: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return the stages with bars."""
+    most = max((stage["seconds"] for stage in stages), default=0.0) or 1.0
+    return [
+        {**stage, "width": 100 * stage["seconds"] / most, "cut": False, "low": None, "high": None} for stage in stages
+    ]
+
+
+def engine_note(engine: Mapping[str, Any]) -> str:
+    """Return a sentence on an engine that could not be built; empty where one was, or none was asked for."""
+    return f"No engine was built: {engine['reason']}." if engine["status"] == "failed" else ""
+
+
+def environment_rows(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what a result depends on, beside the model."""
+    for key, value in environment.items():
+        if isinstance(value, Mapping):
+            yield key, ", ".join(f"{name} {version}" for name, version in value.items())
+        else:
+            yield key, ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def sentence(text: str) -> str:
+    """Return words as a sentence."""
+    return f"{text[0].upper()}{text[1:].rstrip('.')}." if text else ""
+
+
+def percent(value: float) -> str:
+    """Format a share."""
+    return f"{100 * value:.4g} %"
+
+
+def decimals(value: float | None) -> str:
+    """Format a number with three digits that count, one that is not known as a dash."""
+    return "-" if value is None else number(value)
+
+
+def milliseconds(value: float | None) -> str:
+    """Format a time, one that is not known as a dash."""
+    return "-" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def tiny(value: float) -> str:
+    """Format a number that may be of any size."""
+    return f"{value:.1e}"
+
+
+def shape(sizes: Sequence[int | str | None]) -> str:
+    """Format a shape; an open axis is named where it has a name."""
+    return " x ".join("open" if size is None else str(size) for size in sizes) or "a number"
+
+
+def option(value: Any) -> str:
+    """Format the value of an option."""
+    return "-" if value in (None, [], "") else value if isinstance(value, str) else json.dumps(value)
