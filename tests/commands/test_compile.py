@@ -24,7 +24,15 @@ from asapc.models.digits import load_digits
 from asapc.planning.bases import COORDINATES
 from asapc.writing.report import CompileReport
 
-FILES = ["figures.npz", "manifest.json", "model.engine", "model.onnx", "operator.safetensors", "report.html", "report.json"]
+FILES = [
+    "figures.npz",
+    "manifest.json",
+    "model.engine",
+    "model.onnx",
+    "operator.safetensors",
+    "report.html",
+    "report.json",
+]
 
 
 @pytest.fixture(scope="module")
