@@ -76,7 +76,7 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory) -> None:
-    """Keep the user's cache and key out of the tests, and the tests out of them; processes that they start inherit it."""
+    """Keep the user's cache and key out of the tests, and the tests out of them, in processes that they start too."""
     for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
         os.environ[name] = str(tmp_path_factory.mktemp("own"))
 

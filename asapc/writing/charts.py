@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from asapc.pictures import BLUE, INK, ORANGE, PAGE_SIZE, as_png, as_svg, decades, new_figure, page_style
+from asapc.pictures import BLUE, INK, ORANGE, PAGE_SIZE, as_png, as_svg, decades, draw_dots, legend, new_figure, page_style
 
 MAX_SHOWN = 99.5  # percentile of a map's entries that has the strongest colour
 
@@ -28,7 +28,7 @@ def curve(front: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], limit: 
         axes.set(yscale="log", xlabel="estimated ms", ylabel="relc on calibration samples")
         decades(axes, [error for _, error in points] + ([limit] if limit else []))
         axes.margins(0.08)
-        axes.legend(loc="upper right", fontsize=8)
+        legend(axes)
         return as_svg(figure)
 
 
@@ -43,10 +43,10 @@ def column_sums(columns: np.ndarray) -> str | None:
         figure = new_figure(PAGE_SIZE)
         axes = figure.subplots()
         axes.axhline(1, color=INK, linestyle="--", linewidth=1, label="as it should be")
-        axes.plot(compiled[live][order], color=ORANGE, marker=".", markersize=4, linestyle="", label="compiled")
+        draw_dots(axes, range(len(order)), compiled[live][order], edgecolor=ORANGE, linewidth=3.5, label="compiled")
         axes.plot(teacher[live][order], color=BLUE, label="teacher")
         axes.set(xlabel="keys, by the teacher's sum", ylabel="column sum")
-        axes.legend(loc="upper left", fontsize=8)
+        legend(axes)
         return as_svg(figure)
 
 
@@ -60,9 +60,9 @@ def scatter(dual: np.ndarray) -> str | None:
         axes = figure.subplots()
         ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
         axes.plot(ends, ends, color=INK, linestyle="--", linewidth=1, label="equal")
-        axes.plot(true, predicted, color=BLUE, marker="o", markersize=3, linestyle="", alpha=0.5, label="a point")
+        draw_dots(axes, true, predicted, edgecolor=BLUE, linewidth=3, alpha=0.6, label="a point")
         axes.set(xlabel="true dual", ylabel="estimate")
-        axes.legend(loc="upper left", fontsize=8)
+        legend(axes)
         return as_svg(figure)
 
 

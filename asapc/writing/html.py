@@ -85,19 +85,19 @@ def read_template(name: str) -> str:
 def cards(report: Mapping[str, Any]) -> Iterator[Row]:
     """Yield what stands at the top: how fast, and how close."""
     latency, fidelity = report["latency"], report["fidelity"]
-    at = f"at batch {latency['batch']}"
+    at, held_out = f"at batch {latency['batch']}", "on held-out samples"
     exact = all(site["choice"]["operator"] in ("exact", "keep") for site in report["sites"])
-    rivals = {"teacher": "the model as it was"} | ({} if exact else {"exact": "the best exact form"})
+    rivals = {"teacher": "the model as written"} | ({} if exact else {"exact": "the best exact form"})
     for name, of in rivals.items():
-        yield {"label": f"times as fast as {of}", "value": f"{latency[f'speedup_vs_{name}']:.2f}x", "more": at}
-    yield {"label": "time of softmax attention", "value": f"{latency['ratio_to_softmax']:.2f}x", "more": at}
+        yield {"label": f"speed-up over {of}", "value": f"{latency[f'speedup_vs_{name}']:.2f}x", "more": at}
+    yield {"label": "time over that of softmax attention", "value": f"{latency['ratio_to_softmax']:.2f}x", "more": at}
     if fidelity["agreement"] is not None:
-        yield {"label": "same class as the teacher", "value": percent(fidelity["agreement"])}
+        yield {"label": "same class as the teacher", "value": percent(fidelity["agreement"]), "more": held_out}
     if (metric := fidelity["metric"]) is not None:
         of_teacher = f"teacher {percent(metric['teacher'])}"
         yield {"label": metric["name"], "value": percent(metric["compiled"]), "more": of_teacher}
     if fidelity["agreement"] is None:
-        yield {"label": "error of the first output", "value": f"{fidelity['logits_rel']:.2%}"}
+        yield {"label": "error of the first output", "value": f"{fidelity['logits_rel']:.2%}", "more": held_out}
 
 
 def notes(report: Mapping[str, Any]) -> Iterator[str]:
@@ -110,7 +110,7 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
             f"off by {activation['error']:.1e} at most."
         )
     if misses := len(report["misses"]):
-        yield f"{misses} near miss{'es' * (misses > 1)} stayed as written; `asapc inspect --why` says why."
+        yield f"{misses} near miss{'es' * (misses > 1)} stayed as written, and asapc inspect --why says why."
 
 
 def latency_groups(report: Mapping[str, Any]) -> Iterator[Row]:
@@ -157,8 +157,11 @@ def site_data(report: Mapping[str, Any], index: int, site: Mapping[str, Any], ar
     columns, dual = arrays.get(f"{index}.columns"), arrays.get(f"{index}.dual")
     maps = [] if teacher is None or compiled is None else [charts.maps(*s) for s in zip(teacher, compiled, strict=True)]
     fits = teacher is None or (site["queries"], site["keys"]) == teacher.shape[1:]
+    errors = site["fidelity"] or {}
     return {
         **site,
+        "relc": errors.get("relc"),
+        "column": errors.get("column_marginal_error"),
         "label": label(choice),
         "curve": charts.curve(choice["front"], chosen, limit),
         "curve_text": curve_text(site["name"], choice["front"], chosen),

@@ -24,15 +24,8 @@ from asapc.models.digits import load_digits
 from asapc.planning.bases import COORDINATES
 from asapc.writing.report import CompileReport
 
-FILES = [
-    "figures.npz",
-    "manifest.json",
-    "model.engine",
-    "model.onnx",
-    "operator.safetensors",
-    "report.html",
-    "report.json",
-]
+MODELS = ["model.engine", "model.onnx", "operator.safetensors"]
+FILES = ["figures.npz", "manifest.json", *MODELS, "report.html", "report.json"]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 def open_page(page: Path, *options: str, dark: bool = False) -> str:
-    """Open a file in a browser that reaches no network; return what it logs, and on request what it makes of the page."""
+    """Open a file in a browser that reaches no network; return what it prints, and what pages log."""
     scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
     profile = page.parent / f"profile-{os.getpid()}"
     words = [

@@ -1,7 +1,8 @@
-"""The page of a report: whole in one file, readable by machines that read to people, and safe whatever names it shows."""
+"""The page of a report: whole in one file, made for all readers, and safe whatever names it shows."""
 
 import json
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_the_verdict_comes_first_and_every_section_has_a_heading(page):
     assert page.texts["h1"] == ["model.pt"]
     levels = [int(tag[1]) for tag, _ in page.elements if tag in ("h1", "h2", "h3")]
     assert levels[:2] == [1, 2]
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
     targets = {attributes["href"] for attributes in page.all("a")}
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
@@ -179,7 +180,8 @@ def test_a_browser_shows_every_figure_and_complains_of_nothing(dark, tmp_path):
         drawn: [...d.images].filter(i => i.complete && i.naturalWidth > 8).length,
         wide: d.documentElement.scrollWidth - f.clientWidth}) }, 500)</script>
       <style>iframe { width: 360px; height: 800px; border: 0 }</style>"""
-    path.write_text(f"<!DOCTYPE html>{probe.replace('PAGE', json.dumps(text).replace('</', '<\\\\/'))}")
+    literal = json.dumps(text).replace("</", "<\\/")
+    path.write_text(f"<!DOCTYPE html>{probe.replace('PAGE', literal)}")
     result = open_page(path, "--dump-dom", "--virtual-time-budget=4000", dark=dark)
     assert "CONSOLE" not in result
     facts = json.loads(result.partition('<pre id="r">')[2].partition("</pre>")[0])
