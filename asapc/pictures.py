@@ -72,15 +72,17 @@ def legend(axes: Any) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=8, ncols=3, columnspacing=1.2)
 
 
-def draw_dots(axes: Any, x: Any, y: Any, **style: Any) -> None:
+def draw_dots(axes: Any, x: Any, y: Any, colour: str, label: str) -> None:
     """Draw points as one path, strokes of no length with round ends, since each marker takes a line of SVG."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Lines
 
     corners = [(a, b) for a, b in zip(x, y, strict=True) for _ in range(2)]
-    axes.add_patch(PathPatch(Lines(corners, [Lines.MOVETO, Lines.LINETO] * len(x)), capstyle="round", **style))
+    codes = [Lines.MOVETO, Lines.LINETO] * len(x)
+    axes.add_patch(PathPatch(Lines(corners, codes), capstyle="round", edgecolor=colour, linewidth=3, alpha=0.7))
     axes.update_datalim(corners)
     axes.autoscale_view()
+    axes.plot([], [], color=colour, marker="o", markersize=3, linestyle="", label=label)
 
 
 def decades(axes: Any, values: Sequence[float]) -> None:

@@ -170,7 +170,7 @@ def site_data(report: Mapping[str, Any], index: int, site: Mapping[str, Any], ar
         "correlation": None if dual is None else correlation(dual),
         "head": int(arrays.get(f"{index}.head", np.array(0))),
         "maps": maps,
-        "shown": "" if fits else ", evenly spaced ones of them",
+        "shown": "" if fits else ", of which evenly spaced ones are shown",
         "front": [{**c, "label": label(c), "chosen": c == chosen} for c in choice["front"]],
     }
 
@@ -240,7 +240,7 @@ def milliseconds(value: float | None) -> str:
 
 def tiny(value: float) -> str:
     """Format a number that may be of any size."""
-    return f"{value:.1e}"
+    return f"{value:.1e}" if value else "0"
 
 
 def shape(sizes: Sequence[int | str | None]) -> str:
