@@ -19,7 +19,7 @@ SCHEMES = {
     BLUE: ("blue", "#0069b4", "#58b0ec"),
     ORANGE: ("orange", "#c24a00", "#ff9d4d"),
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "asapc",
     "text.parse_math": False,
@@ -89,8 +89,8 @@ def decades(axes: Any, values: Sequence[float]) -> None:
     """Label a logarithmic axis with plain numbers: at every decade, or between them too where there are few."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    few = max(values) / min(values) < 30
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6))
+    few = max(values) / min(values) < 300
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=9))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}" if value >= 1e-3 else f"{value:.0e}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

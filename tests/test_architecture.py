@@ -34,7 +34,7 @@ ARROWS = {
     "config": "types errors",
     "types": "errors",
     "process": "errors",
-    "pictures": "errors",
+    "pictures": "",
     "events": "",
     "errors": "",
     "hashes": "",

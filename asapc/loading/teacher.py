@@ -153,8 +153,10 @@ def own_key(make: bool) -> bytes | None:
     try:
         if make:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError), open(path, "xb", opener=lambda *a: os.open(*a, mode=0o600)) as file:
-                file.write(secrets.token_bytes(KEY_BYTES))
+            with suppress(FileExistsError):
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(secrets.token_bytes(KEY_BYTES))
         content = path.read_bytes()
     except OSError:
         return None
