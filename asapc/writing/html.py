@@ -56,6 +56,7 @@ def render(report: Mapping[str, Any], arrays: Arrays) -> str:
         "latency": latency,
         "bars_cut": any(row["cut"] for group in latency for row in group["rows"]),
         "intervals": any(row["low"] is not None for group in latency for row in group["rows"]),
+        "warnings": report["latency"].get("warnings", []),
         "costs_note": sentence(cost_check(report["costs"])),
         "hops": [{**hop, **log_bar(hop["rel"], report)} for hop in report["fidelity"]["hops"]],
         "cheaper_note": sentence(cheaper_note(report)),
@@ -85,19 +86,31 @@ def read_template(name: str) -> str:
 def cards(report: Mapping[str, Any]) -> Iterator[Row]:
     """Yield what stands at the top: how fast, and how close."""
     latency, fidelity = report["latency"], report["fidelity"]
-    at, held_out = f"at batch {latency['batch']}", "on held-out samples"
+    ratios = {ratio["name"]: ratio for ratio in latency.get("ratios", []) if ratio["batch"] == latency["batch"]}
     exact = all(site["choice"]["operator"] in ("exact", "keep") for site in report["sites"])
     rivals = {"teacher": "the model as written"} | ({} if exact else {"exact": "the best exact form"})
     for name, of in rivals.items():
-        yield {"label": f"speed-up over {of}", "value": f"{latency[f'speedup_vs_{name}']:.2f}x", "more": at}
-    yield {"label": "time over that of softmax attention", "value": f"{latency['ratio_to_softmax']:.2f}x", "more": at}
-    if fidelity["agreement"] is not None:
-        yield {"label": "same class as the teacher", "value": percent(fidelity["agreement"]), "more": held_out}
+        more = f"at batch {latency['batch']}{told(ratios.get(name))}"
+        yield {"label": f"speed-up over {of}", "value": f"{latency[f'speedup_vs_{name}']:.2f}x", "more": more}
+    more = f"at batch {latency['batch']}"
+    yield {"label": "time over that of softmax attention", "value": f"{latency['ratio_to_softmax']:.2f}x", "more": more}
+    if fidelity["agreement"] is None:
+        value, label_ = f"{fidelity['logits_rel']:.2%}", "error of the first output"
+    else:
+        value, label_ = percent(fidelity["agreement"]), "same class as the teacher"
+    yield {"label": label_, "value": value, "more": "on held-out samples"}
     if (metric := fidelity["metric"]) is not None:
         of_teacher = f"teacher {percent(metric['teacher'])}"
         yield {"label": metric["name"], "value": percent(metric["compiled"]), "more": of_teacher}
-    if fidelity["agreement"] is None:
-        yield {"label": "error of the first output", "value": f"{fidelity['logits_rel']:.2%}", "more": held_out}
+
+
+def told(ratio: Mapping[str, Any] | None) -> str:
+    """Return the interval of a ratio in words, to follow others; empty where none is known."""
+    if ratio is None:
+        return ""
+    if ratio["finding"] in ("identical", "not significantly different"):
+        return f": {ratio['finding']}"
+    return f", {ratio['low']:.2f} to {ratio['high']:.2f}"
 
 
 def notes(report: Mapping[str, Any]) -> Iterator[str]:
@@ -115,37 +128,43 @@ def notes(report: Mapping[str, Any]) -> Iterator[str]:
 
 def latency_groups(report: Mapping[str, Any]) -> Iterator[Row]:
     """Yield the runs of each batch size with their bars, which the teacher's does not shrink: it is cut off."""
-    variants, metric = report["fidelity"]["variants"], report["fidelity"]["metric"]
-    runs = report["latency"]["runs"]
-    for batch in sorted({run["batch"] for run in runs}):
-        group = [run for run in runs if run["batch"] == batch]
+    latency, variants, metric = report["latency"], report["fidelity"]["variants"], report["fidelity"]["metric"]
+    ratios = {(ratio["name"], ratio["batch"]): ratio for ratio in latency.get("ratios", [])}
+    for batch in sorted({run["batch"] for run in latency["runs"]}):
+        group = [run for run in latency["runs"] if run["batch"] == batch]
         own = next(run["p50_ms"] for run in group if run["name"] == "compiled")
-        most = max(max(run["p50_ms"], *(interval(run) or [0.0])) for run in group if run["name"] != "teacher")
-        scale = 90 / (1.05 * most or 1.0)
+        ends = {name: (own * r["low"], own * r["high"]) for (name, of), r in ratios.items() if of == batch}
+        shown = [run["p50_ms"] for run in group if run["name"] != "teacher"]
+        most = max(*shown, *(high for name, (_, high) in ends.items() if name != "teacher"), 0.0)
+        scale = 94 / most if most else 1.0
         rows = []
         for run in group:
-            ends, width = interval(run), scale * run["p50_ms"]
-            low, high = (None, None) if ends is None or width > 100 else (min(scale * end, 100) for end in ends)
+            width, ratio = scale * run["p50_ms"], ratios.get((run["name"], batch))
+            low, high = (None, None)
+            if ratio is not None and ratio["finding"] != "identical" and width <= 100:
+                low, high = (min(scale * end, 100) for end in ends[run["name"]])
             rows.append(
                 {
                     **run,
                     **{name: variants[run["name"]][name] for name in ("agreement", "metric")},
-                    "ratio": run["p50_ms"] / own if own else None,
                     "width": min(width, 100),
                     "cut": width > 100,
                     "low": low,
                     "high": high,
-                    "interval": "" if ends is None else " to ".join(map(milliseconds, ends)),
+                    "ratio": beside(run, own, ratio),
                 }
             )
         agreement = any(row["agreement"] is not None for row in rows)
         yield {"batch": batch, "rows": rows, "agreement": agreement, "metric": metric and metric["name"]}
 
 
-def interval(run: Mapping[str, Any]) -> list[float] | None:
-    """Return the interval of a run's median in milliseconds, None where none is known."""
-    ends: list[float] | None = run.get("p50_interval_ms")
-    return ends
+def beside(run: Mapping[str, Any], own: float, ratio: Mapping[str, Any] | None) -> str:
+    """Return a variant's time over that of the compiled model, with its interval where that is known."""
+    if ratio is None:
+        return milliseconds(run["p50_ms"] / own if own else None)
+    if ratio["finding"] == "identical":
+        return "same graph"
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def site_data(report: Mapping[str, Any], index: int, site: Mapping[str, Any], arrays: Arrays) -> Row:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asapc.types.artifacts import EngineResult
-from asapc.types.budget import Term, Verdict
+from asapc.types.budget import Verdict
 from asapc.types.choices import Alternatives, Candidate, Cheaper, Choice, Selection, Tradeoff
 from asapc.types.costs import CostModel
 from asapc.types.graph import EarlyStops
@@ -64,8 +64,6 @@ def report_data(
     return {
         "schema": SCHEMA,
         **run,
-        "verdict": verdict_data(verdict),
-        "budget": [str(term.bound) for term in verdict.terms],
         "sites": [
             {
                 **site_data(site),
@@ -81,6 +79,8 @@ def report_data(
         "early_stops": early_stop_data(findings.early_stops),
         "activations": [activation_data(activation) for activation in activations],
         "fidelity": fidelity_data(fidelity),
+        "budget": [str(term.bound) for term in verdict.terms],
+        "verdict": verdict_data(verdict),
         "latency": latency_data(latency),
         "costs": costs_data(costs),
         "engine": {"status": engine.status, "reason": engine.reason, "node": engine.node},
@@ -202,13 +202,11 @@ def cheaper_data(cheaper: Cheaper | None) -> dict[str, Any] | None:
         "estimated_ms": cheaper.cost if isfinite(cheaper.cost) else None,
         "samples": "held-out" if cheaper.held_out else "calibration",
         "margin": cheaper.margin,
-        "missed": [term_data(term) for term in cheaper.missed],
+        "missed": [
+            {"term": str(term.bound), "reached": term.reached if isfinite(term.reached) else None}
+            for term in cheaper.missed
+        ],
     }
-
-
-def term_data(term: Term) -> dict[str, Any]:
-    """Return a term of a budget, and what was reached, as the report shows them."""
-    return {"term": str(term.bound), "reached": term.reached if isfinite(term.reached) else None, "met": term.met}
 
 
 def tradeoffs_data(
@@ -270,11 +268,11 @@ def fidelity_data(fidelity: Fidelity) -> dict[str, Any]:
 
 def verdict_data(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict for the report: whether the budget is kept, and for each term what was reached."""
-    return {
-        "passed": verdict.passed,
-        "headline": verdict.headline,
-        "terms": [term_data(term) for term in verdict.terms],
-    }
+    terms = [
+        {"term": str(term.bound), "reached": term.reached if isfinite(term.reached) else None, "met": term.met}
+        for term in verdict.terms
+    ]
+    return {"passed": verdict.passed, "headline": verdict.headline, "terms": terms}
 
 
 def latency_data(latency: Latency) -> dict[str, Any]:

@@ -150,13 +150,20 @@ def test_a_report_without_arrays_has_the_page_without_those_figures():
 
 def test_intervals_are_drawn_where_they_are_known():
     data = report()
-    assert "95 % interval" not in render(data, {})
-    for run in data["latency"]["runs"]:
-        run["p50_interval_ms"] = [0.9 * run["p50_ms"], 1.2 * run["p50_ms"]]
+    assert "95 % intervals" not in render(data, {})
+    finding = {"truncated": "not significantly different", "softmax": "identical"}
+    data["latency"]["warnings"] = ["the machine was busy <b>"]
+    data["latency"]["ratios"] = [
+        {"batch": 32, "name": name, "value": 1.5, "low": 1.4, "high": 1.6, "finding": finding.get(name, "slower")}
+        for name in ("teacher", "exact", "truncated", "softmax")
+    ]
     page = Page(render(data, {}))
-    ends = [attributes for tag, attributes in page.elements if tag == "b"]
-    assert len(ends) >= 8
-    assert "1.80 to 2.40" in page.texts["main"][0]
+    # The teacher's bar is cut off, and identical graphs were not compared.
+    assert len(page.all("b")) == 2
+    assert "1.50 (1.40 to 1.60)" in page.texts["main"][0]
+    assert "same graph" in page.texts["main"][0]
+    assert "1.40 to 1.60" in page.texts["header"][0]
+    assert "the machine was busy <b>" in page.texts["main"][0]
 
 
 def test_a_map_that_is_not_finite_or_all_zero_is_drawn():
