@@ -40,7 +40,6 @@ def render(report: Mapping[str, Any], arrays: Arrays) -> str:
     context = {
         "report": report,
         "name": Path(report["model"]["path"]).name,
-        "style": read_template("report.css"),
         "cards": list(cards(report)),
         "sections": [
             ("budget", "Budget"),
@@ -71,10 +70,12 @@ def render(report: Mapping[str, Any], arrays: Arrays) -> str:
 def template() -> Any:
     """Return the template of the page, which escapes all that it is given."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     filters = {"number": decimals, "ms": milliseconds, "tiny": tiny, "shape": shape, "option": option}
     environment.filters.update({**filters, "sentence": sentence})
+    environment.globals["style"] = Markup(read_template("report.css"))  # asapc's own, in which quotes stay quotes
     return environment.from_string(read_template("report.html"))
 
 

@@ -74,7 +74,10 @@ def test_the_page_loads_nothing(page):
                 assert value.startswith("data:image/")
             if name == "href":
                 assert value.startswith("#")
-    assert "url(" not in page.texts["style"][0]
+    style = page.texts["style"][0]
+    assert "url(" not in style
+    assert "&" not in style
+    assert style.count("{") == style.count("}")
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
 
