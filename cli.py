@@ -188,6 +188,31 @@ def verify(
         verify_outputs(folder, data, outputs, options, display)
 
 
+@command("asapc report model.asap", "asapc report model.asap --markdown summary.md")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
+    html: Annotated[
+        Path | None, a_file(help="Page to write, as report.html in the folder.", show_default=False)
+    ] = None,
+    markdown: Annotated[Path | None, a_file(help="Markdown to write, as for CI's summary.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the report of a compiled model again, or write it as a page."""
+    from asapc.commands.report import read_report, render_report
+    from asapc.writing.folder import write_texts
+
+    compiled = read_report(folder)
+    texts = {} if html is None else {html: render_report(compiled)}
+    if markdown is not None:
+        texts[markdown] = showing.markdown(showing.compilation(folder, dict(compiled.data)))
+    write_texts(texts, force)
+    if as_json:
+        print_json(compiled.data)
+    else:
+        show(map(str, texts) if texts else showing.compilation(folder, dict(compiled.data)))
+
+
 @command(
     "asapc costs --out costs.json",
     "asapc costs --target cuda --precision float16 --out gpu.json",

@@ -1,10 +1,13 @@
 """Turns results into tables and sentences, which `asapc.terminal` renders."""
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from asapc.writing.words import cheaper_note, cost_check, kinds, label, output_errors
 
 WORTHWHILE = 0.05  # of an error, to be worth more samples
 FAR = 30  # times the samples' scores: models seldom get there
@@ -27,6 +30,26 @@ class Grid:
     columns: tuple[str, ...]
     words: tuple[str, ...]
     groups: list[list[Row]]
+
+
+def markdown(parts: Iterable[Grid | str]) -> str:
+    """Write tables and sentences as Markdown."""
+    blocks = []
+    for part in parts:
+        if isinstance(part, str):
+            blocks.append(plain(part))
+            continue
+        rows = [row for group in part.groups for row in group]
+        rule = ["---" if column in part.words else "---:" for column in part.columns]
+        lines = [part.columns, rule, *rows]
+        cells = [[cell if line is rule else plain(cell) for cell in line] for line in lines]
+        blocks += [f"**{plain(part.title)}**", "\n".join(f"| {' | '.join(line)} |" for line in cells)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def plain(text: str) -> str:
+    """Write a text so that Markdown takes nothing in it for markup."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", text.strip().replace("\n", " "))
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
@@ -105,6 +128,8 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
         yield from reach(site)
         yield from more_samples(site["name"], site["choice"])
     yield bill_grid(data["sites"])
+    if note := cheaper_note(data):
+        yield note[0].upper() + note[1:]
     yield latency_grid(data)
     yield from on_gpu(data)
     yield from early_stops(data["early_stops"])
@@ -116,7 +141,7 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     for artifact in data["artifacts"]:
         targets = f" for {', '.join(artifact['targets'])}" if artifact["targets"] else ""
         yield f"{folder / artifact['path']}  ({artifact['builder']}{targets})"
-    yield str(folder / "report.json")
+    yield from (str(folder / name) for name in ("report.json", "report.html"))
 
 
 def compiled_folder(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
@@ -215,30 +240,6 @@ def tradeoffs(data: dict[str, Any]) -> Iterator[Grid | str]:
             for name, choice in row["sites"].items():
                 yield from more_samples(name, choice)
     yield "* is what `asapc compile` takes with the same options; with the --fidelity of another row it takes that one"
-
-
-def kinds(sites: dict[str, dict[str, Any]]) -> str:
-    """Return how many sites have operators of which kind."""
-    counts = Counter(kind(site) for site in sites.values())
-    return ", ".join(f"{count}x {name}" if count > 1 else name for name, count in counts.items())
-
-
-def kind(candidate: dict[str, Any]) -> str:
-    """Name an operator in few words, with its half-steps where they vary."""
-    if candidate["operator"] in ("exact", "keep"):
-        return str(candidate["operator"])
-    if candidate["operator"] == "sliced_dual" and candidate["half_steps"] == 1:
-        return "one pass"
-    name = "truncated" if candidate["operator"] == "truncated" else "sorted dual" if candidate["slices"] else "dual"
-    return f"{name} {candidate['half_steps']}"
-
-
-def output_errors(fidelity: dict[str, Any]) -> str:
-    """Return a line on how much each output differs from the teacher's, the worst first."""
-    worst_first = sorted(fidelity["outputs"].items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} by {error:.2%}" for name, error in worst_first[:4])
-    more = f" and {len(worst_first) - 4} more by less" if len(worst_first) > 4 else ""
-    return f"outputs differ from the teacher's: {shown}{more}"
 
 
 def approximation(title: str, rows: list[dict[str, Any]]) -> Grid:
@@ -373,26 +374,6 @@ def beside(ratio: dict[str, Any], rival: str) -> str:
             return f"not significantly faster or slower than {rival}"
         case _:
             return f"{ratio['value']:.2f}x as fast as {rival}"
-
-
-def cost_check(costs: dict[str, Any]) -> str:
-    """Return a line on the costs that the planner read, and how far they were from what was measured."""
-    head = f"Costs: {costs['model']}, {costs['device']}"
-    if costs["reason"] is not None:
-        return f"{head}; not compared with what was measured: {costs['reason']}"
-    return (
-        f"{head}; at batch {costs['batch']} operators add {costs['measured_ms']:.2f} ms to softmax attention, by "
-        f"estimate {costs['estimated_ms']:.2f}"
-    )
-
-
-def label(candidate: dict[str, Any]) -> str:
-    """Name an operator and what sets it apart."""
-    more = [f"{candidate['slices']} slices"] if candidate["slices"] else []
-    more += ["hinges"] if "hinges" in candidate["features"] else []
-    more += [candidate["side"]] if candidate["side"] else []
-    more += ["fused"] if candidate["lowering"] == "fused" else []
-    return ", ".join([candidate["operator"], *more])
 
 
 def size(site: dict[str, Any]) -> str:

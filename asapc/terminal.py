@@ -144,22 +144,17 @@ def options_of(config: Path | None, trust: bool | None, values: dict[str, Any]) 
     return replace(base, **changes)
 
 
-class Waiting:
-    """A line that says how long something has taken so far, anew whenever it is drawn."""
-
-    def __init__(self, text: str) -> None:
-        self.text, self.start = text, time.perf_counter()
-
-    def __rich__(self) -> Text:
-        """Return the line."""
-        return Text(f"{self.text}  {time.perf_counter() - self.start:.0f} s")
-
-
 @contextmanager
 def stages(visible: bool) -> Iterator[Callable[[Event], None]]:
-    """Show events on stderr: a spinner for the running stage, a line with its time for each that is done."""
-    status = err.status("")
-    with redirect_stdout(sys.stderr), status if visible else nullcontext():  # what a model prints is no result
+    """Show events on stderr: the running stage with a clock, and a line with its time for each that is done.
+
+    Elsewhere than on a terminal a line says that a stage began in place of the clock, so that a log that stops tells
+    where.
+    """
+    clock = Clock()
+    moving = visible and err.is_terminal
+    live = err.status(clock) if moving else nullcontext()
+    with redirect_stdout(sys.stderr), live:  # what a model prints is no result
 
         def on_event(event: Event) -> None:
             interrupts.check()
@@ -167,18 +162,43 @@ def stages(visible: bool) -> Iterator[Callable[[Event], None]]:
                 return
             match event:
                 case StageStarted(stage):
-                    status.update(stage)
-                case StageAdvanced(stage, detail):
-                    status.update(f"{stage}  {detail}")
+                    clock.start(stage)
+                    if not moving:
+                        say(err, f"  {stage:<8} begins")
+                case StageAdvanced(_, detail, remaining):
+                    clock.detail, clock.end = detail, None if remaining is None else time.monotonic() + remaining
                 case StageWaits(stage, detail):
-                    if err.is_terminal:
-                        status.update(Waiting(f"{stage}  {detail}"))
-                    else:
+                    clock.detail, clock.end = detail, None
+                    if not moving:
                         say(err, f"  {stage:<8}           {detail} ...")
                 case StageDone(stage, seconds, detail):
                     say(err, f"  {stage:<8} {seconds:6.1f} s  {detail}")
 
         yield on_event
+
+
+class Clock:
+    """The running stage with what it does now, how long it has taken, and how long it still takes if that is known."""
+
+    def __init__(self) -> None:
+        self.start("")
+
+    def start(self, stage: str) -> None:
+        """Begin a stage."""
+        self.stage, self.detail, self.began, self.end = stage, "", time.monotonic(), None
+
+    stage: str
+    detail: str
+    began: float
+    end: float | None
+
+    def __rich__(self) -> Text:
+        """Return what is shown at this moment."""
+        now = time.monotonic()
+        left = "" if self.end is None or self.end < now else f", about {self.end - now:.0f} s left"
+        return Text(
+            f"{self.stage:<8} {now - self.began:6.1f} s  {self.detail}{left}", overflow="ellipsis", no_wrap=True
+        )
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -76,8 +76,9 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory) -> None:
-    """Keep the user's cache out of the tests, and the tests out of it; processes that they start inherit this."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """Keep the user's cache and key out of the tests, and the tests out of them, in processes that they start too."""
+    for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        os.environ[name] = str(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture(autouse=True)

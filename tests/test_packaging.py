@@ -53,6 +53,8 @@ def test_the_files_that_the_library_reads_are_package_data():
     assert data["asapc.loading"] == ["*.schema.json"]
     assert data["asapc.planning"] == ["*.costs.json"]
     assert "data/*" in data["asapc.models"]
+    assert data["asapc.writing"] == ["templates/*"]
+    assert {path.name for path in (ROOT / "asapc" / "writing" / "templates").iterdir()} == {"report.html", "report.css"}
     assert (ROOT / "models" / "data" / "digits.npz").is_file()
 
 

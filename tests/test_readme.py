@@ -19,7 +19,7 @@ def lines_of(page: Path) -> list[str]:
 
 COMMANDS = [line for line in lines_of(README) if not line.startswith(SKIPPED)]
 # Those on a model of one's own: tests/test_tutorial.py makes it and runs them.
-OWN = [line for line in COMMANDS if "--model" in line]
+OWN = [line for line in COMMANDS if "shapes" in line]
 SHIPPED = [line for line in COMMANDS if line not in OWN]
 PYTHON = [text for language, text in code_blocks(README) if language == "python"]
 

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -20,15 +21,17 @@ from asapc.backends.tensorrt.builder import WITHOUT, check_options, try_engine
 from asapc.backends.tensorrt.durations import keep_duration, last_duration
 from asapc.backends.tensorrt.profiles import narrowed
 from asapc.backends.tensorrt.runner import EngineRunner
+from asapc.commands.figures import gather_figures
 from asapc.commands.gpu import measure_gpu, open_built
 from asapc.commands.inspect import require_sites
 from asapc.commands.study import study, torch_threads
 from asapc.commands.target import cost_model
 from asapc.config import CompileConfig
-from asapc.events import OnEvent, Stage, stage
+from asapc.events import OnEvent, Stage, Timed, stage
 from asapc.fidelity.budget import check_budget
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
+from asapc.loading.teacher import model_data
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.cache import cache_note, cache_of
 from asapc.planning.choose import choose
@@ -56,7 +59,9 @@ from asapc.writing.folder import (
     write_manifest,
     write_operators,
 )
+from asapc.writing.html import FIGURES, PAGE, render, write_figures
 from asapc.writing.origins import origin_of
+from asapc.writing.recipe import command_line, options_data
 from asapc.writing.report import CompileReport, activations_note, engine_note, report_data, selection_note
 from asapc.writing.rewrite import export_rivals, rewrite
 
@@ -110,6 +115,7 @@ def compile_model(
         AsapcError: the input is at fault or the fidelity budget is missed. Nothing is written then.
     """
     path, config = Path(path), config or CompileConfig()
+    command, began, on_event = command_line(path, config), datetime.now(UTC), Timed(on_event)
     out = Path(config.out or f"{Path(os.path.abspath(path)).stem}.asap")  # a folder may be named by dots
     dump, model = Dump(None if config.dump is None else Path(config.dump)), cost_model(config)
     # The folder is opened first: whoever cannot write it should not learn so after minutes of work.
@@ -171,7 +177,21 @@ def compile_model(
             latency = measure_all(teacher, runners, files.deployed, on_gpu, config, threads, folder, step)
             step.summary = f"{len(runners)} variants at batch {', '.join(map(str, config.batches))}"
 
+        with stage("figures", on_event) as step:
+            figures = gather_figures(teacher, selection, compiled.operators)
+            write_figures(folder / FIGURES, figures)
+            step.summary = "attention of held-out samples"
+
+        run = {
+            "date": began.isoformat(timespec="seconds"),
+            "command": command,
+            "model": model_data(teacher.loaded, config),
+            **runners["compiled"].signature(),
+            "options": options_data(config, out, threads),
+            "stages": [{"stage": name, "seconds": round(seconds, 3)} for name, seconds in on_event.seconds.items()],
+        }
         data = report_data(
+            run,
             teacher,
             selection,
             compiled.activations,
@@ -185,6 +205,7 @@ def compile_model(
             environment(config.seed),
         )
         write_json(folder / "report.json", data)
+        (folder / PAGE).write_text(render(data, figures), encoding="utf-8")
         write_manifest(folder, teacher.loaded.sha256, __version__)  # last, since it lists all files
     return CompileReport(out, data)
 

@@ -18,8 +18,8 @@ from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.loading.folder import COMPILE, MODEL, OPERATORS, read_folder
 from asapc.loading.inputs import compare_types, named, narrowed, order_inputs
-from asapc.loading.model import load_model
 from asapc.loading.samples import load_samples
+from asapc.loading.teacher import load_teacher
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_safetensors
 from asapc.planning.operators import operators
@@ -171,23 +171,20 @@ def verify_model(
         folder: what `compile_model` wrote.
         data: samples, named as the model's inputs, with labels where there are any.
         teacher: the model that was compiled; None for the path that the report names.
-        config: options; the budget matters, and those that say how to read the teacher, as they did when it was
-            compiled.
+        config: options; the budget matters, and those that say how to read the teacher, where that is not as the
+            report says.
         show: called with the result before it is held to the budget.
 
     Raises:
-        CheckpointError: the folder is not whole, or was not compiled from this teacher.
+        CheckpointError: the folder is not whole, was not compiled from this teacher, or comes from elsewhere and names
+            code that builds it.
         OptionError: `unsafe_load` without a teacher.
         SamplesError: the samples do not fit the model, or do not show what a term of `config` is about.
         FidelityError: the budget is missed: that of `config`, else what the model was compiled to keep.
     """
     config = config or CompileConfig()
-    if config.unsafe_load and teacher is None:
-        raise OptionError("--unsafe-load would run a file that the folder names", "name it yourself, with --teacher")
     report = read_folder(folder)
-    loaded = load_model(teacher or Path(report["model"]["path"]), config)
-    if loaded.sha256 != report["model"]["sha256"]:
-        raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
+    loaded = load_teacher(folder, report, teacher, config)
     samples, compiled = order_inputs(loaded, load_samples(data)), OnnxRuntimeRunner(folder / MODEL)
     compare_types(folder / MODEL, samples, compiled.inputs)
     ratings = rate_sites(folder, report, loaded, samples, config)

@@ -1,13 +1,14 @@
 """Reads folders that `asapc compile` wrote, or that somebody wants to be taken for one."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from asapc.errors import AsapcError, CheckpointError, OptionError
 from asapc.loading.onnx.reader import check_self_contained
-from asapc.loading.schemas import departure
+from asapc.loading.schemas import departure, read_schema
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.texts import read_json
 from asapc.types.budget import parse_bound
@@ -67,10 +68,21 @@ def check_files(folder: Path, names: set[str], files: Mapping[str, Any]) -> None
 
 def read_checked(path: Path) -> dict[str, Any]:
     """Read a manifest or report that keeps to its schema."""
-    content: dict[str, Any] = read_json(Source.at(path, CheckpointError), COMPILE)
+    content: Any = read_json(Source.at(path, CheckpointError), COMPILE)
+    check_version(path, content)
     if (why := departure(content, path.stem)) is not None:
         raise refusal(path, why)
-    return content
+    kept: dict[str, Any] = content
+    return kept
+
+
+def check_version(path: Path, content: Any) -> None:
+    """Refuse a manifest or report of another version of asapc, which is whole and still cannot be read."""
+    expected = read_schema(path.stem)["properties"]["schema"]["const"]
+    version = content.get("schema") if isinstance(content, dict) else None
+    if version != expected and re.fullmatch(re.escape(expected.partition("/")[0]) + r"/\d{1,4}", str(version)):
+        why = f"{path.name} is {version}, this one reads {expected}"
+        raise CheckpointError(f"{path.parent} was written by another version of asapc: {why}", COMPILE)
 
 
 def check_report(folder: Path, report: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -85,6 +97,11 @@ def check_report(folder: Path, report: Mapping[str, Any], manifest: Mapping[str,
     for artifact in report["artifacts"]:
         if manifest["files"].get(artifact["path"], {}).get("sha256") != artifact["sha256"]:
             raise refusal(folder / REPORT, f"{MANIFEST} has no such file as its {artifact['path'][:80]!r}")
+    runs = {(run["name"], run["batch"]) for run in report["latency"]["runs"]}
+    if lacking := {name for name, _ in runs} - report["fidelity"]["variants"].keys():
+        raise refusal(folder / REPORT, f"it has the latency of {min(lacking)}, and not its fidelity")
+    if any(("compiled", batch) not in runs for _, batch in runs):
+        raise refusal(folder / REPORT, "it lacks the latency of the compiled model")
     try:
         for term in report["budget"]:
             parse_bound(term)

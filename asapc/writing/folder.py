@@ -72,6 +72,14 @@ def output_file(path: Path, force: bool) -> Iterator[Path]:
             state.outputs.append(str(path))
 
 
+def write_texts(texts: Mapping[Path, str], force: bool) -> None:
+    """Write texts to files, all of them or none; see `output_file`."""
+    with ExitStack() as files:
+        partials = {files.enter_context(output_file(path, force)): text for path, text in texts.items()}
+        for partial, text in partials.items():
+            partial.write_text(text, encoding="utf-8")
+
+
 def picture_file(path: Path, force: bool) -> AbstractContextManager[Path]:
     """Yield a temporary file for a picture, see `output_file`.
 

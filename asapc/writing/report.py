@@ -9,7 +9,7 @@ from typing import Any
 
 from asapc.types.artifacts import EngineResult, OnnxArtifact
 from asapc.types.budget import Verdict
-from asapc.types.choices import Alternatives, Candidate, Choice, Selection, Tradeoff
+from asapc.types.choices import Alternatives, Candidate, Cheaper, Choice, Selection, Tradeoff
 from asapc.types.costs import CostModel
 from asapc.types.engine import EngineLayer
 from asapc.types.graph import EarlyStops
@@ -18,7 +18,7 @@ from asapc.types.site import Miss, Site
 from asapc.types.teacher import Teacher
 from asapc.types.timing import BatchLatency, Conditions, Latency, ratio_data
 
-SCHEMA = "asapc.report/2"
+SCHEMA = "asapc.report/3"
 WORTHWHILE = 1.05  # times as fast as the exact form: what the planner asks of an approximation too
 
 
@@ -36,6 +36,7 @@ class CompileReport:
 
 
 def report_data(
+    run: Mapping[str, Any],
     teacher: Teacher,
     selection: Selection,
     activations: Sequence[FittedActivation],
@@ -48,11 +49,26 @@ def report_data(
     artifacts: list[dict[str, Any]],
     environment: dict[str, object],
 ) -> dict[str, Any]:
-    """Assemble the content of report.json, of plain types only."""
-    loaded, findings = teacher.loaded, teacher.findings
+    """Assemble the content of report.json, of plain types only.
+
+    Args:
+        run: what was asked for, and what the files say of themselves.
+        teacher: the model; what follows is what the stages made of it.
+        selection: its operators.
+        activations: what replaces smooth activations.
+        fidelity: how close it comes.
+        verdict: the budget that was in force, judged.
+        latency: how fast it is.
+        costs: how far the planner's estimates were off.
+        engine: what came of it.
+        deployed: the ONNX file that the engine was built from.
+        artifacts: the files, see `writing.folder.list_artifacts`.
+        environment: see `writing.environment`.
+    """
+    findings = teacher.findings
     return {
         "schema": SCHEMA,
-        "model": {"path": str(loaded.path), "sha256": loaded.sha256, "parameters": loaded.parameters},
+        **run,
         "sites": [
             {
                 **site_data(site),
@@ -63,6 +79,7 @@ def report_data(
             }
             for site in findings.sites
         ],
+        "cheaper": cheaper_data(selection.cheaper),
         "misses": [miss_data(miss) for miss in findings.misses],
         "early_stops": early_stop_data(findings.early_stops),
         "activations": [activation_data(activation) for activation in activations],
@@ -200,6 +217,22 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
         "doubling": params.doubling[-1] if params is not None and params.doubling else None,
         "estimated_ms": candidate.cost if isfinite(candidate.cost) else None,
         "calibration_relc": fidelity.relc if fidelity is not None and isfinite(fidelity.relc) else None,
+    }
+
+
+def cheaper_data(cheaper: Cheaper | None) -> dict[str, Any] | None:
+    """Return the next cheaper selection as the report shows it; None where there is none."""
+    if cheaper is None:
+        return None
+    return {
+        "sites": {name: candidate_data(candidate) for name, candidate in cheaper.candidates.items()},
+        "estimated_ms": cheaper.cost if isfinite(cheaper.cost) else None,
+        "samples": "held-out" if cheaper.held_out else "calibration",
+        "margin": cheaper.margin,
+        "missed": [
+            {"term": str(term.bound), "reached": term.reached if isfinite(term.reached) else None}
+            for term in cheaper.missed
+        ],
     }
 
 

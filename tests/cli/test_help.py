@@ -14,7 +14,7 @@ from asapc.cli import app
 from asapc.config import OPTIONS
 from asapc.terminal import BUDGET_MISSED, CONFIG_FILE, ENDS, LATENCY_ENDS, say
 
-COMMANDS = ("compile", "inspect", "tradeoffs", "verify", "bench", "check", "costs", "approx", "train")
+COMMANDS = ("compile", "inspect", "tradeoffs", "verify", "bench", "check", "report", "costs", "approx", "train")
 
 
 def words(text: str) -> str:

@@ -26,15 +26,8 @@ from asapc.planning.bases import COORDINATES
 from asapc.timing.ratios import paired_ratio
 from asapc.writing.report import CompileReport
 
-FILES = [
-    "held_out.npz",
-    "latency.npz",
-    "manifest.json",
-    "model.engine",
-    "model.onnx",
-    "operator.safetensors",
-    "report.json",
-]
+MODELS = ["model.engine", "model.onnx", "operator.safetensors"]
+FILES = ["figures.npz", "held_out.npz", "latency.npz", "manifest.json", *MODELS, "report.html", "report.json"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +67,7 @@ def test_the_manifest_has_the_hash_and_the_size_of_every_file(report, shipped):
 
 def test_report_json_is_the_report_that_is_returned(from_file):
     assert json.loads((from_file.folder / "report.json").read_text()) == from_file.data
-    assert from_file.data["schema"] == "asapc.report/2"
+    assert from_file.data["schema"] == "asapc.report/3"
 
 
 def test_the_report_names_the_checkpoint_by_its_hash(report, shipped):

@@ -1,110 +1,19 @@
 import json
-from math import inf
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-from helpers import fitted
 from helpers.fitted import changed
 from helpers.paths import ROOT
+from helpers.reports import CONDITIONS, matching, report, site
 
-from asapc.planning.costs import shipped
-from asapc.types.artifacts import EngineResult, OnnxArtifact
-from asapc.types.budget import Bound, Term, Verdict
-from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 from asapc.types.graph import EarlyStops
-from asapc.types.results import (
-    CostCheck,
-    Fidelity,
-    FittedActivation,
-    Hop,
-    LatencyRun,
-    Metric,
-    SiteFidelity,
-    VariantFidelity,
-)
-from asapc.types.samples import Samples
-from asapc.types.site import Findings, Miss, Site
-from asapc.types.timing import BatchLatency, Conditions, Latency, Ratio
-from asapc.writing.environment import environment
-from asapc.writing.report import early_stop_data, early_stop_note, miss_data, report_data, site_data, speed_note
+from asapc.types.site import Miss
+from asapc.types.timing import BatchLatency, Latency, Ratio
+from asapc.writing.report import early_stop_data, early_stop_note, miss_data, site_data, speed_note
 
 SCHEMA = json.loads((ROOT / "docs" / "report.schema.json").read_text())
-CONDITIONS = Conditions((0, 1), None, 0.1, ())
-VARIANTS = {"teacher": 8.0, "exact": 3.0, "truncated": 1.5, "softmax": 1.0, "compiled": 2.0}
-
-
-def site(name: str, score_scale: list[float]) -> Site:
-    heads = len(score_scale)
-    one, scale = torch.ones(1, dtype=torch.float64), torch.tensor(score_scale)
-    sizes = {"heads": heads, "queries": 64, "keys": 32, "head_dim": 16}
-    masses = {"row_mass": one, "column_mass": 2 * one}
-    scales = {"scale": scale, "score_scale": scale, "folded": torch.ones(heads)}
-    return fitted.site(40, name=name, share=0.123456, **sizes, **masses, **scales)
-
-
-def matching(name: str) -> Site:
-    """A site that ends in a plan, whose scores are no product of queries and keys."""
-    return changed(site(name, [1.0, 1.0]), product=None, attention=None, applied=False)
-
-
-def report() -> dict:
-    sites = (site("a", [1.0, 1.0]), site("b", [1.0, 2.0]), matching("c"))
-    basis, knots = torch.eye(16).expand(2, -1, -1), torch.zeros(2, 0, 0)
-    params = SlicedDualParams(basis, basis, 8, knots, (torch.zeros(2, 25), torch.zeros(2, 26)))
-    quality = SiteFidelity(0.1, 0.1, 0.0, 0.1)
-    sliced, exact = Candidate("sliced_dual", 5, 1.0, quality, params), Candidate("exact", 40, 2.0, quality)
-    selection = Selection(
-        {
-            "a": Choice(sliced, "why", (sliced, exact)),
-            "b": Choice(Candidate("keep", 40, inf), "why", (exact,)),
-            "c": Choice(exact, "why"),
-        },
-        ranges=dict.fromkeys("abc", (1.0, 2.5)),
-    )
-    fidelity = Fidelity(
-        samples=10,
-        logits_rel=0.1,
-        agreement=0.9,
-        metric=Metric("accuracy", 0.9, 0.8),
-        outputs={"logits": 0.1},
-        hops=(Hop("capture", 0.0, 0.0, 1.0), Hop("amortisation", 0.1, 0.1, 0.9), Hop("export", 0.0, 0.0, 1.0)),
-        variants={name: VariantFidelity(None if name == "truncated" else 0.1, None, None) for name in VARIANTS},
-        sites={"a": SiteFidelity(0.1, 0.1, 0.0, 0.1)},
-    )
-    batches = [
-        BatchLatency(
-            batch,
-            tuple(LatencyRun(name, "ort", batch, ms * batch, ms, None, ms, 0.0, 10) for name, ms in VARIANTS.items()),
-            {name: Ratio(ms / 2, 0.4 * ms, 0.6 * ms) for name, ms in VARIANTS.items() if name != "compiled"},
-            floor=0.01,
-            blocks=5,
-            stable=batch == 1,
-            warnings=("why",),
-        )
-        for batch in (1, 32)
-    ]
-    lowered = FittedActivation("gelu, float32", torch.nn.Identity(), 16, 1e-3, -6.0, 4.0, 2)
-    artifacts = [{"kind": "onnx", "path": "model.onnx", "sha256": "0" * 64, "builder": "b", "targets": []}]
-    stops = EarlyStops({"sinkhorn.py:7": "if err.item() < self.tol:"}, 1e-3, taken=True)
-    findings = Findings(sites, (Miss("node", None, "why", "what to do"),), stops)
-    verdict, latency = Verdict((Term(Bound("relc", 0.2), 0.1),)), Latency("cpu", 2, tuple(batches), CONDITIONS)
-    samples = Samples({"x": torch.zeros(4, 1)})
-    teacher = fitted.studied(torch.nn.Identity(), None, findings, samples)
-    return report_data(
-        teacher,
-        selection,
-        (lowered,),
-        fidelity,
-        verdict,
-        latency,
-        CostCheck(shipped(), 32, 1.0, -0.5),
-        EngineResult("omitted"),
-        OnnxArtifact(Path("model.onnx"), 18),
-        artifacts,
-        environment(seed=0),
-    )
 
 
 def test_a_report_keeps_to_its_schema_as_json() -> None:
