@@ -22,16 +22,27 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "passes").is_dir():
 if TYPE_CHECKING:
     from asapc.commands.compile import compile_model
     from asapc.commands.tradeoffs import tradeoffs
-    from asapc.loading.model import load_model as load
+    from asapc.loading.model import load_model as load_checkpoint
+    from asapc.runtime.model import load
     from asapc.writing.report import CompileReport
 
-__all__ = ["AsapcError", "CompileConfig", "CompileReport", "__version__", "compile_model", "load", "tradeoffs"]
+__all__ = [
+    "AsapcError",
+    "CompileConfig",
+    "CompileReport",
+    "__version__",
+    "compile_model",
+    "load",
+    "load_checkpoint",
+    "tradeoffs",
+]
 
 # These import torch, which takes seconds: on first use only.
 _LAZY = {
     "CompileReport": ("asapc.writing.report", "CompileReport"),
     "compile_model": ("asapc.commands.compile", "compile_model"),
-    "load": ("asapc.loading.model", "load_model"),
+    "load": ("asapc.runtime.model", "load"),
+    "load_checkpoint": ("asapc.loading.model", "load_model"),
     "tradeoffs": ("asapc.commands.tradeoffs", "tradeoffs"),
 }
 

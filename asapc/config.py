@@ -47,6 +47,16 @@ class CompileConfig:
         Option("--out", "Output folder.", metavar="DIR", default_text="NAME.asap in the working directory"),
     ] = None
     force: Annotated[bool, Option("--force", "Replace the output folder if it exists.")] = False
+    samples_in_folder: Annotated[
+        int,
+        Option(
+            "--samples-in-folder",
+            "Held-out samples to put into the output folder with their outputs, for whoever tries the model. They are "
+            "your data; 0 leaves them out.",
+            metavar="COUNT",
+            range=Range(0, MAX_BATCH),
+        ),
+    ] = 4
     dump: Annotated[
         str | Path | None,
         Option("--dump", "Write the program after each stage into this folder, to find a wrong node.", metavar="DIR"),

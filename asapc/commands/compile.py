@@ -38,10 +38,12 @@ from asapc.types.teacher import Teacher
 from asapc.version import __version__
 from asapc.writing.dump import Dump
 from asapc.writing.environment import cpu_name, environment
-from asapc.writing.folder import list_artifacts, output_folder, write_json, write_manifest, write_operators
+from asapc.writing.folder import list_artifacts, output_folder, write_json, write_manifest
+from asapc.writing.operators import write_operators
 from asapc.writing.origins import origin_of
 from asapc.writing.report import CompileReport, activations_note, engine_note, report_data, selection_note
 from asapc.writing.rewrite import export_rivals, rewrite
+from asapc.writing.usage import interface_of, write_readme, write_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +162,12 @@ def compile_model(
             environment(config.seed),
         )
         write_json(folder / "report.json", data)
-        write_manifest(folder, teacher.loaded.sha256, __version__)  # last, since it lists all files
+        own = runners["compiled"]
+        assert isinstance(own, OnnxRuntimeRunner)
+        interface, samples = interface_of(own, teacher.open_graph), teacher.held_out[: config.samples_in_folder]
+        write_samples(folder, samples, own)
+        write_readme(folder, out.stem, interface, engine, len(samples))
+        write_manifest(folder, teacher.loaded.sha256, __version__, interface)  # last, since it lists all files
     return CompileReport(out, data)
 
 

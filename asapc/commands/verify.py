@@ -16,8 +16,9 @@ from asapc.errors import CaptureError, CheckpointError, OptionError, SamplesErro
 from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
-from asapc.loading.folder import COMPILE, MODEL, OPERATORS, read_folder
+from asapc.loading.folder import MODEL, OPERATORS, read_folder
 from asapc.loading.inputs import compare_types, named, narrowed, order_inputs
+from asapc.loading.manifest import COMPILE
 from asapc.loading.model import load_model
 from asapc.loading.samples import load_samples
 from asapc.loading.untrusted.source import Source

@@ -1,6 +1,7 @@
 """Runs an ONNX file in ONNX Runtime on the CPU."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ class OnnxRuntimeRunner:
             for _, *sizes in [value.shape]
         }
         self.outputs = [value.name for value in self.session.get_outputs()]
+
+    @staticmethod
+    def dtype(value: Any) -> str:
+        """Return the dtype of an input or output of a session, as numpy calls it."""
+        return str(DTYPES[value.type]).removeprefix("torch.")
 
     def __call__(self, samples: Samples) -> list[Tensor]:
         """Return all outputs for one batch.
