@@ -15,7 +15,7 @@ from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.backends.tensorrt.builder import builder_package, try_engine
 from asapc.commands.inspect import require_sites
-from asapc.commands.study import study, torch_threads
+from asapc.commands.study import Gather, study, torch_threads
 from asapc.commands.target import cost_model
 from asapc.config import CompileConfig
 from asapc.events import OnEvent, Stage, stage
@@ -23,6 +23,7 @@ from asapc.fidelity.budget import check_budget
 from asapc.fidelity.latency import measure
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
+from asapc.loading.split import gather_samples
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.cache import cache_note, cache_of
 from asapc.planning.choose import choose
@@ -33,6 +34,7 @@ from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import Selection
 from asapc.types.costs import CostModel
 from asapc.types.graph import CapturedGraph
+from asapc.types.model import LoadedModel
 from asapc.types.results import CostCheck, Fidelity, FittedActivation, Latency, SiteFidelity
 from asapc.types.teacher import Teacher
 from asapc.version import __version__
@@ -79,14 +81,18 @@ class Files:
 
 
 def compile_model(
-    path: str | Path, config: CompileConfig | None = None, on_event: OnEvent = lambda event: None
+    model: str | Path | LoadedModel,
+    config: CompileConfig | None = None,
+    on_event: OnEvent = lambda event: None,
+    gather: Gather = gather_samples,
 ) -> CompileReport:
-    """Compile a checkpoint: find its Sinkhorn attention, replace it, export, build, verify and measure.
+    """Compile a model: find its Sinkhorn attention, replace it, export, build, verify and measure.
 
     Args:
-        path: the checkpoint.
+        model: its file, or the model where it is loaded.
         config: options; None for the defaults.
         on_event: called with progress, see `asapc.events`.
+        gather: gives calibration and held-out samples.
 
     Returns:
         The report; the artefacts lie in `report.folder`.
@@ -94,20 +100,20 @@ def compile_model(
     Raises:
         AsapcError: the input is at fault or the fidelity budget is missed. Nothing is written then.
     """
-    path, config = Path(path), config or CompileConfig()
-    out = Path(config.out or f"{Path(os.path.abspath(path)).stem}.asap")  # a folder may be named by dots
-    dump, model = Dump(None if config.dump is None else Path(config.dump)), cost_model(config)
+    path, config = model.path if isinstance(model, LoadedModel) else Path(model), config or CompileConfig()
+    out = Path(config.out or f"{Path(os.path.abspath(path)).stem.strip('<>')}.asap")  # a folder may be named by dots
+    dump, costs = Dump(None if config.dump is None else Path(config.dump)), cost_model(config)
     # The folder is opened first: whoever cannot write it should not learn so after minutes of work.
     with torch_threads(config.threads) as threads, output_folder(out, config.force) as folder:
         if config.target.startswith("tensorrt"):
             builder_package(config.target)  # whether there is one is known before minutes of work
-        teacher = study(path, config, on_event=on_event, dump=dump)
-        require_sites(teacher.findings, path)
+        teacher = study(model, config, gather, on_event, dump)
+        require_sites(teacher.findings, path, shows_misses=isinstance(model, LoadedModel))
         config = origin_of(teacher.loaded).adapt(config)
 
         with stage("select", on_event) as step:
             cache = cache_of(config)
-            selection = choose(teacher, config, model, step.advance, cache)
+            selection = choose(teacher, config, costs, step.advance, cache)
             dump.selection("select", selection)
             step.summary = selection_note(selection) + cache_note(cache)
 
@@ -138,7 +144,7 @@ def compile_model(
             step.summary = engine_note(engine)
 
         with stage("verify", on_event) as step:
-            runners = variants(teacher, selection, compiled, files, config, model, threads, step)
+            runners = variants(teacher, selection, compiled, files, config, costs, threads, step)
             step.advance(f"{len(teacher.held_out)} held-out samples")
             fidelity = compare(teacher, compiled, checked.sites, files, runners, hops, config)
             verdict = check_budget(fidelity, config.bounds(), share_of_exact(selection))
@@ -156,7 +162,7 @@ def compile_model(
             fidelity,
             verdict,
             latency,
-            check_costs(teacher, compiled, latency, config, model),
+            check_costs(teacher, compiled, latency, config, costs),
             engine,
             list_artifacts(folder, [files.onnx, files.deployed], engine.artifact),
             environment(config.seed),

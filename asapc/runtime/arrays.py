@@ -76,7 +76,7 @@ def checked(interface: Interface, inputs: Mapping[str, Any]) -> dict[str, np.nda
     arrays = {}
     for info in interface.inputs:
         array = as_array(info.name, inputs[info.name])
-        check_shape(interface, info, array, lengths)
+        interface.check_shape(info, array.shape, lengths)
         arrays[info.name] = np.ascontiguousarray(cast(interface, info, array))
     return arrays
 
@@ -99,23 +99,3 @@ def cast(interface: Interface, info: TensorInfo, array: np.ndarray) -> np.ndarra
             f"convert it: {info.name}.astype({info.dtype!r})",
         )
     return array.astype(aim)
-
-
-def check_shape(interface: Interface, info: TensorInfo, array: np.ndarray, lengths: dict[str, tuple[str, int]]) -> None:
-    """Raise InputError where a shape is not an input's; note the lengths of open axes, which inputs share."""
-    takes = f"{info.name} is {array.shape}; the model takes {interface.described(info)}"
-    if array.ndim != len(info.shape):
-        raise InputError(takes, "the first axis is the batch, also for one sample")
-    for size, length in zip(info.shape, array.shape, strict=True):
-        if isinstance(size, int):
-            if size != length:
-                raise InputError(takes, "give that shape, or compile with --dynamic for other lengths")
-            continue
-        low, high = interface.axes.get(size, (1, None)) if size is not None else (1, None)
-        if length < low or (high is not None and length > high):
-            raise InputError(takes, "give lengths within these ranges, or compile with others in --dynamic")
-        if size is not None and lengths.setdefault(size, (info.name, length))[1] != length:
-            other, before = lengths[size]
-            raise InputError(
-                f"{info.name} has {length} along {size}, {other} has {before}", "give all inputs the same lengths"
-            )

@@ -10,7 +10,7 @@ import numpy as np
 from asapc.errors import SamplesError
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.zips import check_zip
-from asapc.runtime.model import Model
+from asapc.runtime.model import Device, Model, load
 
 
 def read_arrays(path: Path, model: Model) -> dict[str, np.ndarray]:
@@ -38,3 +38,26 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
         for name, array in arrays.items():  # numpy.savez takes no array called "file"
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+
+
+def run_files(folder: Path, inputs: Path, outputs: Path, device: Device = "auto", threads: int = 0) -> str:
+    """Run the model of a folder on the arrays of a file, as one batch, and write what it returns.
+
+    Args:
+        folder: what `asapc compile` wrote.
+        inputs: .npz file of the inputs by name, or .npy of the only one.
+        outputs: .npz file to write.
+        device: as of `load`.
+        threads: as of `load`.
+
+    Returns:
+        What was computed and where, in one line.
+
+    Raises:
+        AsapcError: as of `load`, `read_arrays` and `Model`.
+    """
+    with load(folder, device, threads) as model:
+        results = model(read_arrays(inputs, model))
+        write_arrays(outputs, results)
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in results.items())
+    return f"{shapes}, {model.runtime} on {model.device}"

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from asapc.errors import InputError
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -60,11 +62,39 @@ class Interface:
 
     def least(self, info: TensorInfo, batch: int = 1) -> tuple[int, ...]:
         """Return the least shape of an input or output for a batch, which is the first axis."""
-        sizes = [
-            size if isinstance(size, int) else self.axes.get(str(size), AxisRange(1, None)).low for size in info.shape
-        ]
         batches = {of.shape[0] for of in self.inputs if of.shape and not isinstance(of.shape[0], int)}
-        return tuple(max(low, batch) if size in batches else low for size, low in zip(info.shape, sizes, strict=True))
+        ranges = ((size, self.range_of(size)) for size in info.shape)
+        return tuple(max(low, batch) if size in batches else low for size, (low, _) in ranges)
+
+    def range_of(self, size: int | str | None) -> AxisRange:
+        """Return the lengths that an axis may have, by its entry of a shape."""
+        if isinstance(size, int):
+            return AxisRange(size, size)
+        return self.axes.get(size or "", AxisRange(1, None))
+
+    def check_shape(self, info: TensorInfo, shape: tuple[int, ...], lengths: dict[str, tuple[str, int]]) -> None:
+        """Raise InputError where a shape is not an input's.
+
+        Args:
+            info: the input.
+            shape: of what was given for it.
+            lengths: of open axes that inputs share, with the first input that had one; those of this one are added.
+        """
+        if len(shape) != len(info.shape):
+            raise self.refusal(info, shape, "the first axis is the batch, also for one sample")
+        for size, length in zip(info.shape, shape, strict=True):
+            low, high = self.range_of(size)
+            if length < low or (high is not None and length > high):
+                raise self.refusal(info, shape, "give such a shape, or compile with other lengths in --dynamic")
+            if isinstance(size, str) and lengths.setdefault(size, (info.name, length))[1] != length:
+                other, before = lengths[size]
+                raise InputError(
+                    f"{info.name} has {length} along {size}, {other} has {before}", "give all inputs the same lengths"
+                )
+
+    def refusal(self, info: TensorInfo, shape: tuple[int, ...], hint: str) -> InputError:
+        """Return the error that says what an input should be."""
+        return InputError(f"{info.name} is {tuple(shape)}; the model takes {self.described(info)}", hint)
 
     def described(self, info: TensorInfo) -> str:
         """Return shape and dtype of an input or output in words, with the ranges of open axes."""
@@ -74,7 +104,7 @@ class Interface:
         """Return the length of an axis in words."""
         if not isinstance(size, str):
             return "any" if size is None else str(size)
-        low, high = self.axes.get(size, AxisRange(1, None))
+        low, high = self.range_of(size)
         if high is None:
             return size if low == 1 else f"{size} of at least {low}"
         return f"{size} of {low} to {high}"

@@ -1,0 +1,176 @@
+"""A model with operators in the place of its loops, as a module of torch to use, move, train and save."""
+
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_unflatten
+
+from asapc.errors import InputError
+from asapc.types.graph import BATCH_AXIS, CapturedGraph
+from asapc.types.interface import AxisRange, Interface, TensorInfo
+
+GRAPH = "asapc_graph"  # the child that computes the forward
+
+
+class Accelerated(nn.Module):
+    """A model whose forward computes operators where it had Sinkhorn loops.
+
+    It has the model's parameters, buffers and submodules under their own names, so that state dicts pass from the one
+    to the other; the operators are no part of a state dict. It takes the same arguments, any number of samples at once,
+    and returns the same. What it computes is the model in evaluation mode: `train()` sets the flags of its modules and
+    changes nothing else, so that dropout and the statistics of normalisations stay as in evaluation. Gradients reach
+    the parameters and the inputs, through the operators, whose own coefficients stay as they were fitted.
+
+    Args:
+        model: a copy of the model that is this one's alone.
+        graph: the model with its open axes, as it was captured.
+        program: the graph's module with operators in it, which is taken apart.
+
+    Attributes:
+        interface: the shapes and dtypes that it takes, by the names of its inputs.
+    """
+
+    def __init__(self, model: nn.Module, graph: CapturedGraph, program: GraphModule) -> None:
+        super().__init__()
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.interface = interface_of(graph)
+        self.parameters_of_forward = tuple(signature(model.forward).parameters.values())
+        self.out_spec = graph.program.call_spec.out_spec
+        computation, self.places = lifted(program, model)
+        self.add_module(GRAPH, computation)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns, for the arguments that its own forward takes.
+
+        Raises:
+            InputError: an argument that the model was captured without, one that is missing, or a shape or dtype that
+                it was not captured with.
+        """
+        inputs = self.inputs(args, kwargs)
+        tensors = [attribute(self, place) for place in self.places]
+        outputs = getattr(self, GRAPH)(*tensors, *inputs)
+        return tree_unflatten(list(outputs), self.out_spec)
+
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the tensors within arguments, in the order in which the graph takes them."""
+        names = [info.name for info in self.interface.inputs]
+        values, rest = dict(kwargs), list(args)
+        for parameter in self.parameters_of_forward:
+            if parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) and rest:
+                values[parameter.name] = rest.pop(0)
+        if rest:  # of `*args`
+            free = [name for name in names if name not in values]
+            values |= dict(zip(free, rest, strict=False))
+        roots = {name.partition(".")[0] for name in names} | set(names)
+        defaults = {parameter.name: parameter.default for parameter in self.parameters_of_forward}
+        for name, value in values.items():
+            if name not in roots and value is not None and (isinstance(value, Tensor) or value != defaults.get(name)):
+                raise InputError(
+                    f"the model was captured without {name}", "give samples that hold it, or leave it at its default"
+                )
+        lengths: dict[str, tuple[str, int]] = {}
+        tensors = []
+        for info in self.interface.inputs:
+            tensor = find(values, info.name)
+            if not isinstance(tensor, Tensor):
+                raise InputError(
+                    f"{info.name} is {'missing' if tensor is None else f'a {type(tensor).__name__}'}",
+                    f"give a tensor, {self.interface.described(info)}",
+                )
+            self.interface.check_shape(info, tuple(tensor.shape), lengths)
+            tensors.append(tensor)
+        return tensors
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move tensors as of any module, and what the graph makes anew to the same device."""
+        super()._apply(fn, recurse)
+        place = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
+        if place is not None:
+            put_on(getattr(self, GRAPH), place)
+        return self
+
+
+def interface_of(graph: CapturedGraph) -> Interface:
+    """Return what a captured graph takes."""
+    infos, ranges = [], {}
+    for name, value in graph.example.inputs.items():
+        axes = {0: BATCH_AXIS} if graph.axes is None else graph.axes[name]
+        ranges |= {axis.name: AxisRange(axis.low, axis.high) for axis in axes.values()}
+        shape = tuple(axes[i].name if i in axes else size for i, size in enumerate(value.shape))
+        infos.append(TensorInfo(name, str(value.dtype).removeprefix("torch."), shape))
+    return Interface(tuple(infos), (), ranges)
+
+
+def find(values: Mapping[str, Any], name: str) -> Any:
+    """Return what stands under a dotted name in nested dicts and tuples, None where nothing does."""
+    if name in values:
+        return values[name]
+    first, *rest = name.split(".")
+    value = values.get(first)
+    for part in rest:
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, tuple | list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def attribute(module: nn.Module, place: str) -> Tensor:
+    """Return the parameter or buffer of a dotted name."""
+    value: Any = module
+    for part in place.split("."):
+        value = getattr(value, part)
+    tensor: Tensor = value
+    return tensor
+
+
+def lifted(program: GraphModule, model: nn.Module) -> tuple[GraphModule, tuple[str, ...]]:
+    """Return a graph that takes a model's own tensors before its inputs, and their names in the model.
+
+    So they stand in one place only, whatever replaces them there: a move, a cast, a state dict.
+    """
+    graph = program.graph
+    graph.set_codegen(CodeGen())  # inputs and outputs one by one, without the trees that torch.export puts around
+    own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *all_buffers(model))}
+    first = next(iter(graph.nodes))
+    taken: dict[str, torch.fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        place = str(node.target)
+        if place not in own:
+            continue
+        if place not in taken:
+            with graph.inserting_before(first):
+                taken[place] = graph.placeholder(f"own_{len(taken)}")
+            taken[place].meta = dict(node.meta)
+        node.replace_all_uses_with(taken[place])
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    computation = GraphModule(program, graph)
+    for module in computation.modules():
+        module._non_persistent_buffers_set.update(module._buffers)  # operators are no part of a state dict
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                tensor.requires_grad_(False)
+    return computation, tuple(taken)
+
+
+def all_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return a model's buffers, under every name that they have."""
+    return list(model.named_buffers(remove_duplicate=False))
+
+
+def put_on(computation: GraphModule, device: torch.device) -> None:
+    """Let the nodes of a graph that make tensors make them on a device."""
+    nodes = [node for node in computation.graph.nodes if node.kwargs.get("device") not in (None, device)]
+    for node in nodes:
+        node.kwargs = {**node.kwargs, "device": device}
+    if nodes:
+        computation.recompile()
