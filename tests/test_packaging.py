@@ -79,7 +79,7 @@ def test_the_public_names_resolve(tmp_path):
 import asapc
 for name in asapc.__all__:
     getattr(asapc, name)
-assert callable(asapc.compile_model) and callable(asapc.load)
+assert callable(asapc.compile) and callable(asapc.load)
 assert asapc.CompileReport.__name__ == "CompileReport"
 assert asapc.CompileConfig().seed == 0 and issubclass(asapc.AsapcError, Exception)
 print(asapc.__version__)

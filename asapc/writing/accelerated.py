@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import tree_map, tree_unflatten
 
-from asapc.errors import InputError
+from asapc.errors import InputError, OptionError
 from asapc.types.graph import BATCH_AXIS, CapturedGraph
 from asapc.types.interface import AxisRange, Interface, TensorInfo
 
@@ -41,7 +41,8 @@ class Accelerated(nn.Module):
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.interface = interface_of(graph)
         self.parameters_of_forward = tuple(signature(model.forward).parameters.values())
-        self.out_spec = graph.program.call_spec.out_spec
+        spec = graph.program.call_spec.out_spec
+        self.outputs = tree_unflatten(range(spec.num_leaves), spec)  # the place of each output of the graph
         computation, self.places = lifted(program, model)
         self.add_module(GRAPH, computation)
 
@@ -55,7 +56,7 @@ class Accelerated(nn.Module):
         inputs = self.inputs(args, kwargs)
         tensors = [attribute(self, place) for place in self.places]
         outputs = getattr(self, GRAPH)(*tensors, *inputs)
-        return tree_unflatten(list(outputs), self.out_spec)
+        return tree_map(lambda place: outputs[place], self.outputs)
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Return the tensors within arguments, in the order in which the graph takes them."""
@@ -66,6 +67,8 @@ class Accelerated(nn.Module):
                 values[parameter.name] = rest.pop(0)
         if rest:  # of `*args`
             free = [name for name in names if name not in values]
+            if len(rest) > len(free):
+                raise InputError(f"{len(args)} arguments by position", f"the model takes {', '.join(names)}")
             values |= dict(zip(free, rest, strict=False))
         roots = {name.partition(".")[0] for name in names} | set(names)
         defaults = {parameter.name: parameter.default for parameter in self.parameters_of_forward}
@@ -83,12 +86,27 @@ class Accelerated(nn.Module):
                     f"{info.name} is {'missing' if tensor is None else f'a {type(tensor).__name__}'}",
                     f"give a tensor, {self.interface.described(info)}",
                 )
+            if str(tensor.dtype) != f"torch.{info.dtype}":
+                raise InputError(
+                    f"{info.name} is {tensor.dtype}; the model takes {self.interface.described(info)}",
+                    f"convert it: {info.name}.to(torch.{info.dtype})",
+                )
             self.interface.check_shape(info, tuple(tensor.shape), lengths)
             tensors.append(tensor)
         return tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move tensors as of any module, and what the graph makes anew to the same device."""
+        """Move tensors as of any module, and what the graph makes anew to the same device.
+
+        Raises:
+            OptionError: this would change their dtype, which operators depend on.
+        """
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point() and fn(tensor.new_empty(0)).dtype != tensor.dtype:
+                raise OptionError(
+                    f"an accelerated model stays in {tensor.dtype}, in which its operators were fitted",
+                    "convert the model before it is accelerated",
+                )
         super()._apply(fn, recurse)
         place = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
         if place is not None:
@@ -138,9 +156,10 @@ def lifted(program: GraphModule, model: nn.Module) -> tuple[GraphModule, tuple[s
     So they stand in one place only, whatever replaces them there: a move, a cast, a state dict.
     """
     graph = program.graph
+    graph._tracer_cls = None  # that of torch.export cannot trace the graph anew, as loading a pickle does
     graph.set_codegen(CodeGen())  # inputs and outputs one by one, without the trees that torch.export puts around
     own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *all_buffers(model))}
-    first = next(iter(graph.nodes))
+    first = graph.find_nodes(op="placeholder")[0]
     taken: dict[str, torch.fx.Node] = {}
     for node in graph.find_nodes(op="get_attr"):
         place = str(node.target)
@@ -152,7 +171,10 @@ def lifted(program: GraphModule, model: nn.Module) -> tuple[GraphModule, tuple[s
             taken[place].meta = dict(node.meta)
         node.replace_all_uses_with(taken[place])
         graph.erase_node(node)
+    for node in [*graph.find_nodes(op="call_module", target="_guards_fn")]:
+        graph.erase_node(node)  # torch's own checks of inputs
     graph.eliminate_dead_code()
+    program.delete_all_unused_submodules()
     computation = GraphModule(program, graph)
     for module in computation.modules():
         module._non_persistent_buffers_set.update(module._buffers)  # operators are no part of a state dict
