@@ -17,7 +17,6 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import asapc
 from asapc.__main__ import CYCLES
-from asapc.config import CompileConfig
 from asapc.models.pointset import PointTransformer
 
 

@@ -16,13 +16,14 @@ from helpers.paths import ROOT
 
 # From the top down: each folder, or file that stands alone, of the library, with all others that it imports.
 ARROWS = {
-    "cli": "terminal showing commands planning relu writing process models config errors version",
+    "cli": "terminal showing commands planning relu writing runtime process models config errors version",
     "terminal": "showing process config types errors events",
     "showing": "writing",
     "commands": "pictures planning fidelity relu writing backends capturing loading passes config types errors events "
     "version",
     "planning": "fidelity backends passes ops config types errors",
-    "writing": "pictures backends capturing loading passes process config types errors hashes version",
+    "writing": "pictures runtime backends capturing loading passes process config types errors hashes version",
+    "runtime": "backends loading types errors",
     "relu": "pictures backends capturing passes types errors version",
     "fidelity": "backends passes types errors",
     "backends": "capturing loading passes ops types errors",

@@ -20,6 +20,7 @@ from asapc.loading.folder import MODEL, OPERATORS, read_folder
 from asapc.loading.inputs import compare_types, named, narrowed, order_inputs
 from asapc.loading.manifest import COMPILE
 from asapc.loading.model import load_model
+from asapc.loading.objects import hash_weights, is_object
 from asapc.loading.samples import load_samples
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_safetensors
@@ -178,7 +179,7 @@ def verify_model(
 
     Raises:
         CheckpointError: the folder is not whole, or was not compiled from this teacher.
-        OptionError: `unsafe_load` without a teacher.
+        OptionError: `unsafe_load` without a teacher, or no teacher where that was an object in Python.
         SamplesError: the samples do not fit the model, or do not show what a term of `config` is about.
         FidelityError: the budget is missed: that of `config`, else what the model was compiled to keep.
     """
@@ -186,8 +187,14 @@ def verify_model(
     if config.unsafe_load and teacher is None:
         raise OptionError("--unsafe-load would run a file that the folder names", "name it yourself, with --teacher")
     report = read_folder(folder)
+    of_object = is_object(report["model"]["path"])
+    if of_object and teacher is None:
+        raise OptionError(
+            f"{folder} was compiled from an object in Python",
+            "give its weights, saved by torch.save(model.state_dict(), FILE), with --teacher and --model, or --outputs",
+        )
     loaded = load_model(teacher or Path(report["model"]["path"]), config)
-    if loaded.sha256 != report["model"]["sha256"]:
+    if report["model"]["sha256"] != (hash_weights(loaded.module) if of_object else loaded.sha256):
         raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
     samples, compiled = order_inputs(loaded, load_samples(data)), OnnxRuntimeRunner(folder / MODEL)
     compare_types(folder / MODEL, samples, compiled.inputs)

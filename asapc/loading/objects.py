@@ -54,6 +54,11 @@ def load_object(model: nn.Module) -> LoadedModel:
     return LoadedModel(module, Path(name), hash_weights(module), parameters, None, None)
 
 
+def is_object(path: str) -> bool:
+    """Return whether a report names as the path of its model an object in memory."""
+    return path.startswith("<")
+
+
 def hash_weights(module: nn.Module) -> str:
     """Return the SHA-256 of a module's state dict: of names, dtypes, shapes and values."""
     digest = hashlib.sha256()

@@ -44,8 +44,9 @@ def by_name(interface: Interface, values: tuple[Any, ...], others: Mapping[str, 
     Raises:
         InputError: one is missing, unknown or given twice.
     """
-    if len(values) == 1 and isinstance(values[0], Mapping):
-        values, others = (), {**values[0], **others}
+    first = values[0] if len(values) == 1 else None
+    if isinstance(first, Mapping):
+        values, others = (), {**first, **others}
     names = [info.name for info in interface.inputs]
     listed = f"the model's inputs are {', '.join(map(interface_line(interface), interface.inputs))}"
     if len(values) > len(names):

@@ -10,7 +10,7 @@ import numpy as np
 from asapc.errors import SamplesError
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.zips import check_zip
-from asapc.runtime.model import Device, Model, load
+from asapc.runtime.model import Model, load
 
 
 def read_arrays(path: Path, model: Model) -> dict[str, np.ndarray]:
@@ -40,7 +40,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
 
 
-def run_files(folder: Path, inputs: Path, outputs: Path, device: Device = "auto", threads: int = 0) -> str:
+def run_files(folder: Path, inputs: Path, outputs: Path, device: str = "auto", threads: int = 0) -> str:
     """Run the model of a folder on the arrays of a file, as one batch, and write what it returns.
 
     Args:

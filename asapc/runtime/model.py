@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,10 +14,9 @@ from asapc.runtime.onnx import open_cpu, open_cuda
 from asapc.runtime.session import Session, Unavailable
 from asapc.types.interface import Interface, TensorInfo
 
-Device = Literal["auto", "cuda", "cpu"]
 Opener = Callable[[Path, Mapping[str, Any], int], Session]
 # The best first: `auto` takes the first that can run here.
-OPENERS: tuple[tuple[Device, Opener], ...] = (("cuda", open_cuda), ("cpu", open_cpu))
+OPENERS: dict[str, Opener] = {"cuda": open_cuda, "cpu": open_cpu}
 
 
 class Model:
@@ -90,7 +89,7 @@ class Model:
         return f"<{self.folder}: {inputs} -> {', '.join(info.name for info in self.outputs)}; {state}>"
 
 
-def load(folder: str | Path, device: Device = "auto", threads: int = 0) -> Model:
+def load(folder: str | Path, device: str = "auto", threads: int = 0) -> Model:
     """Open what `asapc compile` wrote, without importing torch.
 
     Args:
@@ -104,8 +103,8 @@ def load(folder: str | Path, device: Device = "auto", threads: int = 0) -> Model
         DependencyError: the device that was asked for is not there.
         BuildError: the runtime refuses the file.
     """
-    if device not in get_args(Device):
-        raise OptionError(f"the device cannot be {device!r}", f"give one of {', '.join(get_args(Device))}")
+    if device not in ("auto", *OPENERS):
+        raise OptionError(f"the device cannot be {device!r}", f"give one of auto, {', '.join(OPENERS)}")
     if not isinstance(threads, int) or threads < 0:
         raise OptionError(f"threads cannot be {threads!r}", "give a whole number of at least 0")
     if not isinstance(folder, str | Path):
@@ -118,7 +117,7 @@ def load(folder: str | Path, device: Device = "auto", threads: int = 0) -> Model
         )
     manifest = read_manifest(path)
     passed_over: dict[str, str] = {}
-    for name, opener in OPENERS:
+    for name, opener in OPENERS.items():
         if device not in ("auto", name):
             continue
         try:

@@ -107,7 +107,7 @@ class Accelerated(nn.Module):
                     f"an accelerated model stays in {tensor.dtype}, in which its operators were fitted",
                     "convert the model before it is accelerated",
                 )
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         place = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
         if place is not None:
             put_on(getattr(self, GRAPH), place)
@@ -116,7 +116,8 @@ class Accelerated(nn.Module):
 
 def interface_of(graph: CapturedGraph) -> Interface:
     """Return what a captured graph takes."""
-    infos, ranges = [], {}
+    infos: list[TensorInfo] = []
+    ranges: dict[str, AxisRange] = {}
     for name, value in graph.example.inputs.items():
         axes = {0: BATCH_AXIS} if graph.axes is None else graph.axes[name]
         ranges |= {axis.name: AxisRange(axis.low, axis.high) for axis in axes.values()}

@@ -47,7 +47,7 @@ def test_what_holds_no_arrays_is_refused(name, content, message, folder, tmp_pat
     if content is not None:
         (tmp_path / name).write_bytes(content)
     result = run("run", str(folder), "--inputs", str(tmp_path / name), "--out", str(tmp_path / "y.npz"))
-    assert message in assert_user_error(result)
+    assert message in assert_user_error(result)[0]
     assert not (tmp_path / "y.npz").exists()
 
 
