@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_map, tree_unflatten
 
@@ -43,7 +43,9 @@ class Accelerated(nn.Module):
         self.parameters_of_forward = tuple(signature(model.forward).parameters.values())
         spec = graph.program.call_spec.out_spec
         self.outputs = tree_unflatten(range(spec.num_leaves), spec)  # the place of each output of the graph
-        computation, self.places = lifted(program, model)
+        computation, self.places, constants = lifted(program, model)
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
         self.add_module(GRAPH, computation)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,52 +144,48 @@ def find(values: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def attribute(module: nn.Module, place: str) -> Tensor:
-    """Return the parameter or buffer of a dotted name."""
+def attribute(module: nn.Module, place: str) -> Any:
+    """Return what a module has under a dotted name."""
     value: Any = module
     for part in place.split("."):
         value = getattr(value, part)
-    tensor: Tensor = value
-    return tensor
+    return value
 
 
-def lifted(program: GraphModule, model: nn.Module) -> tuple[GraphModule, tuple[str, ...]]:
-    """Return a graph that takes a model's own tensors before its inputs, and their names in the model.
+def lifted(program: GraphModule, model: nn.Module) -> tuple[GraphModule, tuple[str, ...], dict[str, Tensor]]:
+    """Return a graph that takes tensors before its inputs, their names, and those of them that the model does not name.
 
     So they stand in one place only, whatever replaces them there: a move, a cast, a state dict.
     """
     graph = program.graph
     graph._tracer_cls = None  # that of torch.export cannot trace the graph anew, as loading a pickle does
     graph.set_codegen(CodeGen())  # inputs and outputs one by one, without the trees that torch.export puts around
-    own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *all_buffers(model))}
+    own = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
     first = graph.find_nodes(op="placeholder")[0]
-    taken: dict[str, torch.fx.Node] = {}
+    taken: dict[str, Node] = {}
+    constants: dict[str, Tensor] = {}
     for node in graph.find_nodes(op="get_attr"):
-        place = str(node.target)
-        if place not in own:
+        target = str(node.target)
+        value = attribute(program, target)
+        if not isinstance(value, Tensor):
             continue
-        if place not in taken:
+        if target not in taken:
             with graph.inserting_before(first):
-                taken[place] = graph.placeholder(f"own_{len(taken)}")
-            taken[place].meta = dict(node.meta)
-        node.replace_all_uses_with(taken[place])
+                taken[target] = graph.placeholder(f"own_{len(taken)}")
+            if target not in own:
+                constants[target] = value.detach()
+        node.replace_all_uses_with(taken[target])
         graph.erase_node(node)
-    for node in [*graph.find_nodes(op="call_module", target="_guards_fn")]:
+    for node in graph.find_nodes(op="call_module", target="_guards_fn"):
         graph.erase_node(node)  # torch's own checks of inputs
     graph.eliminate_dead_code()
     program.delete_all_unused_submodules()
     computation = GraphModule(program, graph)
     for module in computation.modules():
         module._non_persistent_buffers_set.update(module._buffers)  # operators are no part of a state dict
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                tensor.requires_grad_(False)
-    return computation, tuple(taken)
-
-
-def all_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return a model's buffers, under every name that they have."""
-    return list(model.named_buffers(remove_duplicate=False))
+    names = {target: f"asapc_constant_{number}" for number, target in enumerate(constants)}
+    places = tuple(names.get(target, target) for target in taken)
+    return computation, places, {names[target]: value for target, value in constants.items()}
 
 
 def put_on(computation: GraphModule, device: torch.device) -> None:
