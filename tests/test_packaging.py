@@ -53,6 +53,8 @@ def test_the_files_that_the_library_reads_are_package_data():
     assert data["asapc.loading"] == ["*.schema.json"]
     assert data["asapc.planning"] == ["*.costs.json"]
     assert "data/*" in data["asapc.models"]
+    assert data["asapc.writing"] == ["templates/*"]
+    assert (ROOT / "asapc" / "writing" / "templates" / "README.md.j2").is_file()
     assert (ROOT / "models" / "data" / "digits.npz").is_file()
 
 
