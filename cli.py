@@ -214,6 +214,27 @@ def report(
 
 
 @command(
+    "asapc run model.asap --inputs samples.npz --out outputs.npz",
+    "asapc run model.asap --inputs samples.npz --device cpu --force",
+)
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
+    inputs: Annotated[Path, a_file(help="Inputs by name, .npz, or .npy for a model of one.", show_default=False)],
+    out_file: Annotated[Path, a_file("--out", help="Outputs by name, .npz.")] = Path("outputs.npz"),
+    device: Annotated[str, typer.Option(metavar="auto|cuda|cpu", help="Where to run it.")] = "auto",
+    threads: Annotated[int, a_number(help="Threads on the CPU, 0 for one a core.", min=0)] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the outputs if they exist.")] = False,
+) -> None:
+    """Run a compiled model on the arrays of a file, without PyTorch."""
+    from asapc.runtime.files import run_files
+    from asapc.writing.folder import output_file
+
+    with output_file(out_file, force) as partial:
+        note = run_files(folder, inputs, partial, device, threads)
+    say(out, f"{out_file}: {note}")
+
+
+@command(
     "asapc costs --out costs.json",
     "asapc costs --target cuda --precision float16 --out gpu.json",
     takes=(

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -48,6 +47,16 @@ class CompileConfig:
         Option("--out", "Output folder.", metavar="DIR", default_text="NAME.asap in the working directory"),
     ] = None
     force: Annotated[bool, Option("--force", "Replace the output folder if it exists.")] = False
+    samples_in_folder: Annotated[
+        int,
+        Option(
+            "--samples-in-folder",
+            "Held-out samples to put into the output folder with their outputs, for whoever tries the model. They are "
+            "your data; 0 leaves them out.",
+            metavar="COUNT",
+            range=Range(0, MAX_BATCH),
+        ),
+    ] = 4
     dump: Annotated[
         str | Path | None,
         Option("--dump", "Write the program after each stage into this folder, to find a wrong node.", metavar="DIR"),
@@ -368,27 +377,3 @@ class CompileConfig:
 OPTIONS = declared(CompileConfig)
 ATTRIBUTES = "\n".join(f"        {option.name}: {option.help}" for option in OPTIONS.values())
 CompileConfig.__doc__ = f"{CompileConfig.__doc__}\n    Attributes:\n{ATTRIBUTES}\n"
-
-PAGE_HEAD = """\
-# Options
-
-The options of `asapc compile` that stand on the command line, in a TOML file for `--config` or in Python. `--config`,
-`--trust-config`, `--json` and `--quiet` stand on the command line alone. `asapc inspect`, `verify` and `costs` take
-those that apply to them and have some of their own, which `--help` lists. In a TOML file an option has the name of
-its flag without dashes (`input-shape = "x=2,197,64"`, `O = 1`) or its name in Python, and one that repeats takes one
-value or a list. The command line wins over the file. `--model` and `--unsafe-load` make code run, and stand in the
-file only where `--trust-config` says that you trust it. In Python options are arguments of `asapc.CompileConfig`.
-
-This page is the output of `asapc.config.options_page()`."""
-
-
-def options_page() -> str:
-    """Write docs/options.md."""
-    lines = [PAGE_HEAD]
-    for group, options in groupby(OPTIONS.values(), key=lambda option: option.group):
-        lines += ["", f"## {group or 'General'}", ""]
-        lines += ["| option | in Python | default | what it does |", "|---|---|---|---|"]
-        for option in options:
-            usage = f"{option.flag} {option.metavar}".strip().replace("|", "\\|")
-            lines.append(f"| `{usage}` | `{option.name}` | {option.shown_default} | {option.help} |")
-    return "\n".join(lines) + "\n"

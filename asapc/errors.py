@@ -9,6 +9,7 @@ AsapcError                  1   the user's input is at fault; message and hint, 
 ├── OutputError                 the output folder cannot be written
 ├── DependencyError             an optional package is missing
 ├── BuildError                  a backend refuses the compiled graph
+├── InputError                  a compiled model is called with what it does not take
 ├── FidelityError           3   the compiled model misses the fidelity budget
 ├── RegressionError         4   the compiled model is slower than what it is held to allows
 ├── NotComparableError      5   a baseline was taken of another model, or on another machine
@@ -73,6 +74,10 @@ class BuildError(AsapcError):
     def __init__(self, message: str, hint: str, node: str | None = None) -> None:
         super().__init__(message, hint)
         self.node = None if node is None else printable(node)
+
+
+class InputError(AsapcError):
+    """A compiled or accelerated model is called with inputs that it does not take."""
 
 
 class FidelityError(AsapcError):

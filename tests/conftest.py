@@ -17,7 +17,6 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import asapc
 from asapc.__main__ import CYCLES
-from asapc.config import CompileConfig
 from asapc.models.pointset import PointTransformer
 
 
@@ -102,6 +101,6 @@ def point_model(tmp_path_factory):
     def compile_it(**options):
         out = tmp_path_factory.mktemp("compiled") / "out"
         with quick_compilation():
-            return asapc.compile_model(folder / "model.pt", CompileConfig(out=out, **fixed, **quick, **options))
+            return asapc.compile(folder / "model.pt", out=out, **fixed, **quick, **options)
 
     return teacher, compile_it

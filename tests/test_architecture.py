@@ -16,7 +16,7 @@ from helpers.paths import ROOT
 
 # From the top down: each folder, or file that stands alone, of the library, with all others that it imports.
 ARROWS = {
-    "cli": "cli_timing terminal showing commands planning relu writing process models config errors version",
+    "cli": "cli_timing terminal showing commands planning relu writing runtime process models config errors version",
     "cli_timing": "terminal showing_timing commands writing config",
     "terminal": "showing process config types errors events",
     "showing_timing": "showing",
@@ -24,7 +24,8 @@ ARROWS = {
     "commands": "pictures planning fidelity timing relu writing backends capturing loading passes config types errors "
     "events version",
     "planning": "fidelity backends passes ops config types errors",
-    "writing": "pictures backends capturing loading passes process config types errors hashes version",
+    "writing": "pictures runtime backends capturing loading passes process config types errors hashes version",
+    "runtime": "backends loading types errors",
     "relu": "pictures backends capturing passes types errors version",
     "fidelity": "backends passes types errors",
     "timing": "backends types",

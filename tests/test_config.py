@@ -120,6 +120,7 @@ def toml(folder: Path, text: str) -> Path:
 EVERY_OPTION = """
 out = "folder"
 force = true
+samples_in_folder = 2
 dump = "stages"
 calib = "samples.npz"
 fidelity = ["agreement>=0.9", "relc<=0.1"]
@@ -167,6 +168,7 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
     assert config == CompileConfig(
         out=Path("folder"),
         force=True,
+        samples_in_folder=2,
         dump=Path("stages"),
         calib=Path("samples.npz"),
         fidelity=("agreement>=0.9", "relc<=0.1"),

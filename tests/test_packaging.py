@@ -54,7 +54,8 @@ def test_the_files_that_the_library_reads_are_package_data():
     assert data["asapc.planning"] == ["*.costs.json"]
     assert "data/*" in data["asapc.models"]
     assert data["asapc.writing"] == ["templates/*"]
-    assert {path.name for path in (ROOT / "asapc" / "writing" / "templates").iterdir()} == {"report.html", "report.css"}
+    templates = {path.name for path in (ROOT / "asapc" / "writing" / "templates").iterdir()}
+    assert templates == {"report.html", "report.css", "README.md.j2"}
     assert (ROOT / "models" / "data" / "digits.npz").is_file()
 
 
@@ -81,7 +82,7 @@ def test_the_public_names_resolve(tmp_path):
 import asapc
 for name in asapc.__all__:
     getattr(asapc, name)
-assert callable(asapc.compile_model) and callable(asapc.load)
+assert callable(asapc.compile) and callable(asapc.load)
 assert asapc.CompileReport.__name__ == "CompileReport"
 assert asapc.CompileConfig().seed == 0 and issubclass(asapc.AsapcError, Exception)
 print(asapc.__version__)

@@ -17,8 +17,8 @@ from asapc.commands.verify import facts, stored_selection
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, OptionError
 from asapc.events import OnEvent, stage
-from asapc.loading.folder import COMPILE
 from asapc.loading.inputs import order_inputs
+from asapc.loading.manifest import COMPILE
 from asapc.loading.model import load_model
 from asapc.planning.operators import rivals
 from asapc.timing.blocks import Effort

@@ -24,13 +24,14 @@ from asapc.backends.tensorrt.runner import EngineRunner
 from asapc.commands.figures import gather_figures
 from asapc.commands.gpu import measure_gpu, open_built
 from asapc.commands.inspect import require_sites
-from asapc.commands.study import study, torch_threads
+from asapc.commands.study import Gather, study, torch_threads
 from asapc.commands.target import cost_model
 from asapc.config import CompileConfig
 from asapc.events import OnEvent, Stage, Timed, stage
 from asapc.fidelity.budget import check_budget
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
+from asapc.loading.split import gather_samples
 from asapc.loading.teacher import model_data
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.cache import cache_note, cache_of
@@ -45,25 +46,22 @@ from asapc.types.artifacts import EngineResult, OnnxArtifact
 from asapc.types.choices import Selection
 from asapc.types.costs import CostModel
 from asapc.types.graph import BATCH_AXIS, Axes, CapturedGraph
+from asapc.types.model import LoadedModel
 from asapc.types.results import CostCheck, Fidelity, FittedActivation, SiteFidelity
 from asapc.types.teacher import Teacher
 from asapc.types.timing import Latency
 from asapc.version import __version__
 from asapc.writing.dump import Dump
 from asapc.writing.environment import cpu_name, environment
-from asapc.writing.folder import (
-    list_artifacts,
-    output_folder,
-    write_held_out,
-    write_json,
-    write_manifest,
-    write_operators,
-)
+from asapc.writing.folder import list_artifacts, output_folder, write_json, write_manifest
+from asapc.writing.held_out import write_held_out
 from asapc.writing.html import FIGURES, PAGE, render, write_figures
+from asapc.writing.operators import write_operators
 from asapc.writing.origins import origin_of
 from asapc.writing.recipe import command_line, options_data
 from asapc.writing.report import CompileReport, activations_note, engine_note, report_data, selection_note
 from asapc.writing.rewrite import export_rivals, rewrite
+from asapc.writing.usage import interface_of, write_readme, write_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,14 +97,18 @@ class Files:
 
 
 def compile_model(
-    path: str | Path, config: CompileConfig | None = None, on_event: OnEvent = lambda event: None
+    model: str | Path | LoadedModel,
+    config: CompileConfig | None = None,
+    on_event: OnEvent = lambda event: None,
+    gather: Gather = gather_samples,
 ) -> CompileReport:
-    """Compile a checkpoint: find its Sinkhorn attention, replace it, export, build, verify and measure.
+    """Compile a model: find its Sinkhorn attention, replace it, export, build, verify and measure.
 
     Args:
-        path: the checkpoint.
+        model: its file, or the model where it is loaded.
         config: options; None for the defaults.
         on_event: called with progress, see `asapc.events`.
+        gather: gives calibration and held-out samples.
 
     Returns:
         The report; the artefacts lie in `report.folder`.
@@ -114,10 +116,10 @@ def compile_model(
     Raises:
         AsapcError: the input is at fault or the fidelity budget is missed. Nothing is written then.
     """
-    path, config = Path(path), config or CompileConfig()
+    path, config = model.path if isinstance(model, LoadedModel) else Path(model), config or CompileConfig()
     command, began, on_event = command_line(path, config), datetime.now(UTC), Timed(on_event)
-    out = Path(config.out or f"{Path(os.path.abspath(path)).stem}.asap")  # a folder may be named by dots
-    dump, model = Dump(None if config.dump is None else Path(config.dump)), cost_model(config)
+    out = Path(config.out or f"{Path(os.path.abspath(path)).stem.strip('<>')}.asap")  # a folder may be named by dots
+    dump, costs = Dump(None if config.dump is None else Path(config.dump)), cost_model(config)
     # The folder is opened first: whoever cannot write it should not learn so after minutes of work.
     with (
         torch_threads(config.threads) as threads,
@@ -125,14 +127,14 @@ def compile_model(
         tempfile.TemporaryDirectory() as scratch,
     ):
         check_options(config.target, config.engine_options())  # known before minutes of work
-        teacher = study(path, config, on_event=on_event, dump=dump)
+        teacher = study(model, config, gather, on_event, dump)
         open_axes(teacher, config)
-        require_sites(teacher.findings, path)
+        require_sites(teacher.findings, path, shows_misses=isinstance(model, LoadedModel))
         config = origin_of(teacher.loaded).adapt(config)
 
         with stage("select", on_event) as step:
             cache = cache_of(config)
-            selection = choose(teacher, config, model, step.advance, cache)
+            selection = choose(teacher, config, costs, step.advance, cache)
             dump.selection("select", selection)
             step.summary = selection_note(selection) + cache_note(cache)
 
@@ -163,14 +165,15 @@ def compile_model(
             step.summary = engine_note(engine)
 
         with stage("verify", on_event) as step:
-            runners = variants(teacher, selection, compiled, files, config, model, threads, Path(scratch), step)
+            runners = variants(teacher, selection, compiled, files, config, costs, threads, Path(scratch), step)
             step.advance(f"{len(teacher.held_out)} held-out samples")
             fidelity = compare(teacher, compiled, checked.sites, files, runners, hops, config, on_gpu)
             verdict = check_budget(fidelity, config.bounds(), share_of_exact(selection))
             step.summary = verdict.headline
             size = teacher.graph.samples_at_once(BATCH)  # of the batches in which the outputs are remembered
             outputs = [hops["teacher"](some) for some in teacher.held_out.batches(size)]
-            write_held_out(folder / "held_out.npz", teacher.held_out, outputs)
+            if config.samples_in_folder:
+                write_held_out(folder / "held_out.npz", teacher.held_out, outputs)
 
         # After the budget: a model that misses it is not worth measuring.
         with stage("measure", on_event) as step:
@@ -198,7 +201,7 @@ def compile_model(
             fidelity,
             verdict,
             latency,
-            check_costs(teacher, compiled, latency, config, model),
+            check_costs(teacher, compiled, latency, config, costs),
             engine,
             files.deployed,
             list_artifacts(folder, [files.onnx, files.deployed], engine.artifact),
@@ -206,7 +209,11 @@ def compile_model(
         )
         write_json(folder / "report.json", data)
         (folder / PAGE).write_text(render(data, figures), encoding="utf-8")
-        write_manifest(folder, teacher.loaded.sha256, __version__)  # last, since it lists all files
+        own = runners["compiled"]
+        interface, samples = interface_of(own, teacher.open_graph), teacher.held_out[: config.samples_in_folder]
+        write_samples(folder, samples, own)
+        write_readme(folder, out.stem, interface, engine, len(samples))
+        write_manifest(folder, teacher.loaded.sha256, __version__, interface)  # last, since it lists all files
     return CompileReport(out, data)
 
 

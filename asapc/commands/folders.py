@@ -91,7 +91,9 @@ class Folder:
             SamplesError: none were kept.
         """
         if not (self.path / HELD_OUT).exists():
-            raise SamplesError(f"{self.path} keeps no samples: another asapc wrote it", "give --data, or compile again")
+            raise SamplesError(
+                f"{self.path} keeps no samples: it was compiled with --samples-in-folder 0", "give --data"
+            )
         content = load_samples(self.path / HELD_OUT)
         parts: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for name, value in content.inputs.items():

@@ -7,7 +7,8 @@ from asapc.commands.study import study
 from asapc.config import CompileConfig
 from asapc.errors import NoSinkhornError
 from asapc.events import OnEvent
-from asapc.loading.folder import MANIFEST, read_folder
+from asapc.loading.folder import read_folder
+from asapc.loading.manifest import MANIFEST
 from asapc.loading.split import probe_samples
 from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples

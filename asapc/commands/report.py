@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from asapc.errors import AsapcError, CheckpointError, one_line
-from asapc.loading.folder import COMPILE, read_folder
+from asapc.loading.folder import read_folder
+from asapc.loading.manifest import COMPILE
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_npz
 from asapc.writing.html import FIGURES, render

@@ -16,8 +16,9 @@ from asapc.errors import CaptureError, CheckpointError, OptionError, SamplesErro
 from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
-from asapc.loading.folder import COMPILE, MODEL, OPERATORS, read_folder
+from asapc.loading.folder import MODEL, OPERATORS, read_folder
 from asapc.loading.inputs import compare_types, named, narrowed, order_inputs
+from asapc.loading.manifest import COMPILE
 from asapc.loading.samples import load_samples
 from asapc.loading.teacher import load_teacher
 from asapc.loading.untrusted.source import Source
@@ -178,7 +179,7 @@ def verify_model(
     Raises:
         CheckpointError: the folder is not whole, was not compiled from this teacher, or comes from elsewhere and names
             code that builds it.
-        OptionError: `unsafe_load` without a teacher.
+        OptionError: `unsafe_load` without a teacher, or no teacher where that was an object in Python.
         SamplesError: the samples do not fit the model, or do not show what a term of `config` is about.
         FidelityError: the budget is missed: that of `config`, else what the model was compiled to keep.
     """

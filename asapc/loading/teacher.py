@@ -20,6 +20,7 @@ from asapc.config import OPTIONS, CompileConfig
 from asapc.errors import CheckpointError, OptionError
 from asapc.loading.factories import read_arguments
 from asapc.loading.model import load_model
+from asapc.loading.objects import hash_weights, is_object
 from asapc.types.model import LoadedModel
 
 # What says how a model is built, with the file of its weights.
@@ -38,19 +39,24 @@ def load_teacher(folder: Path, report: Mapping[str, Any], teacher: Path | None, 
 
     Raises:
         CheckpointError: it is not there, another model, or built by code that a folder from elsewhere names.
-        OptionError: `unsafe_load` without a teacher.
+        OptionError: `unsafe_load` without a teacher, or no teacher where that was an object in Python.
     """
     if config.unsafe_load and teacher is None:
         raise OptionError("--unsafe-load would run a file that the folder names", "name it yourself, with --teacher")
     facts = report["model"]
-    path = teacher or Path(facts["path"])
+    path, of_object = teacher or Path(facts["path"]), is_object(facts["path"])
+    if teacher is None and of_object:
+        raise OptionError(
+            f"{folder} was compiled from an object in Python",
+            "give its weights, saved by torch.save(model.state_dict(), FILE), with --teacher and --model, or --outputs",
+        )
     if teacher is None and not path.exists():
         raise CheckpointError(
             f"the model that {folder} was compiled from is not at {path}",
             "run asapc from where it was compiled, or give its --teacher",
         )
     loaded = load_model(path, as_compiled(folder, facts, config))
-    same_file = loaded.sha256 == facts["sha256"]
+    same_file = facts["sha256"] == (hash_weights(loaded.module) if of_object else loaded.sha256)
     if not same_file and (facts["weights_sha256"] is None or weights_sha256(loaded) != facts["weights_sha256"]):
         raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
     return loaded

@@ -237,7 +237,7 @@ def from_file(shipped, tmp_path_factory):
         out=folder / "out", calib=folder / "samples.npz", level=1, batches=(1, 2), seconds=0.2, threads=1
     )
     with quick_compilation():
-        return asapc.compile_model(shipped, config)
+        return asapc.compile(shipped, config=config)
 
 
 def test_samples_from_a_file_are_used_and_a_quarter_of_them_held_out(from_file):
@@ -255,7 +255,7 @@ def test_the_first_level_rewrites_exactly_and_its_engine_builds(from_file):
     assert engine["targets"]
 
 
-LIBRARY = "import asapc; asapc.compile_model('small.pt', asapc.CompileConfig(out='library', target='onnx', **{}))"
+LIBRARY = "import asapc; asapc.compile('small.pt', out='library', target='onnx', **{})"
 
 
 def test_the_command_and_the_library_give_the_same_bytes(tmp_path):

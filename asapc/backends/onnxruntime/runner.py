@@ -79,6 +79,11 @@ class OnnxRuntimeRunner:
 
         return {side: [describe(value) for value in values] for side, values in sides.items()}
 
+    @staticmethod
+    def dtype(value: Any) -> str:
+        """Return the dtype of an input or output of a session, as numpy calls it."""
+        return str(DTYPES[value.type]).removeprefix("torch.")
+
     def __call__(self, samples: Samples) -> list[Tensor]:
         """Return all outputs for one batch.
 
