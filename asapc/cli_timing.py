@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from asapc import showing_timing
+from asapc import showing, showing_timing
 from asapc.config import OPTIONS, CompileConfig
 from asapc.terminal import BUDGET_MISSED, LATENCY_ENDS, command, print_json, show, stages
 
@@ -72,7 +72,7 @@ def bench(
         result = bench_folders(folders, asked, options, on_event)
     if markdown is not None:
         with output_file(markdown, force=True) as partial:
-            partial.write_text(showing_timing.markdown(showing_timing.bench(result)))
+            partial.write_text(showing.markdown(showing_timing.bench(result)))
     if csv_file is not None:
         rows = list(showing_timing.bench_rows(result))
         with output_file(csv_file, force=True) as partial, partial.open("w", newline="") as file:
@@ -138,7 +138,7 @@ def check(
             write_junit(partial, found)
     if markdown is not None:
         with output_file(markdown, force=True) as partial:
-            partial.write_text(showing_timing.markdown(showing_timing.check(found)))
+            partial.write_text(showing.markdown(showing_timing.check(found)))
     if github_benchmark is not None:
         with output_file(github_benchmark, force=True) as partial:
             partial.write_text(json.dumps(benchmark_entries(found), indent=2) + "\n")

@@ -1,25 +1,9 @@
-"""The results of `bench` and `check` as tables and sentences, and these in Markdown."""
+"""The results of `bench` and `check` as tables and sentences."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from asapc.showing import Grid, Row, fixed, plus_minus
-
-MARKDOWN = """\
-{% macro cell(text) %}{{ text | replace("|", "\\\\|") }}{% endmacro -%}
-{% for part in parts %}
-{%- if part.columns is defined %}
-**{{ part.title }}**
-
-| {% for column in part.columns %}{{ cell(column) }} | {% endfor %}
-|{% for column in part.columns %}{{ "---" if column in part.words else "---:" }}|{% endfor %}
-{% for rows in part.groups %}{% for row in rows -%}
-| {% for text in row %}{{ cell(text) }} | {% endfor %}
-{% endfor %}{% endfor %}
-{% else %}
-{{ part }}
-{% endif %}
-{%- endfor %}"""
 
 
 def check(data: dict[str, Any]) -> Iterator[Grid | str]:
@@ -102,12 +86,3 @@ def bench_rows(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
             ratio = row["ratio"] or dict.fromkeys(("value", "low", "high", "finding"))
             own = {key: value for key, value in row.items() if key != "ratio"}
             yield {**facts, **own, **{f"ratio_{key}": value for key, value in ratio.items()}}
-
-
-def markdown(parts: Iterable[Grid | str]) -> str:
-    """Render tables and sentences for a job summary."""
-    from jinja2 import Environment
-
-    # Names come from folders and models: in Markdown they must not become markup of a page.
-    template = Environment(autoescape=True, trim_blocks=False).from_string(MARKDOWN)
-    return template.render(parts=list(parts)).strip() + "\n"

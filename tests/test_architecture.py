@@ -17,7 +17,7 @@ from helpers.paths import ROOT
 # From the top down: each folder, or file that stands alone, of the library, with all others that it imports.
 ARROWS = {
     "cli": "cli_timing terminal showing commands planning relu writing runtime process models config errors version",
-    "cli_timing": "terminal showing_timing commands writing config",
+    "cli_timing": "terminal showing showing_timing commands writing config",
     "terminal": "showing process config types errors events",
     "showing_timing": "showing",
     "showing": "writing",
@@ -51,7 +51,7 @@ PLACES = {
     "onnxruntime": (("asapc.backends.onnxruntime",), True),
     "transformers": (("asapc.loading.described",), True),
     "huggingface_hub": (("asapc.loading.described",), True),
-    "jinja2": (("asapc.writing.html",), True),
+    "jinja2": (("asapc.writing.html", "asapc.writing.usage"), True),
     "matplotlib": (("asapc.pictures", "benchmarks"), False),
     "tensorrt": (("asapc.backends.tensorrt",), True),
     "tensorrt_rtx": (("asapc.backends.tensorrt",), True),

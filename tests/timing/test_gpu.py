@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from asapc.fidelity import gpu as module
+from asapc.timing import gpu as module
 from asapc.timing.gpu import WINDOW, clocks, settle
 
 
