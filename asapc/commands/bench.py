@@ -193,7 +193,7 @@ def measurement_data(latency: BatchLatency) -> dict[str, Any]:
     """Return one measurement: a row for each model, with the ratio of its time to that of the first."""
     rows = []
     for run in latency.runs:
-        row = {key: value for key, value in asdict(run).items() if key not in ("batch", "runtime")}
+        row = {key: value for key, value in asdict(run).items() if key not in ("batch", "runtime", "device")}
         ratio = latency.ratios.get(run.name)
         rows.append({**row, "ratio": None if ratio is None else ratio_data(ratio, latency.floor)})
     return {
