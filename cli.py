@@ -221,7 +221,7 @@ def run(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
     inputs: Annotated[Path, a_file(help="Inputs by name, .npz, or .npy for a model of one.", show_default=False)],
     out_file: Annotated[Path, a_file("--out", help="Outputs by name, .npz.")] = Path("outputs.npz"),
-    device: Annotated[str, typer.Option(metavar="auto|cuda|cpu", help="Where to run it.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="auto|tensorrt|cuda|cpu", help="Where to run it.")] = "auto",
     threads: Annotated[int, a_number(help="Threads on the CPU, 0 for one a core.", min=0)] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the outputs if they exist.")] = False,
 ) -> None:

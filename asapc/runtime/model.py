@@ -12,11 +12,12 @@ from asapc.loading.manifest import read_manifest
 from asapc.runtime.arrays import by_name, checked, is_tensor, like
 from asapc.runtime.onnx import open_cpu, open_cuda
 from asapc.runtime.session import Session, Unavailable
+from asapc.runtime.tensorrt import open_tensorrt
 from asapc.types.interface import Interface, TensorInfo
 
 Opener = Callable[[Path, Mapping[str, Any], int], Session]
 # The best first: `auto` takes the first that can run here.
-OPENERS: dict[str, Opener] = {"cuda": open_cuda, "cpu": open_cpu}
+OPENERS: dict[str, Opener] = {"tensorrt": open_tensorrt, "cuda": open_cuda, "cpu": open_cpu}
 
 
 class Model:
@@ -94,7 +95,8 @@ def load(folder: str | Path, device: str = "auto", threads: int = 0) -> Model:
 
     Args:
         folder: what `asapc compile` wrote; sizes and hashes of its files are checked first.
-        device: "cuda" or "cpu"; "auto" takes the best that can run here. `Model.device` says which that was.
+        device: "tensorrt" (the engine, on its GPU), "cuda" or "cpu"; "auto" takes the first of these that can run here.
+            `Model.device` and `Model.runtime` say which that was.
         threads: threads inside an operator on the CPU; 0 for one a core.
 
     Raises:
@@ -121,7 +123,7 @@ def load(folder: str | Path, device: str = "auto", threads: int = 0) -> Model:
         if device not in ("auto", name):
             continue
         try:
-            session = opener(path, manifest["files"], threads)
+            session = opener(path, manifest, threads)
         except Unavailable as error:
             passed_over[name] = str(error)
         else:

@@ -50,12 +50,12 @@ class OnnxSession:
         return outputs
 
 
-def open_cpu(folder: Path, files: Mapping[str, Any], threads: int) -> OnnxSession:
+def open_cpu(folder: Path, manifest: Mapping[str, Any], threads: int) -> OnnxSession:
     """Open the model of a folder on the CPU."""
     return OnnxSession(folder / MODEL, threads, ["CPUExecutionProvider"])
 
 
-def open_cuda(folder: Path, files: Mapping[str, Any], threads: int) -> OnnxSession:
+def open_cuda(folder: Path, manifest: Mapping[str, Any], threads: int) -> OnnxSession:
     """Open the model of a folder, in half precision where it was compiled for that, on the first NVIDIA GPU.
 
     Raises:
@@ -67,7 +67,7 @@ def open_cuda(folder: Path, files: Mapping[str, Any], threads: int) -> OnnxSessi
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise Unavailable("this ONNX Runtime was built for the CPU alone: install onnxruntime-gpu")
     onnxruntime.preload_dlls()  # CUDA's libraries, where pip installed them
-    path = folder / (HALF if HALF in files else MODEL)
+    path = folder / (HALF if HALF in manifest["files"] else MODEL)
     # Products of float32 in TF32 would differ from what was verified.
     session = OnnxSession(path, threads, [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"])
     if session.session.get_providers()[0] != "CUDAExecutionProvider":  # it falls back silently
