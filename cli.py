@@ -10,11 +10,13 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from asapc import showing
+from asapc.cli_timing import bench as bench
+from asapc.cli_timing import check as check
 from asapc.config import OPTIONS, CompileConfig
 from asapc.errors import OptionError
 from asapc.process import interrupts
 from asapc.process.streams import open_missing
-from asapc.terminal import BUDGET_MISSED, ENDS, app, command, err, out, print_json, say, show, stages
+from asapc.terminal import BUDGET_MISSED, ENDS, LATENCY_ENDS, app, command, err, out, print_json, say, show, stages
 from asapc.version import __version__
 
 # What `tradeoffs` shares with `compile`: all but outputs, the engine, and how latency is measured.
@@ -33,7 +35,7 @@ a_number = functools.partial(typer.Option, metavar="NUMBER")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 
-@app.callback(invoke_without_command=True, epilog=ENDS.format(BUDGET_MISSED))
+@app.callback(invoke_without_command=True, epilog=ENDS.format(BUDGET_MISSED + LATENCY_ENDS))
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
@@ -47,7 +49,7 @@ def root(
     "asapc compile model.pt --calib samples.npz --fidelity 'agreement>=0.99'",
     "asapc compile weights.safetensors --model my_models:build --calib samples.npz",
     takes=OPTIONS.values(),
-    gate=True,
+    ends=BUDGET_MISSED,
 )
 def compile(
     file: ModelFile,
@@ -76,19 +78,29 @@ def compile(
 
 @command(
     "asapc inspect model.pt --why",
-    "asapc inspect weights.pt --model my_models:build --input-shape x=2,197,64",
+    "asapc inspect model.asap",
     takes=(OPTIONS["calib"], *READS),
 )
 def inspect(
-    file: ModelFile,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Checkpoint, weights (with --model), .pt2 or ONNX; or the folder that `asapc compile` wrote.",
+        ),
+    ],
     options: CompileConfig,
     why: Annotated[bool, typer.Option("--why", help="Show near misses, and why each was refused.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the Sinkhorn attention of a checkpoint."""
-    from asapc.commands.inspect import inspect_model, require_sites
+    """List the Sinkhorn attention of a checkpoint, or what a compiled folder consists of."""
+    from asapc.commands.inspect import inspect_folder, inspect_model, is_compiled, require_sites
     from asapc.writing.report import early_stop_data, miss_data, site_data
 
+    if is_compiled(file):
+        report = inspect_folder(file)
+        print_json(report) if as_json else show(showing.compiled_folder(file, report))
+        return
     warn_of_unsafe_load(file, options)
     with stages(visible=True) as on_event:
         findings = inspect_model(file, options, on_event)
@@ -139,7 +151,7 @@ def tradeoffs(
         replace(OPTIONS["fidelity"], default_text="what the model was compiled to keep"),
         *(OPTIONS[name] for name in ("model", "model_args", "weights", "unsafe_load")),
     ),
-    gate=True,
+    ends=BUDGET_MISSED,
 )
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
@@ -174,6 +186,52 @@ def verify(
         raise OptionError("stored outputs tell nothing about the teacher", "omit --outputs or --teacher")
     else:
         verify_outputs(folder, data, outputs, options, display)
+
+
+@command("asapc report model.asap", "asapc report model.asap --markdown summary.md")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
+    html: Annotated[
+        Path | None, a_file(help="Page to write, as report.html in the folder.", show_default=False)
+    ] = None,
+    markdown: Annotated[Path | None, a_file(help="Markdown to write, as for CI's summary.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the report of a compiled model again, or write it as a page."""
+    from asapc.commands.report import read_report, render_report
+    from asapc.writing.folder import write_texts
+
+    compiled = read_report(folder)
+    texts = {} if html is None else {html: render_report(compiled)}
+    if markdown is not None:
+        texts[markdown] = showing.markdown(showing.compilation(folder, dict(compiled.data)))
+    write_texts(texts, force)
+    if as_json:
+        print_json(compiled.data)
+    else:
+        show(map(str, texts) if texts else showing.compilation(folder, dict(compiled.data)))
+
+
+@command(
+    "asapc run model.asap --inputs samples.npz --out outputs.npz",
+    "asapc run model.asap --inputs samples.npz --device cpu --force",
+)
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
+    inputs: Annotated[Path, a_file(help="Inputs by name, .npz, or .npy for a model of one.", show_default=False)],
+    out_file: Annotated[Path, a_file("--out", help="Outputs by name, .npz.")] = Path("outputs.npz"),
+    device: Annotated[str, typer.Option(metavar="auto|tensorrt|cuda|cpu", help="Where to run it.")] = "auto",
+    threads: Annotated[int, a_number(help="Threads on the CPU, 0 for one a core.", min=0)] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the outputs if they exist.")] = False,
+) -> None:
+    """Run a compiled model on the arrays of a file, without PyTorch."""
+    from asapc.runtime.files import run_files
+    from asapc.writing.folder import output_file
+
+    with output_file(out_file, force) as partial:
+        note = run_files(folder, inputs, partial, device, threads)
+    say(out, f"{out_file}: {note}")
 
 
 @command(

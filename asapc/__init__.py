@@ -20,18 +20,32 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "passes").is_dir():
     __path__.append(str(_checkout))
 
 if TYPE_CHECKING:
-    from asapc.commands.compile import compile_model
+    from asapc.commands.accelerate import accelerate
+    from asapc.commands.objects import compile
     from asapc.commands.tradeoffs import tradeoffs
-    from asapc.loading.model import load_model as load
+    from asapc.loading.model import load_model as load_checkpoint
+    from asapc.runtime.model import load
     from asapc.writing.report import CompileReport
 
-__all__ = ["AsapcError", "CompileConfig", "CompileReport", "__version__", "compile_model", "load", "tradeoffs"]
+__all__ = [
+    "AsapcError",
+    "CompileConfig",
+    "CompileReport",
+    "__version__",
+    "accelerate",
+    "compile",
+    "load",
+    "load_checkpoint",
+    "tradeoffs",
+]
 
 # These import torch, which takes seconds: on first use only.
 _LAZY = {
     "CompileReport": ("asapc.writing.report", "CompileReport"),
-    "compile_model": ("asapc.commands.compile", "compile_model"),
-    "load": ("asapc.loading.model", "load_model"),
+    "accelerate": ("asapc.commands.accelerate", "accelerate"),
+    "compile": ("asapc.commands.objects", "compile"),
+    "load": ("asapc.runtime.model", "load"),
+    "load_checkpoint": ("asapc.loading.model", "load_model"),
     "tradeoffs": ("asapc.commands.tradeoffs", "tradeoffs"),
 }
 
@@ -41,3 +55,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'asapc' has no attribute {name!r}")
     module, attribute = _LAZY[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

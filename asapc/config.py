@@ -2,11 +2,11 @@
 
 import os
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from asapc.errors import OptionError
+from asapc.types import engine
 from asapc.types.axes import parse_ranges
 from asapc.types.budget import DEFAULT_BUDGET, METRICS, Bound, parse_bound
 from asapc.types.options import (
@@ -47,6 +47,16 @@ class CompileConfig:
         Option("--out", "Output folder.", metavar="DIR", default_text="NAME.asap in the working directory"),
     ] = None
     force: Annotated[bool, Option("--force", "Replace the output folder if it exists.")] = False
+    samples_in_folder: Annotated[
+        int,
+        Option(
+            "--samples-in-folder",
+            "Held-out samples to put into the output folder with their outputs, for whoever tries the model. They are "
+            "your data; 0 leaves them out.",
+            metavar="COUNT",
+            range=Range(0, MAX_BATCH),
+        ),
+    ] = 4
     dump: Annotated[
         str | Path | None,
         Option("--dump", "Write the program after each stage into this folder, to find a wrong node.", metavar="DIR"),
@@ -242,6 +252,12 @@ class CompileConfig:
             range=Range(0),
         ),
     ] = (0, 8)
+    gpu_arch: engine.GpuArch = ""
+    workspace: engine.Workspace = ""
+    profile: engine.Profile = ()
+    timing_cache: engine.TimingCache = None
+    version_compatible: engine.VersionCompatible = False
+    hardware_compatible: engine.HardwareCompatible = False
     batches: Annotated[
         tuple[int, ...],
         Option(
@@ -256,7 +272,7 @@ class CompileConfig:
         float,
         Option(
             "--seconds",
-            "Time to measure each batch size.",
+            "The most time to measure each batch size; it ends where all ratios are known to within 1 %.",
             MEASURING,
             metavar="SECONDS",
             range=Range(0, above=True),
@@ -283,12 +299,24 @@ class CompileConfig:
             object.__setattr__(self, name, option.clean(getattr(self, name)))
         self.bounds()
         parse_ranges(self.dynamic)
+        self.engine_options()
         if "sorted" not in self.kinds() and any(self.slices):
             raise OptionError("--slices asks for sorted slices, which --operators leaves out", "omit one of the two")
 
     def bounds(self) -> tuple[Bound, ...]:
         """Return the fidelity budget, parsed."""
         return tuple(parse_bound(term) for term in self.fidelity)
+
+    def engine_options(self) -> engine.EngineOptions:
+        """Return what is asked of the engine, parsed."""
+        return engine.EngineOptions(
+            engine.parse_architectures(self.gpu_arch),
+            engine.parse_memory(self.workspace),
+            engine.parse_profiles(self.profile),
+            None if self.timing_cache is None else Path(self.timing_cache),
+            self.version_compatible,
+            self.hardware_compatible,
+        )
 
     def kinds(self) -> frozenset[str]:
         """Return the kinds of operators that the planner may use."""
@@ -349,27 +377,3 @@ class CompileConfig:
 OPTIONS = declared(CompileConfig)
 ATTRIBUTES = "\n".join(f"        {option.name}: {option.help}" for option in OPTIONS.values())
 CompileConfig.__doc__ = f"{CompileConfig.__doc__}\n    Attributes:\n{ATTRIBUTES}\n"
-
-PAGE_HEAD = """\
-# Options
-
-The options of `asapc compile` that stand on the command line, in a TOML file for `--config` or in Python. `--config`,
-`--trust-config`, `--json` and `--quiet` stand on the command line alone. `asapc inspect`, `verify` and `costs` take
-those that apply to them and have some of their own, which `--help` lists. In a TOML file an option has the name of
-its flag without dashes (`input-shape = "x=2,197,64"`, `O = 1`) or its name in Python, and one that repeats takes one
-value or a list. The command line wins over the file. `--model` and `--unsafe-load` make code run, and stand in the
-file only where `--trust-config` says that you trust it. In Python options are arguments of `asapc.CompileConfig`.
-
-This page is the output of `asapc.config.options_page()`."""
-
-
-def options_page() -> str:
-    """Write docs/options.md."""
-    lines = [PAGE_HEAD]
-    for group, options in groupby(OPTIONS.values(), key=lambda option: option.group):
-        lines += ["", f"## {group or 'General'}", ""]
-        lines += ["| option | in Python | default | what it does |", "|---|---|---|---|"]
-        for option in options:
-            usage = f"{option.flag} {option.metavar}".strip().replace("|", "\\|")
-            lines.append(f"| `{usage}` | `{option.name}` | {option.shown_default} | {option.help} |")
-    return "\n".join(lines) + "\n"

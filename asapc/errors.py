@@ -9,7 +9,11 @@ AsapcError                  1   the user's input is at fault; message and hint, 
 ├── OutputError                 the output folder cannot be written
 ├── DependencyError             an optional package is missing
 ├── BuildError                  a backend refuses the compiled graph
-└── FidelityError           3   the compiled model misses the fidelity budget
+├── InputError                  a compiled model is called with what it does not take
+├── FidelityError           3   the compiled model misses the fidelity budget
+├── RegressionError         4   the compiled model is slower than what it is held to allows
+├── NotComparableError      5   a baseline was taken of another model, or on another machine
+└── UnstableError           6   latency was never stable enough to be judged
 InternalError              70   a defect in asapc: no AsapcError, so that its traceback is shown
 """
 
@@ -72,10 +76,32 @@ class BuildError(AsapcError):
         self.node = None if node is None else printable(node)
 
 
+class InputError(AsapcError):
+    """A compiled or accelerated model is called with inputs that it does not take."""
+
+
 class FidelityError(AsapcError):
     """The compiled model misses the fidelity budget."""
 
     exit_code = 3
+
+
+class RegressionError(AsapcError):
+    """The compiled model is slower than what it is held to allows."""
+
+    exit_code = 4
+
+
+class NotComparableError(AsapcError):
+    """A baseline was taken of another model, on another machine, with other software, or by a newer asapc."""
+
+    exit_code = 5
+
+
+class UnstableError(AsapcError):
+    """Latency was never stable enough to be judged."""
+
+    exit_code = 6
 
 
 class InternalError(Exception):

@@ -15,7 +15,16 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StageAdvanced:
-    """A stage reports progress."""
+    """A stage reports progress; `remaining` are the seconds that it will still take, where that is known."""
+
+    stage: str
+    detail: str
+    remaining: float | None = None
+
+
+@dataclass(frozen=True)
+class StageWaits:
+    """A stage begins something long that tells nothing of its progress; `detail` says what, and how long it took."""
 
     stage: str
     detail: str
@@ -30,7 +39,7 @@ class StageDone:
     detail: str
 
 
-Event = StageStarted | StageAdvanced | StageDone
+Event = StageStarted | StageAdvanced | StageWaits | StageDone
 OnEvent = Callable[[Event], None]
 
 
@@ -40,9 +49,31 @@ class Stage:
     def __init__(self, name: str, on_event: OnEvent) -> None:
         self.name, self.on_event, self.summary = name, on_event, ""
 
-    def advance(self, detail: str) -> None:
-        """Report what the stage is doing now."""
-        self.on_event(StageAdvanced(self.name, detail))
+    def advance(self, detail: str, remaining: float | None = None) -> None:
+        """Report what the stage is doing now, and how many seconds it will still take where that is known."""
+        self.on_event(StageAdvanced(self.name, detail, remaining))
+
+    def wait(self, detail: str) -> None:
+        """Report the beginning of something long of which no progress is known."""
+        self.on_event(StageWaits(self.name, detail))
+
+
+class Timed:
+    """Passes events on, and keeps how long stages took.
+
+    Attributes:
+        seconds: by the stage's name, of those that are done.
+    """
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self.on_event = on_event
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        if isinstance(event, StageDone):
+            self.seconds[event.stage] = event.seconds
+        self.on_event(event)
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """Turns results into tables and sentences, which `asapc.terminal` renders."""
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from asapc.writing.words import cheaper_note, cost_check, kinds, label, output_errors
 
 WORTHWHILE = 0.05  # of an error, to be worth more samples
 FAR = 30  # times the samples' scores: models seldom get there
@@ -27,6 +30,26 @@ class Grid:
     columns: tuple[str, ...]
     words: tuple[str, ...]
     groups: list[list[Row]]
+
+
+def markdown(parts: Iterable[Grid | str]) -> str:
+    """Write tables and sentences as Markdown."""
+    blocks = []
+    for part in parts:
+        if isinstance(part, str):
+            blocks.append(plain(part))
+            continue
+        rows = [row for group in part.groups for row in group]
+        rule = ["---" if column in part.words else "---:" for column in part.columns]
+        lines = [part.columns, rule, *rows]
+        cells = [[cell if line is rule else plain(cell) for cell in line] for line in lines]
+        blocks += [f"**{plain(part.title)}**", "\n".join(f"| {' | '.join(line)} |" for line in cells)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def plain(text: str) -> str:
+    """Write a text so that Markdown takes nothing in it for markup."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", text.strip().replace("\n", " "))
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
@@ -98,23 +121,71 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     """Show the report of `compile`: tables, what they say in words, and where the files are."""
     fidelity, latency = data["fidelity"], data["latency"]
     yield data["verdict"]["headline"]
+    yield closest_budget(data["verdict"])
     yield output_errors(fidelity)
     yield choices_grid(data["sites"])
     for site in data["sites"]:
         yield from reach(site)
         yield from more_samples(site["name"], site["choice"])
     yield bill_grid(data["sites"])
+    if note := cheaper_note(data):
+        yield note[0].upper() + note[1:]
     yield latency_grid(data)
     yield from on_gpu(data)
     yield from early_stops(data["early_stops"])
     yield f"Ratios at batch {latency['batch']}: {comparison(latency)}"
+    yield from (f"warning: {line}" for line in latency["warnings"])
     yield cost_check(data["costs"])
     for hop in fidelity["hops"]:
         yield f"  {hop['name']:<13} changes the outputs by {hop['rel']:.1e} relative, {hop['max_abs']:.1e} at most"
     for artifact in data["artifacts"]:
         targets = f" for {', '.join(artifact['targets'])}" if artifact["targets"] else ""
         yield f"{folder / artifact['path']}  ({artifact['builder']}{targets})"
-    yield str(folder / "report.json")
+    yield from (str(folder / name) for name in ("report.json", "report.html"))
+
+
+def compiled_folder(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
+    """Show what a compiled folder consists of: its sites, its files, and the layers of its engine by site."""
+    yield data["verdict"]["headline"]
+    yield choices_grid(data["sites"])
+    for artifact in data["artifacts"]:
+        targets = f" for {', '.join(artifact['targets'])}" if artifact["targets"] else ""
+        yield f"{folder / artifact['path']}  ({artifact['builder']}{targets})"
+    engine = data["engine"]
+    if engine["status"] != "built":
+        yield f"no engine: {engine['reason'] or 'none was asked for'}"
+    elif not engine["layers"]:
+        yield "the engine's builder listed no layers"
+    else:
+        yield layers_grid(engine["layers"])
+        yield from (fusion(site["name"], engine["layers"]) for site in data["sites"])
+
+
+def layers_grid(layers: list[dict[str, Any]]) -> Grid:
+    """Show the layers of an engine."""
+    rows: list[Row] = [
+        (
+            str(number),
+            layer["kind"],
+            " ".join(layer["precision"]),
+            ", ".join(layer["sites"]) or ", ".join(layer["modules"]),
+            layer["name"],
+        )
+        for number, layer in enumerate(layers, 1)
+    ]
+    columns = ("", "kind", "types", "site or module", "layer")
+    return Grid("Engine", columns, columns[1:], [rows])
+
+
+def fusion(site: str, layers: list[dict[str, Any]]) -> str:
+    """Return a line on what became of a site in an engine."""
+    own = [layer for layer in layers if site in layer["sites"]]
+    fused = sum(layer["attention"] for layer in own)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer["kind"] for layer in own).items())
+    attention = f"attention as one kernel in {fused}" if fused else "no attention as one kernel"
+    if not own:
+        return f"{site} is in no layer of the engine by itself"
+    return f"{site} is in {len(own)} layers of the engine ({kinds}): {attention}"
 
 
 def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
@@ -169,30 +240,6 @@ def tradeoffs(data: dict[str, Any]) -> Iterator[Grid | str]:
             for name, choice in row["sites"].items():
                 yield from more_samples(name, choice)
     yield "* is what `asapc compile` takes with the same options; with the --fidelity of another row it takes that one"
-
-
-def kinds(sites: dict[str, dict[str, Any]]) -> str:
-    """Return how many sites have operators of which kind."""
-    counts = Counter(kind(site) for site in sites.values())
-    return ", ".join(f"{count}x {name}" if count > 1 else name for name, count in counts.items())
-
-
-def kind(candidate: dict[str, Any]) -> str:
-    """Name an operator in few words, with its half-steps where they vary."""
-    if candidate["operator"] in ("exact", "keep"):
-        return str(candidate["operator"])
-    if candidate["operator"] == "sliced_dual" and candidate["half_steps"] == 1:
-        return "one pass"
-    name = "truncated" if candidate["operator"] == "truncated" else "sorted dual" if candidate["slices"] else "dual"
-    return f"{name} {candidate['half_steps']}"
-
-
-def output_errors(fidelity: dict[str, Any]) -> str:
-    """Return a line on how much each output differs from the teacher's, the worst first."""
-    worst_first = sorted(fidelity["outputs"].items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} by {error:.2%}" for name, error in worst_first[:4])
-    more = f" and {len(worst_first) - 4} more by less" if len(worst_first) > 4 else ""
-    return f"outputs differ from the teacher's: {shown}{more}"
 
 
 def approximation(title: str, rows: list[dict[str, Any]]) -> Grid:
@@ -256,7 +303,7 @@ def bill(site: dict[str, Any]) -> list[Row]:
 def latency_grid(data: dict[str, Any]) -> Grid:
     """Show latency and fidelity of every variant, a group for each batch size."""
     latency, variants = data["latency"], data["fidelity"]["variants"]
-    p50 = {(run["name"], run["batch"]): run["p50_ms"] for run in latency["runs"]}
+    ratios = {(ratio["name"], ratio["batch"]): ratio for ratio in latency["ratios"]}
     groups: dict[int, list[Row]] = {}
     for run in latency["runs"]:
         variant = variants[run["name"]]
@@ -264,7 +311,7 @@ def latency_grid(data: dict[str, Any]) -> Grid:
             str(run["batch"]),
             run["name"],
             *(fixed(run[key], 2) for key in ("p50_ms", "p90_ms", "p99_ms")),
-            fixed(run["p50_ms"] / p50["compiled", run["batch"]], 2),
+            plus_minus(ratios.get((run["name"], run["batch"]))),
             fixed(variant["agreement"]),
             fixed(variant["metric"]),
         )
@@ -291,34 +338,42 @@ def on_gpu(data: dict[str, Any]) -> Iterator[Grid | str]:
     yield from gpu["notes"]
 
 
+def plus_minus(ratio: dict[str, Any] | None, digits: int = 2) -> str:
+    """Format a ratio with half its interval; None, of a model to itself, as nothing."""
+    if ratio is None:
+        return ""
+    if ratio["finding"] == "identical":
+        return "same graph"
+    return f"{fixed(ratio['value'], digits)} ±{fixed((ratio['high'] - ratio['low']) / 2, digits)}"
+
+
+def closest_budget(verdict: dict[str, Any]) -> str:
+    """Return a line with the terms that a model just keeps."""
+    terms = " ".join(f"'{term['closest']}'" for term in verdict["terms"] if term["closest"] is not None)
+    return f"the closest budget that it keeps: {terms}"
+
+
 def comparison(latency: dict[str, Any]) -> str:
     """Return in words how fast the compiled model is beside its rivals."""
-    return (
-        f"compiled is {latency['speedup_vs_teacher']:.1f}x as fast as the teacher, "
-        f"{latency['speedup_vs_exact']:.2f}x as fast as the best exact form, "
-        f"{latency['speedup_vs_truncated']:.2f}x as fast as truncated Sinkhorn of as many half-steps, "
-        f"and takes {latency['ratio_to_softmax']:.2f}x the time of softmax attention."
-    )
+    rivals = {
+        "teacher": "the teacher",
+        "exact": "the best exact form",
+        "truncated": "truncated Sinkhorn of as many half-steps",
+        "softmax": "softmax attention",
+    }
+    ratios = {ratio["name"]: ratio for ratio in latency["ratios"] if ratio["batch"] == latency["batch"]}
+    return "compiled is " + ", ".join(beside(ratios[name], label) for name, label in rivals.items())
 
 
-def cost_check(costs: dict[str, Any]) -> str:
-    """Return a line on the costs that the planner read, and how far they were from what was measured."""
-    head = f"Costs: {costs['model']}, {costs['device']}"
-    if costs["reason"] is not None:
-        return f"{head}; not compared with what was measured: {costs['reason']}"
-    return (
-        f"{head}; at batch {costs['batch']} operators add {costs['measured_ms']:.2f} ms to softmax attention, by "
-        f"estimate {costs['estimated_ms']:.2f}"
-    )
-
-
-def label(candidate: dict[str, Any]) -> str:
-    """Name an operator and what sets it apart."""
-    more = [f"{candidate['slices']} slices"] if candidate["slices"] else []
-    more += ["hinges"] if "hinges" in candidate["features"] else []
-    more += [candidate["side"]] if candidate["side"] else []
-    more += ["fused"] if candidate["lowering"] == "fused" else []
-    return ", ".join([candidate["operator"], *more])
+def beside(ratio: dict[str, Any], rival: str) -> str:
+    """Return in words how fast the compiled model is beside one rival, whose time over its own is given."""
+    match ratio["finding"]:
+        case "identical":
+            return f"the same graph as {rival}"
+        case "not significantly different":
+            return f"not significantly faster or slower than {rival}"
+        case _:
+            return f"{ratio['value']:.2f}x as fast as {rival}"
 
 
 def size(site: dict[str, Any]) -> str:

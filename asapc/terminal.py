@@ -5,6 +5,7 @@ import inspect as reflection
 import json
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
@@ -16,10 +17,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from asapc.config import CompileConfig
 from asapc.errors import AsapcError, InternalError
-from asapc.events import Event, StageAdvanced, StageDone, StageStarted
+from asapc.events import Event, StageAdvanced, StageDone, StageStarted, StageWaits
 from asapc.process import interrupts
 from asapc.process.scratch import temporary_files
 from asapc.process.streams import Stream
@@ -39,6 +41,8 @@ err = Console(file=cast(IO[str], Stream("stderr", required=False)), highlight=Fa
 
 ENDS = "Exit codes: 0 done, 1 input at fault, 2 usage, {}70 defect, 130 or 143 interrupted."
 BUDGET_MISSED = "3 fidelity budget missed, "
+LATENCY_ENDS = "4 slower, 5 not comparable, 6 latency not stable, "
+printed: list[str] = []  # schemas of what the running command has printed as JSON: one result, or one error
 KEYWORD_ONLY = reflection.Parameter.KEYWORD_ONLY
 CONFIG_FILE = Option("--config", "Options in TOML; the command line wins.", metavar="FILE", name="config", kind=Path)
 TRUST_CONFIG = Option(
@@ -47,8 +51,9 @@ TRUST_CONFIG = Option(
 
 
 @contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turn exceptions into the exit codes of `asapc.errors`, with one message and one hint."""
+def exit_codes(as_json: bool = False) -> Iterator[None]:
+    """Turn exceptions into the exit codes of `asapc.errors`, with one message and one hint, in JSON too if asked."""
+    printed.clear()
     try:
         yield
         interrupts.check()
@@ -57,6 +62,9 @@ def exit_codes() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         with interrupts.held():
             code = explain(error)
+            if as_json and not printed:
+                hint = error.hint if isinstance(error, AsapcError) else None
+                print_json({"schema": "asapc.error/1", "exit_code": code, "error": str(error), "hint": hint})
         raise typer.Exit(code) from None
 
 
@@ -76,25 +84,25 @@ def explain(error: BaseException) -> int:
 
 
 def command(
-    *examples: str, takes: Collection[Option] = (), gate: bool = False
+    *examples: str, takes: Collection[Option] = (), ends: str = ""
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function to the app as the command of its name, which ends with the exit codes of `asapc.errors`.
 
     Args:
         examples: of the command line, for --help.
-        gate: whether the command fails where a fidelity budget is missed.
+        ends: exit codes that other commands do not have, as text.
         takes: options of `CompileConfig`, to which --config is added. The function gets their values as one
             `CompileConfig`, its parameter `options`.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
-        ends = ENDS.format(BUDGET_MISSED if gate else "")
+        codes = ENDS.format(ends)
         own = [p for p in reflection.signature(function).parameters.values() if p.name != "options"]
         parameters = [parameter(option) for option in (*takes, CONFIG_FILE, TRUST_CONFIG)] if takes else []
 
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
-            with exit_codes(), temporary_files():
+            with exit_codes(arguments.get("as_json", False)), temporary_files():
                 if takes:
                     values = {option.name: arguments.pop(option.name) for option in takes}
                     arguments["options"] = options_of(arguments.pop("config"), arguments.pop("trust"), values)
@@ -103,7 +111,7 @@ def command(
         # Typer reads parameters off the signature.
         parameters += [p.replace(kind=KEYWORD_ONLY) for p in own]
         cast(Any, run).__signature__ = reflection.Signature(parameters)
-        app.command(epilog="\n\n".join(["Examples:", *examples, ends]))(run)
+        app.command(epilog="\n\n".join(["Examples:", *examples, codes]))(run)
         return function
 
     return add
@@ -138,9 +146,15 @@ def options_of(config: Path | None, trust: bool | None, values: dict[str, Any]) 
 
 @contextmanager
 def stages(visible: bool) -> Iterator[Callable[[Event], None]]:
-    """Show events on stderr: a spinner for the running stage, a line with its time for each that is done."""
-    status = err.status("")
-    with redirect_stdout(sys.stderr), status if visible else nullcontext():  # what a model prints is no result
+    """Show events on stderr: the running stage with a clock, and a line with its time for each that is done.
+
+    Elsewhere than on a terminal a line says that a stage began in place of the clock, so that a log that stops tells
+    where.
+    """
+    clock = Clock()
+    moving = visible and err.is_terminal
+    live = err.status(clock) if moving else nullcontext()
+    with redirect_stdout(sys.stderr), live:  # what a model prints is no result
 
         def on_event(event: Event) -> None:
             interrupts.check()
@@ -148,13 +162,43 @@ def stages(visible: bool) -> Iterator[Callable[[Event], None]]:
                 return
             match event:
                 case StageStarted(stage):
-                    status.update(stage)
-                case StageAdvanced(stage, detail):
-                    status.update(f"{stage}  {detail}")
+                    clock.start(stage)
+                    if not moving:
+                        say(err, f"  {stage:<8} begins")
+                case StageAdvanced(_, detail, remaining):
+                    clock.detail, clock.end = detail, None if remaining is None else time.monotonic() + remaining
+                case StageWaits(stage, detail):
+                    clock.detail, clock.end = detail, None
+                    if not moving:
+                        say(err, f"  {stage:<8}           {detail} ...")
                 case StageDone(stage, seconds, detail):
                     say(err, f"  {stage:<8} {seconds:6.1f} s  {detail}")
 
         yield on_event
+
+
+class Clock:
+    """The running stage with what it does now, how long it has taken, and how long it still takes if that is known."""
+
+    def __init__(self) -> None:
+        self.start("")
+
+    def start(self, stage: str) -> None:
+        """Begin a stage."""
+        self.stage, self.detail, self.began, self.end = stage, "", time.monotonic(), None
+
+    stage: str
+    detail: str
+    began: float
+    end: float | None
+
+    def __rich__(self) -> Text:
+        """Return what is shown at this moment."""
+        now = time.monotonic()
+        left = "" if self.end is None or self.end < now else f", about {self.end - now:.0f} s left"
+        return Text(
+            f"{self.stage:<8} {now - self.began:6.1f} s  {self.detail}{left}", overflow="ellipsis", no_wrap=True
+        )
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
@@ -185,5 +229,6 @@ def show(parts: Iterable[Grid | str]) -> None:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """Print data alone on stdout, for programs."""
+    printed.append(str(data.get("schema")))
     out.file.write(json.dumps(data, indent=2) + "\n")
     out.file.flush()

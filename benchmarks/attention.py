@@ -29,13 +29,13 @@ from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capturing.export import export
 from asapc.commands.study import study_module
-from asapc.fidelity.latency import measure
 from asapc.models.vit import Block, VisionTransformer, sinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.planning.costs import shipped
 from asapc.planning.operators import lower
 from asapc.planning.trials import Attention, fused, sliced_dual
+from asapc.timing.rounds import measure
 from asapc.types.graph import CapturedGraph, DynamicAxis
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from asapc.fidelity.latency import measure
 from asapc.ops.fused import attend
+from asapc.timing.rounds import measure
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json

@@ -36,6 +36,7 @@ from asapc.planning.operators import Operator, build, fusable
 from asapc.planning.propose import why_not_sliced
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import SIDES, Candidate, FeatureSet
+from asapc.types.engine import EngineOptions
 from asapc.types.graph import Axes
 from asapc.types.options import Lowering, Precision
 from asapc.types.samples import Samples
@@ -144,14 +145,14 @@ def builds(teacher: Teacher, precision: Precision, names: Sequence[str] | None =
                 yield row | {"defect": one_line(error)[:200]}
                 continue
             everywhere = (form, lowering) == EVERYWHERE and lengths == "fixed"
-            yield row | engine(onnx, graph.axes, None if everywhere else ONE)
+            yield row | engine(onnx, graph.axes, () if everywhere else ONE)
 
 
-def engine(onnx: OnnxArtifact, axes: Axes | None, architectures: Sequence[str] | None) -> Row:
+def engine(onnx: OnnxArtifact, axes: Axes | None, architectures: tuple[str, ...] = ()) -> Row:
     """Return the architectures that a file is built for, and why it is refused for others."""
     try:
         artifact = build_engine(
-            onnx, onnx.path.with_name("model.engine"), LARGEST_BATCH, axes, "tensorrt-rtx", architectures
+            onnx, onnx.path.with_name("model.engine"), LARGEST_BATCH, axes, "tensorrt-rtx", EngineOptions(architectures)
         )
     except BuildError as error:
         return {"reason": str(error), "node": error.node}

@@ -13,6 +13,7 @@ docs/fidelity.png, and what stands in docs/fidelity.md between the two markers.
 import argparse
 import json
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +26,6 @@ from torch import nn
 
 from asapc.backends.eager.runner import EagerRunner
 from asapc.config import CompileConfig
-from asapc.fidelity.latency import measure
 from asapc.fidelity.outputs import agreement, first_output
 from asapc.fidelity.sites import candidate_fidelity, site_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
@@ -36,6 +36,7 @@ from asapc.planning.costs import estimate, shipped
 from asapc.planning.operators import Operator, build, exact_operator, lower, operators, softmax_operator
 from asapc.planning.propose import propose, split
 from asapc.planning.ranges import score_ranges, wide_sites
+from asapc.timing.rounds import measure
 from asapc.types.choices import SIDES, Alternatives, Candidate, SlicedDualParams
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -146,7 +147,8 @@ def time_one_pass(name: str, teacher: Teacher) -> Row:
         for site in sites:
             lower(site, of_sites[site.name], BATCH, shipped())
     threads = torch.get_num_threads()
-    runners = export_rivals(teacher, modules, threads, lambda detail: None)
+    with tempfile.TemporaryDirectory() as folder:
+        runners = export_rivals(teacher, modules, threads, Path(folder), lambda detail: None)
     runs = measure(runners, held_out, BATCH, SECONDS)
     reference = first_output(EagerRunner(graph.program.module()), held_out)
     rows = {

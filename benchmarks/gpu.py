@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from asapc.fidelity.gpu import clocks, settle
 from asapc.models.vit import sinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.planning.trials import Attention, fused, sliced_dual
+from asapc.timing.gpu import clocks, settle
 from benchmarks.soft_sort import SlicedSoftSort
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu_layers.json"

@@ -39,6 +39,7 @@ from asapc.loading.split import gather_samples
 from asapc.planning.choose import choose
 from asapc.planning.costs import shipped
 from asapc.planning.operators import operators, rivals
+from asapc.types.engine import EngineOptions
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
@@ -79,7 +80,7 @@ def engine_runner(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[EngineRu
         graph = CapturedGraph(export(copy.deepcopy(module).cpu(), two.inputs), two)
         onnx = export_onnx(graph, Path(folder) / "layer.onnx", {}, standard=True)
         here = "SM{}{}".format(*torch.cuda.get_device_capability())
-        engine = build_engine(onnx, Path(folder) / "layer.engine", len(samples), architectures=[here])
+        engine = build_engine(onnx, Path(folder) / "layer.engine", len(samples), options=EngineOptions((here,)))
         return start_engine(engine), samples
 
 

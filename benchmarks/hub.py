@@ -10,6 +10,7 @@ Writes benchmarks/results/hub.json and what stands in docs/benchmarks.md between
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,10 @@ from torch import Tensor, nn
 from asapc.backends.base import Runner
 from asapc.commands.study import study_module
 from asapc.config import CompileConfig
-from asapc.fidelity.latency import time_rounds
 from asapc.planning.choose import choose
 from asapc.planning.costs import shipped
 from asapc.planning.operators import operators
+from asapc.timing.rounds import time_rounds
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
@@ -111,7 +112,8 @@ def compare(case: Case, seconds: float, threads: int) -> dict[str, Any]:
     teacher = study_module(case.build(), samples)
     modules = operators(teacher.sites, choose(teacher, CompileConfig(level=1), shipped()))
     assert len(modules) == len(teacher.sites) > 0, f"{case.name}: not all loops are replaced"
-    runners = export_rivals(teacher, {LOOP: {}, COMPILED: modules}, threads, lambda detail: None)
+    with tempfile.TemporaryDirectory() as folder:
+        runners = export_rivals(teacher, {LOOP: {}, COMPILED: modules}, threads, Path(folder), lambda detail: None)
     times = time_rounds(runners, samples, case.batch, seconds, SEED, MIN_ROUNDS)
     interval = bootstrap(
         (times[COMPILED], times[LOOP]),

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from asapc.fidelity.latency import measure
 from asapc.ops.features import mean, project, variance
 from asapc.passes.record import record
 from asapc.planning.activations import activation
@@ -32,6 +31,7 @@ from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.propose import split
 from asapc.planning.trials import sliced_dual
 from asapc.relu.networks import Manifold, ReLUNetworks, sum_of_waves, to_networks, to_peaks
+from asapc.timing.rounds import measure
 from asapc.types.choices import FeatureSet, SlicedDualParams
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from asapc.fidelity.latency import measure
 from asapc.ops.features import dual_features
 from asapc.ops.potentials import potentials
+from asapc.timing.rounds import measure
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capturing.export import export
-from asapc.fidelity.latency import time_rounds
 from asapc.ops.guarded import GuardedSinkhorn
 from asapc.ops.small import SmallSinkhorn
+from asapc.timing.rounds import time_rounds
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Floor, Guard

@@ -17,7 +17,6 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import asapc
 from asapc.__main__ import CYCLES
-from asapc.config import CompileConfig
 from asapc.models.pointset import PointTransformer
 
 
@@ -76,8 +75,9 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory) -> None:
-    """Keep the user's cache out of the tests, and the tests out of it; processes that they start inherit this."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """Keep the user's cache and key out of the tests, and the tests out of them, in processes that they start too."""
+    for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        os.environ[name] = str(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,6 @@ def point_model(tmp_path_factory):
     def compile_it(**options):
         out = tmp_path_factory.mktemp("compiled") / "out"
         with quick_compilation():
-            return asapc.compile_model(folder / "model.pt", CompileConfig(out=out, **fixed, **quick, **options))
+            return asapc.compile(folder / "model.pt", out=out, **fixed, **quick, **options)
 
     return teacher, compile_it

@@ -16,16 +16,21 @@ from helpers.paths import ROOT
 
 # From the top down: each folder, or file that stands alone, of the library, with all others that it imports.
 ARROWS = {
-    "cli": "terminal doctor showing commands planning relu writing process models config errors version",
+    "cli": "cli_timing terminal doctor showing commands planning relu writing runtime process models config errors "
+    "version",
+    "cli_timing": "terminal showing showing_timing commands writing config",
     "terminal": "showing process config types errors events",
     "doctor": "showing errors version",  # of the library nothing else: it must work where torch does not
+    "showing_timing": "showing",
     "showing": "writing",
-    "commands": "pictures planning fidelity relu writing backends capturing loading passes config types errors events "
-    "version",
+    "commands": "pictures planning fidelity timing relu writing backends capturing loading passes config types errors "
+    "events version",
     "planning": "fidelity backends passes ops config types errors",
-    "writing": "pictures backends capturing loading passes process config types errors hashes version",
+    "writing": "pictures runtime backends capturing loading passes process config types errors hashes version",
+    "runtime": "backends loading types errors",
     "relu": "pictures backends capturing passes types errors version",
     "fidelity": "backends passes types errors",
+    "timing": "backends types",
     "backends": "capturing loading passes ops types errors",
     "capturing": "loading passes types errors",
     "loading": "config types errors hashes",
@@ -35,7 +40,7 @@ ARROWS = {
     "config": "types errors",
     "types": "errors",
     "process": "errors",
-    "pictures": "errors",
+    "pictures": "",
     "events": "",
     "errors": "",
     "hashes": "",
@@ -44,10 +49,12 @@ ARROWS = {
 # Below which modules a package may be imported at all, and whether inside functions only.
 PLACES = {
     "rich": (("asapc.cli", "asapc.terminal"), False),
-    "typer": (("asapc.cli", "asapc.terminal"), False),
+    "typer": (("asapc.cli", "asapc.cli_timing", "asapc.terminal"), False),
     "onnxruntime": (("asapc.backends.onnxruntime",), True),
     "transformers": (("asapc.loading.described",), True),
     "huggingface_hub": (("asapc.loading.described",), True),
+    "jinja2": (("asapc.writing.html", "asapc.writing.usage"), True),
+    "matplotlib": (("asapc.pictures", "benchmarks"), False),
     "tensorrt": (("asapc.backends.tensorrt",), True),
     "tensorrt_rtx": (("asapc.backends.tensorrt",), True),
     "cuda.bindings": (("asapc.backends.tensorrt",), True),

@@ -120,6 +120,7 @@ def toml(folder: Path, text: str) -> Path:
 EVERY_OPTION = """
 out = "folder"
 force = true
+samples_in_folder = 2
 dump = "stages"
 calib = "samples.npz"
 fidelity = ["agreement>=0.9", "relc<=0.1"]
@@ -141,6 +142,12 @@ output_names = "logits,attention"
 operators = "sorted, exact"
 slices = [0, 4]
 pieces = [4]
+gpu_arch = "sm86,sm120"
+workspace = "2GB"
+profile = ["x=1x3:2x3:4x3"]
+timing_cache = "times.bin"
+version_compatible = true
+hardware_compatible = true
 batches = [1, 8]
 seconds = 2
 threads = 1
@@ -161,6 +168,7 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
     assert config == CompileConfig(
         out=Path("folder"),
         force=True,
+        samples_in_folder=2,
         dump=Path("stages"),
         calib=Path("samples.npz"),
         fidelity=("agreement>=0.9", "relc<=0.1"),
@@ -183,6 +191,12 @@ def test_every_option_can_stand_in_a_toml_file(spelling, tmp_path):
         operators="sorted, exact",
         slices=(0, 4),
         pieces=(4,),
+        gpu_arch="sm86,sm120",
+        workspace="2GB",
+        profile=("x=1x3:2x3:4x3",),
+        timing_cache=Path("times.bin"),
+        version_compatible=True,
+        hardware_compatible=True,
         batches=(1, 8),
         seconds=2.0,
         threads=1,

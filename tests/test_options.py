@@ -7,13 +7,14 @@ from typing import Annotated
 import pytest
 from helpers.paths import ROOT
 
-from asapc.config import OPTIONS, CompileConfig, options_page
+from asapc.config import OPTIONS, CompileConfig
 from asapc.types.options import Option, Range, declared
+from asapc.writing.options_page import options_page
 
 
 def test_the_page_of_options_is_what_the_declarations_say():
     page = (ROOT / "docs" / "options.md").read_text()
-    # Write it anew: python -c "import asapc.config as c; print(c.options_page(), end='')" > docs/options.md
+    # Write it anew: python -c "import asapc.writing.options_page as p; print(p.options_page(), end='')" > PAGE
     assert page == options_page()
 
 

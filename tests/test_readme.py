@@ -19,7 +19,7 @@ def lines_of(page: Path) -> list[str]:
 
 COMMANDS = [line for line in lines_of(README) if not line.startswith(SKIPPED)]
 # Those on a model of one's own: tests/test_tutorial.py makes it and runs them.
-OWN = [line for line in COMMANDS if "--model" in line]
+OWN = [line for line in COMMANDS if "shapes" in line]
 SHIPPED = [line for line in COMMANDS if line not in OWN]
 PYTHON = [text for language, text in code_blocks(README) if language == "python"]
 
@@ -53,6 +53,6 @@ def test_the_folder_of_the_readme_is_made_by_its_own_command() -> None:
 
 
 def test_the_python_of_the_readme_runs(readme_folder: Path) -> None:
-    (code,) = (text for text in PYTHON if 'compile_model("models/digits.pt"' in text)
+    (code,) = (text for text in PYTHON if 'compile("models/digits.pt"' in text)
     assert "PASSED" in documents.run(documents.quick_words(code), readme_folder)
     assert (readme_folder / "exact.asap" / "model.onnx").is_file()

@@ -17,10 +17,10 @@ from asapc.commands.target import products_of, provider_of
 from asapc.config import CompileConfig
 from asapc.errors import DependencyError, OptionError
 from asapc.events import OnEvent, stage
-from asapc.fidelity.latency import measure
 from asapc.planning.costs import Shape, work
 from asapc.planning.trials import FEW_OPERATORS, FEW_SHAPES, Attention, operators
 from asapc.planning.unit_costs import Binding, Trial, fit_costs, median_error
+from asapc.timing.rounds import measure
 from asapc.types.costs import SCHEMA, Provider
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples

@@ -10,8 +10,8 @@ from asapc.backends.onnxruntime.cuda import CudaRunner
 from asapc.backends.tensorrt.loader import start_engine
 from asapc.backends.tensorrt.runner import EngineRunner
 from asapc.errors import AsapcError, one_line
-from asapc.fidelity.gpu import clocks, settle
-from asapc.fidelity.latency import measure, time_once
+from asapc.timing.gpu import clocks, settle
+from asapc.timing.rounds import measure, milliseconds
 from asapc.types.artifacts import EngineResult, OnnxArtifact
 from asapc.types.results import GpuLatency, LatencyRun
 from asapc.types.samples import Samples
@@ -54,7 +54,7 @@ def measure_gpu(
         if engine is not None:
             runners["engine"] = engine
         # One after the other here, and interleaved below: each has kernels to choose or to compile.
-        rests = [settle(partial(time_once, runner, inputs)) for runner in runners.values()]
+        rests = [settle(partial(milliseconds, runner, inputs)) for runner in runners.values()]
         settled = settled and all(rests)
         runs += measure(runners, samples, batch, seconds, seed)
     device = torch.cuda.get_device_name() if engine is None else engine.device

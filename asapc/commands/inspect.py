@@ -1,11 +1,14 @@
 """`asapc inspect`: the Sinkhorn loops of a model, without compiling it."""
 
 from pathlib import Path
+from typing import Any
 
 from asapc.commands.study import study
 from asapc.config import CompileConfig
 from asapc.errors import NoSinkhornError
 from asapc.events import OnEvent
+from asapc.loading.folder import read_folder
+from asapc.loading.manifest import MANIFEST
 from asapc.loading.split import probe_samples
 from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
@@ -27,6 +30,20 @@ def inspect_model(
     drawn = bool(config.input_shape) and config.calib is None
     notes = (f"probed with random inputs, seed {config.seed}",) if drawn else ()
     return study(path, config, example_samples, on_event, notes=notes).findings
+
+
+def is_compiled(path: Path) -> bool:
+    """Return whether a path is a folder with a manifest, as `asapc compile` writes it."""
+    return (path / MANIFEST).is_file()
+
+
+def inspect_folder(folder: Path) -> dict[str, Any]:
+    """Return the report of a compiled folder, after checking that its files are those that were written.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    return read_folder(folder)
 
 
 def example_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples, Samples]:

@@ -37,11 +37,7 @@ class Tradeoffs:
         return rows
 
     def draw(self, path: str | Path) -> None:
-        """Draw error and agreement by estimated time, as .png, .svg or .pdf.
-
-        Raises:
-            DependencyError: matplotlib is not installed.
-        """
+        """Draw error and agreement by estimated time, as .png, .svg or .pdf."""
         rows = [row for row in self.rows if row["times_softmax"] is not None]
         figure = new_figure()
         with_agreement = self.rows[0]["reached"]["agreement"] is not None

@@ -1,6 +1,6 @@
 """`asapc verify`: the fidelity of a compiled model on other samples, against its teacher or its stored outputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
@@ -16,10 +16,11 @@ from asapc.errors import CaptureError, CheckpointError, OptionError, SamplesErro
 from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
-from asapc.loading.folder import COMPILE, MODEL, OPERATORS, read_folder
+from asapc.loading.folder import MODEL, OPERATORS, read_folder
 from asapc.loading.inputs import compare_types, named, narrowed, order_inputs
-from asapc.loading.model import load_model
+from asapc.loading.manifest import COMPILE
 from asapc.loading.samples import load_samples
+from asapc.loading.teacher import load_teacher
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_safetensors
 from asapc.planning.operators import operators
@@ -171,23 +172,20 @@ def verify_model(
         folder: what `compile_model` wrote.
         data: samples, named as the model's inputs, with labels where there are any.
         teacher: the model that was compiled; None for the path that the report names.
-        config: options; the budget matters, and those that say how to read the teacher, as they did when it was
-            compiled.
+        config: options; the budget matters, and those that say how to read the teacher, where that is not as the
+            report says.
         show: called with the result before it is held to the budget.
 
     Raises:
-        CheckpointError: the folder is not whole, or was not compiled from this teacher.
-        OptionError: `unsafe_load` without a teacher.
+        CheckpointError: the folder is not whole, was not compiled from this teacher, or comes from elsewhere and names
+            code that builds it.
+        OptionError: `unsafe_load` without a teacher, or no teacher where that was an object in Python.
         SamplesError: the samples do not fit the model, or do not show what a term of `config` is about.
         FidelityError: the budget is missed: that of `config`, else what the model was compiled to keep.
     """
     config = config or CompileConfig()
-    if config.unsafe_load and teacher is None:
-        raise OptionError("--unsafe-load would run a file that the folder names", "name it yourself, with --teacher")
     report = read_folder(folder)
-    loaded = load_model(teacher or Path(report["model"]["path"]), config)
-    if loaded.sha256 != report["model"]["sha256"]:
-        raise CheckpointError(f"{loaded.path} is not the model that {folder} was compiled from", "give its --teacher")
+    loaded = load_teacher(folder, report, teacher, config)
     samples, compiled = order_inputs(loaded, load_samples(data)), OnnxRuntimeRunner(folder / MODEL)
     compare_types(folder / MODEL, samples, compiled.inputs)
     ratings = rate_sites(folder, report, loaded, samples, config)
@@ -236,21 +234,30 @@ def rate_sites(
     if [facts(site_data(site)) for site in sites] != [facts(site) for site in stored]:
         note = "sites are not rated, since their loops do not show on these samples as they did in calibration"
         return Ratings(note=note, samples_at_once=at_once)
-    parameters = Source.at(folder / OPERATORS, CheckpointError)
-    tensors = read_safetensors(parameters)
-    pairs = zip(sites, stored, strict=True)
-    choices = {site.name: Choice(read_choice(parameters, site, of, tensors), "") for site, of in pairs}
+    selection = stored_selection(folder, report, sites)
     try:
-        # As it was compiled, whatever the spread of these samples.
-        wide = frozenset(site["name"] for site in stored if site["wide"])
-        modules = operators(sites, Selection(choices, wide))
+        modules = operators(sites, selection)
         fidelities = site_fidelity(teacher.graph, sites, modules, samples)
     except (RuntimeError, IndexError, ValueError) as error:  # shapes that torch cannot bring together
+        parameters = Source.at(folder / OPERATORS, CheckpointError)
         raise parameters.refuse(f"its parameters do not fit the model: {one_line(error)}", COMPILE) from error
     ranges = score_ranges(teacher.graph, sites, samples)
     calibrated = {site["name"]: site["calibration_range"] for site in stored}
     outside = {name: share_outside(scores.deviations, *calibrated[name]) for name, scores in ranges.items()}
     return Ratings(fidelities, outside, samples_at_once=at_once)
+
+
+def stored_selection(folder: Path, report: Mapping[str, Any], sites: Sequence[Site]) -> Selection:
+    """Return the operators that a folder holds, for the sites of its teacher, which are those of its report.
+
+    Raises:
+        CheckpointError: the parameters in the folder are not those of the report.
+    """
+    parameters = Source.at(folder / OPERATORS, CheckpointError)
+    tensors, pairs = read_safetensors(parameters), zip(sites, report["sites"], strict=True)
+    choices = {site.name: Choice(read_choice(parameters, site, of, tensors), "") for site, of in pairs}
+    # As it was compiled, whatever the spread of other samples.
+    return Selection(choices, frozenset(site["name"] for site in report["sites"] if site["wide"]))
 
 
 def facts(site: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -66,7 +66,10 @@ MODULES = {
 }
 COMPILER = "asapc.commands.compile"
 # What compiling imports only where it needs it.
-LATER = "import jsonschema, numpy, onnxscript, platformdirs, safetensors.torch, scipy.interpolate, scipy.optimize"
+LATER = (
+    "import jinja2, jsonschema, matplotlib, numpy, onnxscript, platformdirs, safetensors.torch, scipy.interpolate, "
+    "scipy.optimize, scipy.stats"
+)
 
 # The driver by its own interface: it needs no package, and no nvidia-smi, which containers often lack.
 CUDA = """

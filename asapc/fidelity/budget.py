@@ -86,8 +86,10 @@ def check_budget(fidelity: Fidelity, budget: Sequence[Bound], cost: float | None
         hop = worst_hop(fidelity, verdict.missed[0].bound)
         step = f"; of all steps {hop.name} changes the outputs most, by {hop.rel:.1e} relative" if hop else ""
         step += "" if cost is None else f"; its operators take {cost:.0%} of the exact forms' time, as estimated"
+        closest = " and ".join(str(term.tightest) for term in verdict.missed)
         raise FidelityError(
-            f"FAILED: {verdict.told}, on {fidelity.samples} samples{step}", HINTS[hop.name if hop else "amortisation"]
+            f"FAILED: {verdict.told}, on {fidelity.samples} samples; {closest} would have passed{step}",
+            HINTS[hop.name if hop else "amortisation"],
         )
     return verdict
 

@@ -1,6 +1,7 @@
 """Builds the model that the user names with `--model package.module:factory`: the user's own, trusted code."""
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -75,6 +76,11 @@ def build_model(name: str, args: str | Mapping[str, Any] | None) -> nn.Module:
             "build the model without torch.jit.script and torch.jit.trace",
         )
     return model
+
+
+def call_of(name: str, args: str | Mapping[str, Any] | None) -> str:
+    """Write the call of a factory with its arguments as JSON, the same for the same call; see `build_model`."""
+    return json.dumps([name, read_arguments(args)], sort_keys=True, default=repr)
 
 
 def find_factory(module_name: str, attribute: str) -> Any:

@@ -1,19 +1,16 @@
 """Reads folders that `asapc compile` wrote, or that somebody wants to be taken for one."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asapc.errors import AsapcError, CheckpointError, OptionError
+from asapc.errors import CheckpointError, OptionError
+from asapc.loading.manifest import MANIFEST, read_checked, read_manifest, refusal
 from asapc.loading.onnx.reader import check_self_contained
-from asapc.loading.schemas import departure
 from asapc.loading.untrusted.source import Source
-from asapc.loading.untrusted.texts import read_json
 from asapc.types.budget import parse_bound
 
-MANIFEST, REPORT, MODEL, OPERATORS = "manifest.json", "report.json", "model.onnx", "operator.safetensors"
-COMPILE = "compile the model again"
+REPORT, MODEL, OPERATORS = "report.json", "model.onnx", "operator.safetensors"
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
@@ -25,52 +22,11 @@ def read_folder(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: one of these does not hold; the message names the file.
     """
-    names = list_files(folder)
-    manifest = read_checked(folder / MANIFEST)
-    check_files(folder, names, manifest["files"])
+    manifest = read_manifest(folder)
     report = read_checked(folder / REPORT)
     check_report(folder, report, manifest)
     check_self_contained(Source.at(folder / MODEL, CheckpointError))
     return report
-
-
-def list_files(folder: Path) -> set[str]:
-    """Return the names of a folder's files, all of which are regular; links are not."""
-    try:
-        entries = sorted(folder.iterdir())
-    except (OSError, ValueError):
-        if not os.path.lexists(folder):
-            raise CheckpointError(f"cannot read {folder}: no such folder", "check the path") from None
-        raise CheckpointError(f"{folder} was not written by `asapc compile`", COMPILE) from None
-    for entry in entries:
-        if entry.is_symlink() or not entry.is_file():
-            raise refusal(entry, "it is not a regular file")
-    names = {entry.name for entry in entries}
-    if MANIFEST not in names:
-        raise CheckpointError(f"{folder} was not written by `asapc compile`, or is incomplete", COMPILE)
-    return names
-
-
-def check_files(folder: Path, names: set[str], files: Mapping[str, Any]) -> None:
-    """Refuse files that are missing, not listed or changed; sizes are compared first, since hashes take time."""
-    for name in sorted(files.keys() - names):
-        raise refusal(folder / name, "it is missing")
-    for name in sorted(names - files.keys() - {MANIFEST}):
-        raise refusal(folder / name, f"{MANIFEST} does not list it")
-    for name, facts in files.items():
-        if (folder / name).stat().st_size != facts["bytes"]:
-            raise refusal(folder / name, "it changed since it was written")
-    for name, facts in files.items():
-        if Source.at(folder / name, CheckpointError).sha256 != facts["sha256"]:
-            raise refusal(folder / name, "it changed since it was written")
-
-
-def read_checked(path: Path) -> dict[str, Any]:
-    """Read a manifest or report that keeps to its schema."""
-    content: dict[str, Any] = read_json(Source.at(path, CheckpointError), COMPILE)
-    if (why := departure(content, path.stem)) is not None:
-        raise refusal(path, why)
-    return content
 
 
 def check_report(folder: Path, report: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -85,13 +41,13 @@ def check_report(folder: Path, report: Mapping[str, Any], manifest: Mapping[str,
     for artifact in report["artifacts"]:
         if manifest["files"].get(artifact["path"], {}).get("sha256") != artifact["sha256"]:
             raise refusal(folder / REPORT, f"{MANIFEST} has no such file as its {artifact['path'][:80]!r}")
+    runs = {(run["name"], run["batch"]) for run in report["latency"]["runs"]}
+    if lacking := {name for name, _ in runs} - report["fidelity"]["variants"].keys():
+        raise refusal(folder / REPORT, f"it has the latency of {min(lacking)}, and not its fidelity")
+    if any(("compiled", batch) not in runs for _, batch in runs):
+        raise refusal(folder / REPORT, "it lacks the latency of the compiled model")
     try:
         for term in report["budget"]:
             parse_bound(term)
     except OptionError as error:
         raise refusal(folder / REPORT, str(error)) from None
-
-
-def refusal(path: Path, why: str) -> AsapcError:
-    """Return the error that says what is wrong with a file of a folder."""
-    return CheckpointError(f"cannot read {path}: {why}", COMPILE)

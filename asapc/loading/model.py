@@ -13,7 +13,7 @@ from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, OptionError, one_line
 from asapc.loading.checkpoint import FORMAT, build_checkpoint, checkpoint_samples
 from asapc.loading.described import build_described
-from asapc.loading.factories import build_model, working_directory_importable
+from asapc.loading.factories import build_model, call_of, working_directory_importable
 from asapc.loading.hub import is_hub, read_hub
 from asapc.loading.lines import told
 from asapc.loading.onnx.module import load_onnx
@@ -165,17 +165,19 @@ def load_content(
         described: a model that is built already, with its name.
     """
     value, notes = content.value, list(content.notes)
-    calibration = held_out = None
+    calibration = held_out = call = None
     if isinstance(value, Mapping) and value.get("format") == FORMAT:
         calibration, held_out = (checkpoint_samples(source, value, key) for key in ("calibration", "held_out"))
     if config.model is not None:
         described = config.model, unwrapped(build_model(config.model, config.model_args))
+        call = call_of(config.model, config.model_args)
     if described is not None:
         name, module = described
         with content.explaining():
             notes += load_weights(source, name, module, value, config.weights)
     elif isinstance(value, Mapping) and value.get("format") == FORMAT:
         module = build_checkpoint(source, value)
+        call = call_of(value["model"], value["model_args"])
     elif match := next(find_modules(value), None):
         place, module = match
         check_finite(source, module.named_parameters(), module.named_buffers())
@@ -194,6 +196,7 @@ def load_content(
         calibration=calibration,
         held_out=held_out,
         notes=tuple(notes),
+        call=call,
     )
 
 

@@ -39,20 +39,35 @@ def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples,
     Raises:
         SamplesError: there are none, too few, or they do not fit the model.
     """
-    if config.calib is None:
-        if loaded.calibration is None or loaded.held_out is None:
-            raise SamplesError(
-                f"{loaded.path} carries no calibration samples",
-                "give real inputs with --calib file.npz; asapc never makes up random ones",
-            )
-        calibration, held_out = loaded.calibration, loaded.held_out
-    else:
-        samples = load_samples(Path(config.calib))
-        compare_kinds(Path(config.calib), samples, loaded.calibration)
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
-        shuffled = samples[order.tolist()]
-        split = len(samples) // HELD_OUT_SHARE
-        calibration, held_out = shuffled[split:], shuffled[:split]
+    if config.calib is not None:
+        return split_samples(loaded, load_samples(Path(config.calib)), str(config.calib), config.seed)
+    if loaded.calibration is None or loaded.held_out is None:
+        raise SamplesError(
+            f"{loaded.path} carries no calibration samples",
+            "give real inputs with --calib file.npz; asapc never makes up random ones",
+        )
+    return order_parts(loaded, loaded.calibration, loaded.held_out)
+
+
+def split_samples(loaded: LoadedModel, samples: Samples, label: str, seed: int) -> tuple[Samples, Samples]:
+    """Shuffle samples with a seed and hold a quarter out.
+
+    Raises:
+        SamplesError: they are too few, or do not fit the model; `label` begins the message.
+    """
+    compare_kinds(label, samples, loaded.calibration)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+    shuffled = samples[order.tolist()]
+    split = len(samples) // HELD_OUT_SHARE
+    return order_parts(loaded, shuffled[split:], shuffled[:split])
+
+
+def order_parts(loaded: LoadedModel, calibration: Samples, held_out: Samples) -> tuple[Samples, Samples]:
+    """Put both in the order of the model's inputs.
+
+    Raises:
+        SamplesError: they are too few, do not fit the model, or each other.
+    """
     if len(calibration) < MIN_CALIBRATION or len(held_out) < MIN_HELD_OUT:
         raise SamplesError(
             f"{len(calibration)} calibration and {len(held_out)} held-out samples are too few",
@@ -67,7 +82,7 @@ def gather_samples(loaded: LoadedModel, config: CompileConfig) -> tuple[Samples,
     return calibration, held_out
 
 
-def compare_kinds(path: Path, samples: Samples, reference: Samples | None) -> None:
+def compare_kinds(label: str, samples: Samples, reference: Samples | None) -> None:
     """Raise SamplesError where samples differ in shape or dtype from those that the checkpoint carries, if any."""
     for name, value in samples.inputs.items():
         expected = reference.inputs.get(name) if reference else None
@@ -77,7 +92,7 @@ def compare_kinds(path: Path, samples: Samples, reference: Samples | None) -> No
         cast = (value.dtype, expected.dtype) == (torch.float64, torch.float32)
         if value.shape[1:] != expected.shape[1:] or not (cast or value.dtype == expected.dtype):
             raise SamplesError(
-                f"{path}: {name} is {tuple(value.shape)} {value.dtype}, the model was trained on "
+                f"{label}: {name} is {tuple(value.shape)} {value.dtype}, the model was trained on "
                 f"(samples, {', '.join(map(str, expected.shape[1:]))}) {expected.dtype}",
                 "give samples of the shape and dtype that the model was trained on",
             )

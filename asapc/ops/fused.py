@@ -7,6 +7,8 @@ which it has in a form that never stores the scores (FlashAttention, arXiv 2205.
 gives them no mass: an actual mask would disable fast kernels.
 """
 
+from typing import Any
+
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -36,6 +38,23 @@ def _(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.
     return queries.new_empty(*queries.shape[:-1], values.shape[-1])
 
 
+def keep_operands(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> None:
+    """Keep what gradients need: the operands, from which the scores are computed again."""
+    ctx.save_for_backward(*inputs)
+
+
+def attention_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of queries, keys and values; unlike `attention` this holds the scores."""
+    queries, keys, values = ctx.saved_tensors
+    weights = torch.softmax(queries @ keys.mT, dim=-1)
+    of_weights = gradient @ values.mT
+    of_scores = weights * (of_weights - (weights * of_weights).sum(dim=-1, keepdim=True))
+    return of_scores @ keys, of_scores.mT @ queries, weights.mT @ gradient
+
+
+attention.register_autograd(attention_gradients, setup_context=keep_operands)
 ATTENTION = torch.ops.asapc.attention.default
 
 

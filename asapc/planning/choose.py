@@ -1,6 +1,7 @@
 """Chooses the operator of each site: the cheapest that keeps the budget, at the site and in the whole model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import inf
 
 from asapc.config import CompileConfig
@@ -10,8 +11,8 @@ from asapc.planning.cache import Cache
 from asapc.planning.check import Check
 from asapc.planning.front import closer, front, model_front, relc
 from asapc.planning.propose import why_not_sliced
-from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS
-from asapc.types.choices import Candidate, Choice, Selection
+from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS, Bound, Term, Verdict
+from asapc.types.choices import Candidate, Cheaper, Choice, Selection
 from asapc.types.costs import CostModel
 from asapc.types.results import Fidelity, SiteFidelity
 from asapc.types.site import Site
@@ -68,11 +69,14 @@ def decide(check: Check, config: CompileConfig, advance: Callable[[str], None] =
     if config.level == 1 or not config.bounds() or any(bound.metric in SITE_METRICS for bound in config.bounds()):
         return repair(check, selection_of(check, config), config, advance)
     rows = rows_of(check, config)
+    cheaper: Cheaper | None = None
     for number, row in enumerate(rows, 1):
         advance(f"checking the whole model, row {number} of {len(rows)}")
-        if judge_budget(check(row, of_sites=False), config.bounds()).passed:
-            return row
-    return rows[-1]  # it misses the budget, which the gate on the compiled model will say
+        verdict = judge_budget(check(row, of_sites=False), config.bounds())
+        if verdict.passed or row is rows[-1]:  # the last misses the budget, which the gate on the compiled model says
+            break
+        cheaper = missed_by(row, rows[number], verdict)
+    return replace(row, cheaper=cheaper)
 
 
 def all_kept(check: Check) -> Selection:
@@ -148,15 +152,38 @@ def keeps(fidelity: SiteFidelity | None, most: Mapping[str, float]) -> bool:
 
 def repair(check: Check, selection: Selection, config: CompileConfig, advance: Callable[[str], None]) -> Selection:
     """Spend on closer operators until the whole model keeps the budget on held-out samples, or nothing is left."""
+    cheaper = cheaper_at_a_site(selection, config)
     while True:
         advance(f"checking the whole model, {selection.repairs} repairs")
         fidelity = check(selection)
-        if judge_budget(fidelity, config.bounds()).passed:
-            return selection
-        step = closer(selection, sites_that_miss(check.teacher.sites, fidelity, config), MISSED)
-        if step is None:
-            return selection  # it misses the budget, which the gate on the compiled model will say
+        verdict = judge_budget(fidelity, config.bounds())
+        offenders = [] if verdict.passed else sites_that_miss(check.teacher.sites, fidelity, config)
+        step = closer(selection, offenders, MISSED)
+        if step is None:  # where it misses the budget, the gate on the compiled model will say so
+            return replace(selection, cheaper=cheaper)
+        cheaper = missed_by(selection, step, verdict)
         selection = step
+
+
+def missed_by(row: Selection, step: Selection, verdict: Verdict) -> Cheaper:
+    """Say of a selection by which terms it misses the budget, beside the next closer one."""
+    pairs = {name: (choice.candidate, step.choices[name].candidate) for name, choice in row.choices.items()}
+    others = {name: candidate for name, (candidate, closer) in pairs.items() if candidate is not closer}
+    return Cheaper(others, row.cost, True, tuple(verdict.missed))
+
+
+def cheaper_at_a_site(selection: Selection, config: CompileConfig) -> Cheaper | None:
+    """Return the selection with one site's next cheaper operator, where that saves least; None without any."""
+    limits = site_limits(config)
+    options: list[Cheaper] = []
+    for name, choice in selection.choices.items():
+        below = [candidate for candidate in choice.front if candidate.cost < choice.candidate.cost < inf]
+        if below and below[-1].fidelity is not None:
+            terms = [Term(Bound(m, limits[m]), getattr(below[-1].fidelity, SITE_METRICS[m])) for m in limits]
+            missed = [term for term in terms if not term.reached <= MARGIN * term.bound.limit]
+            cost = selection.cost - choice.candidate.cost + below[-1].cost
+            options.append(Cheaper({name: below[-1]}, cost, False, tuple(missed), MARGIN))
+    return max((option for option in options if option.missed), key=lambda option: option.cost, default=None)
 
 
 def sites_that_miss(sites: Sequence[Site], fidelity: Fidelity, config: CompileConfig) -> list[str]:

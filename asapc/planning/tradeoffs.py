@@ -25,22 +25,17 @@ def find_tradeoffs(check: Check, config: CompileConfig, advance: Callable[[str],
     """
     chosen = decide(check, config, advance)
     selections = {check.name(selection): selection for selection in (*rows_of(check, config), chosen)}
-    ordered = sorted(selections.values(), key=cost_of)
+    ordered = sorted(selections.values(), key=lambda selection: selection.cost)
     rows: list[Tradeoff] = []
     for number, selection in enumerate(ordered, 1):
         advance(f"checking the whole model, row {number} of {len(ordered)}")
         is_chosen = check.name(selection) == check.name(chosen)
-        rows.append(Tradeoff(selection, cost_of(selection), reached(check(selection, of_sites=False)), None, is_chosen))
+        rows.append(Tradeoff(selection, selection.cost, reached(check(selection, of_sites=False)), None, is_chosen))
     terms = [term_of(row.reached, [other.reached for other in rows[:number]]) for number, row in enumerate(rows)]
     return [
         replace(row, term=term) if term and gives(check, config, term, row.selection) else row
         for row, term in zip(rows, terms, strict=True)
     ]
-
-
-def cost_of(selection: Selection) -> float:
-    """Return the estimated milliseconds of a selection's operators."""
-    return sum(choice.candidate.cost for choice in selection.choices.values())
 
 
 def gives(check: Check, config: CompileConfig, term: str, selection: Selection) -> bool:

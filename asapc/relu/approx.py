@@ -238,11 +238,7 @@ def save_onnx(approximation: Approximation, path: Path) -> None:
 
 
 def save_plot(approximation: Approximation, path: Path, title: str) -> None:
-    """Draw the function, the network and the error.
-
-    Raises:
-        DependencyError: matplotlib is not installed.
-    """
+    """Draw the function, the network and the error."""
     figure = new_figure()
     with torch.no_grad():
         values = approximation.network.double()(approximation.x.unsqueeze(-1)).squeeze(-1)

@@ -1,17 +1,30 @@
 """Files that a compilation writes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from asapc.types.engine import EngineLayer, Place
 
 
 @dataclass(frozen=True, eq=False)
 class OnnxArtifact:
-    """An ONNX file that onnx.checker accepts."""
+    """An ONNX file that onnx.checker accepts.
+
+    Attributes:
+        path: the file.
+        opset: version of the ONNX standard.
+        places: where nodes come from, by their name; the file itself tells nothing of the user's machine.
+    """
 
     path: Path
     opset: int
+    places: Mapping[str, Place] = field(default_factory=dict)
+
+    def place_of(self, node: str) -> Place:
+        """Return where a node comes from; passes call those that they make of one NODE/PART."""
+        return self.places.get(node) or self.places.get(node.rpartition("/")[0]) or Place()
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +38,8 @@ class EngineArtifact:
         refused: architectures that the compiler knows but cannot build this model for, with its reason.
         compatible: what it runs on beside: "version" for later versions of its builder, "hardware" for later GPUs.
         sha256: of the file, where it is known.
+        layers: of which it consists, as far as the compiler's log lists them.
+        notes: what the user should know of the build, in sentences.
     """
 
     path: Path
@@ -33,6 +48,8 @@ class EngineArtifact:
     refused: Mapping[str, str]
     compatible: tuple[str, ...] = ()
     sha256: str | None = None
+    layers: tuple[EngineLayer, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

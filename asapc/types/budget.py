@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from math import ceil, floor, isfinite, log10
 from typing import NamedTuple
 
 from asapc.errors import OptionError
@@ -42,6 +43,15 @@ class Term:
     def met(self) -> bool:
         """Whether the model keeps it."""
         return self.bound.met(self.reached)
+
+    @property
+    def tightest(self) -> Bound:
+        """The closest term that the model keeps, to three digits or more."""
+        if not self.reached or not isfinite(self.reached):
+            return Bound(self.bound.metric, self.reached)
+        unit = 10.0 ** (floor(log10(abs(self.reached))) - 2)
+        outward = floor if METRICS[self.bound.metric] == ">=" else ceil
+        return Bound(self.bound.metric, float(f"{outward(round(self.reached / unit, 9)) * unit:.12g}"))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from asapc.types.budget import Term
 from asapc.types.options import Lowering, OperatorKind
 from asapc.types.results import SiteFidelity
 
@@ -147,6 +148,26 @@ class Alternatives:
 
 
 @dataclass(frozen=True, eq=False)
+class Cheaper:
+    """The next cheaper selection, and why it was not taken.
+
+    Attributes:
+        candidates: its operators where they are other ones, by the site's name.
+        cost: estimated milliseconds of its operators at all sites, at the largest batch.
+        held_out: whether the whole model missed the terms on held-out samples; else the sites did, on calibration
+            samples that were not fitted.
+        missed: the terms of the budget that it misses.
+        margin: share of a limit that had to be kept.
+    """
+
+    candidates: Mapping[str, Candidate]
+    cost: float
+    held_out: bool
+    missed: tuple[Term, ...]
+    margin: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class Selection:
     """The compiler's choice of operators: one for each site, by the site's name.
 
@@ -155,12 +176,19 @@ class Selection:
         wide: sites whose scores spread so far that the scaling form has to level its kernel twice, see `ops.scaling`.
         ranges: least and largest standard deviation of a calibration sample's scores, see `planning.ranges.ScoreRange`.
         repairs: how often a site got a closer operator because the whole model missed the budget on held-out samples.
+        cheaper: the next cheaper selection; None where there is none, or its cost is not known.
     """
 
     choices: Mapping[str, Choice]
     wide: frozenset[str] = frozenset()
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     repairs: int = 0
+    cheaper: Cheaper | None = None
+
+    @property
+    def cost(self) -> float:
+        """Estimated milliseconds of the operators at the largest batch; infinite where a loop is kept."""
+        return sum(choice.candidate.cost for choice in self.choices.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,8 @@ class LoadedModel:
         example: inputs that are good enough to capture the model with, not to fit on; None for none.
         notes: what the user should know about how the file was read.
         output_names: what to call the outputs, in their order; empty for the names that the model gives them.
+        call: the class or function that built the module, and its arguments, as JSON; None where the file holds more of
+            the model than weights.
     """
 
     module: nn.Module
@@ -52,3 +54,4 @@ class LoadedModel:
     example: Samples | None = None
     notes: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
+    call: str | None = None

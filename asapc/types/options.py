@@ -108,11 +108,15 @@ class Option:
         return " and ".join(f"{value:g}" if self.kind is float else str(value) for value in values if value is not None)
 
     def clean(self, value: Any) -> Any:
-        """Check a value and return it, with paths as `Path`.
+        """Check a value and return it: paths as `Path`, several values as a tuple, however Python gave them.
 
         Raises:
-            OptionError: it is none of the choices, or a number out of range.
+            OptionError: its type is wrong, or it is none of the choices, or a number out of range.
         """
+        if self.many:
+            value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        for item in value if self.many else (value,):
+            self.check_type(item)
         if self.choices and value not in self.choices:
             *others, last = map(str, self.choices)
             raise OptionError(f"{self.flag} cannot be {value!r}", f"give {self.names} {', '.join(others)} or {last}")
@@ -122,6 +126,14 @@ class Option:
             if wrong is not None:
                 raise OptionError(f"{self.flag} cannot be {wrong}", f"give {self.names} a value {self.range}")
         return Path(value) if self.kind is Path and value is not None else value
+
+    def check_type(self, value: Any) -> None:
+        """Raise OptionError unless a value, one of several where there may be, is of the option's type."""
+        types = {Path: str | Path, float: float | int}.get(self.kind, self.kind)
+        right = isinstance(value, types) and (self.kind is bool or not isinstance(value, bool))
+        if right or (value is None and self.default is None) or (self.table and isinstance(value, dict)):
+            return
+        raise OptionError(f"{self.flag} cannot be {value!r}", f"give {self.names} {NOUNS[self.kind][0]}")
 
     def read(self, key: str, value: Any) -> Any:
         """Bring a value from a TOML file, where it stands under `key`, into the type of the field.

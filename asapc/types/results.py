@@ -90,14 +90,17 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class LatencyRun:
-    """Latency of one model in one runtime at one batch size on one device, milliseconds a call."""
+    """Latency of one model in one runtime on one device at one batch size, milliseconds a call.
+
+    None for what so few calls do not tell.
+    """
 
     name: str
     runtime: str
     batch: int
     p50_ms: float
-    p90_ms: float
-    p99_ms: float
+    p90_ms: float | None
+    p99_ms: float | None
     mean_ms: float
     std_ms: float
     samples: int
@@ -132,16 +135,6 @@ class GpuLatency:
     settled: bool
     clocks: tuple[Clocks, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Interleaved runs of all variants on one device, the threads of the runtime, and runs on a GPU if there is one."""
-
-    device: str
-    threads: int
-    runs: tuple[LatencyRun, ...]
-    gpu: GpuLatency | None = None
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from asapc.errors import OutputError
 from asapc.hashes import sha256
 from asapc.pictures import SUFFIXES
 from asapc.process.interrupts import held, state
 from asapc.process.scratch import scratch_folder, sweep
 from asapc.types.artifacts import EngineArtifact, OnnxArtifact
-from asapc.types.choices import Selection
-from asapc.types.site import Site
+from asapc.types.interface import Interface
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 2**20  # bytes; of the handful of files that asapc writes it has some hundreds
@@ -66,6 +63,14 @@ def output_file(path: Path, force: bool) -> Iterator[Path]:
         with held():
             partial.rename(path)
             state.outputs.append(str(path))
+
+
+def write_texts(texts: Mapping[Path, str], force: bool) -> None:
+    """Write texts to files, all of them or none; see `output_file`."""
+    with ExitStack() as files:
+        partials = {files.enter_context(output_file(path, force)): text for path, text in texts.items()}
+        for partial, text in partials.items():
+            partial.write_text(text, encoding="utf-8")
 
 
 def picture_file(path: Path, force: bool) -> AbstractContextManager[Path]:
@@ -187,26 +192,6 @@ def unwritable(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {path}: {why}", "give another place")
 
 
-def write_operators(path: Path, sites: Sequence[Site], selection: Selection) -> None:
-    """Write the parameters of all operators as safetensors, named "<site>.<parameter>"."""
-    from safetensors.torch import save
-
-    tensors: dict[str, Tensor] = {}
-    for site in sites:
-        params = selection.choices[site.name].candidate.params
-        product, dtype = site.wiring.product, site.wiring.dtype
-        if product is None:
-            tensors[f"{site.name}.loop_scale"] = site.loop.scale.to(dtype)
-        else:
-            tensors[f"{site.name}.score_scale"] = product.score_scale.to(dtype)
-        if params is not None:
-            tensors[f"{site.name}.query_basis"] = params.query_basis
-            tensors[f"{site.name}.key_basis"] = params.key_basis
-            tensors[f"{site.name}.knots"] = params.knots
-            tensors |= {f"{site.name}.weights.{i}": w for i, w in enumerate(params.weights)}
-    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-
-
 def list_artifacts(folder: Path, models: Sequence[OnnxArtifact], engine: EngineArtifact | None) -> list[dict[str, Any]]:
     """Return the artefacts as the report lists them, paths relative to the folder."""
     operator = folder / "operator.safetensors"
@@ -241,10 +226,16 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
-def write_manifest(folder: Path, model_sha256: str, version: str) -> None:
-    """Write manifest.json: size and hash of every file, and of the checkpoint that they were made from."""
+def write_manifest(folder: Path, model_sha256: str, version: str, interface: Interface) -> None:
+    """Write manifest.json: the interface, size and hash of every file, and the hash of what they were made from."""
     files = {file.name: {"sha256": sha256(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir())}
     write_json(
         folder / MANIFEST,
-        {"schema": "asapc.manifest/1", "asapc": version, "model_sha256": model_sha256, "files": files},
+        {
+            "schema": "asapc.manifest/1",
+            "asapc": version,
+            "model_sha256": model_sha256,
+            **interface.data(),
+            "files": files,
+        },
     )

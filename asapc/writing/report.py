@@ -7,16 +7,19 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from asapc.types.artifacts import EngineResult
+from asapc.types.artifacts import EngineResult, OnnxArtifact
 from asapc.types.budget import Verdict
-from asapc.types.choices import Alternatives, Candidate, Choice, Selection, Tradeoff
+from asapc.types.choices import Alternatives, Candidate, Cheaper, Choice, Selection, Tradeoff
 from asapc.types.costs import CostModel
+from asapc.types.engine import EngineLayer
 from asapc.types.graph import EarlyStops
-from asapc.types.results import CostCheck, Fidelity, FittedActivation, GpuLatency, Latency
+from asapc.types.results import CostCheck, Fidelity, FittedActivation, GpuLatency
 from asapc.types.site import Miss, Site
 from asapc.types.teacher import Teacher
+from asapc.types.timing import BatchLatency, Conditions, Latency, ratio_data
 
-SCHEMA = "asapc.report/2"
+SCHEMA = "asapc.report/3"
+WORTHWHILE = 1.05  # times as fast as the exact form: what the planner asks of an approximation too
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class CompileReport:
 
 
 def report_data(
+    run: Mapping[str, Any],
     teacher: Teacher,
     selection: Selection,
     activations: Sequence[FittedActivation],
@@ -41,14 +45,30 @@ def report_data(
     latency: Latency,
     costs: CostCheck,
     engine: EngineResult,
+    deployed: OnnxArtifact,
     artifacts: list[dict[str, Any]],
     environment: dict[str, object],
 ) -> dict[str, Any]:
-    """Assemble the content of report.json, of plain types only."""
-    loaded, findings = teacher.loaded, teacher.findings
+    """Assemble the content of report.json, of plain types only.
+
+    Args:
+        run: what was asked for, and what the files say of themselves.
+        teacher: the model; what follows is what the stages made of it.
+        selection: its operators.
+        activations: what replaces smooth activations.
+        fidelity: how close it comes.
+        verdict: the budget that was in force, judged.
+        latency: how fast it is.
+        costs: how far the planner's estimates were off.
+        engine: what came of it.
+        deployed: the ONNX file that the engine was built from.
+        artifacts: the files, see `writing.folder.list_artifacts`.
+        environment: see `writing.environment`.
+    """
+    findings = teacher.findings
     return {
         "schema": SCHEMA,
-        "model": {"path": str(loaded.path), "sha256": loaded.sha256, "parameters": loaded.parameters},
+        **run,
         "sites": [
             {
                 **site_data(site),
@@ -59,12 +79,13 @@ def report_data(
             }
             for site in findings.sites
         ],
+        "cheaper": cheaper_data(selection.cheaper),
         "misses": [miss_data(miss) for miss in findings.misses],
         "early_stops": early_stop_data(findings.early_stops),
         "activations": [activation_data(activation) for activation in activations],
         "fidelity": fidelity_data(fidelity),
         "budget": [str(term.bound) for term in verdict.terms],
-        "verdict": verdict_data(verdict),
+        "verdict": verdict_data(verdict, latency),
         "latency": latency_data(latency),
         "costs": costs_data(costs),
         "engine": {
@@ -72,6 +93,7 @@ def report_data(
             "reason": engine.reason,
             "node": engine.node,
             "not_run": engine.not_run,
+            "layers": [layer_data(layer, deployed) for layer in engine.artifact.layers] if engine.artifact else [],
         },
         "artifacts": artifacts,
         "environment": environment,
@@ -155,7 +177,22 @@ def engine_note(engine: EngineResult) -> str:
     if engine.artifact is None:
         return "none" if engine.reason is None else f"none: {engine.reason}"
     built = f"{engine.artifact.builder} for {', '.join(engine.artifact.targets)}"
-    return built if engine.not_run is None else f"{built}; built, not run"
+    notes = [*engine.artifact.notes, *([] if engine.not_run is None else ["built, not run"])]
+    return "; ".join([built, *notes])
+
+
+def layer_data(layer: EngineLayer, onnx: OnnxArtifact) -> dict[str, Any]:
+    """Return a layer of an engine as the report shows it, with the sites to which its nodes belong."""
+    own = [onnx.place_of(node) for node in layer.nodes]
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "precision": list(layer.precision),
+        "nodes": list(layer.nodes),
+        "modules": list(dict.fromkeys(place.module for place in own if place.module)),
+        "sites": list(dict.fromkeys(place.site for place in own if place.site)),
+        "attention": layer.attention,
+    }
 
 
 def choice_data(choice: Choice) -> dict[str, Any]:
@@ -180,6 +217,22 @@ def candidate_data(candidate: Candidate) -> dict[str, Any]:
         "doubling": params.doubling[-1] if params is not None and params.doubling else None,
         "estimated_ms": candidate.cost if isfinite(candidate.cost) else None,
         "calibration_relc": fidelity.relc if fidelity is not None and isfinite(fidelity.relc) else None,
+    }
+
+
+def cheaper_data(cheaper: Cheaper | None) -> dict[str, Any] | None:
+    """Return the next cheaper selection as the report shows it; None where there is none."""
+    if cheaper is None:
+        return None
+    return {
+        "sites": {name: candidate_data(candidate) for name, candidate in cheaper.candidates.items()},
+        "estimated_ms": cheaper.cost if isfinite(cheaper.cost) else None,
+        "samples": "held-out" if cheaper.held_out else "calibration",
+        "margin": cheaper.margin,
+        "missed": [
+            {"term": str(term.bound), "reached": term.reached if isfinite(term.reached) else None}
+            for term in cheaper.missed
+        ],
     }
 
 
@@ -240,28 +293,60 @@ def fidelity_data(fidelity: Fidelity) -> dict[str, Any]:
     return data
 
 
-def verdict_data(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict for the report: whether the budget is kept, and for each term what was reached."""
+def verdict_data(verdict: Verdict, latency: Latency | None = None) -> dict[str, Any]:
+    """Return a verdict for the report: whether the budget is kept, what was reached of each term, and the speedup."""
     terms = [
-        {"term": str(term.bound), "reached": term.reached if isfinite(term.reached) else None, "met": term.met}
+        {
+            "term": str(term.bound),
+            "reached": term.reached if isfinite(term.reached) else None,
+            "met": term.met,
+            "closest": str(term.tightest) if isfinite(term.reached) else None,
+        }
         for term in verdict.terms
     ]
-    return {"passed": verdict.passed, "headline": verdict.headline, "terms": terms}
+    speed = "" if latency is None else f"; {speed_note(latency)}"
+    return {"passed": verdict.passed, "headline": verdict.headline + speed, "terms": terms}
+
+
+def speed_note(latency: Latency) -> str:
+    """Return what the operators gain over the exact form at the largest batch, and what to do where that is nothing."""
+    largest = max(latency.batches, key=lambda of_batch: of_batch.batch)
+    exact = largest.ratios["exact"]
+    times = f"{exact.value:.2f}x as fast as exact Sinkhorn ({exact.low:.2f} to {exact.high:.2f})"
+    seen = f"{times} at batch {largest.batch}"
+    finding = exact.finding(largest.floor)
+    if finding == "identical":
+        return "this is exact Sinkhorn"
+    if finding == "faster" or exact.high < WORTHWHILE:
+        return f"{seen}: the approximation does not pay, use -O1 here"
+    noise = f", which this run cannot tell from 1: the same file opened twice may differ by {largest.floor:.0%}"
+    return seen if finding == "slower" else seen + noise
 
 
 def latency_data(latency: Latency) -> dict[str, Any]:
-    """Return the runs, and ratios at the largest batch: a speedup above 1 says that the compiled model is faster."""
-    batch = max(run.batch for run in latency.runs)
-    p50 = {run.name: run.p50_ms for run in latency.runs if run.batch == batch}
+    """Return runs and ratios, and at the largest batch speedups: above 1 says that the compiled model is faster."""
+    largest = max(latency.batches, key=lambda of_batch: of_batch.batch)
+    value = {name: ratio.value for name, ratio in largest.ratios.items()}
     return {
         "device": latency.device,
         "threads": latency.threads,
-        "batch": batch,
-        "runs": [asdict(run) for run in latency.runs],
-        "speedup_vs_teacher": p50["teacher"] / p50["compiled"],
-        "speedup_vs_exact": p50["exact"] / p50["compiled"],
-        "speedup_vs_truncated": p50["truncated"] / p50["compiled"],
-        "ratio_to_softmax": p50["compiled"] / p50["softmax"],
+        "batch": largest.batch,
+        "runs": [asdict(run) | {"device": latency.device} for of_batch in latency.batches for run in of_batch.runs],
+        "ratios": [
+            {"batch": of_batch.batch, "name": name, **ratio_data(ratio, of_batch.floor)}
+            for of_batch in latency.batches
+            for name, ratio in of_batch.ratios.items()
+        ],
+        "measurements": [measurement_data(of_batch) for of_batch in latency.batches],
+        "conditions": conditions_data(latency.conditions),
+        "warnings": [
+            *latency.warnings,
+            *(f"batch {of_batch.batch}: {line}" for of_batch in latency.batches for line in of_batch.warnings),
+        ],
+        "speedup_vs_teacher": value["teacher"],
+        "speedup_vs_exact": value["exact"],
+        "speedup_vs_truncated": value["truncated"],
+        "ratio_to_softmax": 1 / value["softmax"],
         "gpu": None if latency.gpu is None else gpu_data(latency.gpu),
     }
 
@@ -274,6 +359,26 @@ def gpu_data(gpu: GpuLatency) -> dict[str, Any]:
         "clocks": [asdict(clocks) for clocks in gpu.clocks],
         "notes": list(gpu.notes),
         "runs": [asdict(run) for run in gpu.runs],
+    }
+
+
+def measurement_data(of_batch: BatchLatency) -> dict[str, Any]:
+    """Return how well one batch size was measured."""
+    return {
+        "batch": of_batch.batch,
+        "blocks": of_batch.blocks,
+        "noise_floor": of_batch.floor,
+        "stable": of_batch.stable,
+    }
+
+
+def conditions_data(conditions: Conditions) -> dict[str, Any]:
+    """Return what the machine did meanwhile."""
+    return {
+        "cores": list(conditions.cores),
+        "load": conditions.load,
+        "busy_cores_of_others": conditions.others,
+        "megahertz": list(conditions.megahertz),
     }
 
 

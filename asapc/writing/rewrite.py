@@ -1,13 +1,11 @@
 """Puts operators into a captured graph, and exports the rivals of a compiled model."""
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from asapc.backends.base import Runner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capturing.export import export
 from asapc.errors import CaptureError, InternalError
@@ -59,22 +57,22 @@ def export_rivals(
     teacher: Teacher,
     variants: Mapping[str, Mapping[str, nn.Module]],
     threads: int,
+    folder: Path,
     advance: Callable[[str], None],
-) -> dict[str, Runner]:
+) -> dict[str, OnnxRuntimeRunner]:
     """Export what a compiled model is compared with, and open it in the same runtime.
 
     Args:
         teacher: the model.
         variants: modules by the site's name, by the name of the rival.
         threads: of each session.
+        folder: for their files, which stay for as long as sessions are opened anew.
         advance: called with a line about the progress.
     """
     origin, graph, sites = origin_of(teacher.loaded), teacher.graph, teacher.sites
-    runners: dict[str, Runner] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, modules in variants.items():
-            advance(f"exporting {name} for comparison")
-            path = Path(scratch) / f"{name}.onnx"
-            artifact = origin.write(graph, rewrite(graph, sites, modules), sites, modules, path, {})
-            runners[name] = OnnxRuntimeRunner(artifact.path, threads, name)
+    runners: dict[str, OnnxRuntimeRunner] = {}
+    for name, modules in variants.items():
+        advance(f"exporting {name} for comparison")
+        artifact = origin.write(graph, rewrite(graph, sites, modules), sites, modules, folder / f"{name}.onnx", {})
+        runners[name] = OnnxRuntimeRunner(artifact.path, threads, name)
     return runners

@@ -27,11 +27,12 @@ class StandardAttention(GraphPass[Any]):
             queries, keys, values = node.input
             (output,) = node.output
             turned, scores, plan = (f"{output}_{part}" for part in ("keys", "scores", "plan"))
+            make, name = onnx.helper.make_node, node.name or output  # a compiler names its layers after these
             nodes += [
-                onnx.helper.make_node("Transpose", [keys], [turned], perm=[0, 2, 1]),
-                onnx.helper.make_node("MatMul", [queries, turned], [scores]),
-                onnx.helper.make_node("Softmax", [scores], [plan], axis=-1),
-                onnx.helper.make_node("MatMul", [plan, values], [output]),
+                make("Transpose", [keys], [turned], f"{name}/keys", perm=[0, 2, 1]),
+                make("MatMul", [queries, turned], [scores], f"{name}/scores"),
+                make("Softmax", [scores], [plan], f"{name}/plan", axis=-1),
+                make("MatMul", [plan, values], [output], f"{name}/output"),
             ]
         if modified:
             del program.graph.node[:]

@@ -23,6 +23,7 @@ WIDE = {
         *("exp", "log", "log1p", "log_softmax", "logsumexp", "sum", "prod", "cumsum", "pow", "rsqrt", "reciprocal"),
     )
 }
+SITE_MARK = "asapc:"  # in the scopes that torch keeps for a node: what follows is the name of the site
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # what torch.export leaves behind at casts
 
 
@@ -123,7 +124,10 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
                 if product is not None and form_of(site, operator) == "points" and not product.is_scores:
                     args = (of_one_row(nodes, product), *args[1:])
                 replacement = program.graph.call_module(target, args)
-            replacement.meta = dict(old.meta)
+            # The exporter's notes on each node of the operator then say of which site it is.
+            mark = {f"{SITE_MARK}{site.name}": (f"{SITE_MARK}{site.name}", f"{InLayout.__module__}.InLayout")}
+            stack = {**old.meta.get("nn_module_stack", {}), **mark}
+            replacement.meta = {**old.meta, "nn_module_stack": stack}
             old.replace_all_uses_with(replacement)
             loosen_views(replacement)
             # A later site may read this one's result.

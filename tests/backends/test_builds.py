@@ -19,6 +19,7 @@ from asapc.ops.guarded import GuardedSinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual, bias_side
 from asapc.types.choices import SlicedDualParams
+from asapc.types.engine import EngineOptions
 from asapc.types.graph import CapturedGraph, DynamicAxis
 from asapc.types.samples import Samples
 from asapc.types.site import Floor, Guard
@@ -145,5 +146,5 @@ def test_a_padded_form_is_built(name, shape, precision, open_length, monkeypatch
     module = Padded(shape, OPERATORS[name](shape), precision == "float16").eval()
     graph = CapturedGraph(export(module, inputs, axes), Samples(inputs), axes=axes)
     artifact = export_onnx(graph, tmp_path / "model.onnx", {}, standard=precision != "float32")
-    engine = build_engine(artifact, tmp_path / "model.engine", 4, axes, "tensorrt-rtx", ["SM89"])
+    engine = build_engine(artifact, tmp_path / "model.engine", 4, axes, "tensorrt-rtx", EngineOptions(("SM89",)))
     assert engine.targets == ("SM89",)

@@ -18,6 +18,7 @@ from asapc.backends.tensorrt.loader import MAGIC, open_engine, runs
 from asapc.commands.compile import compile_model
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, DependencyError
+from asapc.runtime.model import load
 
 BUILDER = "tensorrt 10.13.3.9"
 
@@ -55,6 +56,21 @@ def test_an_engine_of_its_folder_runs(compiled, trt, tmp_path):
     np.testing.assert_array_equal(runner.run({"images": x})["logits"], 2 * x)
     assert trt.seen == [engine_bytes()]
     assert runner.runtime == "tensorrt"
+
+
+def test_the_runtime_takes_the_engine_and_gives_it_no_more_samples_than_it_takes_at_once(compiled, trt, tmp_path):
+    (output,) = load(compiled, "cpu").outputs
+    data = engine_bytes(outputs={output.name: {"dtype": "FLOAT", "shape": ["batch", 4, 4]}})
+    with load(with_engine(compiled, tmp_path / "out", data)) as model:
+        assert (model.runtime, model.passed_over) == ("tensorrt", {})
+        x = np.random.default_rng(0).random((11, 4, 4), dtype=np.float32)
+        np.testing.assert_array_equal(model(x)[output.name], 2 * x)
+
+
+def test_the_runtime_says_why_it_passes_an_engine_over(compiled, trt, tmp_path):
+    with load(with_engine(compiled, tmp_path / "out", engine_bytes(), targets=["SM120"])) as model:
+        assert "is for SM120" in model.passed_over["tensorrt"]
+        assert model.device == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from asapc.backends.tensorrt.cuda import Cuda
 from asapc.backends.tensorrt.ports import DTYPES
 from asapc.backends.tensorrt.runner import EngineRunner
 from asapc.errors import BuildError, DependencyError, SamplesError
-from asapc.fidelity.latency import measure
+from asapc.timing.rounds import measure
 from asapc.types.samples import Samples
 
 

@@ -8,6 +8,7 @@ from asapc.backends.tensorrt.builder import build_engine
 from asapc.backends.tensorrt.preflight import RULES, UNKNOWN, preflight
 from asapc.errors import BuildError
 from asapc.types.artifacts import OnnxArtifact
+from asapc.types.engine import EngineOptions
 from asapc.types.graph import DynamicAxis
 
 SORT = "sort (float[b,{length}] x) => (float[b,{length}] y) <int64[1] k={{{length}}}> {{[it] y, i = TopK(x, k)}}"
@@ -63,7 +64,9 @@ def written(text, folder) -> OnnxArtifact:
 
 
 def build(artifact, axes=None):
-    return build_engine(artifact, artifact.path.with_name("model.engine"), 4, axes, "tensorrt-rtx", ["SM89"])
+    return build_engine(
+        artifact, artifact.path.with_name("model.engine"), 4, axes, "tensorrt-rtx", EngineOptions(("SM89",))
+    )
 
 
 @pytest.fixture

@@ -2,8 +2,11 @@
 
 import errno
 import importlib.util
+import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
@@ -22,11 +25,12 @@ from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import SlicedDualParams
+from asapc.types.engine import EngineOptions, Place
 from asapc.types.graph import CapturedGraph, DynamicAxis
 from asapc.types.samples import Samples
 
 HEADS, SIZE, TOKENS = 2, 4, 12
-ONE = ["SM89"]  # to build for all takes six times as long
+ONE = EngineOptions(architectures=("SM89",))  # to build for all takes six times as long
 
 
 class OfPoints(nn.Module):
@@ -147,7 +151,7 @@ DYNAMIC = (
 def test_an_engine_is_built_for_every_operator_with_a_dynamic_batch(name, ahead_of_time, tmp_path):
     artifact = exported(OPERATORS[name](), tmp_path / "model.onnx")
     # A profile from 1 to 5 builds only if the batch is dynamic.
-    engine = build_engine(artifact, tmp_path / "model.engine", 5, architectures=ONE)
+    engine = build_engine(artifact, tmp_path / "model.engine", 5, options=ONE)
     assert engine.path == tmp_path / "model.engine"
     assert engine.path.stat().st_size > 1000
     assert engine.builder.startswith("tensorrt-rtx ")
@@ -161,8 +165,8 @@ HALVES = [("float16", "fused sliced dual"), ("bfloat16", "sliced dual with slice
 @pytest.mark.parametrize(("precision", "name"), HALVES)
 def test_an_engine_is_built_in_half_precision(name, precision, ahead_of_time, tmp_path):
     artifact = exported(OPERATORS[name](), tmp_path / "model.onnx", precision=getattr(torch, precision))
-    engine = build_engine(artifact, tmp_path / "model.engine", 5, architectures=ONE)
-    assert engine.targets == tuple(ONE)
+    engine = build_engine(artifact, tmp_path / "model.engine", 5, options=ONE)
+    assert engine.targets == ONE.architectures
 
 
 @pytest.mark.parametrize("name", ["masked Sinkhorn", slow("fused sliced dual")])
@@ -170,7 +174,7 @@ def test_an_engine_is_built_for_a_range_of_lengths(name, ahead_of_time, tmp_path
     open_axes = {0: DynamicAxis("batch", 1, 4), 2: DynamicAxis("seq", 2, 6000)}  # more than TensorRT sorts
     axes = dict.fromkeys(("queries", "keys", "values"), open_axes)
     artifact = exported(OPERATORS[name](), tmp_path / "model.onnx", axes)
-    assert build_engine(artifact, tmp_path / "model.engine", 4, axes, architectures=ONE).targets
+    assert build_engine(artifact, tmp_path / "model.engine", 4, axes, options=ONE).targets
 
 
 def test_every_target_is_built_for_or_refused_with_a_reason(ahead_of_time, tmp_path):
@@ -238,6 +242,53 @@ def test_a_compiler_that_crashes_is_an_error_of_one_line(ahead_of_time, monkeypa
     message = assert_refused(artifact)
     assert "no licence" in message
     assert "\n" not in message
+
+
+def test_an_error_says_where_the_node_comes_from(ahead_of_time, monkeypatch, tmp_path):
+    (tmp_path / "model.onnx").touch()
+    places = {"node_7": Place("blocks.0", "model.py:12")}
+    artifact = OnnxArtifact(tmp_path / "model.onnx", 18, places)
+    ends = {
+        "node_7": " (module blocks.0, model.py:12)",
+        "node_7/scores": " (at node node_7/scores, module blocks.0, model.py:12)",
+        "x": " (at node x)",
+    }
+    for node, end in ends.items():
+        answer = json.dumps({"error": "Error Code 4 at node_7", "hint": "report it", "node": node})
+        monkeypatch.setattr(asapc.backends.tensorrt.builder, "CHILD", f"print({answer!r})")
+        assert assert_refused(artifact).endswith(end)
+
+
+def test_a_crash_names_the_node_of_the_logs_last_lines_and_keeps_them(ahead_of_time, monkeypatch, tmp_path):
+    artifact = exported(OPERATORS["Sinkhorn"](), tmp_path / "model.onnx")
+    node = onnx.load(artifact.path).graph.node[3].name
+    crash = (
+        "import json, os, signal, sys; request = json.loads(sys.argv[-1]); "
+        f"open(request['log'], 'w').write('Found {node} to be part of self-attention pattern.\\nGraph ready\\n'); "
+        "os.kill(os.getpid(), signal.SIGSEGV)"
+    )
+    monkeypatch.setattr(asapc.backends.tensorrt.builder, "CHILD", crash)
+    with pytest.raises(BuildError, match=f"SIGSEGV.*{node}") as caught:
+        build_engine(artifact, tmp_path / "model.engine", 2, options=ONE)
+    assert caught.value.node == node
+    log = Path(caught.value.hint.rsplit(", ")[-1])
+    assert "Graph ready" in log.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_the_engines_layers_name_the_nodes_that_they_compute(ahead_of_time, tmp_path):
+    artifact = exported(OPERATORS["fused softmax"](), tmp_path / "model.onnx", precision=torch.float16)
+    engine = build_engine(artifact, tmp_path / "model.engine", 2, options=ONE)
+    nodes = {node.name for node in onnx.load(artifact.path).graph.node}
+    assert nodes & {name for layer in engine.layers for name in layer.nodes}
+    assert any("Half" in layer.precision for layer in engine.layers)
+
+
+def test_too_small_a_workspace_is_refused_with_what_to_change(ahead_of_time, tmp_path):
+    artifact = exported(OPERATORS["Sinkhorn"](), tmp_path / "model.onnx")
+    with pytest.raises(BuildError, match="workspace limit") as caught:
+        build_engine(artifact, tmp_path / "model.engine", 2, options=replace(ONE, workspace=2**20))
+    assert "--workspace" in caught.value.hint
 
 
 def test_an_engine_that_fails_is_a_result_unless_it_was_asked_for_by_name(ahead_of_time, monkeypatch, tmp_path):

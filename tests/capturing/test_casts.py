@@ -138,7 +138,7 @@ def write(folder, kind):
 
 def test_a_model_with_automatic_casts_is_compiled_and_the_report_measures_what_they_change(tmp_path):
     module = write(tmp_path, Region)
-    compiles = functools.partial(asapc.compile_model, tmp_path / "weights.pt", on_event=(events := []).append)
+    compiles = functools.partial(asapc.compile, tmp_path / "weights.pt", on_event=(events := []).append)
     options = {
         "model": f"{__name__}:Region",
         "calib": tmp_path / "samples.npz",
@@ -148,7 +148,7 @@ def test_a_model_with_automatic_casts_is_compiled_and_the_report_measures_what_t
         "threads": 1,
     }
     with quick_compilation():
-        report = compiles(CompileConfig(out=tmp_path / "out", **options))
+        report = compiles(config=CompileConfig(out=tmp_path / "out", **options))
     [site] = report.data["sites"]
     assert (site["half_steps"], site["choice"]["operator"]) == (8, "exact")
     [change] = [hop["rel"] for hop in report.data["fidelity"]["hops"] if hop["name"] == "capture"]
@@ -160,7 +160,7 @@ def test_a_model_with_automatic_casts_is_compiled_and_the_report_measures_what_t
     with torch.no_grad():
         assert difference(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), module(x).float()) < BFLOAT16
     with quick_compilation(), pytest.raises(FidelityError):
-        compiles(CompileConfig(out=tmp_path / "exact", fidelity=("output-error<=1e-6",), **options))
+        compiles(config=CompileConfig(out=tmp_path / "exact", fidelity=("output-error<=1e-6",), **options))
 
 
 def test_a_model_that_needs_its_automatic_casts_is_refused_with_its_line(tmp_path, monkeypatch):

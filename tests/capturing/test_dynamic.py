@@ -86,7 +86,7 @@ def test_a_mask_that_is_sliced_for_its_axes_stays_a_mask_of_any_length(tmp_path,
         "batches": (1,),
         "target": "onnx",
     }
-    report = asapc.compile_model("model.pt", CompileConfig(out="out", dynamic="seq=6:48", lowering="fused", **options))
+    report = asapc.compile("model.pt", config=CompileConfig(out="out", dynamic="seq=6:48", lowering="fused", **options))
     assert [site["choice"]["lowering"] for site in report.data["sites"]] == ["fused"]
     run = OnnxRuntimeRunner(tmp_path / "out" / "model.onnx")
     for length in (6, 31, 48):
@@ -132,5 +132,5 @@ def test_a_model_of_one_length_is_refused_and_named(tmp_path, monkeypatch):
         out="out", model="fixed:FixedLength", calib="samples.pt", level=1, dynamic="seq=12:48", seconds=0.1
     )
     with pytest.raises(CaptureError, match="seq"):
-        asapc.compile_model("model.pt", config)
+        asapc.compile("model.pt", config=config)
     assert not (tmp_path / "out").exists()

@@ -81,9 +81,10 @@ def test_compile_writes_beside_the_caller_under_the_models_name(compiled):
 
 def test_compile_shows_stages_with_their_times_on_stderr(compiled):
     _, result = compiled
-    lines = [line.split() for line in result.stderr.splitlines()]
+    begins, lines = ([line.split() for line in result.stderr.splitlines()[start::2]] for start in (0, 1))
     stages = ["load", "capture", "find", "select", "rewrite", "check", "export", "engine", "verify", "measure"]
-    assert [line[0] for line in lines] == stages
+    assert [line[0] for line in lines] == [*stages, "figures"]
+    assert begins == [[line[0], "begins"] for line in lines]
     for line in lines:
         assert float(line[1]) >= 0
         assert line[2] == "s"
@@ -114,10 +115,12 @@ def test_an_engine_that_fails_is_a_warning_and_all_else_is_whole(small, monkeypa
     assert result.exit_code == 0, result.stderr
     reason = "TensorRT's compiler crashed on the model (SIGSEGV)"
     assert f"warning: no engine was built: {reason}" in result.stderr.splitlines()
-    files = {"manifest.json", "model.onnx", "operator.safetensors", "report.json"}
+    files = {"figures.npz", "manifest.json", "model.onnx", "operator.safetensors", "report.html", "report.json"}
+    files |= {"README.md", "samples.npz", "expected.npz", "held_out.npz", "latency.npz"}
     assert {path.name for path in Path("out").iterdir()} == files
     report = json.loads(Path("out/report.json").read_text())
-    assert report["engine"] == {"status": "failed", "reason": reason, "node": None, "not_run": None}
+    expected = {"status": "failed", "reason": reason, "node": None, "not_run": None, "layers": []}
+    assert report["engine"] == expected
     jsonschema.validate(report, json.loads((ROOT / "docs" / "report.schema.json").read_text()))
 
 

@@ -12,9 +12,12 @@ from typer.testing import CliRunner
 import asapc
 from asapc.cli import app
 from asapc.config import OPTIONS
-from asapc.terminal import BUDGET_MISSED, CONFIG_FILE, ENDS, say
+from asapc.terminal import BUDGET_MISSED, CONFIG_FILE, ENDS, LATENCY_ENDS, say
 
-COMMANDS = ("compile", "inspect", "tradeoffs", "verify", "costs", "approx", "train", "doctor")
+COMMANDS = (
+    *("compile", "inspect", "tradeoffs", "verify", "bench", "check", "report", "costs", "approx", "train"),
+    "doctor",
+)
 
 
 def words(text: str) -> str:
@@ -31,7 +34,7 @@ def test_help_names_the_commands_and_the_exit_codes():
     result = run("--help")
     assert result.exit_code == 0
     assert all(command in result.stdout for command in (*COMMANDS, "--install-completion"))
-    assert ENDS.format(BUDGET_MISSED) in words(result.stdout)
+    assert ENDS.format(BUDGET_MISSED + LATENCY_ENDS) in words(result.stdout)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -40,7 +43,8 @@ def test_a_command_shows_examples_and_the_exit_codes(command):
     assert result.exit_code == 0
     assert result.stdout == run(command, "--help").stdout
     assert words(result.stdout).partition("Examples:")[2].count(f"asapc {command} ") == 2
-    assert ENDS.format(BUDGET_MISSED if command in ("compile", "verify") else "") in words(result.stdout)
+    gates = {"compile": BUDGET_MISSED, "verify": BUDGET_MISSED, "check": BUDGET_MISSED + LATENCY_ENDS}
+    assert ENDS.format(gates.get(command, "")) in words(result.stdout)
 
 
 def test_help_shows_every_flag_with_its_choices_whole_and_its_default_at_80_columns(monkeypatch):

@@ -37,7 +37,7 @@ def trt(monkeypatch) -> FakeTensorRT:
     fake = FakeTensorRT(gpu)
     fake_gpu.install(monkeypatch, gpu, fake)
 
-    def build(target, onnx, path: Path, largest_batch: int, axes=None) -> EngineResult:
+    def build(target, onnx, path: Path, largest_batch: int, axes=None, options=None) -> EngineResult:
         session = library().InferenceSession(str(onnx.path), providers=["CPUExecutionProvider"])
         (given,), (result,) = session.get_inputs(), session.get_outputs()
         sizes = given.shape[1:]
@@ -66,7 +66,7 @@ def test_an_engine_is_compared_as_a_hop_and_timed_on_its_gpu(trt, tmp_path):
     jsonschema.validate(json.loads(json.dumps(data, allow_nan=False)), SCHEMA)
     assert [hop["name"] for hop in data["fidelity"]["hops"]][-2:] == ["export", "engine"]
     assert data["fidelity"]["hops"][-1]["rel"] < 1e-6
-    assert data["engine"] == {"status": "built", "reason": None, "node": None, "not_run": None}
+    assert data["engine"] == {"status": "built", "reason": None, "node": None, "not_run": None, "layers": []}
     gpu = data["latency"]["gpu"]
     rows = [(run["name"], run["runtime"], run["batch"], run["device"], run["p50_ms"]) for run in gpu["runs"]]
     assert rows == [("compiled", "tensorrt", batch, "Fake GPU", 2.0) for batch in (1, 4)]

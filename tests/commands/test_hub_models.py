@@ -35,7 +35,7 @@ def test_the_loop_of_a_public_model_is_found_and_computed_in_onnx_runtime(name, 
         threads=1,
     )
     with quick_compilation():
-        report = asapc.compile_model(tmp_path / "weights.pt", config)
+        report = asapc.compile(tmp_path / "weights.pt", config=config)
     sites = report.data["sites"]
     assert [(site["half_steps"], site["last"]) for site in sites] == loops
     assert [site["choice"]["operator"] for site in sites] == ["exact"]

@@ -6,7 +6,7 @@ import pytest
 
 from asapc.errors import FidelityError, OptionError
 from asapc.fidelity.budget import check_budget
-from asapc.types.budget import Bound, parse_bound
+from asapc.types.budget import Bound, Term, parse_bound
 from asapc.types.results import Fidelity, Hop, Metric, SiteFidelity
 
 
@@ -152,7 +152,28 @@ def test_a_missed_budget_names_the_step_that_costs_most_and_what_to_do_about_it(
 
 def test_a_missed_budget_speaks_of_the_compiled_model_and_of_its_cost_where_that_is_known():
     # `asapc verify` knows no cost, and has selected nothing.
-    for cost, end in ((None, "on 4 samples"), (0.25, "25% of the exact forms' time, as estimated")):
+    for cost, end in (
+        (None, "on 4 samples; relc<=0.05 would have passed"),
+        (0.25, "25% of the exact forms' time, as estimated"),
+    ):
         with pytest.raises(FidelityError, match=r"^FAILED: relc 0\.05 \(relc<=0\.04 missed\), on 4 samples") as caught:
             check_budget(fidelity(), [Bound("relc", 0.04)], cost)
         assert str(caught.value).endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reached", "closest"),
+    [
+        ("agreement", 0.98765, "agreement>=0.987"),
+        ("agreement", 1.0, "agreement>=1"),
+        ("relc", 0.053219, "relc<=0.0533"),
+        ("relc", 0.05, "relc<=0.05"),
+        ("relc", 3.776e-07, "relc<=3.78e-07"),
+        ("metric-drop", -0.4567, "metric-drop<=-0.456"),
+        ("output-error", 0.0, "output-error<=0"),
+    ],
+)
+def test_the_closest_term_is_one_that_is_kept_and_can_be_given(metric, reached, closest):
+    term = Term(Bound(metric, 0.5), reached)
+    assert str(term.tightest) == closest
+    assert parse_bound(closest).met(reached)

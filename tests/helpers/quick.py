@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from unittest.mock import patch
 
 from asapc.backends.tensorrt.builder import build_engine
-from asapc.fidelity.latency import measure
+from asapc.timing.blocks import Effort, time_blocks
 from asapc.writing.rewrite import export_rivals
 
 
@@ -14,18 +14,21 @@ from asapc.writing.rewrite import export_rivals
 def quick_compilation() -> Iterator[None]:
     """Let the exact form stand for all rivals, build engines for one architecture, and measure for a moment only."""
 
-    def one_for_all(studied, variants, threads, advance):
+    def one_for_all(studied, variants, threads, folder, advance):
         name = "exact" if "exact" in variants else "teacher"
-        (runner,) = export_rivals(studied, {name: variants[name]}, threads, advance).values()
+        (runner,) = export_rivals(studied, {name: variants[name]}, threads, folder, advance).values()
         return dict.fromkeys(variants, runner)
 
-    def for_a_moment(runners, samples, batch, seconds, seed):
-        return measure(runners, samples, batch, 0.05, seed, rounds=2)
+    def for_a_moment(models, samples, batch, effort, settled, advance):
+        return time_blocks(models, samples, batch, Effort(0.0, blocks=2, rounds=2), settled, advance)
 
-    engines = partial(build_engine, architectures=("SM89",))
+    def for_one(onnx, path, largest_batch, axes, target, options):
+        options = replace(options, architectures=options.architectures or ("SM89",))
+        return build_engine(onnx, path, largest_batch, axes, target, options)
+
     with (
         patch("asapc.commands.compile.export_rivals", one_for_all),
-        patch("asapc.commands.compile.measure", for_a_moment),
-        patch("asapc.backends.tensorrt.builder.build_engine", engines),
+        patch("asapc.timing.compare.time_blocks", for_a_moment),
+        patch("asapc.backends.tensorrt.builder.build_engine", for_one),
     ):
         yield

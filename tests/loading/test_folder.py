@@ -79,7 +79,7 @@ def test_a_manifest_lists_the_files_and_no_others(compiled, tmp_path):
         "[]",
         "null",
         "\ud800".encode("utf-8", "surrogatepass"),
-        '{"schema": "asapc.report/2", "schema": "asapc.report/2"}',
+        '{"schema": "asapc.report/3", "schema": "asapc.report/3"}',
     ],
 )
 def test_json_that_is_none_or_nests_deeply_is_refused(text, compiled, tmp_path):

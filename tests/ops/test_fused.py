@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asapc.ops.c_transform import column_step, row_step
-from asapc.ops.fused import attend, half_step
+from asapc.ops.fused import attend, attention, half_step
 from asapc.ops.sinkhorn import Sinkhorn, sinkhorn_plan_ref
 
 quick = settings(max_examples=60, deadline=None)
@@ -131,3 +131,10 @@ def test_half_precision_points_lose_no_more_than_their_own_rounding(dtype, most,
     actual = operator.from_points(q, q, k, v) if fused else operator((q @ k.transpose(-1, -2)).float(), q, k, v)
     assert actual.dtype == dtype
     assert difference(actual, expected) < most
+
+
+def test_attention_has_the_gradients_of_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((4, 5), (6, 5), (6, 7))
+    operands = [torch.randn(2, 3, *size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes]
+    assert torch.autograd.gradcheck(attention, operands)

@@ -342,3 +342,30 @@ def test_a_plan_follows_the_costs(teacher):
     sorts, half_steps = operator(sort=1.0), operator(half_step=100.0)
     assert (sorts.operator, half_steps.operator) == ("truncated", "sliced_dual")
     assert half_steps.half_steps < sorts.half_steps
+
+
+def test_the_next_cheaper_selection_says_which_terms_it_misses_and_where(two_sites):
+    teacher, check, start = two_sites
+    first, second = teacher.sites
+    repaired = repair(check, start, CompileConfig(fidelity=("relc<=0.2",)), lambda detail: None).cheaper
+    assert (list(repaired.candidates), repaired.held_out, repaired.margin) == ([first.name], True, 1.0)
+    assert repaired.cost == start.cost
+    assert [str(term.bound) for term in repaired.missed] == ["relc<=0.2"]
+    assert not repaired.missed[0].met
+    # Nothing was repaired: the site alone misses its limit, less the margin.
+    exact = Selection({name: replace(choice, candidate=choice.front[-1]) for name, choice in start.choices.items()})
+    cheaper = repair(check, exact, CompileConfig(fidelity=("relc<=0.9",)), lambda detail: None).cheaper
+    assert (list(cheaper.candidates), cheaper.held_out, cheaper.margin) == ([second.name], False, MARGIN)
+    assert cheaper.cost == pytest.approx(exact.cost - 0.1)
+    assert (str(cheaper.missed[0].bound), cheaper.missed[0].reached) == ("relc<=0.9", 0.9)
+
+
+def test_of_a_budget_on_the_whole_model_the_row_before_the_chosen_one_is_the_next_cheaper(teacher):
+    name = teacher.site.name
+    exact = replace(EXACT, half_steps=teacher.site.loop.half_steps)
+    candidates = {name: [exact, *(candidate("truncated", t, 0.8 / t, half_steps=t) for t in (2, 3, 4, 6))]}
+    for budget, expected in (("agreement>=0", None), ("output-error<=1e-05", 6)):
+        selection = decide(Check(teacher.studied, Alternatives(candidates)), CompileConfig(fidelity=(budget,)))
+        steps = selection.cheaper and selection.cheaper.candidates[name].half_steps
+        assert steps == expected
+    assert [str(term.bound) for term in selection.cheaper.missed] == [budget]

@@ -11,14 +11,21 @@ import pytest
 from helpers.slow import slow
 
 from asapc.errors import OutputError
+from asapc.types.interface import AxisRange, Interface, TensorInfo
 from asapc.writing.folder import output_file, output_folder, write_json, write_manifest
+
+INTERFACE = Interface(
+    (TensorInfo("x", "float32", ("batch", 3)),),
+    (TensorInfo("y", "float32", ("batch",)),),
+    {"batch": AxisRange(1, None)},
+)
 
 
 def written(path: Path) -> Path:
     """An output folder as an earlier run left it."""
     with output_folder(path, force=False) as folder:
         (folder / "old.onnx").write_text("old")
-        write_manifest(folder, model_sha256="0" * 64, version="0.0.0")
+        write_manifest(folder, model_sha256="0" * 64, version="0.0.0", interface=INTERFACE)
     return path
 
 
@@ -233,7 +240,7 @@ def test_a_name_too_long_for_the_file_system_is_refused(kind, tmp_path):
 
 def test_the_manifest_lists_every_file_with_its_hash(tmp_path):
     (tmp_path / "a.txt").write_text("abc")
-    write_manifest(tmp_path, model_sha256="f" * 64, version="1.2.3")
+    write_manifest(tmp_path, model_sha256="f" * 64, version="1.2.3", interface=INTERFACE)
     manifest = (tmp_path / "manifest.json").read_text()
     # SHA-256 of "abc", FIPS 180-2 appendix B.1.
     assert "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" in manifest

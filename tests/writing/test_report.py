@@ -1,101 +1,19 @@
 import json
-from math import inf
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-from helpers import fitted
 from helpers.fitted import changed
 from helpers.paths import ROOT
+from helpers.reports import CONDITIONS, matching, report, site
 
-from asapc.planning.costs import shipped
-from asapc.types.artifacts import EngineResult
-from asapc.types.budget import Bound, Term, Verdict
-from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 from asapc.types.graph import EarlyStops
-from asapc.types.results import (
-    CostCheck,
-    Fidelity,
-    FittedActivation,
-    Hop,
-    Latency,
-    LatencyRun,
-    Metric,
-    SiteFidelity,
-    VariantFidelity,
-)
-from asapc.types.samples import Samples
-from asapc.types.site import Findings, Miss, Site
-from asapc.writing.environment import environment
-from asapc.writing.report import early_stop_data, early_stop_note, miss_data, report_data, site_data
+from asapc.types.site import Miss
+from asapc.types.timing import BatchLatency, Latency, Ratio
+from asapc.writing.report import early_stop_data, early_stop_note, miss_data, site_data, speed_note
 
 SCHEMA = json.loads((ROOT / "docs" / "report.schema.json").read_text())
-VARIANTS = {"teacher": 8.0, "exact": 3.0, "truncated": 1.5, "softmax": 1.0, "compiled": 2.0}
-
-
-def site(name: str, score_scale: list[float]) -> Site:
-    heads = len(score_scale)
-    one, scale = torch.ones(1, dtype=torch.float64), torch.tensor(score_scale)
-    sizes = {"heads": heads, "queries": 64, "keys": 32, "head_dim": 16}
-    masses = {"row_mass": one, "column_mass": 2 * one}
-    scales = {"scale": scale, "score_scale": scale, "folded": torch.ones(heads)}
-    return fitted.site(40, name=name, share=0.123456, **sizes, **masses, **scales)
-
-
-def matching(name: str) -> Site:
-    """A site that ends in a plan, whose scores are no product of queries and keys."""
-    return changed(site(name, [1.0, 1.0]), product=None, attention=None, applied=False)
-
-
-def report() -> dict:
-    sites = (site("a", [1.0, 1.0]), site("b", [1.0, 2.0]), matching("c"))
-    basis, knots = torch.eye(16).expand(2, -1, -1), torch.zeros(2, 0, 0)
-    params = SlicedDualParams(basis, basis, 8, knots, (torch.zeros(2, 25), torch.zeros(2, 26)))
-    quality = SiteFidelity(0.1, 0.1, 0.0, 0.1)
-    sliced, exact = Candidate("sliced_dual", 5, 1.0, quality, params), Candidate("exact", 40, 2.0, quality)
-    selection = Selection(
-        {
-            "a": Choice(sliced, "why", (sliced, exact)),
-            "b": Choice(Candidate("keep", 40, inf), "why", (exact,)),
-            "c": Choice(exact, "why"),
-        },
-        ranges=dict.fromkeys("abc", (1.0, 2.5)),
-    )
-    fidelity = Fidelity(
-        samples=10,
-        logits_rel=0.1,
-        agreement=0.9,
-        metric=Metric("accuracy", 0.9, 0.8),
-        outputs={"logits": 0.1},
-        hops=(Hop("capture", 0.0, 0.0, 1.0), Hop("amortisation", 0.1, 0.1, 0.9), Hop("export", 0.0, 0.0, 1.0)),
-        variants={name: VariantFidelity(None if name == "truncated" else 0.1, None, None) for name in VARIANTS},
-        sites={"a": SiteFidelity(0.1, 0.1, 0.0, 0.1)},
-    )
-    runs = [
-        LatencyRun(name, "onnxruntime", batch, ms * batch, ms, ms, ms, 0.0, 10)
-        for batch in (1, 32)
-        for name, ms in VARIANTS.items()
-    ]
-    lowered = FittedActivation("gelu, float32", torch.nn.Identity(), 16, 1e-3, -6.0, 4.0, 2)
-    artifacts = [{"kind": "onnx", "path": "model.onnx", "sha256": "0" * 64, "builder": "b", "targets": []}]
-    stops = EarlyStops({"sinkhorn.py:7": "if err.item() < self.tol:"}, 1e-3, taken=True)
-    findings = Findings(sites, (Miss("node", None, "why", "what to do"),), stops)
-    verdict, latency = Verdict((Term(Bound("relc", 0.2), 0.1),)), Latency("cpu", 2, tuple(runs))
-    samples = Samples({"x": torch.zeros(4, 1)})
-    teacher = fitted.studied(torch.nn.Identity(), None, findings, samples)
-    return report_data(
-        teacher,
-        selection,
-        (lowered,),
-        fidelity,
-        verdict,
-        latency,
-        CostCheck(shipped(), 32, 1.0, -0.5),
-        EngineResult("omitted"),
-        artifacts,
-        environment(seed=0),
-    )
 
 
 def test_a_report_keeps_to_its_schema_as_json() -> None:
@@ -141,7 +59,30 @@ def test_the_schema_refuses_what_it_does_not_describe() -> None:
         jsonschema.validate({**report(), "more": 1}, SCHEMA)
 
 
-def test_ratios_are_of_medians_at_the_largest_batch() -> None:
+@pytest.mark.parametrize(
+    ("ratio", "note"),
+    [
+        (Ratio(1.5, 1.4, 1.6), "1.50x as fast as exact Sinkhorn (1.40 to 1.60) at batch 8"),
+        (Ratio(1.015, 1.012, 1.018), "(1.01 to 1.02) at batch 8: the approximation does not pay, use -O1 here"),
+        (Ratio(0.5, 0.4, 0.6), "0.50x as fast as exact Sinkhorn (0.40 to 0.60) at batch 8: the approximation does not"),
+        (Ratio(1.2, 0.9, 1.5), "which this run cannot tell from 1: the same file opened twice may differ by 2%"),
+        (Ratio(1.0, 1.0, 1.0, identical=True), "this is exact Sinkhorn"),
+    ],
+)
+def test_the_headline_says_what_the_approximation_gains_and_what_to_do_where_that_is_nothing(ratio, note) -> None:
+    batches = (BatchLatency(8, (), {"exact": ratio}, floor=0.02, blocks=5, stable=True, warnings=()),)
+    assert note in speed_note(Latency("cpu", 1, batches, CONDITIONS))
+
+
+def test_what_speaks_against_the_figures_stands_in_the_report() -> None:
+    latency = report()["latency"]
+    assert latency["warnings"] == ["batch 1: why", "batch 32: why"]
+    assert [each["stable"] for each in latency["measurements"]] == [True, False]
+    assert report()["verdict"]["headline"].endswith("at batch 32")
+    assert report()["verdict"]["terms"][0]["closest"] == "relc<=0.1"
+
+
+def test_ratios_are_at_the_largest_batch() -> None:
     latency = report()["latency"]
     assert latency["batch"] == 32
     assert latency["speedup_vs_teacher"] == 4.0

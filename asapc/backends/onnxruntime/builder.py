@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from asapc.backends.base import temporary
+from asapc.backends.onnxruntime.places import places_of
 from asapc.capturing.export import is_plain
 from asapc.errors import BuildError, one_line
 from asapc.ops.fused import ATTENTION
@@ -49,10 +50,12 @@ def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], s
         for name in graph.example.inputs
     ]
     passes = [*([StandardAttention()] if standard else []), OnnxCleanup(metadata)]
-    model = PassManager(passes)(to_proto(graph, axes=open_axes)).program
+    exported = to_proto(graph, axes=open_axes)
+    places = places_of(exported)
+    model = PassManager(passes)(exported).program
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
     temporary(path).rename(path)
-    return OnnxArtifact(path, next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")))
+    return OnnxArtifact(path, next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), places)
 
 
 def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]] | None = None) -> Any:

@@ -1,6 +1,7 @@
 """Runs an ONNX file in ONNX Runtime on the CPU."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class OnnxRuntimeRunner:
 
     def __init__(self, path: Path, threads: int = 0, name: str | None = None) -> None:
         onnxruntime = library()
-        self.name = name or path.name
+        self.path, self.threads, self.name = path, threads, name or path.name
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # fatal only: errors are raised too, and the caller shows them
@@ -63,6 +64,25 @@ class OnnxRuntimeRunner:
             for _, *sizes in [value.shape]
         }
         self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def reopen(self) -> "OnnxRuntimeRunner":
+        """Return another session of the same file."""
+        return OnnxRuntimeRunner(self.path, self.threads, self.name)
+
+    def signature(self) -> dict[str, list[dict[str, Any]]]:
+        """Return name, shape and dtype of "inputs" and "outputs"; an open axis of a shape is its name, or None."""
+        sides = {"inputs": self.session.get_inputs(), "outputs": self.session.get_outputs()}
+
+        def describe(value: Any) -> dict[str, Any]:
+            dtype = str(DTYPES.get(value.type, value.type)).removeprefix("torch.")
+            return {"name": value.name, "shape": list(value.shape), "dtype": dtype}
+
+        return {side: [describe(value) for value in values] for side, values in sides.items()}
+
+    @staticmethod
+    def dtype(value: Any) -> str:
+        """Return the dtype of an input or output of a session, as numpy calls it."""
+        return str(DTYPES[value.type]).removeprefix("torch.")
 
     def __call__(self, samples: Samples) -> list[Tensor]:
         """Return all outputs for one batch.

@@ -20,6 +20,7 @@ from asapc.passes.onnx.splice import Piece, SpliceOnnx
 from asapc.passes.record import record
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.types.artifacts import OnnxArtifact
+from asapc.types.engine import Place
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Site
@@ -59,7 +60,13 @@ def splice_onnx(
         raise BuildError(f"the compiled model has {model.ByteSize():,} bytes, more than an ONNX file can", "use less")
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
     temporary(path).rename(path)
-    return OnnxArtifact(path, opset)
+    places = {
+        node.name: Place(site=piece.name)
+        for piece in pieces
+        for node in model.graph.node
+        if node.name.startswith(piece.prefix)
+    }
+    return OnnxArtifact(path, opset, places)
 
 
 def open_axes(model: Any, sizes: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:

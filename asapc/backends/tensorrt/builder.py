@@ -11,17 +11,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from asapc.backends.base import temporary
+from asapc.backends.tensorrt.durations import keep_tail
+from asapc.backends.tensorrt.log import node_at_end
 from asapc.backends.tensorrt.preflight import preflight
-from asapc.errors import BuildError, DependencyError
+from asapc.backends.tensorrt.profiles import narrowed, open_sizes
+from asapc.errors import BuildError, DependencyError, OptionError
 from asapc.types.artifacts import EngineArtifact, EngineResult, OnnxArtifact
-from asapc.types.graph import Axes
+from asapc.types.engine import EngineLayer, EngineOptions
+from asapc.types.graph import BATCH_AXIS, Axes
 from asapc.types.options import Target
 
 # It takes over the parent's import path, so that both run the same asapc.
@@ -30,20 +34,27 @@ CHILD = (
 )
 # Engines take seconds to minutes; a compiler that hangs must not hang the run for ever.
 MAX_SECONDS = 3600
+WITHOUT = ("onnx", "cuda")  # targets without an engine
+DEFAULTS = EngineOptions()
 
 
 def try_engine(
-    target: Target, onnx: OnnxArtifact, path: Path, largest_batch: int, axes: Axes | None = None
+    target: Target,
+    onnx: OnnxArtifact,
+    path: Path,
+    largest_batch: int,
+    axes: Axes | None = None,
+    options: EngineOptions = DEFAULTS,
 ) -> EngineResult:
     """Build an engine if the target has one; see `build_engine`.
 
     Raises:
         AsapcError: an engine that was asked for by name cannot be built. With "auto" that is part of the result.
     """
-    if target in ("onnx", "cuda"):
+    if target in WITHOUT:
         return EngineResult("omitted")
     try:
-        return EngineResult("built", build_engine(onnx, path, largest_batch, axes, target))
+        return EngineResult("built", build_engine(onnx, path, largest_batch, axes, target, options))
     except (BuildError, DependencyError) as error:
         if target != "auto":
             raise
@@ -57,7 +68,7 @@ def build_engine(
     largest_batch: int,
     axes: Axes | None = None,
     target: Target = "auto",
-    architectures: Sequence[str] | None = None,
+    options: EngineOptions = DEFAULTS,
 ) -> EngineArtifact:
     """Build an engine for batches from 1 to `largest_batch`, fastest at the largest.
 
@@ -67,7 +78,7 @@ def build_engine(
         largest_batch: largest size of the first axis of every input, unless `axes` has one.
         axes: dynamic axes by input name and axis number; the engine is fastest where they are longest.
         target: the builder, or "auto" for whichever there is.
-        architectures: of GPUs, like "SM89", where it is built ahead of time; None for all that the builder knows.
+        options: what else is asked of it, see `check_options`; profiles fit the axes, see `profiles.narrowed`.
 
     Returns:
         The engine, with the GPU targets that it runs on and the reasons why others were refused.
@@ -77,27 +88,89 @@ def build_engine(
         BuildError: the parser or the compiler refuses the model, crashes on it, or exceeds its time or memory.
         OSError: the engine cannot be written.
     """
-    package = builder_package(target)
-    ranges = {
-        name: {number: (axis.low, axis.high or largest_batch) for number, axis in of_input.items()}
-        for name, of_input in (axes or {}).items()
-    }
-    preflight(package, onnx.path, largest_batch, ranges)
+    package, log = builder_package(target), path.with_name(f"{path.name}.log")
+    shapes = {name: tuple(size for size, _, _ in sizes) for name, sizes in options.profiles.items()}
+    whole = {name: {0: BATCH_AXIS} for name in shapes}
+    sizes = narrowed(options.profiles, shapes, axes or whole, largest_batch) if shapes else {}
+    sizes = sizes or open_sizes(axes or {}, largest_batch)
+    preflight(package, onnx.path, largest_batch, sizes)
     request = {
         "package": package,
         "target": "SM{}{}".format(*torch.cuda.get_device_capability()) if package == "tensorrt" else None,
-        "architectures": architectures,
         "onnx": str(onnx.path),
         "engine": str(temporary(path)),
+        "log": str(log),
         "largest_batch": largest_batch,
-        "ranges": ranges,
+        "sizes": sizes,
+        "options": {
+            "architectures": options.architectures,
+            "workspace": options.workspace,
+            "timing_cache": None if options.timing_cache is None else str(options.timing_cache),
+            "version_compatible": options.version_compatible,
+            "hardware_compatible": options.hardware_compatible,
+        },
     }
     try:
         answer = compile_apart(request)
         temporary(path).rename(path)
+    except BuildError as error:
+        raise located(error, onnx) from None
     finally:
-        temporary(path).unlink(missing_ok=True)
-    return EngineArtifact(path, answer["builder"], tuple(answer["targets"]), answer["refused"])
+        for file in (temporary(path), log):
+            file.unlink(missing_ok=True)
+    compatible = [name for name in ("version", "hardware") if getattr(options, f"{name}_compatible")]
+    layers = [EngineLayer.of(**layer) for layer in answer["layers"]]
+    return EngineArtifact(
+        path,
+        answer["builder"],
+        tuple(answer["targets"]),
+        answer["refused"],
+        tuple(compatible),
+        layers=tuple(layers),
+        notes=tuple(answer["notes"]),
+    )
+
+
+def check_options(target: Target, options: EngineOptions) -> None:
+    """Refuse what a target cannot do, before anything is built.
+
+    Raises:
+        OptionError: it builds no engine, or its builder has no such option or architecture.
+        DependencyError: the builder is not installed, or needs a GPU; with "auto" only where options ask for an engine.
+        BuildError: it cannot be loaded.
+    """
+    if target in WITHOUT:
+        if options.flags:
+            raise OptionError(
+                f"{options.flags[0]} is about an engine, and --target {target} builds none",
+                "omit it, or choose --target tensorrt-rtx or tensorrt",
+            )
+        return
+    if target == "auto" and not options.flags:
+        return
+    package = builder_package(target)
+    if not options.flags:
+        return
+    cache = options.timing_cache
+    if cache is not None and (cache.is_dir() or not cache.absolute().parent.is_dir()):
+        raise OptionError(f"--timing-cache cannot be {cache}: it is no file in a folder that exists", "give a file")
+    facts = compile_apart({"package": package})
+    for flag in options.flags:
+        if flag in facts["lacks"]:
+            other = "omit it" if package == "tensorrt" else "omit it, or use --target tensorrt on a machine with a GPU"
+            raise OptionError(f"{facts['builder']} has no {flag}: {facts['lacks'][flag]}", other)
+    if unknown := [name for name in options.architectures if name not in facts["architectures"]]:
+        known = ", ".join(name.lower() for name in facts["architectures"])
+        raise OptionError(f"{facts['builder']} does not build for {unknown[0].lower()}", f"--gpu-arch takes {known}")
+
+
+def located(error: BuildError, onnx: OnnxArtifact) -> BuildError:
+    """Return an error that says which of the user's modules and lines its node comes from."""
+    if error.node is None:
+        return error
+    name = "" if error.node in str(error) else f"at node {error.node}"
+    where = ", ".join(filter(None, [name, str(onnx.place_of(error.node))]))
+    return BuildError(f"{error} ({where})", error.hint, error.node) if where else error
 
 
 def builder_package(target: Target) -> str:
@@ -134,18 +207,25 @@ def compile_apart(request: Mapping[str, Any]) -> dict[str, Any]:
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=MAX_SECONDS
         )
     except subprocess.TimeoutExpired:
-        hint = "report the model, and this line"
-        raise BuildError(f"TensorRT's compiler took more than {MAX_SECONDS} s and was stopped", hint) from None
+        raise crash(f"TensorRT's compiler took more than {MAX_SECONDS} s and was stopped", request) from None
     if not process.stdout:
-        raise BuildError(
-            f"TensorRT's compiler crashed on the model ({cause(process)})", "report the model, and this line"
-        )
+        raise crash(f"TensorRT's compiler crashed on the model ({cause(process)})", request)
     answer: dict[str, Any] = json.loads(process.stdout)
     if "errno" in answer:
         raise OSError(answer["errno"], os.strerror(answer["errno"]), answer["file"])
     if "error" in answer:
         raise BuildError(answer["error"], answer["hint"], answer["node"])
     return answer
+
+
+def crash(message: str, request: Mapping[str, Any]) -> BuildError:
+    """Return the error for a compiler that gave no answer, with what its log says of its last steps."""
+    log = Path(request.get("log", os.devnull))
+    kept = keep_tail(log) if log.is_file() else None
+    hint = "report the model, and this line" + ("" if kept is None else f", with the end of NVIDIA's log, {kept}")
+    if not log.is_file():
+        return BuildError(message, hint)
+    return BuildError(message, hint, node_at_end(log.read_text(errors="replace").splitlines(), Path(request["onnx"])))
 
 
 def cause(process: "subprocess.CompletedProcess[str]") -> str:

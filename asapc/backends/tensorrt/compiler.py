@@ -5,7 +5,6 @@ this module and waits for its answer. It imports neither torch nor more of asapc
 """
 
 import ctypes
-import importlib
 import json
 import os
 import signal
@@ -15,6 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from asapc.backends.tensorrt.flavours import (
+    NAMES,
+    architectures,
+    configure,
+    lacks,
+    load_timings,
+    open_package,
+    save_timings,
+    strongly_typed,
+)
+from asapc.backends.tensorrt.log import hint_on, layers_of, told
 from asapc.errors import BuildError
 from asapc.passes.base import PassManager
 from asapc.passes.onnx.standard_attention import StandardAttention
@@ -24,10 +34,12 @@ from asapc.passes.onnx.unfuse_attention import UnfuseAttention
 def main() -> None:
     """Read a request, a JSON object, from the last argument, and print the answer.
 
-    The request holds `package`, `onnx`, `engine`, `largest_batch`, `ranges` of dynamic axes by input name and axis
-    number, and `target`: the architecture of the GPU present, or null to build ahead of time for all that the package
-    supports. `parent` and `seconds` limit the process. The answer holds `builder`, `targets` and `refused`; or `error`,
-    `hint` and `node`; or `errno` and `file`.
+    The request holds `package`; `onnx`, `engine` and `log`, files; `largest_batch`; `sizes`, least, best and largest,
+    of open axes by input name and axis number; `options`, those of `types.engine.EngineOptions` that are not about
+    sizes; and `target`: the architecture of the GPU present, or null to build ahead of time. Without `onnx` it asks
+    what the package has. `parent` and `seconds` limit the process. The answer holds `builder`, `targets`, `refused`,
+    `layers` and `notes`, or `builder`, `architectures` and `lacks`; or `error`, `hint` and `node`; or `errno` and
+    `file`.
     """
     request = json.loads(sys.argv[-1])
     limit_process(request["parent"], request["seconds"])
@@ -35,7 +47,7 @@ def main() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)
     try:
-        answer = build(request)
+        answer = build(request) if "onnx" in request else facts(request["package"])
     except BuildError as error:
         answer = {"error": str(error), "hint": error.hint, "node": error.node}
     except OSError as error:
@@ -45,71 +57,99 @@ def main() -> None:
     os.write(answers, json.dumps(answer).encode())
 
 
+def facts(package: str) -> dict[str, Any]:
+    """Return what a package has and lacks; see `main`."""
+    trt = open_package(package)
+    builder = f"{NAMES[package]} {trt.__version__}"
+    return {"builder": builder, "architectures": architectures(trt), "lacks": lacks(trt)}
+
+
 def build(request: Mapping[str, Any]) -> dict[str, Any]:
     """Build an engine for every target that can have one; see `main`."""
-    trt = importlib.import_module(request["package"])
+    trt = open_package(request["package"])
     if request["target"] is None:
-        capabilities = trt.ComputeCapability.__members__
-        names = request["architectures"] or [name for name in capabilities if name.startswith("SM")]
-        candidates = {name: capabilities[name] for name in names}
+        names = request["options"]["architectures"] or architectures(trt)
+        known = trt.ComputeCapability.__members__
+        if unknown := [name for name in names if name not in known]:
+            raise BuildError(
+                f"{NAMES[request['package']]} does not build for {unknown[0]}", "build with TensorRT there"
+            )
+        candidates = {name: known[name] for name in names}
     else:
         candidates = {request["target"]: None}
-    compiler = Compiler(trt, Path(request["onnx"]), request["largest_batch"], request["ranges"])
+    compiler = Compiler(trt, request)
     refused: dict[str, str] = {}
+    hint, node = "", None
     # One target that the compiler does not support fails the build for all, so each is tried alone first.
     for name, capability in candidates.items():
         try:
             data = compiler.build([capability])
         except BuildError as error:
-            refused[name] = str(error)
+            refused[name], hint, node = str(error), error.hint, error.node
     targets = sorted((name for name in candidates if name not in refused), key=lambda name: int(name[2:]))
     if not targets:
-        reason = next(iter(refused.values()))
-        hint = "run `asapc inspect` and report the operation that it names"
-        raise BuildError(reason, hint, compiler.node_in(reason))
+        raise BuildError("; ".join(dict.fromkeys(refused.values())), hint, node)
     if len(targets) > 1:
         data = compiler.build([candidates[name] for name in targets])
     Path(request["engine"]).write_bytes(data)
-    builder = f"{request['package'].replace('_', '-')} {trt.__version__}"
-    return {"builder": builder, "targets": targets, "refused": refused}
+    return {
+        "builder": f"{request['package'].replace('_', '-')} {trt.__version__}",
+        "targets": targets,
+        "refused": refused,
+        "layers": layers_of(compiler.lines),
+        "notes": list(dict.fromkeys(compiler.notes)),
+    }
 
 
 class Compiler:
-    """Compiles one model with `tensorrt` or `tensorrt_rtx`, whose interfaces are nearly the same."""
+    """Compiles one model with one of NVIDIA's packages, whose interfaces are nearly the same.
 
-    def __init__(
-        self, trt: Any, path: Path, largest_batch: int, ranges: Mapping[str, Mapping[str, tuple[int, int]]]
-    ) -> None:
+    Attributes:
+        lines: of the log, as far as the last build goes.
+        notes: what the user should know, in sentences.
+    """
+
+    def __init__(self, trt: Any, request: Mapping[str, Any]) -> None:
         import onnx
         from google.protobuf.message import DecodeError
 
-        errors: list[str] = []
-
-        class Log(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, msg: str) -> None:
-                if severity <= trt.ILogger.ERROR:
-                    errors.append(msg)
-
-        self.trt, self.errors, self.log = trt, errors, Log()
+        path = Path(request["onnx"])
+        self.trt, self.options, self.sizes = trt, request["options"], request["sizes"]
+        self.largest_batch = request["largest_batch"]
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        self.notes: list[str] = []
+        self.log = self.open_log(os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
         self.builder = trt.Builder(self.log)
-        self.network = self.builder.create_network(0)
+        self.network = self.builder.create_network(strongly_typed(trt))
         self.parser = trt.OnnxParser(self.network, self.log)
         try:
             model = PassManager([StandardAttention(), UnfuseAttention()])(onnx.load(path)).program
         except DecodeError as error:
             raise BuildError(f"{path.name} is not an ONNX model: {error}", "report the model") from error
-        if not self.parser.parse(model.SerializeToString()):
-            fault = self.parser.get_error(0)
-            raise BuildError(
-                f"TensorRT cannot parse the model: {fault.desc()}",
-                "report the operation that it names",
-                fault.node_name() or None,
-            )
         self.nodes = [node.name for node in model.graph.node if node.name]
-        self.largest_batch, self.ranges = largest_batch, ranges
+        if not self.parser.parse(model.SerializeToString()):
+            faults = [self.parser.get_error(i) for i in range(self.parser.num_errors)]
+            reason = told([fault.desc() for fault in faults])
+            node = next((fault.node_name() for fault in faults if fault.node_name()), None)
+            raise BuildError(f"TensorRT cannot parse the model: {reason}", hint_on(reason, parsing=True), node)
+
+    def open_log(self, file: int) -> Any:
+        """Return a logger that keeps all lines, also in a file: of a compiler that crashes, it is all that is left."""
+        trt, lines, errors = self.trt, self.lines, self.errors
+
+        class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, msg: str) -> None:
+                lines.append(msg)
+                if severity <= trt.ILogger.Severity.ERROR:
+                    errors.append(msg)
+                with suppress(OSError):  # a full disk is found out where the engine is written
+                    os.write(file, f"{msg}\n".encode(errors="replace"))
+
+        return Log()
 
     def node_in(self, reason: str) -> str | None:
         """Return the node that the compiler's reason names: the longest name, since one may begin as another does."""
@@ -118,23 +158,35 @@ class Compiler:
     def build(self, capabilities: list[Any]) -> bytes:
         """Build a serialised engine for some compute capabilities; [None] means the GPU present."""
         config = self.builder.create_builder_config()
+        configure(self.trt, config, self.options)
         if capabilities != [None]:
             config.num_compute_capabilities = len(capabilities)
             for i, capability in enumerate(capabilities):
                 config.set_compute_capability(capability, i)
-        profile = self.builder.create_optimization_profile()
-        for i in range(self.network.num_inputs):
-            tensor = self.network.get_input(i)
-            ranges = {"0": (1, self.largest_batch), **self.ranges.get(tensor.name, {})}
-            fixed = {str(axis): (size, size) for axis, size in enumerate(tensor.shape) if axis > 0 and size >= 0}
-            least, most = zip(*({**ranges, **fixed}[str(axis)] for axis in range(len(tensor.shape))), strict=True)
-            profile.set_shape(tensor.name, least, most, most)
-        config.add_optimization_profile(profile)
+        config.add_optimization_profile(self.profile())
+        timings = self.options["timing_cache"] and Path(self.options["timing_cache"])
+        if timings and (note := load_timings(config, timings)):
+            self.notes.append(note)
+        self.lines.clear()
         self.errors.clear()
         engine = self.builder.build_serialized_network(self.network, config)
         if engine is None:
-            raise BuildError(self.errors[-1] if self.errors else "TensorRT gave no reason", "see the report")
+            reason = told(self.errors) or "TensorRT gave no reason"
+            raise BuildError(reason, hint_on(reason), self.node_in(reason))
+        if timings:
+            save_timings(config, timings)
         return bytes(engine)
+
+    def profile(self) -> Any:
+        """Return the sizes of all inputs: those asked for, else the network's own."""
+        profile = self.builder.create_optimization_profile()
+        for i in range(self.network.num_inputs):
+            tensor = self.network.get_input(i)
+            default = {"0": (1, self.largest_batch, self.largest_batch)}
+            fixed = {str(axis): (size,) * 3 for axis, size in enumerate(tensor.shape) if axis > 0 and size >= 0}
+            sizes = {**default, **self.sizes.get(tensor.name, {}), **fixed}
+            profile.set_shape(tensor.name, *zip(*(sizes[str(axis)] for axis in range(len(tensor.shape))), strict=True))
+        return profile
 
 
 def limit_process(parent: int, seconds: int) -> None:

@@ -46,7 +46,11 @@ def open_engine(folder: str | Path) -> EngineRunner:
     from asapc.loading.folder import read_folder
 
     folder = Path(folder)
-    report = read_folder(folder)
+    return open_checked(folder, read_folder(folder))
+
+
+def open_checked(folder: Path, report: Mapping[str, Any]) -> EngineRunner:
+    """Open the engine of a folder whose files are those that its manifest lists; see `open_engine`."""
     engine = engine_of(folder, report)
     system, built_on = f"{platform.system()}-{platform.machine()}", report["environment"]["platform"]
     if system != built_on:

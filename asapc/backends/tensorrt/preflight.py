@@ -14,10 +14,11 @@ from typing import Any
 
 from asapc.errors import BuildError
 from asapc.passes.onnx.standard_attention import StandardAttention
+from asapc.types.engine import Sizes
 
 MAX_SORT = 3840  # the largest K of a TopK; longer sites get no slices
 MAX_HEAD = 256  # the largest heads of ONNX's own attention
-MAX_SIZES = 64  # beyond which a constant holds no sizes
+MAX_NUMBERS = 64  # beyond which a constant holds no sizes
 COUNT = "{}_count"  # a value that is not in the model: its shape is what one of the model holds
 
 # ONNX's numbers of element types.
@@ -36,7 +37,7 @@ UNKNOWN = (
 STANDARD = "replace it in the model by standard operators, or compile for --target onnx"
 OLDER = "export the model at an opset below 23, where attention is a product, a softmax and a product"
 
-Ranges = Mapping[str, Mapping[int, tuple[int, int]]]  # of open axes, by the input's name and their number
+OpenSizes = Mapping[str, Mapping[int, Sizes]]  # of open axes, by the input's name and their number
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,19 @@ Rule = Callable[[Any, Mapping[str, Value]], Fault | None]
 NOTHING = Value(0, ())
 
 
-def preflight(package: str, path: Path, largest_batch: int, ranges: Ranges) -> None:
+def preflight(package: str, path: Path, largest_batch: int, sizes: OpenSizes) -> None:
     """Refuse an ONNX file that TensorRT cannot build, with the node that is to blame.
 
     Args:
         package: of the builder, `tensorrt` or `tensorrt_rtx`.
         path: the file.
-        largest_batch: largest size of the first axis of every input, unless `ranges` has one.
-        ranges: least and largest sizes of open axes.
+        largest_batch: largest size of the first axis of every input, unless `sizes` has one.
+        sizes: of open axes.
 
     Raises:
         BuildError: it is not an ONNX file, or breaks a rule.
     """
-    model = at_largest(load(path), largest_batch, ranges)
+    model = at_largest(load(path), largest_batch, sizes)
     values = values_of(model.graph)
     of_model = {(function.domain, function.name) for function in model.functions}
     for node in nodes_of(model.graph):
@@ -99,20 +100,20 @@ def load(path: Path) -> Any:
     return StandardAttention()(model).program
 
 
-def at_largest(model: Any, largest_batch: int, ranges: Ranges) -> Any:
+def at_largest(model: Any, largest_batch: int, sizes: OpenSizes) -> Any:
     """Return a model with its open axes at their largest sizes, and all shapes that follow from them."""
     import onnx
 
     for value in model.graph.input:
-        largest = {0: largest_batch} | {axis: most for axis, (_, most) in ranges.get(value.name, {}).items()}
-        for axis, size in enumerate(value.type.tensor_type.shape.dim):
-            if not size.HasField("dim_value") and axis in largest:
-                size.dim_value = largest[axis]
+        largest = {0: largest_batch} | {axis: most for axis, (_, _, most) in sizes.get(value.name, {}).items()}
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value") and axis in largest:
+                dim.dim_value = largest[axis]
     del model.graph.value_info[:]
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     for tensor in model.graph.initializer:
-        if prod(tensor.dims) > MAX_SIZES:
+        if prod(tensor.dims) > MAX_NUMBERS:
             tensor.ClearField("raw_data")  # a weight, which inference would copy
     # Inference computes numbers too, but shows them as shapes alone.
     for name in {node.input[1] for node in model.graph.node if node.op_type == "TopK"}:

@@ -1,10 +1,10 @@
-"""Measures latency: all runners interleaved in one process, so that drift of the machine affects them alike."""
+"""Times runners that take turns on the same batch, so that drift of the machine affects them alike."""
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import torch
+import numpy as np
 
 from asapc.backends.base import Runner
 from asapc.types.results import LatencyRun
@@ -12,6 +12,8 @@ from asapc.types.samples import Samples
 
 WARM_UP_CALLS = 3  # the first calls allocate memory and choose kernels
 MIN_ROUNDS = 10
+# A percentile of fewer times than these would be the largest of them, or a guess.
+NEEDED = {90: 10, 99: 100}
 
 
 def measure(
@@ -48,7 +50,7 @@ def time_rounds(
     Returns:
         Milliseconds in each round, by the runner's name.
     """
-    inputs = samples[[i % len(samples) for i in range(batch)]]
+    inputs = repeated(samples, batch)
     for runner in runners.values():
         for _ in range(min(WARM_UP_CALLS, rounds)):
             runner(inputs)
@@ -60,22 +62,28 @@ def time_rounds(
     while completed < rounds or time.perf_counter() < end:
         shuffle(order)
         for name in order:
-            times[name].append(time_once(runners[name], inputs))
+            times[name].append(milliseconds(runners[name], inputs))
         completed += 1
     return times
 
 
-def time_once(runner: Runner, inputs: Samples) -> float:
-    """Return the milliseconds of one call: on the GPU where a runner has a clock there, else until it returns."""
-    if (on_device := getattr(runner, "time", None)) is not None:
-        return float(on_device(inputs))
+def repeated(samples: Samples, batch: int) -> Samples:
+    """Return a batch of samples, repeated where they are too few."""
+    return samples[[i % len(samples) for i in range(batch)]]
+
+
+def milliseconds(runner: Runner, inputs: Samples) -> float:
+    """Time one call: by the device's own clock where a runner has one, as those on a GPU do."""
+    if (own := getattr(runner, "time", None)) is not None:
+        return float(own(inputs))
     start = time.perf_counter()
     runner(inputs)
     return 1e3 * (time.perf_counter() - start)
 
 
-def summarise(name: str, runtime: str, batch: int, times: list[float]) -> LatencyRun:
+def summarise(name: str, runtime: str, batch: int, times: Sequence[float]) -> LatencyRun:
     """Compute percentiles, mean and standard deviation of raw times in milliseconds."""
-    raw = torch.tensor(times, dtype=torch.float64)
-    p50, p90, p99 = raw.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
-    return LatencyRun(name, runtime, batch, p50, p90, p99, raw.mean().item(), raw.std(correction=0).item(), len(times))
+    raw = np.asarray(times, dtype=np.float64).ravel()
+    p90, p99 = (float(np.percentile(raw, q)) if raw.size >= needed else None for q, needed in NEEDED.items())
+    p50, mean, std = (float(function(raw)) for function in (np.median, np.mean, np.std))
+    return LatencyRun(name, runtime, batch, p50, p90, p99, mean, std, raw.size)

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from asapc.fidelity import gpu as module
-from asapc.fidelity.gpu import WINDOW, clocks, settle
+from asapc.timing import gpu as module
+from asapc.timing.gpu import WINDOW, clocks, settle
 
 
 @pytest.fixture

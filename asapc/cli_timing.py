@@ -1,0 +1,150 @@
+"""The commands that measure: `bench` and `check`. As in `asapc.cli`, no decisions are made here."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asapc import showing, showing_timing
+from asapc.config import OPTIONS, CompileConfig
+from asapc.terminal import BUDGET_MISSED, LATENCY_ENDS, command, print_json, show, stages
+
+TEACHER = [OPTIONS[name] for name in ("model", "model_args", "weights", "unsafe_load", "seed")]
+Batches = Annotated[
+    list[int],
+    typer.Option("--batch", metavar="SIZE", min=1, help="Batch size. Repeat to add.", show_default="as compiled"),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Samples, .npz, .npy or .pt.", show_default="those held out when it was compiled"
+    ),
+]
+TeacherFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The model that was compiled.", show_default="where the report says it was"),
+]
+RuntimeName = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where ONNX Runtime runs it.")]
+OutFile = Annotated[Path | None, typer.Option(metavar="FILE", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+
+
+@command(
+    "asapc bench digits.asap --against exact,softmax",
+    "asapc bench main.asap pr.asap --batch 1 --batch 32 --csv latency.csv",
+    takes=TEACHER,
+)
+def bench(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="What `asapc compile` wrote.")],
+    options: CompileConfig,
+    against: Annotated[
+        str, typer.Option(metavar="RIVAL,...", help="Rivals to add: teacher, exact, truncated, softmax.")
+    ] = "",
+    batch: Batches = [],  # noqa: B006 typer copies it
+    length: Annotated[
+        list[int], typer.Option(metavar="SIZE", min=1, help="Length of open axes. Repeat to add.", show_default=False)
+    ] = [],  # noqa: B006
+    threads: Annotated[
+        list[int], typer.Option(metavar="COUNT", min=1, help="Threads. Repeat to add.", show_default="one a core")
+    ] = [],  # noqa: B006
+    runtime: Annotated[
+        list[str], typer.Option(metavar="cpu|cuda", help="Where to run. Repeat to add.", show_default="all there are")
+    ] = [],  # noqa: B006
+    seconds: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="The most for each table.")] = 10.0,
+    data: Data = None,
+    teacher: TeacherFile = None,
+    as_json: Json = False,
+    markdown: OutFile = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", metavar="FILE", show_default=False)] = None,
+) -> None:
+    """Measure compiled folders and rivals side by side."""
+    from asapc.commands.bench import BenchOptions, bench_folders
+    from asapc.commands.folders import runtime_of
+    from asapc.writing.folder import output_file
+
+    rivals = tuple(name.strip() for name in against.split(",") if name.strip())
+    runtimes = tuple(map(runtime_of, runtime))
+    asked = BenchOptions(rivals, tuple(batch), tuple(length), tuple(threads), runtimes, seconds, data, teacher)
+    with stages(visible=True) as on_event:
+        result = bench_folders(folders, asked, options, on_event)
+    if markdown is not None:
+        with output_file(markdown, force=True) as partial:
+            partial.write_text(showing.markdown(showing_timing.bench(result)))
+    if csv_file is not None:
+        rows = list(showing_timing.bench_rows(result))
+        with output_file(csv_file, force=True) as partial, partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    if as_json:
+        print_json(result)
+    else:
+        show(showing_timing.bench(result))
+
+
+@command(
+    "asapc check digits.asap --baseline latency.json --max-slowdown 3%",
+    "asapc check pr.asap --relative main.asap --junit check.xml",
+    takes=(
+        replace(OPTIONS["fidelity"], default_text="what the model was compiled to keep"),
+        OPTIONS["threads"],
+        *TEACHER,
+    ),
+    ends=BUDGET_MISSED + LATENCY_ENDS,
+)
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
+    options: CompileConfig,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Times of an earlier check to hold it to.", show_default=False)
+    ] = None,
+    relative: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder to hold it to, in turns on this machine.", show_default=False),
+    ] = None,
+    save_baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write times for later checks.", show_default=False)
+    ] = None,
+    max_slowdown: Annotated[
+        str, typer.Option(metavar="SHARE", help="How much slower than the other it may be.")
+    ] = "3%",
+    batch: Batches = [],  # noqa: B006
+    seconds: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="The most for each batch size.")] = 25.0,
+    data: Data = None,
+    teacher: TeacherFile = None,
+    runtime: RuntimeName = "cpu",
+    as_json: Json = False,
+    junit: OutFile = None,
+    markdown: OutFile = None,
+    github_benchmark: OutFile = None,
+) -> None:
+    """Hold a compiled model to its fidelity budget, and its latency to an earlier one: a gate for CI."""
+    from asapc.commands.check import check_folder
+    from asapc.commands.folders import runtime_of
+    from asapc.commands.gates import CheckOptions, parse_share
+    from asapc.writing.ci import benchmark_entries, write_junit
+    from asapc.writing.folder import output_file
+
+    share, where = parse_share(max_slowdown), runtime_of(runtime)
+    asked = CheckOptions(baseline, relative, save_baseline, share, tuple(batch), seconds, data, teacher, where)
+    with stages(visible=not as_json) as on_event:
+        result = check_folder(folder, asked, options, on_event)
+    found = result.data()
+    if junit is not None:
+        with output_file(junit, force=True) as partial:
+            write_junit(partial, found)
+    if markdown is not None:
+        with output_file(markdown, force=True) as partial:
+            partial.write_text(showing.markdown(showing_timing.check(found)))
+    if github_benchmark is not None:
+        with output_file(github_benchmark, force=True) as partial:
+            partial.write_text(json.dumps(benchmark_entries(found), indent=2) + "\n")
+    if as_json:
+        print_json(found)
+    else:
+        show(showing_timing.check(found))
+    if result.failure is not None:
+        raise result.failure

@@ -1,0 +1,258 @@
+"""Holds the latency of a compiled folder to a baseline or to another folder, for `asapc check`."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asapc.commands.folders import Folder, Runtime, open_file
+from asapc.errors import NotComparableError, OptionError, UnstableError
+from asapc.events import Stage
+from asapc.loading.baseline import SAVE, SCHEMA, digest
+from asapc.timing.blocks import AGAIN, Effort, Open, Settled, Times, time_blocks
+from asapc.timing.gate import (
+    BASE,
+    HEAD,
+    REFERENCE,
+    baseline_gate,
+    baseline_slowdown,
+    identical_gate,
+    narrow_enough,
+    relative_gate,
+    relative_slowdown,
+    scaled_spread,
+)
+from asapc.timing.machine import REFERENCE_INPUTS, reference
+from asapc.timing.ratios import half_width
+from asapc.timing.rounds import repeated
+from asapc.types.samples import Samples
+from asapc.types.timing import Conditions, Gate, Ratio
+from asapc.version import __version__
+from asapc.writing.environment import environment
+from asapc.writing.report import conditions_data
+
+MAX_SLOWDOWN = 0.03  # where none is given; intervals of half of it take some seconds on a quiet machine
+SECONDS = 25.0  # for each batch size; a quiet machine needs a few
+MIN_BLOCKS = 8
+PILOT = Effort(0.0, blocks=2, rounds=5)  # by which the reference workload is made as long as the model
+DIGITS = 6  # of a time in a baseline
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What a check is told.
+
+    Attributes:
+        baseline: file of times to hold the latency to.
+        relative: folder to hold it to instead, by turns on this machine.
+        save: file to write times to.
+        max_slowdown: how much slower than the other the model may be, as a share.
+        batches: empty for those of the baseline, or those at which the folder was measured.
+        seconds: the most to measure a batch size.
+        data: samples; None for those that the folder keeps.
+        teacher: the model that was compiled; matters with `data`.
+        runtime: where to measure.
+
+    Raises:
+        OptionError: two things to compare with, or a slowdown that is no share.
+    """
+
+    baseline: Path | None = None
+    relative: Path | None = None
+    save: Path | None = None
+    max_slowdown: float = MAX_SLOWDOWN
+    batches: tuple[int, ...] = ()
+    seconds: float = SECONDS
+    data: Path | None = None
+    teacher: Path | None = None
+    runtime: Runtime = "cpu"
+    blocks: int = field(default=MIN_BLOCKS, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.baseline is not None and self.relative is not None:
+            raise OptionError("there are two things to compare with", "give --baseline or --relative")
+        if not 0 < self.max_slowdown < 10:
+            raise OptionError(
+                f"--max-slowdown cannot be {self.max_slowdown:.0%}", "give a share above 0, such as 3% or 0.03"
+            )
+
+
+def parse_share(text: str) -> float:
+    """Read a share, "3%" or "0.03".
+
+    Raises:
+        OptionError: it is none.
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if rest or not value >= 0:
+        raise OptionError(f"cannot read the share {text!r}", "give per cent, 3%, or a number, 0.03")
+    return value / 100 if percent else value
+
+
+@dataclass(eq=False)
+class Measurement:
+    """Measures a folder for a gate.
+
+    Attributes:
+        folder: that is measured.
+        samples: to measure on.
+        threads: of the runtime.
+        options: of the check.
+        seed: of all orders.
+        step: to report progress to.
+        times: raw times by batch size, as far as measured.
+        calls: of the reference workload in a turn, by the same; empty unless times are for a baseline.
+    """
+
+    folder: Folder
+    samples: Samples
+    threads: int
+    options: CheckOptions
+    seed: int
+    step: Stage
+    times: dict[int, Times] = field(default_factory=dict)
+    calls: dict[int, int] = field(default_factory=dict)
+
+    def relative(self, other: Folder) -> list[Gate]:
+        """Hold the folder to another, by turns."""
+        limit = self.options.max_slowdown
+        batches = self.options.batches or self.folder.batches
+        if self.folder.graph == other.graph:
+            return [identical_gate(batch, limit) for batch in batches]
+        settled = narrow_enough(limit, relative_slowdown)
+        for batch in batches:
+            self.times[batch] = self.take_turns({BASE: self.opener(other.model, batch)}, batch, settled)
+        return [relative_gate(times, batch, limit) for batch, times in self.times.items()]
+
+    def alone(self, baseline: Mapping[str, Any] | None) -> list[Gate]:
+        """Hold the folder to a baseline; without one only measure it, for the next.
+
+        Raises:
+            NotComparableError: the baseline lacks a batch size.
+            UnstableError: times vary too much for a baseline.
+        """
+        limit = self.options.max_slowdown
+        earlier = {} if baseline is None else {run["batch"]: run for run in baseline["runs"]}
+        batches = self.options.batches or tuple(earlier) or self.folder.batches
+        if earlier and (missing := set(batches) - earlier.keys()):
+            raise NotComparableError(
+                f"{self.options.baseline} has no times at batch {min(missing)}",
+                f"give --batch {', '.join(map(str, earlier))}, or write a new one with --save-baseline",
+            )
+        gates = []
+        with self.workload() as workload:
+            for batch in batches:
+                run = earlier.get(batch)
+                self.calls[batch] = self.pilot(workload(1), batch) if run is None else run["reference_calls"]
+                then = None if run is None else {name: np.array(blocks) for name, blocks in run["ms"].items()}
+                settled = narrow_enough(limit, scaled_spread if then is None else baseline_slowdown(then))
+                times = self.take_turns({REFERENCE: workload(self.calls[batch])}, batch, settled)
+                self.times[batch] = times
+                if then is not None:
+                    gates.append(baseline_gate(times, then, batch, limit))
+                elif not settled(times):
+                    raise unfit(batch, scaled_spread(times))
+        return gates
+
+    def workload(self) -> AbstractContextManager[Any]:
+        """Return what opens the reference workload in the runtime that is measured."""
+        return reference(partial(self.open, inputs=REFERENCE_INPUTS))
+
+    def open(self, path: Path, inputs: Samples) -> Any:
+        """Open an ONNX file."""
+        return open_file(path, self.options.runtime, self.threads, inputs)
+
+    def opener(self, path: Path, batch: int) -> Open:
+        """Return what opens sessions of an ONNX file for a batch."""
+        return partial(self.open, path, repeated(self.samples, batch))
+
+    def pilot(self, workload: Open, batch: int) -> int:
+        """Return how many calls of the reference workload take as long as one of the model."""
+        models = {HEAD: self.opener(self.folder.model, batch), REFERENCE: workload}
+        times = time_blocks(models, self.samples, batch, PILOT)
+        return max(1, round(float(np.median(times[HEAD]) / np.median(times[REFERENCE]))))
+
+    def take_turns(self, others: Mapping[str, Open], batch: int, settled: Settled) -> Times:
+        """Time the model, the model opened again, and others."""
+        own = self.opener(self.folder.model, batch)
+        effort = Effort(self.options.seconds, blocks=self.options.blocks, seed=self.seed)
+        models = {HEAD: own, HEAD + AGAIN: own, **others}
+        return time_blocks(models, self.samples, batch, effort, settled, self.step.advance)
+
+
+def unfit(batch: int, spread: Ratio) -> UnstableError:
+    """Return the error for times that are no baseline: later checks could not tell anything by them."""
+    return UnstableError(
+        f"latency is not stable enough for a baseline at batch {batch}: beside the reference workload it is known to "
+        f"within {half_width(spread):.1%}",
+        "measure on a quieter machine, or for longer with --seconds",
+    )
+
+
+def baseline_data(measurement: Measurement, conditions: Conditions) -> dict[str, Any]:
+    """Return what a file of baselines holds, as docs/baseline.schema.json describes it."""
+    runs = [
+        {
+            "batch": batch,
+            "reference_calls": measurement.calls[batch],
+            "ms": {name: rounded(times[name]) for name in (HEAD, REFERENCE)},
+        }
+        for batch, times in measurement.times.items()
+    ]
+    content = {
+        "schema": SCHEMA,
+        "asapc": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "folder": str(measurement.folder.path),
+        "fingerprint": fingerprint(measurement.folder, measurement.threads, measurement.options.runtime),
+        "conditions": conditions_data(conditions),
+        "runs": runs,
+    }
+    return {**content, "sha256": digest(content)}
+
+
+def rounded(times: Any) -> list[list[float]]:
+    """Return raw times with as many digits as say something."""
+    return [[float(f"{value:.{DIGITS}g}") for value in block] for block in times.tolist()]
+
+
+def fingerprint(folder: Folder, threads: int, runtime: Runtime) -> dict[str, str]:
+    """Return what has to be the same for times of two moments to be comparable: machine, software, model, shapes."""
+    facts: Any = environment(seed=0)
+    driver = Path("/proc/driver/nvidia/version")
+    return {
+        "cpu": facts["cpu"],
+        "gpus": ", ".join(facts["gpus"]),
+        "driver": driver.read_text().splitlines()[0] if driver.is_file() else "",
+        "platform": facts["platform"],
+        "onnxruntime": facts["packages"].get("onnxruntime-gpu", ""),
+        "runtime": runtime,
+        "threads": str(threads),
+        "model": folder.report["model"]["sha256"],
+        "inputs": ", ".join(f"{name} {kind.sizes} {kind.dtype}" for name, kind in folder.inputs.items()),
+        "precision": "float32",
+    }
+
+
+def compare_fingerprints(path: Path, baseline: Mapping[str, Any], own: Mapping[str, str]) -> None:
+    """Raise NotComparableError where a baseline was taken of another model, or on another machine."""
+    then = baseline["fingerprint"]
+    differences = [
+        f"{name} was {then.get(name, 'not told')!r}, and is {own.get(name, 'not told')!r}"
+        for name in sorted({*then, *own})
+        if then.get(name) != own.get(name)
+    ]
+    if differences:
+        raise NotComparableError(
+            f"{path} is not comparable: {'; '.join(differences)}",
+            f"{SAVE}, on this machine and of this model, or compare two folders with --relative",
+        )

@@ -1,0 +1,1 @@
+"""Runs what `asapc compile` wrote, without torch."""

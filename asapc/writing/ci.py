@@ -1,0 +1,47 @@
+"""Writes what a check found in the formats that CI systems read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_junit(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JUnit XML: a case for each term of the budget and for each batch size.
+
+    Args:
+        path: the file.
+        data: of a check, as docs/check.schema.json describes it.
+    """
+    from junitparser import Error, Failure, JUnitXml, TestCase, TestSuite
+
+    suite = TestSuite("asapc check")
+    for term in data["verdict"]["terms"]:
+        case = TestCase(term["term"], classname=f"{data['folder']}.fidelity")
+        if not term["met"]:
+            case.result = [Failure(f"reached {term['reached']}")]
+        suite.add_testcase(case)
+    for gate in data["gates"]:
+        case = TestCase(f"batch {gate['batch']}", classname=f"{data['folder']}.latency")
+        if gate["outcome"] == "regression":
+            case.result = [Failure(gate["reason"])]
+        elif gate["outcome"] == "unstable":
+            case.result = [Error(gate["reason"])]
+        suite.add_testcase(case)
+    xml = JUnitXml("asapc")
+    xml.add_testsuite(suite)
+    xml.write(str(path), pretty=True)
+
+
+def benchmark_entries(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return latencies as github-action-benchmark takes them under `customSmallerIsBetter`."""
+    return [
+        {
+            "name": f"{data['folder']}, batch {gate['batch']}",
+            "unit": "ms",
+            "value": gate["ms"],
+            "range": f"± {gate['ms'] * gate['noise_floor']:.3g}",
+            "extra": gate["reason"],
+        }
+        for gate in data["gates"]
+        if gate["ms"] is not None
+    ]

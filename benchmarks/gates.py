@@ -1,0 +1,216 @@
+"""How often `asapc check` alarms where nothing changed, and how often it does where something did.
+
+    python -m benchmarks.gates                      # what is missing: about 75 minutes, on a machine that is quiet
+    python -m benchmarks.gates --repetitions 2      # a try
+
+Every repetition runs `check_folder` with fresh sessions on the shipped model at batch 1, on the quiet machine and
+beside a process that keeps one core busy. The model is truncated Sinkhorn of BASE half-steps. Slower ones have more:
+those whose time, as measured on the quiet machine, is nearest 10 % and 5 % above. Results are written after each
+repetition, so that a run may be stopped and goes on where it was.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.commands.check import check_folder
+from asapc.commands.compile import compile_model
+from asapc.commands.folders import Folder
+from asapc.commands.gates import CheckOptions
+from asapc.commands.study import study
+from asapc.config import CompileConfig
+from asapc.errors import UnstableError
+from asapc.hashes import sha256
+from asapc.planning.operators import exact_operator
+from asapc.timing.blocks import Effort
+from asapc.timing.compare import compare
+from asapc.version import __version__
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json, write_manifest
+from asapc.writing.rewrite import export_rivals
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "models" / "digits.pt"
+CACHE = ROOT / "benchmarks" / "cache" / "gates"
+RESULTS = ROOT / "benchmarks" / "results" / "gates.json"
+BATCH = 1
+BASE, MOST, EXACT = 20, 30, 40  # half-steps
+SECONDS = 30.0  # the most for one check
+TRUTH = Effort(20.0, blocks=40)  # for a ratio on the quiet machine
+INTERVAL = Effort(4.0, blocks=8)  # for one whose interval is held to that
+CONFIG = CompileConfig(threads=1, fidelity=("agreement>=0",))  # only latency is at stake here
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Run what is missing, and print the rates."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, help="of each kind, in place of 100 and 200")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+
+    def save() -> None:
+        partial_file = options.results.with_suffix(".partial")
+        write_json(partial_file, {**results, "environment": environment(seed=0)})
+        partial_file.rename(options.results)
+
+    folders = make_folders()
+    truths = results.setdefault("true_ratios", {})
+    for name, folder in folders.items():
+        if name not in truths and name != "base":
+            truths[name] = measure_ratio(folder, folders["base"], TRUTH, seed=0)
+            print(f"{name}: {truths[name]['value']:.4f} times the time of the base", flush=True)
+            save()
+    slower = results["slower"] = {share: nearest(truths, 1 + gain) for share, gain in (("10%", 0.1), ("5%", 0.05))}
+    relative = partial(check_relative, base=folders["base"])
+    kinds: dict[str, tuple[int, Callable[[int], Row]]] = {
+        "A/A relative": (200, partial(relative, folders["twin"])),
+        "A/A baseline": (100, partial(check_baseline, folders["base"])),
+        **{f"A/B {share}": (100, partial(relative, folders[name])) for share, name in slower.items()},
+        "coverage": (100, lambda seed: measure_ratio(folders["exact"], folders["base"], INTERVAL, seed)),
+    }
+    for machine, busy in (("quiet", nullcontext), ("busy", busy_core)):
+        for kind, (count, repeat) in kinds.items():
+            rows = results.setdefault(machine, {}).setdefault(kind, [])
+            with busy():
+                while len(rows) < (options.repetitions or count):
+                    start = time.perf_counter()
+                    row = repeat(len(rows))
+                    rows.append({**row, "seconds": round(time.perf_counter() - start, 1)})
+                    save()
+            print(f"{machine:6} {kind:13} {summary(rows, truths['exact']['value'])}", flush=True)
+
+
+def make_folders() -> dict[str, Path]:
+    """Make what is missing of the folders that are compared; "twin" is "base" with another graph of the same work."""
+    names = {"base": BASE, "exact": EXACT, **{f"steps {n}": n for n in range(BASE + 1, MOST + 1)}}
+    folders = {name: CACHE / name.replace(" ", "") for name in (*names, "twin")}
+    if all(folder.exists() for folder in folders.values()):
+        return folders
+    CACHE.mkdir(parents=True, exist_ok=True)
+    compiled = CACHE / "compiled"
+    if not compiled.exists():
+        options = {"level": 1, "target": "onnx", "batches": (BATCH,), "seconds": 1.0, "threads": 1}
+        compile_model(SHIPPED, CompileConfig(out=compiled, **options))
+    teacher = study(SHIPPED)
+    modules = {name: {s.name: exact_operator(s, steps) for s in teacher.sites} for name, steps in names.items()}
+    files = CACHE / "files"
+    files.mkdir(exist_ok=True)
+    export_rivals(teacher, modules, 1, files, lambda detail: print(detail, flush=True))
+    model = onnx.load(str(files / "base.onnx"))
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "samples"  # another graph, and the same work
+    onnx.save(model, str(files / "twin.onnx"))
+    for name, folder in folders.items():
+        replace_model(compiled, files / f"{name}.onnx", folder)
+    return folders
+
+
+def replace_model(compiled: Path, model: Path, folder: Path) -> None:
+    """Copy a compiled folder with another model in it; report and manifest fit."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(compiled, folder)
+    shutil.copy(model, folder / "model.onnx")
+    report = json.loads((folder / "report.json").read_text())
+    for artifact in report["artifacts"]:
+        artifact["sha256"] = sha256(folder / artifact["path"])
+    write_json(folder / "report.json", report)
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, report["model"]["sha256"], __version__)
+
+
+def measure_ratio(folder: Path, other: Path, effort: Effort, seed: int) -> Row:
+    """Return the ratio of two models' times with its interval."""
+    own, base = Folder.at(folder), Folder.at(other)
+    models = {name: partial(OnnxRuntimeRunner, of.model, 1) for name, of in (("base", base), ("own", own))}
+    latency, _ = compare(models, {}, own.samples(None), BATCH, Effort(effort.seconds, effort.blocks, seed=seed))
+    ratio = latency.ratios["own"]
+    return {
+        "value": ratio.value,
+        "low": ratio.low,
+        "high": ratio.high,
+        "floor": latency.floor,
+        "stable": latency.stable,
+    }
+
+
+def check_relative(folder: Path, seed: int, base: Path) -> Row:
+    """Check a folder beside another."""
+    return row_of(check_folder(folder, CheckOptions(relative=base, seconds=SECONDS), with_seed(seed)).data())
+
+
+def check_baseline(folder: Path, seed: int) -> Row:
+    """Check a folder by a baseline of itself, which the first repetition takes."""
+    path = CACHE / "baseline.json"
+    try:
+        if not path.exists():
+            check_folder(folder, CheckOptions(save=path, seconds=SECONDS), with_seed(seed))
+        return row_of(check_folder(folder, CheckOptions(baseline=path, seconds=SECONDS), with_seed(seed)).data())
+    except UnstableError as error:
+        return {"outcome": "unstable", "reason": str(error)}
+
+
+def with_seed(seed: int) -> CompileConfig:
+    """Return the options of one repetition."""
+    return CompileConfig(threads=CONFIG.threads, fidelity=CONFIG.fidelity, seed=seed)
+
+
+def row_of(data: Mapping[str, Any]) -> Row:
+    """Return what is kept of a check."""
+    (gate,) = data["gates"]
+    slowdown = {key: round(gate["slowdown"][key], 5) for key in ("value", "low", "high")}
+    kept = {key: gate[key] for key in ("outcome", "noise_floor", "p", "blocks")}
+    return {**kept, **slowdown, "others": data["conditions"]["busy_cores_of_others"]}
+
+
+def nearest(truths: Mapping[str, Row], ratio: float) -> str:
+    """Return the slower model whose time is nearest to so many times the base's."""
+    steps = [name for name in truths if name.startswith("steps")]
+    return min(steps, key=lambda name: abs(truths[name]["value"] - ratio))
+
+
+def summary(rows: Sequence[Row], truth: float) -> str:
+    """Return counts of outcomes, or how many intervals cover the truth, and how long a repetition took at most."""
+    longest = max(row["seconds"] for row in rows)
+    if "outcome" in rows[0]:
+        counts = Counter(row["outcome"] for row in rows)
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    else:
+        told = f"{sum(row['low'] <= truth <= row['high'] for row in rows)} intervals cover {truth:.4f}"
+    return f"of {len(rows)}: {told}; {longest:.0f} s at most"
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Keep one core busy."""
+    process = multiprocessing.Process(target=spin, args=(os.getpid(),), daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.join()
+
+
+def spin(parent: int) -> None:
+    """Do nothing, as fast as possible, for as long as the process that started this one lives."""
+    while os.getppid() == parent:
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+../../asapc/cli_timing.py

@@ -1,0 +1,1 @@
+../../asapc/showing_timing.py
