@@ -107,34 +107,35 @@ def driver_and_gpus(answer: dict[str, Any]) -> tuple[Driver | None, tuple[Gpu, .
         answer: of the probe `CUDA`.
     """
     details = answer.get("details", {})
-    version, gpus = by_nvidia_smi()
+    version, gpus, failure = by_nvidia_smi()
     gpus = gpus or tuple(Gpu(**gpu) for gpu in details.get("gpus", ()))
     kernel_version, kernel_gpus = by_kernel()
     version, gpus = version or kernel_version, gpus or kernel_gpus
-    if version is None and not details:
+    if version is None and not details and failure is None:
         return None, gpus
     code = details.get("code")
     if code is None:
-        error = answer.get("error")
+        error = failure or answer.get("error")
     else:
         error = None if code == 0 else f"cuInit returns {code}"
     return Driver(version, details.get("cuda"), error), gpus
 
 
-def by_nvidia_smi() -> tuple[str | None, tuple[Gpu, ...]]:
-    """Return the driver's version and the GPUs that nvidia-smi lists."""
+def by_nvidia_smi() -> tuple[str | None, tuple[Gpu, ...], str | None]:
+    """Return the driver's version, the GPUs that nvidia-smi lists, and what it says where it fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return None, ()
+        return None, (), None
     command = [program, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
         ran = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False, timeout=60
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return None, ()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, (), f"nvidia-smi does not run: {one_line(error)}"
     if ran.returncode != 0:
-        return None, ()
+        words = printable(" ".join((ran.stdout + ran.stderr).split()))
+        return None, (), f"nvidia-smi fails: {words[:200] or f'it returns {ran.returncode}'}"
     version, gpus = None, list[Gpu]()
     for row in csv.reader(ran.stdout.splitlines(), skipinitialspace=True):
         if len(row) != len(QUERY.split(",")):
@@ -143,7 +144,7 @@ def by_nvidia_smi() -> tuple[str | None, tuple[Gpu, ...]]:
         architecture = f"SM{capability.replace('.', '')}" if capability[:1].isdigit() else None
         size = int(memory) * MEBIBYTE if memory.isdecimal() else None
         gpus.append(Gpu(printable(name), architecture, size))
-    return version, tuple(gpus)
+    return version, tuple(gpus), None
 
 
 def by_kernel() -> tuple[str | None, tuple[Gpu, ...]]:

@@ -93,6 +93,13 @@ def test_without_nvidia_smi_they_are_those_of_cuda(tmp_path, monkeypatch, code):
     assert (driver.cuda, driver.error, gpus) == ("12.8", None, (Gpu("NVIDIA L4", "SM89", 2**34),))
 
 
+def test_an_nvidia_smi_that_fails_is_quoted_where_cuda_does_not_start_either(tmp_path, monkeypatch):
+    nvidia_smi(tmp_path, monkeypatch, "echo NVIDIA-SMI has failed because it could not talk to the driver; exit 9")
+    driver, gpus = survey.driver_and_gpus({"installed": True, "error": "OSError: none"})
+    assert driver.error == "nvidia-smi fails: NVIDIA-SMI has failed because it could not talk to the driver"
+    assert gpus == ()
+
+
 def test_a_cuda_that_does_not_start_says_so(tmp_path, monkeypatch):
     nvidia_smi(tmp_path, monkeypatch, f"echo '{GPU_LINE}'")
     driver, gpus = survey.driver_and_gpus(
