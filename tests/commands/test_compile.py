@@ -27,7 +27,10 @@ from asapc.timing.ratios import paired_ratio
 from asapc.writing.report import CompileReport
 
 MODELS = ["model.engine", "model.onnx", "operator.safetensors"]
-FILES = ["figures.npz", "held_out.npz", "latency.npz", "manifest.json", *MODELS, "report.html", "report.json"]
+SAMPLES = ["expected.npz", "held_out.npz", "samples.npz"]
+FILES = sorted(
+    ["README.md", "figures.npz", "latency.npz", "manifest.json", *MODELS, *SAMPLES, "report.html", "report.json"]
+)
 
 
 @pytest.fixture(scope="module")
