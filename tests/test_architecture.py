@@ -19,10 +19,11 @@ ARROWS = {
     "cli": "terminal showing commands planning relu writing runtime process models config errors version",
     "terminal": "showing process config types errors events",
     "showing": "writing",
-    "commands": "pictures planning fidelity relu writing backends capturing loading passes config types errors events "
+    "commands": "pictures serving planning fidelity relu writing backends capturing loading passes config types errors events "
     "version",
     "planning": "fidelity backends passes ops config types errors",
     "writing": "pictures runtime backends capturing loading passes process config types errors hashes version",
+    "serving": "writing loading process types errors",
     "runtime": "backends loading types errors",
     "relu": "pictures backends capturing passes types errors version",
     "fidelity": "backends passes types errors",
