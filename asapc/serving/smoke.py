@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -88,7 +87,10 @@ def infer(
         values[-1].set_data_from_numpy(np.ascontiguousarray(array))
     try:
         with client.InferenceServerClient(address) as connection:
-            result = connection.infer(model, values, model_version=version)
+            # As JSON over HTTP: tritonclient 2.73 loses binary outputs with geventhttpclient 2.6.
+            form = {"binary_data": False} if protocol == "http" else {}
+            asked = [client.InferRequestedOutput(name, **form) for name in outputs]
+            result = connection.infer(model, values, version, asked)
             return {name: result.as_numpy(name) for name in outputs}
     except (triton.InferenceServerException, OSError) as error:
         raise BuildError(f"the server refuses a request over {protocol}: {error}", "see the server's log") from error
@@ -215,5 +217,10 @@ def unpacked(site: Path, temporary: Path) -> tuple[list[str], dict[str, str]]:
 def environment_with(libraries: str) -> dict[str, str]:
     """Return the environment of a server whose Python finds what this one does."""
     paths = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
-    environment: dict[str, Any] = {**os.environ, "PYTHONPATH": paths, "LD_LIBRARY_PATH": libraries}
-    return environment
+    # Embedded, Python looks for packages beside the program that PATH names, and some builds pass PYTHONPATH over.
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {
+        **os.environ,
+        **{"PATH": programs, "PYTHONPATH": paths, "LD_LIBRARY_PATH": libraries},
+        "PYTHONDONTWRITEBYTECODE": "1",  # the repository stays as it was written
+    }
