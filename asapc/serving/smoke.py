@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -87,9 +86,7 @@ def infer(
         values[-1].set_data_from_numpy(np.ascontiguousarray(array))
     try:
         with client.InferenceServerClient(address) as connection:
-            # As JSON over HTTP: tritonclient 2.73 loses binary outputs with geventhttpclient 2.6.
-            form = {"binary_data": False} if protocol == "http" else {}
-            asked = [client.InferRequestedOutput(name, **form) for name in outputs]
+            asked = [client.InferRequestedOutput(name) for name in outputs]
             result = connection.infer(model, values, version, asked)
             return {name: result.as_numpy(name) for name in outputs}
     except (triton.InferenceServerException, OSError) as error:
@@ -121,7 +118,8 @@ def running(repository: Path, model: str, server: Path | None = None, *options: 
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=environment,
+                env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},  # the repository stays as it was written
+                cwd=temporary,  # Python's own path begins there
             )
         try:
             addresses = {"http": f"127.0.0.1:{http}", "grpc": f"127.0.0.1:{grpc}"}
@@ -182,8 +180,8 @@ def find_server(server: Path | None, temporary: Path) -> tuple[list[str], dict[s
     """
     program = shutil.which("tritonserver") if server is None else str(server) if server.is_file() else None
     if program is not None:
-        return [program], environment_with(os.environ.get("LD_LIBRARY_PATH", ""))
-    sites = [wheel_here()] if server is None else sorted(server.glob("lib/python3*/site-packages"))
+        return [str(Path(program).resolve())], dict(os.environ)
+    sites = [wheel_here()] if server is None else sorted(server.resolve().glob("lib/python3*/site-packages"))
     for site in sites:
         if site is not None and (site / "pytriton" / "tritonserver" / "bin" / "tritonserver").is_file():
             return unpacked(site, temporary)
@@ -199,28 +197,20 @@ def wheel_here() -> Path | None:
 
 
 def unpacked(site: Path, temporary: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the server of a wheel, with the stub of this Python in its place in a copy of the backends."""
+    """Return the server of a wheel, with the stub of its Python in its place in a copy of the backends."""
     server = site / "pytriton" / "tritonserver"
     backends = temporary / "backends"
     shutil.copytree(server / "backends", backends)
     stub = "triton_python_backend_stub"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    version = site.parent.name.removeprefix("python")
     source = server / "python_backend_stubs" / version / stub
     if not source.is_file():
         raise DependencyError(f"nvidia-pytriton has no backend for Python {version}", "use another Python")
     shutil.copy(source, backends / "python" / stub)
-    libraries = [str(site / "nvidia_pytriton.libs"), str(Path(sys.base_prefix) / "lib")]
+    programs = site.parents[2] / "bin"
+    base = (programs / "python").resolve().parents[1]
+    libraries = os.pathsep.join([str(site / "nvidia_pytriton.libs"), str(base / "lib")])
     command = [str(server / "bin" / "tritonserver"), f"--backend-directory={backends}"]
-    return command, environment_with(os.pathsep.join(libraries))
-
-
-def environment_with(libraries: str) -> dict[str, str]:
-    """Return the environment of a server whose Python finds what this one does."""
-    paths = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
-    # Embedded, Python looks for packages beside the program that PATH names, and some builds pass PYTHONPATH over.
-    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {
-        **os.environ,
-        **{"PATH": programs, "PYTHONPATH": paths, "LD_LIBRARY_PATH": libraries},
-        "PYTHONDONTWRITEBYTECODE": "1",  # the repository stays as it was written
-    }
+    # The Python inside the stub takes the packages beside the program that PATH names.
+    path = os.pathsep.join([str(programs), os.environ.get("PATH", "")])
+    return command, {**os.environ, "PATH": path, "LD_LIBRARY_PATH": libraries}

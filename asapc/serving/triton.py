@@ -3,12 +3,12 @@
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import asapc
 from asapc.errors import CheckpointError, DependencyError, OptionError, OutputError
 from asapc.loading.manifest import MANIFEST, read_checked, read_manifest
 from asapc.process.interrupts import held
@@ -23,6 +23,13 @@ MAX_BATCH = 64
 VERSIONS = 2
 # How long a request waits for others to share its batch.
 QUEUE_MICROSECONDS = 100
+# What `asapc.load` consists of: it goes into each version of the Python backend, whose server then needs no asapc.
+RUNTIME = (
+    *("__init__.py", "config.py", "errors.py", "hashes.py", "version.py"),
+    *("runtime/*.py", "types/*.py", "loading/__init__.py", "loading/manifest.py", "loading/schemas.py"),
+    *("loading/*.schema.json", "loading/untrusted/*.py", "backends/__init__.py", "backends/onnxruntime/__init__.py"),
+    "backends/onnxruntime/library.py",
+)
 NUMPY_TO_TRITON = {
     "bool": "TYPE_BOOL",
     **{f"{kind}{bits}": f"TYPE_{kind.upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
@@ -151,11 +158,15 @@ def write_version(folder: Path, target: Path, backend: str) -> None:
     target.mkdir(parents=True)
     if backend == "python":
         shutil.copytree(folder, target / "model.asap")
-        code = resources.files("asapc.serving").joinpath("data/model.py").read_text()
-        (target / "model.py").write_text(code)
+        package = Path(asapc.__file__).parent
+        shutil.copyfile(package / "serving" / "data" / "model.py", target / "model.py")
+        for source in (path for pattern in RUNTIME for path in package.glob(pattern)):
+            copy = target / "asapc" / source.relative_to(package)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
         return
-    source, name = ("model.engine", "model.plan") if backend == "tensorrt" else ("model.onnx", "model.onnx")
-    shutil.copyfile(folder / source, target / name)
+    artifact, name = ("model.engine", "model.plan") if backend == "tensorrt" else ("model.onnx", "model.onnx")
+    shutil.copyfile(folder / artifact, target / name)
     for data in folder.glob("*.onnx.data") if backend == "onnxruntime" else ():
         shutil.copyfile(data, target / data.name)
     shutil.copyfile(folder / MANIFEST, target / MANIFEST)
