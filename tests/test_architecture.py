@@ -19,8 +19,8 @@ ARROWS = {
     "cli": "terminal showing commands planning relu writing runtime process models config errors version",
     "terminal": "showing process config types errors events",
     "showing": "writing",
-    "commands": "pictures serving planning fidelity relu writing backends capturing loading passes config types errors events "
-    "version",
+    "commands": "pictures serving planning fidelity relu writing backends capturing loading passes config types errors "
+    "events version",
     "planning": "fidelity backends passes ops config types errors",
     "writing": "pictures runtime backends capturing loading passes process config types errors hashes version",
     "serving": "writing loading process types errors",

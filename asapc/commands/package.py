@@ -23,7 +23,9 @@ def package(
         folder: what `asapc compile` wrote.
         triton: a model repository of Triton Inference Server.
         name: of the model; None for the folder's.
-        version, backend, force: as of `package_triton`.
+        version: as of `package_triton`.
+        backend: as of `package_triton`.
+        force: as of `package_triton`.
         smoke: whether to try what was written with the stored samples.
         server: as of `smoke_triton`.
 

@@ -95,7 +95,13 @@ def infer(
 
 @contextmanager
 def running(repository: Path, model: str, server: Path | None = None, *options: str) -> Iterator[dict[str, str]]:
-    """Serve a model of a repository on ports of this machine alone, and yield host and port by protocol once it is ready.
+    """Serve a model on ports of this machine alone; yield host and port by protocol once it is ready.
+
+    Args:
+        repository: of models.
+        model: the name of one.
+        server: as of `smoke_triton`.
+        options: of the server; without any it loads that model alone.
 
     Raises:
         DependencyError: there is no server.
