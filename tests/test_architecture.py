@@ -22,8 +22,8 @@ ARROWS = {
     "commands": "pictures serving planning fidelity relu writing backends capturing loading passes config types errors "
     "events version",
     "planning": "fidelity backends passes ops config types errors",
+    "serving": "writing runtime loading process types errors",
     "writing": "pictures runtime backends capturing loading passes process config types errors hashes version",
-    "serving": "writing loading process types errors",
     "runtime": "backends loading types errors",
     "relu": "pictures backends capturing passes types errors version",
     "fidelity": "backends passes types errors",

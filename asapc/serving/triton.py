@@ -12,6 +12,7 @@ import asapc
 from asapc.errors import CheckpointError, DependencyError, OptionError, OutputError
 from asapc.loading.manifest import MANIFEST, read_checked, read_manifest
 from asapc.process.interrupts import held
+from asapc.runtime.triton import MODEL
 from asapc.types.interface import Interface, TensorInfo
 from asapc.writing.folder import OLD, check_free, listed_files, temporary_folder, unwritable
 
@@ -149,7 +150,7 @@ def check_repository(path: Path) -> None:
 
 def check_version(path: Path) -> None:
     """Raise OutputError if a version exists that asapc did not write."""
-    if path.exists() and listed_files(path / MANIFEST) is None and listed_files(path / "model.asap" / MANIFEST) is None:
+    if path.exists() and listed_files(path / MANIFEST) is None and listed_files(path / MODEL / MANIFEST) is None:
         raise OutputError(f"{path} was not written by asapc, and is not replaced", "give another --model-version")
 
 
@@ -157,9 +158,9 @@ def write_version(folder: Path, target: Path, backend: str) -> None:
     """Write the folder of a version."""
     target.mkdir(parents=True)
     if backend == "python":
-        shutil.copytree(folder, target / "model.asap")
+        shutil.copytree(folder, target / MODEL)
         package = Path(asapc.__file__).parent
-        shutil.copyfile(package / "serving" / "data" / "model.py", target / "model.py")
+        (target / "model.py").write_text("from asapc.runtime.triton import TritonPythonModel as TritonPythonModel\n")
         for source in (path for pattern in RUNTIME for path in package.glob(pattern)):
             copy = target / "asapc" / source.relative_to(package)
             copy.parent.mkdir(parents=True, exist_ok=True)

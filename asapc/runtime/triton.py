@@ -1,15 +1,15 @@
-"""A model of Triton's Python backend that runs what `asapc compile` wrote; its server copies this file's folder."""
+"""A model of Triton's Python backend that runs what `asapc compile` wrote; a version's model.py imports it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as triton  # type: ignore[import-not-found]
 
-import asapc
 from asapc.errors import AsapcError
+from asapc.runtime.model import load
 
+MODEL = "model.asap"  # the compiled folder, in that of a version
 Arrays = dict[str, np.ndarray]
 
 
@@ -19,10 +19,11 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the folder of this version; `asapc.load` chooses the device."""
         version = Path(args["model_repository"]) / args["model_version"]
-        self.model = asapc.load(version / "model.asap")
+        self.model = load(version / MODEL)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer requests, those of the same lengths as one batch."""
+        triton = library()
         inputs = [
             {i.name: triton.get_input_tensor_by_name(r, i.name).as_numpy() for i in self.model.inputs} for r in requests
         ]
@@ -48,6 +49,7 @@ class TritonPythonModel:
         try:
             return [response(self.model(inputs[0]))]
         except AsapcError as error:
+            triton = library()
             return [triton.InferenceResponse(error=triton.TritonError(f"{error}; {error.hint}"))]
 
     def finalize(self) -> None:
@@ -57,4 +59,12 @@ class TritonPythonModel:
 
 def response(outputs: Arrays) -> Any:
     """Return outputs by name as the server takes them."""
+    triton = library()
     return triton.InferenceResponse([triton.Tensor(name, array) for name, array in outputs.items()])
+
+
+def library() -> Any:
+    """Return the module that the server brings along, which exists in its processes only."""
+    import triton_python_backend_utils  # type: ignore[import-not-found]
+
+    return triton_python_backend_utils
