@@ -1,10 +1,12 @@
 """A real Triton server answers from what was packaged."""
 
+import shutil
 import threading
 import time
 
 import numpy as np
 import pytest
+from helpers.folders import relist
 from helpers.triton import server_environment
 
 import asapc
@@ -24,6 +26,15 @@ def points(batch: int, length: int) -> np.ndarray:
 
 def test_the_smoke_test_passes(folder, packaged):
     assert "HTTP and gRPC" in smoke_triton(folder, packaged, server_environment())
+
+
+def test_outputs_that_differ_fail_the_smoke_test(folder, packaged, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    outputs = {name: value + 0.01 for name, value in np.load(other / "expected.npz").items()}
+    np.savez(other / "expected.npz", **outputs)
+    relist(other)
+    with pytest.raises(BuildError, match="differs by 0.01"):
+        smoke_triton(other, packaged, server_environment())
 
 
 def test_a_server_answers_as_onnx_runtime_does_and_stays_up(folder, packaged):
