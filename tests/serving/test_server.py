@@ -33,7 +33,7 @@ def test_outputs_that_differ_fail_the_smoke_test(folder, packaged, tmp_path):
     outputs = {name: value + 0.01 for name, value in np.load(other / "expected.npz").items()}
     np.savez(other / "expected.npz", **outputs)
     relist(other)
-    with pytest.raises(BuildError, match="differs by 0.01"):
+    with pytest.raises(BuildError, match=r"differs by 0\.01"):
         smoke_triton(other, packaged, server_environment())
 
 
