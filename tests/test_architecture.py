@@ -23,9 +23,10 @@ ARROWS = {
     "doctor": "showing errors version",  # of the library nothing else: it must work where torch does not
     "showing_timing": "showing",
     "showing": "writing",
-    "commands": "pictures planning fidelity timing relu writing backends capturing loading passes config types errors "
-    "events version",
+    "commands": "pictures serving planning fidelity timing relu writing backends capturing loading passes config types "
+    "errors events version",
     "planning": "fidelity backends passes ops config types errors",
+    "serving": "writing runtime loading process types errors",
     "writing": "pictures runtime backends capturing loading passes process config types errors hashes version",
     "runtime": "backends loading types errors",
     "relu": "pictures backends capturing passes types errors version",

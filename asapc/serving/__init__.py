@@ -1,0 +1,1 @@
+"""Packages what `asapc compile` wrote for servers, and tries them."""

@@ -1,0 +1,125 @@
+"""A compiled folder becomes a model of Triton's repository: whole, or not at all."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from asapc.commands.package import package
+from asapc.errors import CheckpointError, DependencyError, OptionError, OutputError
+from asapc.loading.manifest import read_manifest
+from asapc.serving import triton
+from asapc.serving.triton import model_config, package_triton, parse
+
+
+def names(path) -> set[str]:
+    return {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+
+
+def test_the_configuration_says_what_the_model_takes(folder, tmp_path):
+    package_triton(folder, tmp_path / "repository", "points", "onnxruntime")
+    model = tmp_path / "repository" / "points"
+    config = parse(model / "config.pbtxt")
+    assert (config.name, config.backend, config.max_batch_size) == ("points", "onnxruntime", 16)
+    assert [(i.name, list(i.dims)) for i in config.input] == [("points", [-1, 3])]
+    assert config.HasField("dynamic_batching")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert config.parameters["model_sha256_of_version_1"].string_value == manifest["model_sha256"]
+    [warmup] = config.model_warmup
+    sample = np.load(folder / "samples.npz")["points"][0]
+    assert list(warmup.inputs["points"].dims) == list(sample.shape)
+    assert (model / "warmup" / "points").read_bytes() == sample.tobytes()
+    assert names(model) == {"config.pbtxt", "warmup/points", "1/model.onnx", "1/manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "limits", "batch", "dims"),
+    [
+        (["batch", 3], {"batch": {"low": 1, "high": None}}, 64, [3]),
+        (["batch"], {"batch": {"low": 1, "high": 8}}, 8, [1]),
+        ([4, 3], {}, 0, [4, 3]),
+        (["batch", 3], {"batch": {"low": 2, "high": 8}}, 0, [-1, 3]),
+    ],
+)
+def test_the_batch_is_open_only_where_one_sample_is_a_batch(folder, tmp_path, shape, limits, batch, dims):
+    of = {"name": "x", "dtype": "float32", "shape": shape}
+    manifest = {"inputs": [of], "outputs": [of], "axes": limits, "asapc": "0", "model_sha256": "0"}
+    config = model_config(tmp_path, manifest, "x", "onnxruntime", 1)
+    assert (config.max_batch_size, list(config.input[0].dims)) == (batch, dims)
+    assert config.HasField("dynamic_batching") == bool(batch)
+
+
+def test_versions_stand_beside_each_other(folder, tmp_path):
+    paths = [package_triton(folder, tmp_path, "points", "python") for _ in range(2)]
+    assert [path.name for path in paths] == ["1", "2"]
+    assert read_manifest(paths[1] / "model.asap")
+    with pytest.raises(OutputError, match="exists already"):
+        package_triton(folder, tmp_path, "points", "python", version=2)
+    assert package_triton(folder, tmp_path, "points", "python", version=2, force=True) == paths[1]
+    config = parse(tmp_path / "points" / "config.pbtxt")
+    assert {"model_sha256_of_version_1", "model_sha256_of_version_2"} < set(config.parameters)
+    with pytest.raises(OutputError, match="another backend"):
+        package_triton(folder, tmp_path, "points", "onnxruntime")
+    assert {path.name for path in (tmp_path / "points").iterdir()} == {"1", "2", "config.pbtxt", "warmup"}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch, error, earlier):
+    repository = tmp_path / "repository"
+    if earlier:
+        package_triton(folder, repository, "points", "python")
+    before = names(tmp_path)
+
+    def fail(*_):
+        raise error
+
+    write = triton.write_version
+    monkeypatch.setattr(triton, "write_version", lambda *arguments: (write(*arguments), fail()))
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        package_triton(folder, repository, "points", "python")
+    assert names(tmp_path) == before
+
+
+def test_of_two_packagings_at_once_each_is_whole_or_refused(folder, tmp_path):
+    command = [sys.executable, "-m", "asapc.cli", "package", folder, "--triton", tmp_path / "r", "--name", "points"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in processes]
+    whole = [process.returncode == 0 for process in processes]
+    assert any(whole)
+    assert all(good or "exists already" in error for good, error in zip(whole, errors, strict=True)), errors
+    versions = {path.name for path in (tmp_path / "r" / "points").iterdir()} - {"config.pbtxt", "warmup"}
+    assert len(versions) == sum(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"r"}
+
+
+def test_what_triton_does_not_take_is_refused(folder, tmp_path):
+    for name, backend, error in [("a/b", "python", "called"), ("a", "torch", "backend"), ("a", "tensorrt", "engine")]:
+        with pytest.raises(OptionError, match=error):
+            package_triton(folder, tmp_path / "r", name, backend)
+    with pytest.raises(CheckpointError):
+        package_triton(tmp_path, tmp_path / "r", "a", "python")
+    with pytest.raises(OptionError, match="nothing to package for"):
+        package(folder, None)
+    assert not (tmp_path / "r").exists()
+
+
+def test_versions_of_others_are_not_replaced(folder, tmp_path):
+    (tmp_path / "points" / "1").mkdir(parents=True)
+    with pytest.raises(OutputError, match="not written by asapc"):
+        package_triton(folder, tmp_path, "points", "python", version=1, force=True)
+
+
+def test_without_a_server_or_samples_the_smoke_test_says_so(folder, tmp_path):
+    with pytest.raises(DependencyError, match="holds no Triton server"):
+        package(folder, tmp_path / "r", backend="python", smoke=True, server=tmp_path)
+
+
+def test_without_tritonclient_the_command_to_install_it_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc.model_config_pb2", None)
+    with pytest.raises(DependencyError) as caught:
+        package_triton(folder, tmp_path, "points", "python")
+    assert "asapc[serving]" in caught.value.hint
