@@ -9,7 +9,7 @@ from asapc.errors import CaptureError, InternalError
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.passes.base import PreconditionError
 from asapc.passes.find.sinkhorn import find_sinkhorn
-from asapc.passes.rewrite.sinkhorn import InLayout, RewriteSinkhorn
+from asapc.passes.rewrite.sinkhorn import SITE_MARK, InLayout, RewriteSinkhorn
 from asapc.planning.operators import exact_operator
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -146,8 +146,15 @@ def test_the_replacement_keeps_the_metadata_of_the_node_it_replaces(case):
     before = {node.name: dict(node.meta) for node in case.module.graph.nodes}
     result = RewriteSinkhorn(case.sites, case.operators)(case.module)
     for site, node in zip(case.sites, calls(result.program, case), strict=True):
-        assert {"val", "stack_trace", "nn_module_stack"} <= set(before[site.wiring.attention.output.node])
-        assert node.meta == before[site.wiring.attention.output.node]
+        kept = before[site.wiring.attention.output.node]
+        assert {"val", "stack_trace", "nn_module_stack"} <= set(kept)
+        assert {key: node.meta[key] for key in kept if key != "nn_module_stack"} == {
+            key: kept[key] for key in kept if key != "nn_module_stack"
+        }
+        # By the last entry errors and layers of an engine find the site.
+        *modules, mark = node.meta["nn_module_stack"].items()
+        assert dict(modules) == kept["nn_module_stack"]
+        assert mark[0] == f"{SITE_MARK}{site.name}"
 
 
 def test_the_operator_is_called_with_the_queries_keys_and_values_of_its_site(case):
