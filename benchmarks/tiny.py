@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent
 RESULTS, DOCUMENT = ROOT / "results" / "tiny.json", ROOT.parent / "docs" / "hyper-connections.md"
 ITERATIONS, CONSTANT, SEED = 20, 1e-6, 0
 TOKENS, SIZES = (1, 16, 512, 4096), ((2, 2), (4, 4), (4, 6), (8, 8))
-SECONDS, MIN_ROUNDS, CONFIDENCE = 8.0, 30, 0.95
+SECONDS, MIN_ROUNDS, CONFIDENCE, RESAMPLES = 3.0, 30, 0.95, 999
 WRITTEN, GENERAL, PACKED = "as written", "general", "packed"
 
 
@@ -132,6 +132,7 @@ def ratio(slow: list[float], fast: list[float]) -> list[float]:
         lambda a, b, axis: np.median(a / b, axis=axis),
         paired=True,
         confidence_level=CONFIDENCE,
+        n_resamples=RESAMPLES,
         method="percentile",
         rng=SEED,
     ).confidence_interval
