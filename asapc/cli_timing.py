@@ -63,7 +63,7 @@ def bench(
     """Measure compiled folders and rivals side by side."""
     from asapc.commands.bench import BenchOptions, bench_folders
     from asapc.commands.folders import runtime_of
-    from asapc.writing.folder import output_file
+    from asapc.writing.folder import output_file, write_texts
 
     rivals = tuple(name.strip() for name in against.split(",") if name.strip())
     runtimes = tuple(map(runtime_of, runtime))
@@ -71,8 +71,7 @@ def bench(
     with stages(visible=True) as on_event:
         result = bench_folders(folders, asked, options, on_event)
     if markdown is not None:
-        with output_file(markdown, force=True) as partial:
-            partial.write_text(showing.markdown(showing_timing.bench(result)))
+        write_texts({markdown: showing.markdown(showing_timing.bench(result))}, force=True)
     if csv_file is not None:
         rows = list(showing_timing.bench_rows(result))
         with output_file(csv_file, force=True) as partial, partial.open("w", newline="") as file:
@@ -126,7 +125,7 @@ def check(
     from asapc.commands.folders import runtime_of
     from asapc.commands.gates import CheckOptions, parse_share
     from asapc.writing.ci import benchmark_entries, write_junit
-    from asapc.writing.folder import output_file
+    from asapc.writing.folder import output_file, write_texts
 
     share, where = parse_share(max_slowdown), runtime_of(runtime)
     asked = CheckOptions(baseline, relative, save_baseline, share, tuple(batch), seconds, data, teacher, where)
@@ -136,12 +135,10 @@ def check(
     if junit is not None:
         with output_file(junit, force=True) as partial:
             write_junit(partial, found)
-    if markdown is not None:
-        with output_file(markdown, force=True) as partial:
-            partial.write_text(showing.markdown(showing_timing.check(found)))
+    texts = {} if markdown is None else {markdown: showing.markdown(showing_timing.check(found))}
     if github_benchmark is not None:
-        with output_file(github_benchmark, force=True) as partial:
-            partial.write_text(json.dumps(benchmark_entries(found), indent=2) + "\n")
+        texts[github_benchmark] = json.dumps(benchmark_entries(found), indent=2) + "\n"
+    write_texts(texts, force=True)
     if as_json:
         print_json(found)
     else:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 from asapc.backends.base import Runner
@@ -33,6 +32,7 @@ from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from asapc.writing.rewrite import export_rivals
 from benchmarks.generated import replace_generated
+from benchmarks.intervals import median_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the models are the tests' own
@@ -40,8 +40,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # the models are the tests' own
 from helpers import hub_models  # noqa: E402
 
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "hub.json", ROOT / "docs" / "benchmarks.md"
-SECONDS, MIN_ROUNDS, SAMPLES, SEED = 60.0, 30, 16, 0
-CONFIDENCE = 0.95
+SECONDS, MIN_ROUNDS, SAMPLES, SEED, RESAMPLES = 60.0, 30, 16, 0, 9999
 LOOP, COMPILED = "loop", "compiled"
 
 
@@ -115,14 +114,7 @@ def compare(case: Case, seconds: float, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         runners = export_rivals(teacher, {LOOP: {}, COMPILED: modules}, threads, Path(folder), lambda detail: None)
     times = time_rounds(runners, samples, case.batch, seconds, SEED, MIN_ROUNDS)
-    interval = bootstrap(
-        (times[COMPILED], times[LOOP]),
-        lambda compiled, loop, axis: np.median(compiled / loop, axis=axis),
-        paired=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=SEED,
-    ).confidence_interval
+    ratio, low, high = median_ratio(times[COMPILED], times[LOOP], SEED, RESAMPLES)
     return {
         "model": case.name,
         "batch": case.batch,
@@ -131,8 +123,8 @@ def compare(case: Case, seconds: float, threads: int) -> dict[str, Any]:
         "share": sum(site.share for site in teacher.sites),
         "loop_ms": float(np.median(times[LOOP])),
         "compiled_ms": float(np.median(times[COMPILED])),
-        "ratio": float(np.median(np.divide(times[COMPILED], times[LOOP]))),
-        "interval": [float(interval.low), float(interval.high)],
+        "ratio": ratio,
+        "interval": [low, high],
         "rounds": len(times[LOOP]),
         "difference": difference(runners, samples),
     }

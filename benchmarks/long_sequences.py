@@ -19,13 +19,13 @@ import torch
 
 from asapc.commands.study import study_module
 from asapc.config import CompileConfig
+from asapc.events import Timed
 from asapc.models.pointset import PointTransformer
 from asapc.planning.choose import choose
 from asapc.planning.costs import shipped
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
-from benchmarks.stopwatch import Stopwatch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "long_sequences.json"
 WIDTH, HEADS, CALIBRATION, HELD_OUT, SEED = 64, 2, 12, 4, 0
@@ -52,15 +52,15 @@ def measured(length: int) -> dict[str, Any]:
         module.blocks[0].attention.qkv.weight[: 2 * WIDTH] *= SHARPENED  # type: ignore[index, union-attr]
     points = torch.randn(CALIBRATION + HELD_OUT, length, 3)
     samples, held_out = Samples({"points": points[:CALIBRATION]}), Samples({"points": points[CALIBRATION:]})
-    stopwatch = Stopwatch()
-    teacher = study_module(module, samples, held_out, on_event=stopwatch)
+    timed = Timed(lambda event: None)
+    teacher = study_module(module, samples, held_out, on_event=timed)
     start = time.perf_counter()
     choose(teacher, CompileConfig(), shipped())
     return {
         "tokens": length,
         "half_steps": teacher.sites[0].loop.half_steps,
-        "capture_seconds": round(stopwatch.seconds["capture"], 1),
-        "find_seconds": round(stopwatch.seconds["find"], 1),
+        "capture_seconds": round(timed.seconds["capture"], 1),
+        "find_seconds": round(timed.seconds["find"], 1),
         "select_seconds": round(time.perf_counter() - start, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }

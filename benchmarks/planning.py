@@ -16,6 +16,7 @@ import torch
 
 from asapc.commands.study import study_module
 from asapc.config import CompileConfig
+from asapc.events import Timed
 from asapc.models.vit import Block
 from asapc.planning.choose import choose
 from asapc.planning.costs import shipped
@@ -23,7 +24,6 @@ from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from benchmarks.attention import encoder
-from benchmarks.stopwatch import Stopwatch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "planning.json"
 WIDTH, HEADS, TOKENS, CALIBRATION, HELD_OUT, SEED = 512, 8, 197, 64, 32, 0
@@ -41,8 +41,8 @@ def main() -> None:
             block.attention.qkv.weight[: 2 * WIDTH] *= SHARPENED
     tokens = torch.randn(CALIBRATION + HELD_OUT, TOKENS, WIDTH)
     samples, held_out = Samples({"input": tokens[:CALIBRATION]}), Samples({"input": tokens[CALIBRATION:]})
-    stopwatch = Stopwatch()
-    teacher = study_module(module, samples, held_out, on_event=stopwatch)
+    timed = Timed(lambda event: None)
+    teacher = study_module(module, samples, held_out, on_event=timed)
     start = time.perf_counter()
 
     def advance(detail: str) -> None:
@@ -54,8 +54,8 @@ def main() -> None:
         "layers": len(teacher.sites),
         "tokens": TOKENS,
         "samples": [CALIBRATION, HELD_OUT],
-        "capture_seconds": round(stopwatch.seconds["capture"], 1),
-        "find_seconds": round(stopwatch.seconds["find"], 1),
+        "capture_seconds": round(timed.seconds["capture"], 1),
+        "find_seconds": round(timed.seconds["find"], 1),
         "select_seconds": round(select_seconds, 1),
         "chosen": Counter(choice.candidate.operator for choice in selection.choices.values()),
         "repairs": selection.repairs,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from asapc.commands.study import study_module
 from asapc.config import CompileConfig
+from asapc.events import Timed
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.choose import choose
 from asapc.planning.costs import shipped
@@ -36,7 +37,6 @@ from asapc.types.teacher import Teacher
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
-from benchmarks.stopwatch import Stopwatch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the zoo and the random models are the tests' own
@@ -94,10 +94,10 @@ def examine(case: Case) -> Row:
     module = case.build().eval()
     fitted, held_out = (case.inputs(size, torch.Generator().manual_seed(size)) for size in (FITTED, HELD_OUT))
     row: Row = {"name": case.name, "style": style(case, module), "reason": case.reason}
-    stopwatch = Stopwatch()
-    teacher = study_module(module, Samples(fitted), Samples(held_out), on_event=stopwatch)
+    timed = Timed(lambda event: None)
+    teacher = study_module(module, Samples(fitted), Samples(held_out), on_event=timed)
     graph, findings = teacher.graph, teacher.findings
-    row["find_seconds"] = stopwatch.seconds["find"]
+    row["find_seconds"] = timed.seconds["find"]
     row["sites"] = [described(site) for site in findings.sites]
     row["misses"] = [{"reason": miss.reason, "hint": miss.hint} for miss in findings.misses]
     stops = graph.early_stops
@@ -233,8 +233,8 @@ def large(layers: int = 12, width: int = 768, heads: int = 12, tokens: int = 197
     torch.manual_seed(0)
     module = nn.Sequential(*(Block(width, heads, iterations) for _ in range(layers))).eval()
     inputs = {"input": torch.randn(PROBED, tokens, width)}
-    stopwatch = Stopwatch()
-    findings = study_module(module, Samples(inputs), on_event=stopwatch).findings
+    timed = Timed(lambda event: None)
+    findings = study_module(module, Samples(inputs), on_event=timed).findings
     row: Row = {
         "layers": layers,
         "width": width,
@@ -244,8 +244,8 @@ def large(layers: int = 12, width: int = 768, heads: int = 12, tokens: int = 197
         "threads": torch.get_num_threads(),
         "sites": len(findings.sites),
         "half_steps_found": sorted({site.loop.half_steps for site in findings.sites}),
-        "capture_seconds": stopwatch.seconds["capture"],
-        "find_seconds": stopwatch.seconds["find"],
+        "capture_seconds": timed.seconds["capture"],
+        "find_seconds": timed.seconds["find"],
         "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     print(row)

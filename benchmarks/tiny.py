@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 from asapc.backends.onnxruntime.builder import export_onnx
@@ -33,12 +32,13 @@ from asapc.types.site import Floor, Guard
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
+from benchmarks.intervals import median_ratio
 
 ROOT = Path(__file__).resolve().parent
 RESULTS, DOCUMENT = ROOT / "results" / "tiny.json", ROOT.parent / "docs" / "hyper-connections.md"
 ITERATIONS, CONSTANT, SEED = 20, 1e-6, 0
 TOKENS, SIZES = (1, 16, 512, 4096), ((2, 2), (4, 4), (4, 6), (8, 8))
-SECONDS, MIN_ROUNDS, CONFIDENCE, RESAMPLES = 3.0, 30, 0.95, 999
+SECONDS, MIN_ROUNDS, RESAMPLES = 3.0, 30, 999
 WRITTEN, GENERAL, PACKED = "as written", "general", "packed"
 
 
@@ -118,25 +118,13 @@ def compare(size: tuple[int, int], tokens: int, seconds: float, threads: int) ->
         expected = AsWritten()(scores[:1].double())
     row: dict[str, Any] = {"size": list(size), "tokens": tokens, "rounds": len(times[WRITTEN])}
     row["ms"] = {name: float(np.median(ms)) for name, ms in times.items()}
-    row["times_as_fast"] = {name: ratio(times[WRITTEN], times[name]) for name in (GENERAL, PACKED)}
+    row["times_as_fast"] = {
+        name: list(median_ratio(times[WRITTEN], times[name], SEED, RESAMPLES)) for name in (GENERAL, PACKED)
+    }
     row["largest_error"] = {
         name: float((runner(samples[:1])[0].double() - expected).abs().max()) for name, runner in runners.items()
     }
     return row
-
-
-def ratio(slow: list[float], fast: list[float]) -> list[float]:
-    """Return the median of paired ratios, and its interval."""
-    interval = bootstrap(
-        (slow, fast),
-        lambda a, b, axis: np.median(a / b, axis=axis),
-        paired=True,
-        confidence_level=CONFIDENCE,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=SEED,
-    ).confidence_interval
-    return [float(np.median(np.divide(slow, fast))), float(interval.low), float(interval.high)]
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:

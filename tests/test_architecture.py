@@ -25,7 +25,7 @@ ARROWS = {
     "showing": "writing",
     "commands": "pictures serving planning fidelity timing relu writing backends capturing loading passes config types "
     "errors events version",
-    "planning": "fidelity backends passes ops config types errors",
+    "planning": "fidelity backends passes ops config types errors hashes",
     "serving": "writing runtime loading process types errors",
     "writing": "pictures runtime backends capturing loading passes process config types errors hashes version",
     "runtime": "backends loading types errors",

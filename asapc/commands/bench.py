@@ -19,7 +19,7 @@ from asapc.errors import CheckpointError, OptionError
 from asapc.events import OnEvent, stage
 from asapc.loading.inputs import order_inputs
 from asapc.loading.manifest import COMPILE
-from asapc.loading.model import load_model
+from asapc.loading.teacher import load_teacher
 from asapc.planning.operators import rivals
 from asapc.timing.blocks import Effort
 from asapc.timing.compare import compare
@@ -168,11 +168,7 @@ def export_those(
     if not options.against:
         return {}
     report = folder.report
-    loaded = load_model(options.teacher or Path(report["model"]["path"]), config)
-    if loaded.sha256 != report["model"]["sha256"]:
-        raise CheckpointError(
-            f"{loaded.path} is not the model that {folder.path} was compiled from", "give its --teacher"
-        )
+    loaded = load_teacher(folder.path, report, options.teacher, config)
     # A graph is captured with two samples or more.
     several = order_inputs(loaded, samples if len(samples) > 1 else samples[[0, 0]])
     teacher = study(loaded, config, lambda loaded, config: (several, several), on_event)

@@ -170,9 +170,9 @@ def compile_model(
             fidelity = compare(teacher, compiled, checked.sites, files, runners, hops, config, on_gpu)
             verdict = check_budget(fidelity, config.bounds(), share_of_exact(selection))
             step.summary = verdict.headline
-            size = teacher.graph.samples_at_once(BATCH)  # of the batches in which the outputs are remembered
-            outputs = [hops["teacher"](some) for some in teacher.held_out.batches(size)]
             if config.samples_in_folder:
+                size = teacher.graph.samples_at_once(BATCH)  # of the batches in which the outputs are remembered
+                outputs = [hops["teacher"](some) for some in teacher.held_out.batches(size)]
                 write_held_out(folder / "held_out.npz", teacher.held_out, outputs)
 
         # After the budget: a model that misses it is not worth measuring.
@@ -185,11 +185,13 @@ def compile_model(
             write_figures(folder / FIGURES, figures)
             step.summary = "attention of held-out samples"
 
+        own = runners["compiled"]
+        interface = interface_of(own, teacher.open_graph)
         run = {
             "date": began.isoformat(timespec="seconds"),
             "command": command,
             "model": model_data(teacher.loaded, config),
-            **runners["compiled"].signature(),
+            **{side: infos for side, infos in interface.data().items() if side != "axes"},
             "options": options_data(config, out, threads),
             "stages": [{"stage": name, "seconds": round(seconds, 3)} for name, seconds in on_event.seconds.items()],
         }
@@ -209,8 +211,7 @@ def compile_model(
         )
         write_json(folder / "report.json", data)
         (folder / PAGE).write_text(render(data, figures), encoding="utf-8")
-        own = runners["compiled"]
-        interface, samples = interface_of(own, teacher.open_graph), teacher.held_out[: config.samples_in_folder]
+        samples = teacher.held_out[: config.samples_in_folder]
         write_samples(folder, samples, own)
         write_readme(folder, out.stem, interface, engine, len(samples))
         write_manifest(folder, teacher.loaded.sha256, __version__, interface)  # last, since it lists all files

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import onnx
-import torch
 from torch import Tensor
 
 from asapc.backends.base import Runner
@@ -16,7 +15,7 @@ from asapc.backends.onnxruntime.cuda import CudaRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.errors import OptionError, SamplesError
 from asapc.loading.folder import MODEL, read_folder
-from asapc.loading.inputs import compare_types, named, narrowed
+from asapc.loading.inputs import as_exported, compare_types
 from asapc.loading.samples import load_samples
 from asapc.types.model import InputType
 from asapc.types.samples import Samples
@@ -68,9 +67,7 @@ class Folder:
         Raises:
             SamplesError: they do not fit the model, or none were kept.
         """
-        samples = self.held_out[0] if data is None else load_samples(data)
-        in_float32 = [name for name, kind in self.inputs.items() if kind.dtype == torch.float32]
-        samples = narrowed(named(samples, list(self.inputs)), in_float32)
+        samples = as_exported(self.held_out[0] if data is None else load_samples(data), self.inputs)
         self.fit(samples)
         return samples
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from asapc.backends.onnxruntime.library import library
 from asapc.commands.folders import Folder, Runtime, open_file
 from asapc.errors import NotComparableError, OptionError, UnstableError
 from asapc.events import Stage
@@ -234,7 +235,7 @@ def fingerprint(folder: Folder, threads: int, runtime: Runtime) -> dict[str, str
         "gpus": ", ".join(facts["gpus"]),
         "driver": driver.read_text().splitlines()[0] if driver.is_file() else "",
         "platform": facts["platform"],
-        "onnxruntime": facts["packages"].get("onnxruntime-gpu", ""),
+        "onnxruntime": library().__version__,
         "runtime": runtime,
         "threads": str(threads),
         "model": folder.report["model"]["sha256"],

@@ -6,7 +6,6 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
@@ -17,7 +16,7 @@ from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.loading.folder import MODEL, OPERATORS, read_folder
-from asapc.loading.inputs import compare_types, named, narrowed, order_inputs
+from asapc.loading.inputs import as_exported, compare_types, order_inputs
 from asapc.loading.manifest import COMPILE
 from asapc.loading.samples import load_samples
 from asapc.loading.teacher import load_teacher
@@ -135,8 +134,7 @@ def verify_outputs(
         )
     report = read_folder(folder)
     runner = OnnxRuntimeRunner(folder / MODEL)
-    in_float32 = [name for name, kind in runner.inputs.items() if kind.dtype == torch.float32]
-    samples, stored = narrowed(named(load_samples(data), list(runner.inputs)), in_float32), load_samples(outputs)
+    samples, stored = as_exported(load_samples(data), runner.inputs), load_samples(outputs)
     check_stored(data, samples, outputs, stored, runner)
     fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
     verification = Verification(fidelity, config.bounds() or budget_of(report, fidelity), {})

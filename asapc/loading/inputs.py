@@ -49,6 +49,16 @@ def narrowed(samples: Samples, names: Collection[str]) -> Samples:
     return replace(samples, inputs=inputs, cast=samples.cast or cast)
 
 
+def as_exported(samples: Samples, inputs: Mapping[str, InputType]) -> Samples:
+    """Return samples with the name of an only input, and in float32 where an exported model takes that.
+
+    Raises:
+        SamplesError: an array without a name could be one of several inputs.
+    """
+    in_float32 = [name for name, kind in inputs.items() if kind.dtype == torch.float32]
+    return narrowed(named(samples, list(inputs)), in_float32)
+
+
 def named(samples: Samples, names: Sequence[str]) -> Samples:
     """Return samples with a name for an array that has none: that of the only input.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from asapc.errors import CheckpointError, OptionError, SamplesError, one_line
+from asapc.hashes import add_value
 from asapc.loading.model import unwrapped
 from asapc.loading.samples import ONE_ARRAY_EACH, UNNAMED, as_samples, is_class_index, load_samples
 from asapc.types.model import LoadedModel
@@ -63,12 +64,7 @@ def hash_weights(module: nn.Module) -> str:
     """Return the SHA-256 of a module's state dict: of names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} ".encode())
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:
-            digest.update(f"{value!r}\n".encode())
+        add_value(digest, name, value)
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from asapc.config import OPTIONS, CompileConfig
 from asapc.errors import CheckpointError, OptionError
+from asapc.hashes import add_tensor
 from asapc.loading.factories import read_arguments
 from asapc.loading.model import load_model
 from asapc.loading.objects import hash_weights, is_object
@@ -124,8 +125,7 @@ def weights_sha256(loaded: LoadedModel) -> str | None:
     for name, value in sorted(loaded.module.state_dict().items()):
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
             return None
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        add_tensor(digest, name, value)
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 
 from asapc import passes
 from asapc.config import CompileConfig
+from asapc.hashes import add_value
 from asapc.types.choices import Alternatives, Candidate, SlicedDualParams
 from asapc.types.costs import CostModel
 from asapc.types.results import Fidelity, Hop, Metric, SiteFidelity, VariantFidelity
@@ -127,12 +128,7 @@ def key_of(teacher: Teacher, config: CompileConfig, model: CostModel) -> str:
         if isinstance(module, GraphModule):
             digest.update(f"{name}\n{module.graph}\n".encode())
     for name, value in (*program.state_dict.items(), *program.constants.items(), *tensors_of(teacher)):
-        digest.update(f"{name} ".encode())
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:
-            digest.update(f"{value!r}\n".encode())
+        add_value(digest, name, value)
     return digest.hexdigest()
 
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from asapc.backends.tensorrt.engine import Engine
 from asapc.backends.tensorrt.loader import open_checked
 from asapc.errors import AsapcError
@@ -21,15 +19,12 @@ class EngineSession:
     def __init__(self, engine: Engine, outputs: list[str]) -> None:
         self.engine, self.outputs = engine, outputs
         self.runtime, self.device = engine.runtime, engine.device
-        self.most = min(port.high[0] for port in engine.inputs.values())
 
     def run(self, inputs: Mapping[str, Any]) -> list[Any]:
         """Return the outputs; see `Session`."""
         own = {name: inputs[name] for name in self.engine.inputs}  # of the model's some may be unused
-        count = len(next(iter(own.values())))
-        starts = range(0, count, self.most)
-        parts = [self.engine.run({name: own[name][i : i + self.most] for name in own}) for i in starts]
-        return [np.concatenate([part[name] for part in parts]) for name in self.outputs]
+        results = self.engine.run_in_parts(own)
+        return [results[name] for name in self.outputs]
 
 
 def open_tensorrt(folder: Path, manifest: Mapping[str, Any], threads: int) -> EngineSession:

@@ -1,7 +1,7 @@
 """What a compiled model takes and returns, as its manifest says it: without torch, which a runtime does without."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from asapc.errors import InputError
@@ -20,6 +20,10 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int | str | None, ...]
+
+    def data(self) -> dict[str, Any]:
+        """Return it as JSON shows it."""
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
 
 
 class AxisRange(NamedTuple):
@@ -45,8 +49,8 @@ class Interface:
     def data(self) -> dict[str, Any]:
         """Return the entries of a manifest that say this."""
         return {
-            "inputs": [asdict(info) for info in self.inputs],
-            "outputs": [asdict(info) for info in self.outputs],
+            "inputs": [info.data() for info in self.inputs],
+            "outputs": [info.data() for info in self.outputs],
             "axes": {name: axis._asdict() for name, axis in self.axes.items()},
         }
 

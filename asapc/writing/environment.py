@@ -12,6 +12,7 @@ PACKAGES = (
     "onnx",
     "onnxscript",
     "onnxruntime-gpu",
+    "onnxruntime",
     "tensorrt-rtx-cu12",
     "tensorrt",
     "numpy",

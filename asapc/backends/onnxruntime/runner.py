@@ -69,16 +69,6 @@ class OnnxRuntimeRunner:
         """Return another session of the same file."""
         return OnnxRuntimeRunner(self.path, self.threads, self.name)
 
-    def signature(self) -> dict[str, list[dict[str, Any]]]:
-        """Return name, shape and dtype of "inputs" and "outputs"; an open axis of a shape is its name, or None."""
-        sides = {"inputs": self.session.get_inputs(), "outputs": self.session.get_outputs()}
-
-        def describe(value: Any) -> dict[str, Any]:
-            dtype = str(DTYPES.get(value.type, value.type)).removeprefix("torch.")
-            return {"name": value.name, "shape": list(value.shape), "dtype": dtype}
-
-        return {side: [describe(value) for value in values] for side, values in sides.items()}
-
     @staticmethod
     def dtype(value: Any) -> str:
         """Return the dtype of an input or output of a session, as numpy calls it."""

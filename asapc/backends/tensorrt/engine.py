@@ -217,6 +217,25 @@ class Engine:
         except BuildError as error:
             self.note = f"launched, without a CUDA graph: {error}"
 
+    @property
+    def batches(self) -> range:
+        """The numbers of samples that the engine takes at once."""
+        ports = self.inputs.values()
+        return range(max(port.low[0] for port in ports), min(port.high[0] for port in ports) + 1)
+
+    def run_in_parts(self, arrays: Arrays) -> dict[str, "np.ndarray[Any, Any]"]:
+        """Return the outputs for any number of samples, in parts that the engine takes; see `run`."""
+        least, most = self.batches[0], self.batches[-1]
+        results = []
+        for start in range(0, len(next(iter(arrays.values()))), most):
+            part = {tensor: array[start : start + most] for tensor, array in arrays.items()}
+            count = len(next(iter(part.values())))
+            if count < least:
+                last = {tensor: np.repeat(array[-1:], least - count, axis=0) for tensor, array in part.items()}
+                part = {tensor: np.concatenate([array, last[tensor]]) for tensor, array in part.items()}
+            results.append({tensor: array[:count] for tensor, array in self.run(part).items()})
+        return {tensor: np.concatenate([result[tensor] for result in results]) for tensor in self.outputs}
+
     def run(self, arrays: Arrays) -> dict[str, "np.ndarray[Any, Any]"]:
         """Return the outputs by name.
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asapc.backends.tensorrt.engine import Arrays, Engine
+from asapc.backends.tensorrt.engine import Engine
 
 if TYPE_CHECKING:  # whoever serves an engine has no need of torch
     from torch import Tensor
@@ -19,18 +19,8 @@ class EngineRunner(Engine):
         """Return all outputs for torch tensors, of any number of samples: in parts that the engine takes."""
         import torch
 
-        least, most = self.batches[0], self.batches[-1]
-        results: list[Arrays] = []
-        for part in samples.batches(most):
-            filled = part[[min(i, len(part) - 1) for i in range(max(len(part), least))]]
-            results.append({tensor: array[: len(part)] for tensor, array in self.run(self.arrays(filled)).items()})
-        return [torch.from_numpy(np.concatenate([part[tensor] for part in results])) for tensor in self.outputs]
-
-    @property
-    def batches(self) -> range:
-        """The numbers of samples that the engine takes at once."""
-        ports = self.inputs.values()
-        return range(max(port.low[0] for port in ports), min(port.high[0] for port in ports) + 1)
+        results = self.run_in_parts(self.arrays(samples))
+        return [torch.from_numpy(results[tensor]) for tensor in self.outputs]
 
     def time(self, samples: "Samples") -> float:
         """Return the milliseconds that one batch takes on the GPU, see `milliseconds`."""
