@@ -8,7 +8,6 @@ with the rest of the entry among them as JSON, after a hash of both. The folder 
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -24,6 +22,7 @@ from torch.fx import GraphModule
 from asapc import passes
 from asapc.config import CompileConfig
 from asapc.hashes import add_value
+from asapc.process.caches import cache_folder, replacing
 from asapc.types.choices import Alternatives, Candidate, SlicedDualParams
 from asapc.types.costs import CostModel
 from asapc.types.results import Fidelity, Hop, Metric, SiteFidelity, VariantFidelity
@@ -59,7 +58,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = platformdirs.user_cache_path("asapc", appauthor=False) / "plans" if folder is None else folder
+        self.folder = cache_folder("plans") if folder is None else folder
         self.note = ""
 
     def read(self, key: str) -> Entry | None:
@@ -83,14 +82,8 @@ class Cache:
         content = pack(entry)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(hashlib.sha256(content).digest() + content)
-                os.replace(partial, self.folder / f"{key}{SUFFIX}")
-            except BaseException:
-                os.unlink(partial)
-                raise
+            with replacing(self.folder / f"{key}{SUFFIX}") as partial:
+                partial.write_bytes(hashlib.sha256(content).digest() + content)
             self.shrink()
         except OSError as error:
             why = (error.strerror or "unknown reason").lower()

@@ -4,13 +4,10 @@ The folder is safe to delete at any time, and whatever goes wrong with it is non
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-import platformdirs
+from asapc.process.caches import cache_folder, replacing
 
 MOST = 200  # builds; the oldest go first
 TAIL = 300  # lines of a log
@@ -18,7 +15,7 @@ TAIL = 300  # lines of a log
 
 def folder() -> Path:
     """Return where they are."""
-    return Path(platformdirs.user_cache_path("asapc", appauthor=False)) / "engines"
+    return cache_folder("engines")
 
 
 def last_duration(key: str) -> float | None:
@@ -59,15 +56,3 @@ def write(name: str, text: str) -> Path | None:
             partial.write_text(text)
         return folder() / name
     return None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a file to write, which then takes the place of `path`; other runs may do the same."""
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
