@@ -4,6 +4,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
+# Tests start hundreds of processes: without byte code on disk each would compile all of torch that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all check install clean
 
 # Installed anew when the project's requirements change.

@@ -37,9 +37,10 @@ from asapc.hashes import sha256
 from asapc.planning.operators import exact_operator
 from asapc.timing.blocks import Effort
 from asapc.timing.compare import compare
+from asapc.types.interface import Interface
 from asapc.version import __version__
 from asapc.writing.environment import environment
-from asapc.writing.folder import write_json, write_manifest
+from asapc.writing.folder import MANIFEST, write_json, write_manifest
 from asapc.writing.rewrite import export_rivals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,8 +130,10 @@ def replace_model(compiled: Path, model: Path, folder: Path) -> None:
     for artifact in report["artifacts"]:
         artifact["sha256"] = sha256(folder / artifact["path"])
     write_json(folder / "report.json", report)
-    (folder / "manifest.json").unlink()
-    write_manifest(folder, report["model"]["sha256"], __version__)
+    manifest = folder / MANIFEST
+    interface = Interface.of(json.loads(manifest.read_text()))
+    manifest.unlink()  # it does not list itself
+    write_manifest(folder, report["model"]["sha256"], __version__, interface)
 
 
 def measure_ratio(folder: Path, other: Path, effort: Effort, seed: int) -> Row:
