@@ -1,12 +1,13 @@
 """How often `asapc check` alarms where nothing changed, and how often it does where something did.
 
-    python -m benchmarks.gates                      # what is missing: about 75 minutes, on a machine that is quiet
+    python -m benchmarks.gates                      # what is missing: about 50 minutes, on a machine that is quiet
     python -m benchmarks.gates --repetitions 2      # a try
 
 Every repetition runs `check_folder` with fresh sessions on the shipped model at batch 1, on the quiet machine and
 beside a process that keeps one core busy. The model is truncated Sinkhorn of BASE half-steps. Slower ones have more:
 those whose time, as measured on the quiet machine, is nearest 10 % and 5 % above. Results are written after each
-repetition, so that a run may be stopped and goes on where it was.
+repetition, so that a run may be stopped and goes on where it was; at its end what stands in docs/ci.md between the two
+markers is written too.
 """
 
 import argparse
@@ -42,14 +43,16 @@ from asapc.version import __version__
 from asapc.writing.environment import environment
 from asapc.writing.folder import MANIFEST, write_json, write_manifest
 from asapc.writing.rewrite import export_rivals
+from benchmarks.generated import replace_generated
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "models" / "digits.pt"
 CACHE = ROOT / "benchmarks" / "cache" / "gates"
-RESULTS = ROOT / "benchmarks" / "results" / "gates.json"
+RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "gates.json", ROOT / "docs" / "ci.md"
 BATCH = 1
 BASE, MOST, EXACT = 20, 30, 40  # half-steps
 SECONDS = 30.0  # the most for one check
+REPETITIONS = 100
 TRUTH = Effort(20.0, blocks=40)  # for a ratio on the quiet machine
 INTERVAL = Effort(4.0, blocks=8)  # for one whose interval is held to that
 CONFIG = CompileConfig(threads=1, fidelity=("agreement>=0",))  # only latency is at stake here
@@ -59,7 +62,7 @@ Row = dict[str, Any]
 def main() -> None:
     """Run what is missing, and print the rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, help="of each kind, in place of 100 and 200")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="of each kind")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -79,22 +82,23 @@ def main() -> None:
             save()
     slower = results["slower"] = {share: nearest(truths, 1 + gain) for share, gain in (("10%", 0.1), ("5%", 0.05))}
     relative = partial(check_relative, base=folders["base"])
-    kinds: dict[str, tuple[int, Callable[[int], Row]]] = {
-        "A/A relative": (200, partial(relative, folders["twin"])),
-        "A/A baseline": (100, partial(check_baseline, folders["base"])),
-        **{f"A/B {share}": (100, partial(relative, folders[name])) for share, name in slower.items()},
-        "coverage": (100, lambda seed: measure_ratio(folders["exact"], folders["base"], INTERVAL, seed)),
+    kinds: dict[str, Callable[[int], Row]] = {
+        "A/A relative": partial(relative, folders["twin"]),
+        "A/A baseline": partial(check_baseline, folders["base"]),
+        **{f"A/B {share}": partial(relative, folders[name]) for share, name in slower.items()},
+        "coverage": lambda seed: measure_ratio(folders["exact"], folders["base"], INTERVAL, seed),
     }
     for machine, busy in (("quiet", nullcontext), ("busy", busy_core)):
-        for kind, (count, repeat) in kinds.items():
+        for kind, repeat in kinds.items():
             rows = results.setdefault(machine, {}).setdefault(kind, [])
             with busy():
-                while len(rows) < (options.repetitions or count):
+                while len(rows) < options.repetitions:
                     start = time.perf_counter()
                     row = repeat(len(rows))
                     rows.append({**row, "seconds": round(time.perf_counter() - start, 1)})
                     save()
             print(f"{machine:6} {kind:13} {summary(rows, truths['exact']['value'])}", flush=True)
+    replace_generated(DOCUMENT, table(results))
 
 
 def make_folders() -> dict[str, Path]:
@@ -195,6 +199,23 @@ def summary(rows: Sequence[Row], truth: float) -> str:
     else:
         told = f"{sum(row['low'] <= truth <= row['high'] for row in rows)} intervals cover {truth:.4f}"
     return f"of {len(rows)}: {told}; {longest:.0f} s at most"
+
+
+def table(results: Row) -> Iterator[str]:
+    """Yield the lines of the table in the document."""
+    truths, slower = results["true_ratios"], results["slower"]
+    told = {
+        "A/A relative": "the same work, `--relative`",
+        "A/A baseline": "the same file, `--baseline`",
+        **{f"A/B {share}": f"{truths[name]['value'] - 1:.1%} slower, `--relative`" for share, name in slower.items()},
+        "coverage": f"interval of a ratio of {truths['exact']['value']:.2f}",
+    }
+    yield "| machine | compared | repetitions | outcomes | longest, s |"
+    yield "|---|---|---:|---|---:|"
+    for machine in ("quiet", "busy"):
+        for kind, rows in results[machine].items():
+            outcomes, longest = summary(rows, truths["exact"]["value"]).partition(": ")[2].split("; ")
+            yield f"| {machine} | {told[kind]} | {len(rows)} | {outcomes} | {longest.partition(' ')[0]} |"
 
 
 @contextmanager
