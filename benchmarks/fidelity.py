@@ -72,6 +72,7 @@ def main() -> None:
     """Study the teachers that are there, write the JSON, render figure and document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of teachers, as in a shell")
+    parser.add_argument("--one-pass", action="store_true", help="judge one pass alone; all else stays as it was")
     parser.add_argument("--timed", action="store_true", help="time one pass and its rivals alone, on an idle machine")
     parser.add_argument("--render", action="store_true", help="render the figure and the document only")
     options = parser.parse_args()
@@ -80,6 +81,8 @@ def main() -> None:
     for name, teacher in () if options.render else studied(options.only):
         if options.timed:
             data["teachers"][name]["timed"] = time_one_pass(name, teacher)
+        elif options.one_pass:
+            data["teachers"][name]["operators"] |= compare(name, teacher, one_pass=True)["operators"]
         else:
             data["teachers"][name] = compare(name, teacher)
         data["environment"] = environment(seed=0)
@@ -88,8 +91,8 @@ def main() -> None:
     replace_generated(DOCUMENT, document(data["teachers"]))
 
 
-def compare(name: str, teacher: Teacher) -> Row:
-    """Return all operators on one teacher."""
+def compare(name: str, teacher: Teacher, one_pass: bool = False) -> Row:
+    """Return all operators on one teacher and what the planner takes of them, or one pass alone."""
     teacher = replace(teacher, held_out=teacher.held_out[:HELD_OUT])
     graph, sites, calibration, held_out = teacher.graph, teacher.sites, teacher.calibration, teacher.held_out
     if not sites:
@@ -97,9 +100,13 @@ def compare(name: str, teacher: Teacher) -> Row:
         return {"sites": 0, "operators": {}}
     wide = wide_sites(score_ranges(graph, sites, calibration))
     candidates = propose(teacher, CompileConfig())
-    costed = judge(graph, sites, candidates, wide, split(calibration)[0], BATCH, shipped())
+    costed = {} if one_pass else judge(graph, sites, candidates, wide, split(calibration)[0], BATCH, shipped())
     for site_name, more in propose(teacher, CompileConfig(slices=(8,), pieces=(0,))).items():
         candidates[site_name] += [candidate for candidate in more if candidate.params is not None]
+    if one_pass:
+        candidates = {
+            name: [c for c in of if c.params is not None and c.params.one_pass] for name, of in candidates.items()
+        }
     modules = {s.name: {kind(c): build(s, c, wide) for c in candidates[s.name]} for s in sites}
     fidelities = candidate_fidelity(graph, sites, modules, held_out)
     reference = first_output(EagerRunner(graph.program.module()), held_out)
@@ -117,7 +124,7 @@ def compare(name: str, teacher: Teacher) -> Row:
         )
     planned: Row = {}
     check = Check(teacher, Alternatives(costed, wide))
-    for budget in BUDGETS:
+    for budget in () if one_pass else BUDGETS:
         chosen = decide(check, CompileConfig(fidelity=budget))
         choices = [chosen.choices[s.name].candidate for s in sites]
         chosen_modules = operators(sites, chosen)
