@@ -2,20 +2,25 @@
 
 import csv
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from asapc import showing, showing_timing
-from asapc.config import OPTIONS, CompileConfig
+from asapc.config import MAX_BATCH, OPTIONS, CompileConfig
 from asapc.terminal import BUDGET_MISSED, LATENCY_ENDS, command, print_json, show, stages
 
 TEACHER = [OPTIONS[name] for name in ("model", "model_args", "weights", "unsafe_load", "seed")]
 Batches = Annotated[
     list[int],
-    typer.Option("--batch", metavar="SIZE", min=1, help="Batch size. Repeat to add.", show_default="as compiled"),
+    typer.Option(
+        "--batch", metavar="SIZE", min=1, max=MAX_BATCH, help="Batch size. Repeat to add.", show_default="as compiled"
+    ),
 ]
 Data = Annotated[
     Path | None,
@@ -28,7 +33,8 @@ TeacherFile = Annotated[
     typer.Option(metavar="FILE", help="The model that was compiled.", show_default="where the report says it was"),
 ]
 RuntimeName = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where ONNX Runtime runs it.")]
-OutFile = Annotated[Path | None, typer.Option(metavar="FILE", show_default=False)]
+a_file = partial(typer.Option, metavar="FILE", show_default=False)
+Markdown = Annotated[Path | None, a_file(help="Markdown to write, as for CI's summary. Replaced if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 
@@ -57,27 +63,27 @@ def bench(
     data: Data = None,
     teacher: TeacherFile = None,
     as_json: Json = False,
-    markdown: OutFile = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", metavar="FILE", show_default=False)] = None,
+    markdown: Markdown = None,
+    csv_file: Annotated[Path | None, a_file("--csv", help="Table to write. Replaced if it exists.")] = None,
 ) -> None:
     """Measure compiled folders and rivals side by side."""
     from asapc.commands.bench import BenchOptions, bench_folders
     from asapc.commands.folders import runtime_of
-    from asapc.writing.folder import output_file, write_texts
 
     rivals = tuple(name.strip() for name in against.split(",") if name.strip())
     runtimes = tuple(map(runtime_of, runtime))
     asked = BenchOptions(rivals, tuple(batch), tuple(length), tuple(threads), runtimes, seconds, data, teacher)
-    with stages(visible=True) as on_event:
-        result = bench_folders(folders, asked, options, on_event)
-    if markdown is not None:
-        write_texts({markdown: showing.markdown(showing_timing.bench(result))}, force=True)
-    if csv_file is not None:
-        rows = list(showing_timing.bench_rows(result))
-        with output_file(csv_file, force=True) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    with outputs(markdown, csv_file) as (page, table):
+        with stages(visible=True) as on_event:
+            result = bench_folders(folders, asked, options, on_event)
+        if page is not None:
+            page.write_text(showing.markdown(showing_timing.bench(result)), encoding="utf-8")
+        if table is not None:
+            rows = list(showing_timing.bench_rows(result))
+            with table.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
     if as_json:
         print_json(result)
     else:
@@ -97,15 +103,13 @@ def bench(
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
     options: CompileConfig,
-    baseline: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Times of an earlier check to hold it to.", show_default=False)
-    ] = None,
+    baseline: Annotated[Path | None, a_file(help="Times of an earlier check to hold it to.")] = None,
     relative: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder to hold it to, in turns on this machine.", show_default=False),
     ] = None,
     save_baseline: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write times for later checks.", show_default=False)
+        Path | None, a_file(help="Write times for later checks, and hold latency to nothing. Replaced if it exists.")
     ] = None,
     max_slowdown: Annotated[
         str, typer.Option(metavar="SHARE", help="How much slower than the other it may be.")
@@ -116,32 +120,45 @@ def check(
     teacher: TeacherFile = None,
     runtime: RuntimeName = "cpu",
     as_json: Json = False,
-    junit: OutFile = None,
-    markdown: OutFile = None,
-    github_benchmark: OutFile = None,
+    junit: Annotated[Path | None, a_file(help="JUnit XML to write. Replaced if it exists.")] = None,
+    markdown: Markdown = None,
+    github_benchmark: Annotated[
+        Path | None, a_file(help="Latencies to write for github-action-benchmark. Replaced if it exists.")
+    ] = None,
 ) -> None:
     """Hold a compiled model to its fidelity budget, and its latency to an earlier one: a gate for CI."""
     from asapc.commands.check import check_folder
     from asapc.commands.folders import runtime_of
     from asapc.commands.gates import CheckOptions, parse_share
     from asapc.writing.ci import benchmark_entries, write_junit
-    from asapc.writing.folder import output_file, write_texts
 
     share, where = parse_share(max_slowdown), runtime_of(runtime)
     asked = CheckOptions(baseline, relative, save_baseline, share, tuple(batch), seconds, data, teacher, where)
-    with stages(visible=not as_json) as on_event:
-        result = check_folder(folder, asked, options, on_event)
-    found = result.data()
-    if junit is not None:
-        with output_file(junit, force=True) as partial:
-            write_junit(partial, found)
-    texts = {} if markdown is None else {markdown: showing.markdown(showing_timing.check(found))}
-    if github_benchmark is not None:
-        texts[github_benchmark] = json.dumps(benchmark_entries(found), indent=2) + "\n"
-    write_texts(texts, force=True)
+    with outputs(junit, markdown, github_benchmark) as (xml, page, entries):
+        with stages(visible=not as_json) as on_event:
+            result = check_folder(folder, asked, options, on_event)
+        found = result.data()
+        if xml is not None:
+            write_junit(xml, found)
+        if page is not None:
+            page.write_text(showing.markdown(showing_timing.check(found)), encoding="utf-8")
+        if entries is not None:
+            entries.write_text(json.dumps(benchmark_entries(found), indent=2) + "\n", encoding="utf-8")
     if as_json:
         print_json(found)
     else:
-        show(showing_timing.check(found))
+        show([*showing_timing.check(found), *([str(save_baseline)] if save_baseline else [])])
     if result.failure is not None:
         raise result.failure
+
+
+@contextmanager
+def outputs(*paths: Path | None) -> Iterator[list[Path | None]]:
+    """Yield a temporary file for each output that is asked for: what cannot be written is said before measuring.
+
+    All get their names when the block ends well; see `output_file`.
+    """
+    from asapc.writing.folder import output_file
+
+    with ExitStack() as files:
+        yield [None if path is None else files.enter_context(output_file(path, force=True)) for path in paths]

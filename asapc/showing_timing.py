@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from asapc.showing import Grid, Row, fixed, plus_minus
+from asapc.writing.words import reached
 
 
 def check(data: dict[str, Any]) -> Iterator[Grid | str]:
@@ -16,10 +17,7 @@ def check(data: dict[str, Any]) -> Iterator[Grid | str]:
     }
     against = "" if data["against"] is None else f" against {data['against']}"
     yield f"{ends[data['outcome']]}: {data['folder']}{against}"
-    rows: list[Row] = [
-        (term["term"], "not finite" if term["reached"] is None else f"{term['reached']:.4g}", result(term["met"]))
-        for term in data["verdict"]["terms"]
-    ]
+    rows: list[Row] = [(term["term"], reached(term), result(term["met"])) for term in data["verdict"]["terms"]]
     yield Grid("Fidelity", ("budget", "reached", "result"), ("budget", "result"), [rows])
     if data["gates"]:
         yield gates_grid(data["gates"])
@@ -84,5 +82,5 @@ def bench_rows(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 key: measurement[key] for key in ("runtime", "threads", "length", "batch", "blocks", "noise_floor")
             }
             ratio = row["ratio"] or dict.fromkeys(("value", "low", "high", "finding"))
-            own = {key: value for key, value in row.items() if key != "ratio"}
+            own = {key: value for key, value in row.items() if key not in ("ratio", "ms")}
             yield {**facts, **own, **{f"ratio_{key}": value for key, value in ratio.items()}}

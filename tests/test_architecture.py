@@ -21,7 +21,7 @@ ARROWS = {
     "cli_timing": "terminal showing showing_timing commands writing config",
     "terminal": "showing process config types errors events",
     "doctor": "showing errors version",  # of the library nothing else: it must work where torch does not
-    "showing_timing": "showing",
+    "showing_timing": "showing writing",
     "showing": "writing",
     "commands": "pictures serving planning fidelity timing relu writing backends capturing loading passes config types "
     "errors events version",

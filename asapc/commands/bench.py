@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from asapc.commands.folders import Folder, Runtime, graph_hash, open_file
+from asapc.commands.gates import rounded
 from asapc.commands.study import study
 from asapc.commands.target import cost_model
 from asapc.commands.verify import facts, stored_selection
@@ -87,9 +88,15 @@ def bench_folders(
     Raises:
         CheckpointError: a folder is not whole, or was not compiled from this teacher.
         SamplesError: samples do not fit the models, or none were kept.
-        OptionError: a length where no axis is open.
+        OptionError: a length where no axis is open, or two models of one name.
     """
     options, config = options or BenchOptions(), config or CompileConfig()
+    names = [*map(str, paths), *dict.fromkeys(options.against)]
+    if len(set(names)) < len(names):
+        raise OptionError(
+            f"two models are called {max(names, key=names.count)}",
+            "name each folder once, and one that is called as a rival by its whole path",
+        )
     folders = {str(path): Folder.at(path) for path in paths}
     first = next(iter(folders.values()))
     samples = first.samples(options.data)
@@ -111,9 +118,10 @@ def bench_folders(
                 of_batch = repeated(inputs, batch)
                 models = {name: partial(open_file, path, runtime, threads, of_batch) for name, path in distinct.items()}
                 effort = Effort(options.seconds, seed=config.seed)
-                latency, _ = compare(models, same, inputs, batch, effort, step.advance)
+                latency, times = compare(models, same, inputs, batch, effort, step.advance)
                 facts_ = {"runtime": runtime, "threads": threads, "length": length}
-                measurements.append({**facts_, **measurement_data(latency)})
+                raw = {run.name: rounded(times[same.get(run.name, run.name)]) for run in latency.runs}
+                measurements.append({**facts_, **measurement_data(latency, raw)})
             step.summary = f"{len(files)} models, {len(measurements)} measurements"
     return {
         "schema": "asapc.bench/1",
@@ -185,13 +193,13 @@ def export_those(
     return {name: runner.path for name, runner in runners.items()}
 
 
-def measurement_data(latency: BatchLatency) -> dict[str, Any]:
-    """Return one measurement: a row for each model, with the ratio of its time to that of the first."""
+def measurement_data(latency: BatchLatency, raw: Mapping[str, list[list[float]]]) -> dict[str, Any]:
+    """Return one measurement: a row for each model, with its raw times and the ratio of its time to the first's."""
     rows = []
     for run in latency.runs:
         row = {key: value for key, value in asdict(run).items() if key not in ("batch", "runtime", "device")}
         ratio = latency.ratios.get(run.name)
-        rows.append({**row, "ratio": None if ratio is None else ratio_data(ratio, latency.floor)})
+        rows.append({**row, "ratio": None if ratio is None else ratio_data(ratio, latency.floor), "ms": raw[run.name]})
     return {
         "batch": latency.batch,
         "blocks": latency.blocks,

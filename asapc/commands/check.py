@@ -110,7 +110,7 @@ def check_folder(
         samples = folder.samples(options.data)
         if options.baseline is not None:
             baseline = read_baseline(options.baseline)
-            compare_fingerprints(options.baseline, baseline, fingerprint(folder, threads, options.runtime))
+            compare_fingerprints(options.baseline, baseline, fingerprint(folder, samples, threads, options.runtime))
         if other is not None:
             other.fit(samples)
         with stage("verify", on_event) as step:
@@ -121,7 +121,8 @@ def check_folder(
             with stage("measure", on_event) as step:
                 measurement = Measurement(folder, samples, threads, options, config.seed, step)
                 gates = measurement.relative(other) if other is not None else measurement.alone(baseline)
-                step.summary = "; ".join(f"batch {gate.batch}: {gate.outcome}" for gate in gates)
+                held = "; ".join(f"batch {gate.batch}: {gate.outcome}" for gate in gates)
+                step.summary = held or f"batch {', '.join(map(str, measurement.times))}"
             if save is not None:
                 write_json(save, baseline_data(measurement, watch.conditions))
     against = options.relative or options.baseline

@@ -14,8 +14,9 @@ from asapc.backends.base import Runner
 from asapc.backends.onnxruntime.cuda import CudaRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.errors import OptionError, SamplesError
-from asapc.loading.folder import MODEL, read_folder
+from asapc.loading.folder import read_folder
 from asapc.loading.inputs import as_exported, compare_types
+from asapc.loading.manifest import HALF, MODEL
 from asapc.loading.samples import load_samples
 from asapc.types.model import InputType
 from asapc.types.samples import Samples
@@ -46,10 +47,10 @@ class Folder:
         """Its ONNX file."""
         return self.path / MODEL
 
-    @cached_property
-    def graph(self) -> str:
-        """See `graph_hash`."""
-        return graph_hash(self.model)
+    def deployed(self, runtime: Runtime) -> Path:
+        """Return the file that `asapc.load` runs there: on a GPU that in half precision, if there is one."""
+        half = self.path / HALF
+        return half if runtime == "cuda" and half.exists() else self.model
 
     @cached_property
     def inputs(self) -> Mapping[str, InputType]:
@@ -113,7 +114,7 @@ def runtime_of(name: str) -> Runtime:
 def open_file(path: Path, runtime: Runtime, threads: int, inputs: Samples) -> Runner:
     """Open an ONNX file in a runtime; `inputs` are the batch that it runs there."""
     if runtime == "cuda":
-        return CudaRunner(path, Samples({name: value.to("cuda") for name, value in inputs.inputs.items()}))
+        return CudaRunner(path, inputs)
     return OnnxRuntimeRunner(path, threads)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from asapc.backends.onnxruntime.library import library
-from asapc.commands.folders import Folder, Runtime, open_file
+from asapc.commands.folders import Folder, Runtime, graph_hash, open_file
 from asapc.errors import NotComparableError, OptionError, UnstableError
 from asapc.events import Stage
 from asapc.loading.baseline import SAVE, SCHEMA, digest
+from asapc.loading.manifest import HALF
 from asapc.timing.blocks import AGAIN, Effort, Open, Settled, Times, time_blocks
 from asapc.timing.gate import (
     BASE,
@@ -60,7 +61,7 @@ class CheckOptions:
         runtime: where to measure.
 
     Raises:
-        OptionError: two things to compare with, or a slowdown that is no share.
+        OptionError: two things to compare with, a baseline to be written beside either, or a slowdown that is no share.
     """
 
     baseline: Path | None = None
@@ -77,6 +78,11 @@ class CheckOptions:
     def __post_init__(self) -> None:
         if self.baseline is not None and self.relative is not None:
             raise OptionError("there are two things to compare with", "give --baseline or --relative")
+        if self.save is not None and (self.baseline is not None or self.relative is not None):
+            # Times that a gate refuses would become what the next check is held to.
+            raise OptionError(
+                "a baseline is taken of a model that is held to no other", "omit --save-baseline, or give it alone"
+            )
         if not 0 < self.max_slowdown < 10:
             raise OptionError(
                 f"--max-slowdown cannot be {self.max_slowdown:.0%}", "give a share above 0, such as 3% or 0.03"
@@ -87,7 +93,7 @@ def parse_share(text: str) -> float:
     """Read a share, "3%" or "0.03".
 
     Raises:
-        OptionError: it is none.
+        OptionError: it is none, or could be either.
     """
     number, percent, rest = text.strip().partition("%")
     try:
@@ -96,6 +102,10 @@ def parse_share(text: str) -> float:
         value = -1.0
     if rest or not value >= 0:
         raise OptionError(f"cannot read the share {text!r}", "give per cent, 3%, or a number, 0.03")
+    if value >= 1 and not percent:  # 3 is more likely 3% than three times the time
+        raise OptionError(
+            f"cannot tell whether the share {text!r} is per cent", f"give {text.strip()}%, or a number below 1"
+        )
     return value / 100 if percent else value
 
 
@@ -127,11 +137,11 @@ class Measurement:
         """Hold the folder to another, by turns."""
         limit = self.options.max_slowdown
         batches = self.options.batches or self.folder.batches
-        if self.folder.graph == other.graph:
+        if graph_hash(self.model) == graph_hash(base := other.deployed(self.options.runtime)):
             return [identical_gate(batch, limit) for batch in batches]
         settled = narrow_enough(limit, relative_slowdown)
         for batch in batches:
-            self.times[batch] = self.take_turns({BASE: self.opener(other.model, batch)}, batch, settled)
+            self.times[batch] = self.take_turns({BASE: self.opener(base, batch)}, batch, settled)
         return [relative_gate(times, batch, limit) for batch, times in self.times.items()]
 
     def alone(self, baseline: Mapping[str, Any] | None) -> list[Gate]:
@@ -164,6 +174,11 @@ class Measurement:
                     raise unfit(batch, scaled_spread(times))
         return gates
 
+    @property
+    def model(self) -> Path:
+        """The file that is timed."""
+        return self.folder.deployed(self.options.runtime)
+
     def workload(self) -> AbstractContextManager[Any]:
         """Return what opens the reference workload in the runtime that is measured."""
         return reference(partial(self.open, inputs=REFERENCE_INPUTS))
@@ -178,13 +193,13 @@ class Measurement:
 
     def pilot(self, workload: Open, batch: int) -> int:
         """Return how many calls of the reference workload take as long as one of the model."""
-        models = {HEAD: self.opener(self.folder.model, batch), REFERENCE: workload}
+        models = {HEAD: self.opener(self.model, batch), REFERENCE: workload}
         times = time_blocks(models, self.samples, batch, PILOT)
         return max(1, round(float(np.median(times[HEAD]) / np.median(times[REFERENCE]))))
 
     def take_turns(self, others: Mapping[str, Open], batch: int, settled: Settled) -> Times:
         """Time the model, the model opened again, and others."""
-        own = self.opener(self.folder.model, batch)
+        own = self.opener(self.model, batch)
         effort = Effort(self.options.seconds, blocks=self.options.blocks, seed=self.seed)
         models = {HEAD: own, HEAD + AGAIN: own, **others}
         return time_blocks(models, self.samples, batch, effort, settled, self.step.advance)
@@ -214,7 +229,9 @@ def baseline_data(measurement: Measurement, conditions: Conditions) -> dict[str,
         "asapc": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "folder": str(measurement.folder.path),
-        "fingerprint": fingerprint(measurement.folder, measurement.threads, measurement.options.runtime),
+        "fingerprint": fingerprint(
+            measurement.folder, measurement.samples, measurement.threads, measurement.options.runtime
+        ),
         "conditions": conditions_data(conditions),
         "runs": runs,
     }
@@ -226,7 +243,7 @@ def rounded(times: Any) -> list[list[float]]:
     return [[float(f"{value:.{DIGITS}g}") for value in block] for block in times.tolist()]
 
 
-def fingerprint(folder: Folder, threads: int, runtime: Runtime) -> dict[str, str]:
+def fingerprint(folder: Folder, samples: Samples, threads: int, runtime: Runtime) -> dict[str, str]:
     """Return what has to be the same for times of two moments to be comparable: machine, software, model, shapes."""
     facts: Any = environment(seed=0)
     driver = Path("/proc/driver/nvidia/version")
@@ -239,8 +256,8 @@ def fingerprint(folder: Folder, threads: int, runtime: Runtime) -> dict[str, str
         "runtime": runtime,
         "threads": str(threads),
         "model": folder.report["model"]["sha256"],
-        "inputs": ", ".join(f"{name} {kind.sizes} {kind.dtype}" for name, kind in folder.inputs.items()),
-        "precision": "float32",
+        "inputs": ", ".join(f"{name} {tuple(v.shape[1:])} {v.dtype}" for name, v in samples.inputs.items()),
+        "precision": "float16" if folder.deployed(runtime).name == HALF else "float32",
     }
 
 

@@ -15,9 +15,9 @@ from asapc.errors import CaptureError, CheckpointError, OptionError, SamplesErro
 from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
-from asapc.loading.folder import MODEL, OPERATORS, read_folder
+from asapc.loading.folder import OPERATORS, read_folder
 from asapc.loading.inputs import as_exported, compare_types, order_inputs
-from asapc.loading.manifest import COMPILE
+from asapc.loading.manifest import COMPILE, MODEL
 from asapc.loading.samples import load_samples
 from asapc.loading.teacher import load_teacher
 from asapc.loading.untrusted.source import Source

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from asapc.errors import CheckpointError, OptionError
-from asapc.loading.manifest import MANIFEST, read_checked, read_manifest, refusal
+from asapc.loading.manifest import MANIFEST, MODEL, read_checked, read_manifest, refusal
 from asapc.loading.onnx.reader import check_self_contained
 from asapc.loading.untrusted.source import Source
 from asapc.types.budget import parse_bound
 
-REPORT, MODEL, OPERATORS = "report.json", "model.onnx", "operator.safetensors"
+REPORT, OPERATORS = "report.json", "operator.safetensors"
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from asapc.loading.schemas import departure, read_schema
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.texts import read_json
 
-MANIFEST = "manifest.json"
+MANIFEST, MODEL, HALF = "manifest.json", "model.onnx", "model.float16.onnx"
 COMPILE = "compile the model again"
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from asapc.backends.onnxruntime.library import library
 from asapc.errors import BuildError, one_line
+from asapc.loading.manifest import HALF, MODEL
 from asapc.runtime.session import Unavailable
 
-MODEL, HALF = "model.onnx", "model.float16.onnx"
 DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from asapc.writing.words import reached
+
 
 def write_junit(path: Path, data: Mapping[str, Any]) -> None:
     """Write JUnit XML: a case for each term of the budget and for each batch size.
@@ -18,7 +20,7 @@ def write_junit(path: Path, data: Mapping[str, Any]) -> None:
     for term in data["verdict"]["terms"]:
         case = TestCase(term["term"], classname=f"{data['folder']}.fidelity")
         if not term["met"]:
-            case.result = [Failure(f"reached {term['reached']}")]
+            case.result = [Failure(f"reached {reached(term)}")]
         suite.add_testcase(case)
     for gate in data["gates"]:
         case = TestCase(f"batch {gate['batch']}", classname=f"{data['folder']}.latency")

@@ -5,6 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def reached(term: Mapping[str, Any]) -> str:
+    """Return what a model reached of a term of its budget."""
+    return "not finite" if term["reached"] is None else f"{term['reached']:.4g}"
+
+
 def kinds(sites: Mapping[str, Mapping[str, Any]]) -> str:
     """Return how many sites have operators of which kind."""
     counts = Counter(kind(site) for site in sites.values())

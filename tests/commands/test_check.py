@@ -9,6 +9,7 @@ import jsonschema
 import numpy as np
 import onnx
 import pytest
+import torch
 from helpers.command import assert_user_error, run, write_checkpoint
 from helpers.folders import relist, tamper
 from helpers.paths import ROOT
@@ -23,6 +24,7 @@ from asapc.config import CompileConfig
 from asapc.errors import OptionError
 from asapc.loading.baseline import digest
 from asapc.timing import compare
+from asapc.types.samples import Samples
 
 LOOSE = ("relc<=1", "agreement>=0")
 
@@ -97,6 +99,19 @@ def test_a_baseline_keeps_to_its_schema_and_is_passed_by_what_it_was_taken_of(ba
     result = run("check", base, "--baseline", baseline, "--threads", 1)
     assert result.exit_code == 0, result.output
     assert "PASSED" in result.stdout
+
+
+def test_a_baseline_is_of_the_samples_lengths_and_of_the_file_that_the_runtime_runs(base, tmp_path):
+    folder, longer = Folder.at(base), Samples({"images": torch.zeros(2, 4, 9)})
+    (short,) = folder.samples(None).inputs.values()
+    assert gates.fingerprint(folder, folder.samples(None), 1, "cpu")["inputs"] == f"images (4, 4) {short.dtype}"
+    assert gates.fingerprint(folder, longer, 1, "cpu")["inputs"] == "images (4, 9) torch.float32"
+    shutil.copytree(base, tmp_path / "half")
+    shutil.copy(base / "model.onnx", tmp_path / "half" / "model.float16.onnx")
+    half = Folder(tmp_path / "half", folder.report)
+    precisions = [gates.fingerprint(half, longer, 1, runtime)["precision"] for runtime in ("cpu", "cuda")]
+    assert precisions == ["float32", "float16"]
+    assert [half.deployed(runtime).name for runtime in ("cpu", "cuda")] == ["model.onnx", "model.float16.onnx"]
 
 
 def test_a_slowdown_against_a_baseline_ends_with_4_in_every_output(base, baseline, clock, tmp_path):
@@ -192,17 +207,21 @@ def test_wrong_usage_is_said_in_one_line(base, baseline, tmp_path):
         ("--relative", tmp_path),
         ("--max-slowdown", "a lot"),
         ("--max-slowdown", "0%"),
+        ("--max-slowdown", "3"),
+        ("--save-baseline", tmp_path / "new.json", "--relative", base),
+        ("--save-baseline", tmp_path / "new.json", "--baseline", baseline),
         ("--runtime", "gpu"),
         ("--data", tmp_path / "missing.npz"),
     ):
         assert_user_error(run("check", base, *arguments))
+    assert not (tmp_path / "new.json").exists()
     without = tamper(base, tmp_path / "old", "report.json", lambda report: None)
     (without / "held_out.npz").unlink()
     relist(without)
     assert_user_error(run("check", without))
 
 
-@pytest.mark.parametrize(("text", "share"), [("3%", 0.03), ("0.5 %", 0.005), ("0.03", 0.03), ("12", 12.0)])
+@pytest.mark.parametrize(("text", "share"), [("3%", 0.03), ("0.5 %", 0.005), ("0.03", 0.03), ("150%", 1.5)])
 def test_a_share_is_per_cent_or_a_number(text, share):
     assert gates.parse_share(text) == pytest.approx(share)
 
@@ -219,6 +238,9 @@ def test_folders_and_rivals_are_measured_side_by_side(base, head, clock, tmp_pat
     findings = {row["name"]: row["ratio"] and row["ratio"]["finding"] for row in measurement["rows"]}
     assert findings == {str(base): None, str(head): "slower", "exact": "identical", "softmax": "faster"}
     assert f"| {head} |" in table.read_text()
+    assert all(np.shape(row["ms"]) == (12, 10) and row["samples"] == 120 for row in measurement["rows"])
+    medians = {row["name"]: np.median(row["ms"]) for row in measurement["rows"]}
+    assert medians == pytest.approx({str(base): 1, str(head): 1.5, "exact": 1, "softmax": 0.5}, rel=0.01)
     with rows.open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == list(findings)
 
@@ -227,6 +249,29 @@ def test_a_bench_takes_every_combination(base, clock):
     options = BenchOptions(batches=(1, 2), threads=(1, 2))
     measurements = bench_folders([base], options)["measurements"]
     assert [(m["threads"], m["batch"]) for m in measurements] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def test_no_two_models_of_a_bench_have_one_name(base, tmp_path):
+    assert_user_error(run("bench", base, base))
+    with pytest.raises(OptionError, match="called exact"):
+        bench_folders([Path("exact")], BenchOptions(against=("exact",)))
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(base, head, tmp_path, monkeypatch):
+    for module in (gates, compare):
+        monkeypatch.setattr(module, "time_blocks", None)
+    check, bench = ("check", head, "--relative", base), ("bench", head)
+    for command, flags in ((check, ("junit", "markdown", "github-benchmark")), (bench, ("markdown", "csv"))):
+        for flag in flags:
+            error, _ = assert_user_error(run(*command, f"--{flag}", tmp_path))
+            assert "is a folder" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_runtime_that_is_not_there_is_said_in_one_line(base, head):
+    for arguments in (("check", head, "--relative", base), ("bench", base)):
+        error, _ = assert_user_error(run(*arguments, "--runtime", "cuda"))
+        assert "finds no CUDA" in error
 
 
 def test_a_length_needs_an_open_axis_and_a_rival_a_name(base):

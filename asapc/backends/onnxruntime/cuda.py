@@ -17,7 +17,7 @@ class CudaRunner:
 
     Args:
         path: the ONNX file.
-        samples: the batch that it runs, on the GPU.
+        samples: the batch that it runs, which is moved to the GPU.
         outputs: of an earlier run; with these it replays a CUDA graph, which saves the time of launches.
 
     Raises:
@@ -51,7 +51,8 @@ class CudaRunner:
         self.unwaited = onnxruntime.RunOptions()
         self.unwaited.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.binding = self.session.io_binding()
-        self.inputs = {name: tensor.contiguous() for name, tensor in samples.inputs.items()}  # outlives the binding
+        # They outlive the binding.
+        self.inputs = {name: tensor.to("cuda").contiguous() for name, tensor in samples.inputs.items()}
         for name, tensor in self.inputs.items():
             self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.from_dlpack(tensor))
         torch.cuda.synchronize()  # they were written on another stream
