@@ -3,16 +3,19 @@
 from pathlib import Path
 
 from asapc.errors import OptionError
+from asapc.serving.image import package_image
+from asapc.serving.image_smoke import smoke_image
 from asapc.serving.smoke import smoke_triton
 from asapc.serving.triton import package_triton
 
 
 def package(
     folder: Path,
-    triton: Path | None,
+    triton: Path | None = None,
+    image: Path | None = None,
     name: str | None = None,
     version: int | None = None,
-    backend: str = "onnxruntime",
+    backend: str | None = None,
     force: bool = False,
     smoke: bool = False,
     server: Path | None = None,
@@ -22,25 +25,35 @@ def package(
     Args:
         folder: what `asapc compile` wrote.
         triton: a model repository of Triton Inference Server.
+        image: the folder of a container image to write.
         name: of the model; None for the folder's.
         version: as of `package_triton`.
-        backend: as of `package_triton`.
-        force: as of `package_triton`.
+        backend: as of `package_triton`; None for onnxruntime.
+        force: as of `package_triton` and `package_image`.
         smoke: whether to try what was written with the stored samples.
-        server: as of `smoke_triton`.
+        server: as of `smoke_triton` and `smoke_image`.
 
     Returns:
         What was written and tried, in sentences.
 
     Raises:
-        OptionError: no target is given.
-        AsapcError: as of `package_triton` and `smoke_triton`.
+        OptionError: not one target is given, or an option of another.
+        AsapcError: as of the functions named above.
     """
-    if triton is None:
-        raise OptionError("there is nothing to package for", "give --triton REPOSITORY")
     if server is not None and not smoke:
         raise OptionError("--server is for --smoke", "add --smoke, or omit it")
     name = name or folder.absolute().name.removesuffix(".asap")
-    path = package_triton(folder, triton, name, backend, version, force)
-    notes = [f"{path}: for Triton's backend {backend}"]
-    return [*notes, *([smoke_triton(folder, path, server)] if smoke else [])]
+    if triton is not None and image is None:
+        backend = backend or "onnxruntime"
+        path = package_triton(folder, triton, name, backend, version, force)
+        notes = [f"{path}: for Triton's backend {backend}"]
+        return [*notes, *([smoke_triton(folder, path, server)] if smoke else [])]
+    if image is None:
+        raise OptionError("there is nothing to package for", "give --triton REPOSITORY or --image OUT")
+    if triton is not None:
+        raise OptionError("--triton and --image are two targets", "package for each by a command of its own")
+    if version is not None or backend is not None:
+        raise OptionError("--model-version and --backend are for --triton", "omit them")
+    package_image(folder, image, name, force)
+    notes = [f"{image}: a container image of KServe's server; see {image / 'README.md'}"]
+    return [*notes, *([smoke_image(folder, image, name, server)] if smoke else [])]

@@ -24,7 +24,7 @@ MAX_BATCH = 64
 VERSIONS = 2
 # How long a request waits for others to share its batch.
 QUEUE_MICROSECONDS = 100
-# What `asapc.load` consists of: it goes into each version of the Python backend, whose server then needs no asapc.
+# What `asapc.load` consists of: it goes into images and into each version of the Python backend, which need no asapc.
 RUNTIME = (
     *("__init__.py", "config.py", "errors.py", "hashes.py", "version.py"),
     *("runtime/*.py", "types/*.py", "loading/__init__.py", "loading/manifest.py", "loading/schemas.py"),
@@ -159,18 +159,23 @@ def write_version(folder: Path, target: Path, backend: str) -> None:
     target.mkdir(parents=True)
     if backend == "python":
         shutil.copytree(folder, target / MODEL)
-        package = Path(asapc.__file__).parent
         (target / "model.py").write_text("from asapc.runtime.triton import TritonPythonModel as TritonPythonModel\n")
-        for source in (path for pattern in RUNTIME for path in package.glob(pattern)):
-            copy = target / "asapc" / source.relative_to(package)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
+        write_runtime(target)
         return
     artifact, name = ("model.engine", "model.plan") if backend == "tensorrt" else ("model.onnx", "model.onnx")
     shutil.copyfile(folder / artifact, target / name)
     for data in folder.glob("*.onnx.data") if backend == "onnxruntime" else ():
         shutil.copyfile(data, target / data.name)
     shutil.copyfile(folder / MANIFEST, target / MANIFEST)
+
+
+def write_runtime(target: Path) -> None:
+    """Write what `asapc.load` consists of into a folder, from which it is then imported."""
+    package = Path(asapc.__file__).parent
+    for source in (path for pattern in RUNTIME for path in package.glob(pattern)):
+        copy = target / "asapc" / source.relative_to(package)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
 
 
 def write_warmup(folder: Path, model: Path) -> None:

@@ -27,19 +27,25 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
-def output_folder(path: Path, force: bool) -> Iterator[Path]:
+def output_folder(path: Path, force: bool, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; give it that name when the block ends well, else remove it.
+
+    Args:
+        path: the folder to write.
+        force: whether to replace it if it exists.
+        check: raises OutputError if what stands there may not be replaced; None for `check_ours`.
 
     Raises:
         OutputError: `path` cannot be written, exists and `force` is not given, or holds anything that asapc did not
             write.
     """
-    with temporary_folder(path, force, check_ours) as folder:
+    check = check or check_ours
+    with temporary_folder(path, force, check) as folder:
         partial = folder / "new"
         partial.mkdir()
         yield partial
         check_free(path, force)  # another run may have finished meanwhile
-        check_ours(path)
+        check(path)
         with held():
             if path.exists():
                 (folder / OLD).mkdir()
