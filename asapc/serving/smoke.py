@@ -122,12 +122,13 @@ def running(repository: Path, model: str, server: Path | None = None, *options: 
     with tempfile.TemporaryDirectory() as temporary:
         program, environment = find_server(server, Path(temporary))
         http, grpc = free_ports(2)
-        log = Path(temporary) / "log"
+        log, served = Path(temporary) / "log", Path(temporary) / "repository"
+        served.symlink_to(repository.resolve())  # the Python backend splits its command at spaces in a path
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [
                     *program,
-                    f"--model-repository={repository.resolve()}",
+                    f"--model-repository={served}",
                     *("--http-address=127.0.0.1", f"--http-port={http}"),
                     *("--grpc-address=127.0.0.1", f"--grpc-port={grpc}", "--allow-metrics=false"),
                     *(options or control),
