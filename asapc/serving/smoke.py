@@ -140,9 +140,11 @@ def running(repository: Path, model: str, server: Path | None = None, *options: 
     with tempfile.TemporaryDirectory() as temporary:
         program, environment = find_server(server, Path(temporary))
         http, grpc = free_ports(2)
+        served = Path(temporary) / "repository"
+        served.symlink_to(repository.resolve())  # the Python backend splits its command at spaces in a path
         command = [
             *program,
-            f"--model-repository={repository.resolve()}",
+            f"--model-repository={served}",
             *("--http-address=127.0.0.1", f"--http-port={http}"),
             *("--grpc-address=127.0.0.1", f"--grpc-port={grpc}", "--allow-metrics=false"),
             *(options or control),

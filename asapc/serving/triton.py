@@ -30,6 +30,7 @@ RUNTIME = (
     *("runtime/*.py", "types/*.py", "loading/__init__.py", "loading/manifest.py", "loading/schemas.py"),
     *("loading/*.schema.json", "loading/untrusted/*.py", "backends/__init__.py", "backends/onnxruntime/__init__.py"),
     "backends/onnxruntime/library.py",
+    *(f"backends/tensorrt/{name}.py" for name in ("__init__", "cuda", "engine", "loader", "ports", "runner")),
 )
 NUMPY_TO_TRITON = {
     "bool": "TYPE_BOOL",

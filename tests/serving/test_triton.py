@@ -84,6 +84,22 @@ def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch, error, earl
     assert names(tmp_path) == before
 
 
+def test_a_version_of_the_python_backend_runs_on_its_own_files_alone(folder, tmp_path):
+    path = package_triton(folder, tmp_path / "r", "points", "python")
+    code = f"""
+import sys
+sys.path.insert(0, {str(path)!r})
+import asapc, numpy
+from asapc.runtime.triton import TritonPythonModel
+model = TritonPythonModel()
+model.initialize({{"model_repository": {str(path.parent)!r}, "model_version": "1"}})
+print(*asapc.__path__, model.model(numpy.zeros((2, 24, 3), "float32")).keys(), "torch" in sys.modules)
+"""
+    process = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    outputs = np.load(folder / "expected.npz").files
+    assert process.stdout == f"{path / 'asapc'} dict_keys({outputs}) False\n", process.stderr
+
+
 def test_of_two_packagings_at_once_each_is_whole_or_refused(folder, tmp_path):
     command = [sys.executable, "-m", "asapc.cli", "package", folder, "--triton", tmp_path / "r", "--name", "points"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
