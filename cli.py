@@ -240,9 +240,7 @@ def run(
 )
 def package(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
-    triton: Annotated[
-        Path | None, typer.Option(metavar="REPOSITORY", help="Model repository of Triton Inference Server.")
-    ] = None,
+    triton: Annotated[Path | None, typer.Option(metavar="REPOSITORY", help="Model repository of Triton.")] = None,
     image: Annotated[Path | None, typer.Option(metavar="OUT", help="Folder of a container image.")] = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the served model.", show_default="the folder's")

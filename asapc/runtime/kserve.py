@@ -50,8 +50,9 @@ def quieten() -> None:
     from kserve.errors import InvalidInput
 
     def brief(record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], InvalidInput):
-            record.exc_info, record.msg, record.args = None, f"refused: {record.exc_info[1]}", ()
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, InvalidInput):
+            record.exc_info, record.msg, record.args = None, f"refused: {error}", ()
         return True
 
     for name in ("kserve", "kserve.trace", "uvicorn.access"):
@@ -151,7 +152,7 @@ def refusal(app: Any) -> Callable[[str, tuple[int, str]], Exception]:
 
 
 def fixed_repository(models: Any) -> Any:
-    """Return what answers requests to load or unload models: by a refusal, since whoever reaches a port may send them."""
+    """Return what refuses requests to load or unload models, which whoever reaches a port may send."""
     from kserve.errors import InvalidInput
     from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 

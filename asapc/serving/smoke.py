@@ -55,7 +55,7 @@ def smoke_triton(folder: Path, version: Path, server: Path | None = None) -> str
 
 
 def stored_samples(folder: Path) -> tuple[Arrays, Arrays]:
-    """Return the stored samples of a folder and the outputs stored for them, by name; raise SamplesError without any."""
+    """Return the stored samples of a folder and the outputs stored for them, or raise SamplesError."""
     if not (folder / "samples.npz").exists():
         raise SamplesError(f"{folder} has no samples to send", "compile with --samples-in-folder 4")
     inputs, expected = ({**np.load(folder / name)} for name in ("samples.npz", "expected.npz"))

@@ -95,7 +95,9 @@ model = TritonPythonModel()
 model.initialize({{"model_repository": {str(path.parent)!r}, "model_version": "1"}})
 print(*asapc.__path__, model.model(numpy.zeros((2, 24, 3), "float32")).keys(), "torch" in sys.modules)
 """
-    process = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     outputs = np.load(folder / "expected.npz").files
     assert process.stdout == f"{path / 'asapc'} dict_keys({outputs}) False\n", process.stderr
 
