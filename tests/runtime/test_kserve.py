@@ -1,4 +1,4 @@
-"""What the server of an image adds to KServe's; the rest is tested with that server, in serving/test_image_server.py."""
+"""The limit of bodies; the rest is tested with KServe's server, in serving/test_image_server.py."""
 
 import asyncio
 
