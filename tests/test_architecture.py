@@ -59,6 +59,7 @@ PLACES = {
     "tensorrt": (("asapc.backends.tensorrt",), True),
     "tensorrt_rtx": (("asapc.backends.tensorrt",), True),
     "cuda.bindings": (("asapc.backends.tensorrt",), True),
+    **dict.fromkeys(("kserve", "fastapi", "grpc", "grpc_interceptor"), (("asapc.runtime.kserve",), True)),
 }
 # Top-level names that exist in a checkout only.
 CHECKOUT_ONLY = ("passes", "models", "cli")
