@@ -40,7 +40,7 @@ def package(
         raise OptionError("there is nothing to package for", "give --triton REPOSITORY")
     if server is not None and not smoke:
         raise OptionError("--server is for --smoke", "add --smoke, or omit it")
-    name = name or folder.absolute().name.removesuffix(".asap")
+    name = folder.absolute().name.removesuffix(".asap") if name is None else name
     path = package_triton(folder, triton, name, backend, version, force)
     notes = [f"{path}: for Triton's backend {backend}"]
     return [*notes, *([smoke_triton(folder, path, server)] if smoke else [])]
