@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from asapc.errors import OptionError
-from asapc.serving.smoke import smoke_triton
+from asapc.errors import AsapcError, OptionError
+from asapc.serving.smoke import check_smoke, smoke_triton
 from asapc.serving.triton import package_triton
 
 
@@ -34,13 +34,20 @@ def package(
 
     Raises:
         OptionError: no target is given.
-        AsapcError: as of `package_triton` and `smoke_triton`.
+        AsapcError: as of `package_triton`, `check_smoke` and `smoke_triton`.
     """
     if triton is None:
         raise OptionError("there is nothing to package for", "give --triton REPOSITORY")
     if server is not None and not smoke:
         raise OptionError("--server is for --smoke", "add --smoke, or omit it")
     name = folder.absolute().name.removesuffix(".asap") if name is None else name
+    if smoke:
+        check_smoke(folder, server)
     path = package_triton(folder, triton, name, backend, version, force)
     notes = [f"{path}: for Triton's backend {backend}"]
-    return [*notes, *([smoke_triton(folder, path, server)] if smoke else [])]
+    if smoke:
+        try:
+            notes.append(smoke_triton(folder, path, server))
+        except AsapcError as error:
+            raise type(error)(f"{path} was written, and failed its smoke test: {error}", error.hint) from error
+    return notes

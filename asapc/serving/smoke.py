@@ -1,6 +1,7 @@
 """Starts a real Triton server on a packaged model, sends the stored samples, and compares the answers."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,11 +28,29 @@ NO_SERVER = (
 )
 
 
+def check_smoke(folder: Path, server: Path | None = None) -> None:
+    """Raise an error where a smoke test could not even begin.
+
+    Args:
+        folder: what `asapc compile` wrote.
+        server: as of `smoke_triton`.
+
+    Raises:
+        SamplesError: the folder has no samples.
+        DependencyError: there is no server, or no tritonclient.
+    """
+    if not (folder / "samples.npz").exists():
+        raise SamplesError(f"{folder} has no samples to send", "compile with --samples-in-folder 4")
+    library("tritonclient.http"), library("tritonclient.grpc")
+    with tempfile.TemporaryDirectory() as temporary:
+        find_server(server, Path(temporary))
+
+
 def smoke_triton(folder: Path, version: Path, server: Path | None = None) -> str:
     """Serve a version of a model, send the stored samples over HTTP and gRPC, and compare with the stored outputs.
 
     Args:
-        folder: what `asapc compile` wrote, with samples.
+        folder: what `asapc compile` wrote, with samples; `check_smoke` looks for them.
         version: as `package_triton` returned it.
         server: `tritonserver`, or a virtual environment with nvidia-pytriton; None for what is installed.
 
@@ -39,13 +58,10 @@ def smoke_triton(folder: Path, version: Path, server: Path | None = None) -> str
         What was found, in one line.
 
     Raises:
-        SamplesError: the folder has no samples.
         DependencyError: there is no server, or no tritonclient.
         BuildError: the server does not start, refuses the model or a request, or an output differs by more than
             `TOLERANCE`.
     """
-    if not (folder / "samples.npz").exists():
-        raise SamplesError(f"{folder} has no samples to send", "compile with --samples-in-folder 4")
     inputs, expected = ({**np.load(folder / name)} for name in ("samples.npz", "expected.npz"))
     name, number = version.parent.name, version.name
     # One by one, where a sample is a batch: there may be more of them than the server takes at once.
@@ -165,17 +181,21 @@ def wait(process: subprocess.Popen[bytes], address: str, model: str, log: Path) 
         except (triton.InferenceServerException, OSError):
             pass  # it does not listen yet
         time.sleep(0.1)
+    said = last_error(log)
+    state = f"is not ready after {START_SECONDS} s" if process.poll() is None else "ended"
     raise BuildError(
-        f"the server cannot serve {model}: {last_error(log)}",
-        "choose a --backend that it has; a server from nvidia-pytriton has python alone",
+        f"the server {state} and does not serve {model}: {said}",
+        "choose a --backend that it has; one from nvidia-pytriton has python alone"
+        if "unable to find backend" in said
+        else "start it on the repository by hand with --log-verbose=1",
     )
 
 
 def last_error(log: Path) -> str:
     """Return what a server said last of an error."""
-    lines = log.read_text(errors="replace").splitlines()
-    errors = [line for line in lines if line.startswith("E") or "error" in line.lower() or "UNAVAILABLE" in line]
-    return (errors or lines or ["it says nothing"])[-1][:400]
+    lines = log.read_text(errors="replace").split("\n")
+    errors = [line for line in lines if re.search("fail|error|unavailable", line, re.IGNORECASE)]
+    return (errors or [line for line in lines if line] or ["it says nothing"])[-1][:400]
 
 
 def free_ports(count: int) -> list[int]:

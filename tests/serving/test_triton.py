@@ -11,7 +11,7 @@ import pytest
 from helpers.folders import relist
 
 from asapc.commands.package import package
-from asapc.errors import CheckpointError, DependencyError, OptionError, OutputError
+from asapc.errors import BuildError, CheckpointError, DependencyError, OptionError, OutputError, SamplesError
 from asapc.loading.manifest import read_manifest
 from asapc.serving import triton
 from asapc.serving.triton import model_config, package_triton, parse
@@ -178,9 +178,22 @@ def test_a_full_disk_is_called_so(folder, tmp_path, monkeypatch, backend):
     assert not (tmp_path / "r").exists()
 
 
-def test_without_a_server_or_samples_the_smoke_test_says_so(folder, tmp_path):
+def test_without_a_server_or_samples_the_smoke_test_says_so_and_nothing_is_written(folder, tmp_path):
     with pytest.raises(DependencyError, match="holds no Triton server"):
         package(folder, tmp_path / "r", backend="python", smoke=True, server=tmp_path)
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "samples.npz").unlink()
+    with pytest.raises(SamplesError, match="no samples to send"):
+        package(other, tmp_path / "r", backend="python", smoke=True)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_failed_smoke_test_says_what_was_written(folder, tmp_path):
+    server = tmp_path / "tritonserver"
+    server.write_text("#!/bin/sh\necho failed to load the model >&2\n")
+    server.chmod(0o755)
+    with pytest.raises(BuildError, match=r"r/points/1 was written, .* the server ended .* failed to load the model"):
+        package(folder, tmp_path / "r", "points", backend="python", smoke=True, server=server)
 
 
 def test_without_tritonclient_the_command_to_install_it_is_named(folder, tmp_path, monkeypatch):
