@@ -264,7 +264,7 @@ def package(
     """Package a compiled model for an inference server."""
     from asapc.commands.package import package as package_folder
 
-    show(package_folder(folder, triton, image, name, model_version, backend, force, smoke, server))
+    show(package_folder(folder, triton, name, model_version, backend, force, smoke, server, image))
 
 
 @command(

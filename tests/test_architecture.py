@@ -28,7 +28,7 @@ ARROWS = {
     "planning": "fidelity backends passes ops process config types errors hashes",
     "serving": "writing runtime loading process types errors",
     "writing": "pictures runtime backends capturing loading passes process config types errors hashes version",
-    "runtime": "backends loading types errors",
+    "runtime": "backends loading config types errors",
     "relu": "pictures backends capturing passes types errors version",
     "fidelity": "backends passes types errors",
     "timing": "backends types",

@@ -10,8 +10,16 @@ from pathlib import Path
 from asapc.errors import DependencyError
 from asapc.serving.image import SERVE
 from asapc.serving.smoke import compare_samples, free_ports, started, stored_samples
+from asapc.serving.triton import library
 
 REQUIREMENTS = "requirements.txt"
+
+
+def check_image_smoke(folder: Path, image: Path, server: Path | None = None) -> None:
+    """Raise an error where `smoke_image` could not even begin: without samples, server or tritonclient."""
+    stored_samples(folder)
+    library("tritonclient.http"), library("tritonclient.grpc")
+    find_python(image, server)
 
 
 def smoke_image(folder: Path, image: Path, name: str, server: Path | None = None) -> str:

@@ -4,6 +4,7 @@ The parts of it that go for any server serve `image_smoke` too.
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -31,11 +32,28 @@ NO_SERVER = (
 )
 
 
+def check_smoke(folder: Path, server: Path | None = None) -> None:
+    """Raise an error where a smoke test could not even begin.
+
+    Args:
+        folder: what `asapc compile` wrote.
+        server: as of `smoke_triton`.
+
+    Raises:
+        SamplesError: the folder has no samples.
+        DependencyError: there is no server, or no tritonclient.
+    """
+    stored_samples(folder)
+    library("tritonclient.http"), library("tritonclient.grpc")
+    with tempfile.TemporaryDirectory() as temporary:
+        find_server(server, Path(temporary))
+
+
 def smoke_triton(folder: Path, version: Path, server: Path | None = None) -> str:
     """Serve a version of a model, send the stored samples over HTTP and gRPC, and compare with the stored outputs.
 
     Args:
-        folder: what `asapc compile` wrote, with samples.
+        folder: what `asapc compile` wrote, with samples; `check_smoke` looks for them.
         version: as `package_triton` returned it.
         server: `tritonserver`, or a virtual environment with nvidia-pytriton; None for what is installed.
 
@@ -43,7 +61,6 @@ def smoke_triton(folder: Path, version: Path, server: Path | None = None) -> str
         What was found, in one line.
 
     Raises:
-        SamplesError: the folder has no samples.
         DependencyError: there is no server, or no tritonclient.
         BuildError: the server does not start, refuses the model or a request, or an output differs by more than
             `TOLERANCE`.
@@ -150,7 +167,7 @@ def running(repository: Path, model: str, server: Path | None = None, *options: 
             *(options or control),
         ]
         addresses = {"http": f"127.0.0.1:{http}", "grpc": f"127.0.0.1:{grpc}"}
-        hint = "choose a --backend that it has; a server from nvidia-pytriton has python alone"
+        hint = "start it on the repository by hand with --log-verbose=1"
         with started(command, environment, addresses["http"], model, hint):
             yield addresses
 
@@ -200,14 +217,20 @@ def wait(process: subprocess.Popen[bytes], address: str, model: str, log: Path, 
         except (triton.InferenceServerException, OSError):
             pass  # it does not listen yet
         time.sleep(0.1)
-    raise BuildError(f"the server cannot serve {model}: {last_error(log)}", hint)
+    said = last_error(log)
+    state = f"is not ready after {START_SECONDS} s" if process.poll() is None else "ended"
+    backend = "choose a --backend that it has; one from nvidia-pytriton has python alone"
+    raise BuildError(
+        f"the server {state} and does not serve {model}: {said}",
+        backend if "unable to find backend" in said else hint,
+    )
 
 
 def last_error(log: Path) -> str:
     """Return what a server said last of an error."""
-    lines = log.read_text(errors="replace").splitlines()
-    errors = [line for line in lines if line.startswith("E") or "error" in line.lower() or "UNAVAILABLE" in line]
-    return (errors or lines or ["it says nothing"])[-1][:400]
+    lines = log.read_text(errors="replace").split("\n")
+    errors = [line for line in lines if re.search("fail|error|unavailable", line, re.IGNORECASE)]
+    return (errors or [line for line in lines if line] or ["it says nothing"])[-1][:400]
 
 
 def free_ports(count: int) -> list[int]:

@@ -120,6 +120,16 @@ def check_ours(path: Path) -> None:
         )
 
 
+def check_outside(path: Path) -> None:
+    """Raise OutputError if `path` stands in a folder that asapc wrote, which is whole with the files it has alone."""
+    for folder in Path(os.path.abspath(path)).parents:
+        if listed_files(folder / MANIFEST) is not None:
+            raise OutputError(
+                f"{path} would stand in {folder}, which holds what `asapc compile` wrote and nothing else",
+                "give a place outside that folder",
+            )
+
+
 def listed_files(manifest: Path) -> set[str] | None:
     """Return the names that a manifest lists, its own among them; None if it is not one of asapc's."""
     try:
@@ -148,8 +158,10 @@ def temporary_folder(path: Path, force: bool, check: Callable[[Path], None]) -> 
     beside `path` is removed first, and the output that one was replacing restored.
 
     Raises:
-        OutputError: `path` exists and `force` is not given, `check` refuses to replace it, or it cannot be written.
+        OutputError: `path` exists and `force` is not given, `check` refuses to replace it, it stands in a compiled
+            folder, or it cannot be written.
     """
+    check_outside(path)
     sweep(path.parent, PREFIX, restore)
     check_free(path, force)
     check(path)
