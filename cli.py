@@ -236,28 +236,27 @@ def run(
 
 @command(
     "asapc package model.asap --triton repository",
-    "asapc package model.asap --triton repository --backend python --smoke",
+    "asapc package model.asap --image image --smoke",
 )
 def package(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `asapc compile` wrote.")],
-    triton: Annotated[
-        Path | None,
-        typer.Option(metavar="REPOSITORY", help="Model repository of Triton Inference Server.", show_default=False),
-    ] = None,
+    triton: Annotated[Path | None, typer.Option(metavar="REPOSITORY", help="Model repository of Triton.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="OUT", help="Folder of a container image.")] = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the served model.", show_default="the folder's")
     ] = None,
     model_version: Annotated[int | None, a_number(help="Of the model.", min=1, show_default="the next")] = None,
     backend: Annotated[
-        str, typer.Option(metavar="onnxruntime|tensorrt|python", help="Of Triton; python runs asapc.load.")
-    ] = "onnxruntime",
-    force: Annotated[bool, typer.Option("--force", help="Replace the version if it exists.")] = False,
+        str | None,
+        typer.Option(metavar="onnxruntime|tensorrt|python", help="Of Triton.", show_default="onnxruntime"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the version or folder if it exists.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Serve it and compare answers to the stored samples.")] = False,
     server: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="For --smoke: tritonserver, or an environment with nvidia-pytriton.",
+            help="For --smoke: tritonserver, or a virtual environment with the server.",
             show_default="what is installed",
         ),
     ] = None,
@@ -265,7 +264,7 @@ def package(
     """Package a compiled model for an inference server."""
     from asapc.commands.package import package as package_folder
 
-    show(package_folder(folder, triton, name, model_version, backend, force, smoke, server))
+    show(package_folder(folder, triton, name, model_version, backend, force, smoke, server, image))
 
 
 @command(

@@ -377,3 +377,10 @@ class CompileConfig:
 OPTIONS = declared(CompileConfig)
 ATTRIBUTES = "\n".join(f"        {option.name}: {option.help}" for option in OPTIONS.values())
 CompileConfig.__doc__ = f"{CompileConfig.__doc__}\n    Attributes:\n{ATTRIBUTES}\n"
+
+
+def options_of(config: CompileConfig | None) -> CompileConfig:
+    """Return options as a function was given them, the defaults for None; raise OptionError if they are no such."""
+    if config is not None and not isinstance(config, CompileConfig):
+        raise OptionError(f"config is a {type(config).__name__}", "give an asapc.CompileConfig, or options as keywords")
+    return config or CompileConfig()

@@ -28,7 +28,7 @@ ARROWS = {
     "planning": "fidelity backends passes ops process config types errors hashes",
     "serving": "writing runtime loading process types errors",
     "writing": "pictures runtime backends capturing loading passes process config types errors hashes version",
-    "runtime": "backends loading types errors",
+    "runtime": "backends loading config types errors",
     "relu": "pictures backends capturing passes types errors version",
     "fidelity": "backends passes types errors",
     "timing": "backends types",
@@ -59,6 +59,7 @@ PLACES = {
     "tensorrt": (("asapc.backends.tensorrt",), True),
     "tensorrt_rtx": (("asapc.backends.tensorrt",), True),
     "cuda.bindings": (("asapc.backends.tensorrt",), True),
+    **dict.fromkeys(("kserve", "fastapi", "grpc", "grpc_interceptor"), (("asapc.runtime.kserve",), True)),
 }
 # Top-level names that exist in a checkout only.
 CHECKOUT_ONLY = ("passes", "models", "cli")

@@ -56,6 +56,9 @@ def test_the_files_that_the_library_reads_are_package_data():
     assert data["asapc.writing"] == ["templates/*"]
     templates = {path.name for path in (ROOT / "asapc" / "writing" / "templates").iterdir()}
     assert templates == {"report.html", "report.css", "README.md.j2"}
+    assert data["asapc.serving"] == ["templates/*"]
+    parts = {path.name for path in (ROOT / "asapc" / "serving" / "templates").iterdir()}
+    assert parts == {"Containerfile", "README.md", "requirements.in", "requirements.txt", "settings.toml"}
     assert (ROOT / "models" / "data" / "digits.npz").is_file()
 
 

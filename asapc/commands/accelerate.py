@@ -55,7 +55,7 @@ def accelerate(
     Raises:
         AsapcError: the input is at fault or the fidelity budget is missed.
     """
-    call = read_call(model, samples, config, options, max_samples)
+    call = read_call(model, samples, config, options, max_samples, on_event)
     loaded, config = call.model, call.config
     if not isinstance(loaded, LoadedModel):
         raise OptionError("asapc.accelerate takes a torch.nn.Module, not a path", "load the model, or asapc.compile it")

@@ -9,7 +9,7 @@ from torch import nn
 
 from asapc.commands.compile import compile_model
 from asapc.commands.study import Gather
-from asapc.config import OPTIONS, CompileConfig
+from asapc.config import OPTIONS, CompileConfig, options_of
 from asapc.errors import OptionError, SamplesError
 from asapc.events import Event, OnEvent
 from asapc.loading.objects import load_object, read_samples
@@ -43,7 +43,12 @@ class Call:
 
 
 def read_call(
-    model: str | Path | nn.Module, samples: Any, config: CompileConfig | None, options: dict[str, Any], most: int
+    model: str | Path | nn.Module,
+    samples: Any,
+    config: CompileConfig | None,
+    options: dict[str, Any],
+    most: int,
+    on_event: OnEvent,
 ) -> Call:
     """Bring the arguments of a call into the form in which commands take them.
 
@@ -55,6 +60,7 @@ def read_call(
     config = read_options(config, options)
     if not isinstance(most, int) or isinstance(most, bool) or most < 1:
         raise OptionError(f"max_samples cannot be {most!r}", "give a whole number of at least 1")
+    check_callback(on_event)
     if samples is not None and config.calib is not None:
         raise OptionError("there are both samples and calib", "give one of the two")
     is_path = isinstance(model, str | Path)
@@ -74,20 +80,24 @@ def read_call(
     return Call(loaded, config, gather)
 
 
+def check_callback(on_event: OnEvent) -> None:
+    """Raise OptionError unless progress can be told."""
+    if not callable(on_event):
+        raise OptionError(f"on_event cannot be {on_event!r}", "give a function of one argument, asapc.events.Event")
+
+
 def read_options(config: CompileConfig | None, options: dict[str, Any]) -> CompileConfig:
     """Return options, those given as keywords in place of those of `config`.
 
     Raises:
         OptionError: one has no such name or value.
     """
-    if config is not None and not isinstance(config, CompileConfig):
-        raise OptionError(f"config is a {type(config).__name__}", "give an asapc.CompileConfig, or options as keywords")
     for name in options:
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, OPTIONS, 1)
             meant = f"do you mean {near[0]}? " if near else ""
             raise OptionError(f"there is no option {name!r}", f"{meant}options are {', '.join(OPTIONS)}")
-    return replace(config or CompileConfig(), **options)
+    return replace(options_of(config), **options)
 
 
 def compile(
@@ -118,5 +128,5 @@ def compile(
     Raises:
         AsapcError: the input is at fault or the fidelity budget is missed. Nothing is written then.
     """
-    call = read_call(model, samples, config, options, max_samples)
+    call = read_call(model, samples, config, options, max_samples, on_event)
     return compile_model(call.model, call.config, on_event, call.gather)

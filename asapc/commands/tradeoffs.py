@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from asapc.commands.inspect import require_sites
+from asapc.commands.objects import check_callback
 from asapc.commands.study import study, torch_threads
 from asapc.commands.target import cost_model
-from asapc.config import CompileConfig
+from asapc.config import CompileConfig, options_of
 from asapc.errors import OptionError
 from asapc.events import OnEvent, stage
+from asapc.loading.model import as_path
 from asapc.pictures import new_figure, save
 from asapc.planning.alternatives import look_up
 from asapc.planning.cache import cache_note, cache_of
@@ -78,7 +80,8 @@ def tradeoffs(
     Raises:
         AsapcError: the input is at fault.
     """
-    path, config = Path(path), config or CompileConfig()
+    path, config = as_path(path), options_of(config)
+    check_callback(on_event)
     if config.level != 2:
         raise OptionError(f"-O{config.level} leaves nothing to trade", "omit -O")
     model = cost_model(config)

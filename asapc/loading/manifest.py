@@ -37,12 +37,12 @@ def list_files(folder: Path) -> set[str]:
         if not os.path.lexists(folder):
             raise CheckpointError(f"cannot read {folder}: no such folder", "check the path") from None
         raise CheckpointError(f"{folder} was not written by `asapc compile`", COMPILE) from None
-    for entry in entries:
-        if entry.is_symlink() or not entry.is_file():
-            raise refusal(entry, "it is not a regular file")
     names = {entry.name for entry in entries}
     if MANIFEST not in names:
         raise CheckpointError(f"{folder} was not written by `asapc compile`, or is incomplete", COMPILE)
+    for entry in entries:
+        if entry.is_symlink() or not entry.is_file():
+            raise refusal(entry, "it is not a regular file")
     return names
 
 
@@ -51,7 +51,7 @@ def check_files(folder: Path, names: set[str], files: Mapping[str, Any]) -> None
     for name in sorted(files.keys() - names):
         raise refusal(folder / name, "it is missing")
     for name in sorted(names - files.keys() - {MANIFEST}):
-        raise refusal(folder / name, f"{MANIFEST} does not list it")
+        raise CheckpointError(f"cannot read {folder}: {MANIFEST} does not list its {name}", "remove it there")
     for name, facts in files.items():
         if (folder / name).stat().st_size != facts["bytes"]:
             raise refusal(folder / name, "it changed since it was written")

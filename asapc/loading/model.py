@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asapc.config import CompileConfig
+from asapc.config import CompileConfig, options_of
 from asapc.errors import CheckpointError, OptionError, one_line
 from asapc.loading.checkpoint import FORMAT, build_checkpoint, checkpoint_samples
 from asapc.loading.described import build_described
@@ -75,11 +75,17 @@ def load_model(path: str | Path, config: CompileConfig | None = None) -> LoadedM
         OptionError: the model cannot be built, or the options contradict each other.
         SamplesError: the example inputs cannot be read.
     """
-    config = config or CompileConfig()
+    path, config = as_path(path), options_of(config)
     example = example_inputs(config)
-    path = Path(path)
     loaded = load_folder(path, config) if is_hub(path) else load_file(path, config)
     return loaded if example is None else replace(loaded, example=example)
+
+
+def as_path(path: str | Path) -> Path:
+    """Return the path of a model's file; raise OptionError if it is anything else."""
+    if not isinstance(path, str | Path):
+        raise OptionError(f"this takes the path of a file, not a {type(path).__name__}", "give a str or pathlib.Path")
+    return Path(path)
 
 
 def load_folder(path: Path, config: CompileConfig) -> LoadedModel:

@@ -213,9 +213,12 @@ def as_tensor(value: Any) -> Tensor:
     """Return a tensor on the CPU, without a gradient, of a tensor or an array.
 
     Raises:
-        SamplesError: it is neither, or holds no numbers.
+        SamplesError: it is neither, or holds no numbers, or not as a dense array.
     """
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            kind = f"{value.dtype}, {value.layout}, on {value.device}"
+            raise SamplesError(f"{LABEL} hold a tensor of {kind}", "give dense tensors that hold values")
         return value.detach().cpu()
     try:
         if isinstance(value, np.ndarray):

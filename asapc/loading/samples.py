@@ -79,7 +79,7 @@ def as_samples(content: Any, label: str) -> Samples:
     labels = content.get("labels")
     arrays = dict(inputs) if labels is None else {**inputs, "labels": labels}
     for name, value in arrays.items():
-        check_values(f"{label}: {name[:80]}", value)
+        check_values(f"{label}: {name[:80] or 'the array'}", value)
     if labels is not None and not is_class_index(labels):
         raise SamplesError(f"{label}: labels must be one class index a sample", "give integers, not one-hot rows")
     sizes = {name: len(value) for name, value in arrays.items()}

@@ -71,7 +71,7 @@ def order_parts(loaded: LoadedModel, calibration: Samples, held_out: Samples) ->
     if len(calibration) < MIN_CALIBRATION or len(held_out) < MIN_HELD_OUT:
         raise SamplesError(
             f"{len(calibration)} calibration and {len(held_out)} held-out samples are too few",
-            f"give at least {HELD_OUT_SHARE * MIN_HELD_OUT} samples with --calib; 64 or more are better",
+            f"give at least {HELD_OUT_SHARE * MIN_HELD_OUT} samples; 64 or more are better",
         )
     calibration, held_out = order_inputs(loaded, calibration), order_inputs(loaded, held_out)
     if calibration.inputs.keys() != held_out.inputs.keys():

@@ -24,13 +24,15 @@ def as_array(name: str, value: Any) -> np.ndarray:
     """
     try:
         if is_tensor(value):
-            return np.asarray(value.detach().cpu().numpy())
+            return np.asarray(value.detach().cpu().resolve_conj().resolve_neg().numpy())
         if not hasattr(value, "__array__"):
             raise TypeError
         return np.asarray(value)
-    except TypeError:
-        kind = str(value.dtype) if is_tensor(value) else type(value).__name__
-        raise InputError(f"{name} is a {kind}", "give a numpy array or a tensor of torch in a dtype of numpy") from None
+    except (TypeError, RuntimeError):  # torch's own for dtypes, layouts and devices that numpy lacks
+        kind = f"{value.dtype}, {value.layout}, on {value.device}" if is_tensor(value) else type(value).__name__
+        raise InputError(
+            f"{name} is a {kind}", "give a numpy array, or a dense tensor of torch in a dtype of numpy"
+        ) from None
 
 
 def like(template: Any, array: np.ndarray) -> Any:
@@ -78,12 +80,19 @@ def checked(interface: Interface, inputs: Mapping[str, Any]) -> dict[str, np.nda
     for info in interface.inputs:
         array = as_array(info.name, inputs[info.name])
         interface.check_shape(info, array.shape, lengths)
-        arrays[info.name] = np.ascontiguousarray(cast(interface, info, array))
+        convert = f"to(torch.{info.dtype})" if is_tensor(inputs[info.name]) else f"astype({info.dtype!r})"
+        arrays[info.name] = np.ascontiguousarray(cast(interface, info, array, convert))
     return arrays
 
 
-def cast(interface: Interface, info: TensorInfo, array: np.ndarray) -> np.ndarray:
+def cast(interface: Interface, info: TensorInfo, array: np.ndarray, convert: str) -> np.ndarray:
     """Return an array in the dtype of an input: float64, numpy's default, as float32, and others where nothing is lost.
+
+    Args:
+        interface: of the model.
+        info: of the input.
+        array: what was given for it.
+        convert: the method by which the caller may convert what is refused.
 
     Raises:
         InputError: something would be.
@@ -97,6 +106,6 @@ def cast(interface: Interface, info: TensorInfo, array: np.ndarray) -> np.ndarra
     if not same_kind or not (narrowed or np.can_cast(array.dtype, aim, "safe")):
         raise InputError(
             f"{info.name} is {array.dtype.name}; the model takes {interface.described(info)}",
-            f"convert it: {info.name}.astype({info.dtype!r})",
+            f"convert it: {info.name}.{convert}",
         )
     return array.astype(aim)

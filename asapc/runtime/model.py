@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from asapc.config import MAX_THREADS
 from asapc.errors import CheckpointError, DependencyError, InputError, OptionError
 from asapc.loading.manifest import read_manifest
 from asapc.runtime.arrays import by_name, checked, is_tensor, like
@@ -68,7 +69,13 @@ class Model:
         return {name: like(template, output) for name, output in zip(names, outputs, strict=True)}
 
     def warmup(self, batch: int = 1) -> Self:
-        """Run ones of the least lengths once, which takes what the first call takes longer than others; return self."""
+        """Run ones of the least lengths once, which takes what the first call takes longer than others; return self.
+
+        Raises:
+            InputError: the model takes no such batch.
+        """
+        if not is_count(batch, 1):
+            raise InputError(f"the batch of a warm-up cannot be {batch!r}", "give a whole number of at least 1")
         self({info.name: np.ones(self.interface.least(info, batch), info.dtype) for info in self.inputs})
         return self
 
@@ -90,6 +97,11 @@ class Model:
         return f"<{self.folder}: {inputs} -> {', '.join(info.name for info in self.outputs)}; {state}>"
 
 
+def is_count(value: object, least: int) -> bool:
+    """Return whether a value is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def load(folder: str | Path, device: str = "auto", threads: int = 0) -> Model:
     """Open what `asapc compile` wrote, without importing torch.
 
@@ -97,7 +109,7 @@ def load(folder: str | Path, device: str = "auto", threads: int = 0) -> Model:
         folder: what `asapc compile` wrote; sizes and hashes of its files are checked first.
         device: "tensorrt" (the engine, on its GPU), "cuda" or "cpu"; "auto" takes the first of these that can run here.
             `Model.device` and `Model.runtime` say which that was.
-        threads: threads inside an operator on the CPU; 0 for one a core.
+        threads: threads inside an operator on the CPU, at most four a core; 0 for one a core.
 
     Raises:
         CheckpointError: the folder is not whole, or no such folder.
@@ -107,8 +119,8 @@ def load(folder: str | Path, device: str = "auto", threads: int = 0) -> Model:
     """
     if device not in ("auto", *OPENERS):
         raise OptionError(f"the device cannot be {device!r}", f"give one of auto, {', '.join(OPENERS)}")
-    if not isinstance(threads, int) or threads < 0:
-        raise OptionError(f"threads cannot be {threads!r}", "give a whole number of at least 0")
+    if not is_count(threads, 0) or threads > MAX_THREADS:
+        raise OptionError(f"threads cannot be {threads!r}", f"give a whole number from 0 to {MAX_THREADS}, four a core")
     if not isinstance(folder, str | Path):
         raise OptionError(f"asapc.load takes a folder, not a {type(folder).__name__}", "give what --out named")
     path = Path(folder)

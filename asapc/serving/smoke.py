@@ -1,12 +1,16 @@
-"""Starts a real Triton server on a packaged model, sends the stored samples, and compares the answers."""
+"""Starts a real Triton server on a packaged model, sends the stored samples, and compares the answers.
+
+The parts of it that go for any server serve `image_smoke` too.
+"""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +22,7 @@ from asapc.loading.manifest import read_manifest
 from asapc.serving.triton import batched, library
 from asapc.types.interface import Interface
 
+Arrays = Mapping[str, np.ndarray]
 TOLERANCE = 1e-4  # of outputs, absolute and relative: another build of ONNX Runtime, another processor
 START_SECONDS = 60
 STOP_SECONDS = 10
@@ -27,11 +32,28 @@ NO_SERVER = (
 )
 
 
+def check_smoke(folder: Path, server: Path | None = None) -> None:
+    """Raise an error where a smoke test could not even begin.
+
+    Args:
+        folder: what `asapc compile` wrote.
+        server: as of `smoke_triton`.
+
+    Raises:
+        SamplesError: the folder has no samples.
+        DependencyError: there is no server, or no tritonclient.
+    """
+    stored_samples(folder)
+    library("tritonclient.http"), library("tritonclient.grpc")
+    with tempfile.TemporaryDirectory() as temporary:
+        find_server(server, Path(temporary))
+
+
 def smoke_triton(folder: Path, version: Path, server: Path | None = None) -> str:
     """Serve a version of a model, send the stored samples over HTTP and gRPC, and compare with the stored outputs.
 
     Args:
-        folder: what `asapc compile` wrote, with samples.
+        folder: what `asapc compile` wrote, with samples; `check_smoke` looks for them.
         version: as `package_triton` returned it.
         server: `tritonserver`, or a virtual environment with nvidia-pytriton; None for what is installed.
 
@@ -39,26 +61,39 @@ def smoke_triton(folder: Path, version: Path, server: Path | None = None) -> str
         What was found, in one line.
 
     Raises:
-        SamplesError: the folder has no samples.
         DependencyError: there is no server, or no tritonclient.
         BuildError: the server does not start, refuses the model or a request, or an output differs by more than
             `TOLERANCE`.
     """
+    samples = stored_samples(folder)
+    name, number = version.parent.name, version.name
+    with running(version.parent.parent, name, server) as addresses:
+        return compare_samples(folder, samples, addresses, name, number)
+
+
+def stored_samples(folder: Path) -> tuple[Arrays, Arrays]:
+    """Return the stored samples of a folder and the outputs stored for them, or raise SamplesError."""
     if not (folder / "samples.npz").exists():
         raise SamplesError(f"{folder} has no samples to send", "compile with --samples-in-folder 4")
     inputs, expected = ({**np.load(folder / name)} for name in ("samples.npz", "expected.npz"))
-    name, number = version.parent.name, version.name
+    return inputs, expected
+
+
+def compare_samples(
+    folder: Path, samples: tuple[Arrays, Arrays], addresses: Mapping[str, str], name: str, number: str = ""
+) -> str:
+    """Send the stored samples of a folder to a served model by each protocol, and compare; say what was found."""
+    inputs, expected = samples
     # One by one, where a sample is a batch: there may be more of them than the server takes at once.
     alone = batched(Interface.of(read_manifest(folder)))
     count = len(next(iter(inputs.values())))
     largest = 0.0
-    with running(version.parent.parent, name, server) as addresses:
-        for protocol, address in addresses.items():
-            for part in [slice(i, i + 1) for i in range(count)] if alone else [slice(None)]:
-                sent = {key: array[part] for key, array in inputs.items()}
-                outputs = infer(protocol, address, name, sent, list(expected), number)
-                for output, value in expected.items():
-                    largest = max(largest, compare(f"{output} over {protocol}", outputs[output], value[part]))
+    for protocol, address in addresses.items():
+        for part in [slice(i, i + 1) for i in range(count)] if alone else [slice(None)]:
+            sent = {key: array[part] for key, array in inputs.items()}
+            outputs = infer(protocol, address, name, sent, list(expected), number)
+            for output, value in expected.items():
+                largest = max(largest, compare(f"{output} over {protocol}", outputs[output], value[part]))
     return f"smoke test: {count} samples over HTTP and gRPC, outputs within {largest:.1g} of the stored ones"
 
 
@@ -122,26 +157,44 @@ def running(repository: Path, model: str, server: Path | None = None, *options: 
     with tempfile.TemporaryDirectory() as temporary:
         program, environment = find_server(server, Path(temporary))
         http, grpc = free_ports(2)
+        served = Path(temporary) / "repository"
+        served.symlink_to(repository.resolve())  # the Python backend splits its command at spaces in a path
+        command = [
+            *program,
+            f"--model-repository={served}",
+            *("--http-address=127.0.0.1", f"--http-port={http}"),
+            *("--grpc-address=127.0.0.1", f"--grpc-port={grpc}", "--allow-metrics=false"),
+            *(options or control),
+        ]
+        addresses = {"http": f"127.0.0.1:{http}", "grpc": f"127.0.0.1:{grpc}"}
+        hint = "start it on the repository by hand with --log-verbose=1"
+        with started(command, environment, addresses["http"], model, hint):
+            yield addresses
+
+
+@contextmanager
+def started(
+    command: Sequence[str], environment: Mapping[str, str], address: str, model: str, hint: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server until the end of the block; yield its process once a model is ready.
+
+    Raises:
+        BuildError: it ends before, or takes longer than `START_SECONDS`; with the hint.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
         log = Path(temporary) / "log"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [
-                    *program,
-                    f"--model-repository={repository.resolve()}",
-                    *("--http-address=127.0.0.1", f"--http-port={http}"),
-                    *("--grpc-address=127.0.0.1", f"--grpc-port={grpc}", "--allow-metrics=false"),
-                    *(options or control),
-                ],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},  # the repository stays as it was written
+                env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},  # what is served stays as it was written
                 cwd=temporary,  # Python's own path begins there
             )
         try:
-            addresses = {"http": f"127.0.0.1:{http}", "grpc": f"127.0.0.1:{grpc}"}
-            wait(process, addresses["http"], model, log)
-            yield addresses
+            wait(process, address, model, log, hint)
+            yield process
         finally:
             process.terminate()
             try:
@@ -151,7 +204,7 @@ def running(repository: Path, model: str, server: Path | None = None, *options: 
                 process.wait()
 
 
-def wait(process: subprocess.Popen[bytes], address: str, model: str, log: Path) -> None:
+def wait(process: subprocess.Popen[bytes], address: str, model: str, log: Path, hint: str) -> None:
     """Return when a model is ready; raise BuildError where it does not become so."""
     triton = library("tritonclient.utils")
     client = library("tritonclient.http").InferenceServerClient(address)
@@ -164,17 +217,20 @@ def wait(process: subprocess.Popen[bytes], address: str, model: str, log: Path) 
         except (triton.InferenceServerException, OSError):
             pass  # it does not listen yet
         time.sleep(0.1)
+    said = last_error(log)
+    state = f"is not ready after {START_SECONDS} s" if process.poll() is None else "ended"
+    backend = "choose a --backend that it has; one from nvidia-pytriton has python alone"
     raise BuildError(
-        f"the server cannot serve {model}: {last_error(log)}",
-        "choose a --backend that it has; a server from nvidia-pytriton has python alone",
+        f"the server {state} and does not serve {model}: {said}",
+        backend if "unable to find backend" in said else hint,
     )
 
 
 def last_error(log: Path) -> str:
     """Return what a server said last of an error."""
-    lines = log.read_text(errors="replace").splitlines()
-    errors = [line for line in lines if line.startswith("E") or "error" in line.lower() or "UNAVAILABLE" in line]
-    return (errors or lines or ["it says nothing"])[-1][:400]
+    lines = log.read_text(errors="replace").split("\n")
+    errors = [line for line in lines if re.search("fail|error|unavailable", line, re.IGNORECASE)]
+    return (errors or [line for line in lines if line] or ["it says nothing"])[-1][:400]
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Writes what `asapc compile` wrote into a model repository of Triton Inference Server."""
 
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,14 +23,17 @@ CONFIG, WARMUP = "config.pbtxt", "warmup"
 MAX_BATCH = 64
 # Which versions a server keeps: the newest, which answers, and the one before, to go back to.
 VERSIONS = 2
+# Triton reads numbers of versions as int64.
+MAX_VERSION = 2**63 - 1
 # How long a request waits for others to share its batch.
 QUEUE_MICROSECONDS = 100
-# What `asapc.load` consists of: it goes into each version of the Python backend, whose server then needs no asapc.
+# What `asapc.load` consists of: it goes into images and into each version of the Python backend, which need no asapc.
 RUNTIME = (
     *("__init__.py", "config.py", "errors.py", "hashes.py", "version.py"),
     *("runtime/*.py", "types/*.py", "loading/__init__.py", "loading/manifest.py", "loading/schemas.py"),
     *("loading/*.schema.json", "loading/untrusted/*.py", "backends/__init__.py", "backends/onnxruntime/__init__.py"),
     "backends/onnxruntime/library.py",
+    *(f"backends/tensorrt/{name}.py" for name in ("__init__", "cuda", "engine", "loader", "ports", "runner")),
 )
 NUMPY_TO_TRITON = {
     "bool": "TYPE_BOOL",
@@ -68,14 +72,18 @@ def package_triton(
     manifest = read_manifest(folder)
     model = repository / name
     number = version if version is not None else 1 + max(versions(model), default=0)
+    if not 1 <= number <= MAX_VERSION:
+        raise OptionError(f"a version cannot be {number}", f"give --model-version 1 to {MAX_VERSION}")
     config = model_config(folder, manifest, name, backend, number)
     try:
+        if os.path.lexists(model) and not model.is_dir():
+            raise OutputError(f"{model} is no folder", "give another --name")
         if model.is_dir():
             return add_version(folder, model, config, backend, number, force)
         with temporary_folder(repository, True, check_repository) as temporary:
             partial = temporary / name
             write_version(folder, partial / str(number), backend)
-            write_warmup(folder, partial)
+            write_warmup(folder, partial, config)
             (partial / CONFIG).write_text(as_text(config))
             repository.mkdir(exist_ok=True)
             check_free(model, force=False)  # another run may have finished meanwhile
@@ -95,16 +103,23 @@ def add_version(folder: Path, model: Path, config: Any, backend: str, number: in
         write_version(folder, partial, backend)
         others = versions(model) - {number}
         merge(model / CONFIG, config, others)
-        if not others:
-            write_warmup(folder, temporary)
+        write_warmup(folder, temporary, config)
         (temporary / CONFIG).write_text(as_text(config))
         check_free(path, force)
         with held():
             if path.exists():
                 (temporary / OLD).mkdir()
                 path.rename(temporary / OLD / path.name)
+            warmup = model / WARMUP
+            warmup.mkdir(exist_ok=True)
+            earlier = {file.name for file in warmup.iterdir()}
+            for file in (temporary / WARMUP).glob("*"):
+                file.replace(warmup / file.name)
+                earlier.discard(file.name)
             (temporary / CONFIG).replace(model / CONFIG)
             partial.rename(path)
+            for name in earlier:  # no configuration asks for them any more
+                (warmup / name).unlink()
     return path
 
 
@@ -158,13 +173,11 @@ def write_version(folder: Path, target: Path, backend: str) -> None:
     """Write the folder of a version."""
     target.mkdir(parents=True)
     if backend == "python":
-        shutil.copytree(folder, target / MODEL)
-        package = Path(asapc.__file__).parent
+        (target / MODEL).mkdir()
+        for file in folder.iterdir():  # regular files alone; shutil.copytree would hide why one cannot be written
+            shutil.copyfile(file, target / MODEL / file.name)
         (target / "model.py").write_text("from asapc.runtime.triton import TritonPythonModel as TritonPythonModel\n")
-        for source in (path for pattern in RUNTIME for path in package.glob(pattern)):
-            copy = target / "asapc" / source.relative_to(package)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
+        write_runtime(target)
         return
     artifact, name = ("model.engine", "model.plan") if backend == "tensorrt" else ("model.onnx", "model.onnx")
     shutil.copyfile(folder / artifact, target / name)
@@ -173,11 +186,22 @@ def write_version(folder: Path, target: Path, backend: str) -> None:
     shutil.copyfile(folder / MANIFEST, target / MANIFEST)
 
 
-def write_warmup(folder: Path, model: Path) -> None:
-    """Write the first stored sample as the server reads it for a warm-up."""
-    for name, array in first_sample(folder).items():
+def write_runtime(target: Path) -> None:
+    """Write what `asapc.load` consists of into a folder, from which it is then imported."""
+    package = Path(asapc.__file__).parent
+    for source in (path for pattern in RUNTIME for path in package.glob(pattern)):
+        copy = target / "asapc" / source.relative_to(package)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
+
+
+def write_warmup(folder: Path, model: Path, config: Any) -> None:
+    """Write the first stored sample as the server reads it for the warm-up of a configuration."""
+    sample = first_sample(folder)
+    for warmup in config.model_warmup:
         (model / WARMUP).mkdir(exist_ok=True)
-        (model / WARMUP / name).write_bytes(array.tobytes())
+        for name, entry in warmup.inputs.items():
+            (model / WARMUP / entry.input_data_file).write_bytes(sample[name].tobytes())
 
 
 def first_sample(folder: Path) -> Mapping[str, np.ndarray]:
@@ -220,24 +244,24 @@ def model_config(folder: Path, manifest: Mapping[str, Any], name: str, backend: 
         check_engine(folder)
         # A graph is for fixed shapes; of open lengths there are too many.
         config.optimization.cuda.graphs = all(isinstance(size, int) for i in interface.inputs for size in i.shape[1:])
-    add_warmup(schema, config, first_sample(folder), interface, open_batch)
+    add_warmup(schema, config, first_sample(folder), interface, open_batch, number)
     config.parameters["asapc"].string_value = manifest["asapc"]
     config.parameters[f"model_sha256_of_version_{number}"].string_value = manifest["model_sha256"]
     return config
 
 
 def add_warmup(
-    schema: Any, config: Any, sample: Mapping[str, np.ndarray], interface: Interface, open_batch: bool
+    schema: Any, config: Any, sample: Mapping[str, np.ndarray], interface: Interface, open_batch: bool, number: int
 ) -> None:
     """Let the server compute a stored sample before it says that a version is ready."""
     if not sample or not open_batch:  # one sample is no batch of another size
         return
     warmup = config.model_warmup.add(name="sample", batch_size=1)
-    for info in interface.inputs:
+    for position, info in enumerate(interface.inputs):
         entry = warmup.inputs[info.name]
         entry.data_type = data_type(schema, info)
         entry.dims.extend(sample[info.name].shape[1:] or (1,))
-        entry.input_data_file = info.name
+        entry.input_data_file = f"{number}.{position}"  # names of inputs may be none of files
 
 
 def check_engine(folder: Path) -> None:

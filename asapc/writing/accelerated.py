@@ -66,6 +66,8 @@ class Accelerated(nn.Module):
         values, rest = dict(kwargs), list(args)
         for parameter in self.parameters_of_forward:
             if parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) and rest:
+                if parameter.name in values:
+                    raise InputError(f"{parameter.name} is given by position and by name", "give it once")
                 values[parameter.name] = rest.pop(0)
         if rest:  # of `*args`
             free = [name for name in names if name not in values]

@@ -27,19 +27,25 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
-def output_folder(path: Path, force: bool) -> Iterator[Path]:
+def output_folder(path: Path, force: bool, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; give it that name when the block ends well, else remove it.
+
+    Args:
+        path: the folder to write.
+        force: whether to replace it if it exists.
+        check: raises OutputError if what stands there may not be replaced; None for `check_ours`.
 
     Raises:
         OutputError: `path` cannot be written, exists and `force` is not given, or holds anything that asapc did not
             write.
     """
-    with temporary_folder(path, force, check_ours) as folder:
+    check = check or check_ours
+    with temporary_folder(path, force, check) as folder:
         partial = folder / "new"
         partial.mkdir()
         yield partial
         check_free(path, force)  # another run may have finished meanwhile
-        check_ours(path)
+        check(path)
         with held():
             if path.exists():
                 (folder / OLD).mkdir()
@@ -114,6 +120,16 @@ def check_ours(path: Path) -> None:
         )
 
 
+def check_outside(path: Path) -> None:
+    """Raise OutputError if `path` stands in a folder that asapc wrote, which is whole with the files it has alone."""
+    for folder in Path(os.path.abspath(path)).parents:
+        if listed_files(folder / MANIFEST) is not None:
+            raise OutputError(
+                f"{path} would stand in {folder}, which holds what `asapc compile` wrote and nothing else",
+                "give a place outside that folder",
+            )
+
+
 def listed_files(manifest: Path) -> set[str] | None:
     """Return the names that a manifest lists, its own among them; None if it is not one of asapc's."""
     try:
@@ -142,8 +158,10 @@ def temporary_folder(path: Path, force: bool, check: Callable[[Path], None]) -> 
     beside `path` is removed first, and the output that one was replacing restored.
 
     Raises:
-        OutputError: `path` exists and `force` is not given, `check` refuses to replace it, or it cannot be written.
+        OutputError: `path` exists and `force` is not given, `check` refuses to replace it, it stands in a compiled
+            folder, or it cannot be written.
     """
+    check_outside(path)
     sweep(path.parent, PREFIX, restore)
     check_free(path, force)
     check(path)

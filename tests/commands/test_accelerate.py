@@ -174,6 +174,7 @@ def test_another_dtype_is_refused_and_changes_nothing(change, fast, x):
     [
         (lambda fast, x: fast(), "x is missing"),
         (lambda fast, x: fast(x.numpy()), "x is a ndarray"),
+        (lambda fast, x: fast(x, x=x), "x is given by position and by name"),
         (lambda fast, x: fast(x[0]), "x is (12, 8); the model takes (batch, 12, 8) float32"),
         (lambda fast, x: fast(x[:, :5]), "x is (40, 5, 8)"),
         (lambda fast, x: fast(x.double()), "x is torch.float64"),

@@ -74,6 +74,16 @@ def test_the_same_weights_give_the_same_file(report, teacher, points, point_mode
     assert (report.folder / "operator.safetensors").read_bytes() == from_file.read_bytes()
 
 
+@pytest.mark.parametrize("read", [asapc.tradeoffs, asapc.load_checkpoint])
+def test_functions_of_a_path_refuse_other_types(read):
+    refused = {"not a int": (5,), "not a NoneType": (None,), "config is a dict": ("x.pt", {"level": 1})}
+    for message, arguments in refused.items():
+        with pytest.raises(OptionError, match=message):
+            read(*arguments)
+    with pytest.raises(OptionError, match="on_event cannot be 3"):
+        asapc.tradeoffs("x.pt", on_event=3)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -89,6 +99,7 @@ def test_the_same_weights_give_the_same_file(report, teacher, points, point_mode
         ({"max_samples": 0}, OptionError, "max_samples cannot be 0"),
         ({"config": {"level": 1}}, OptionError, "config is a dict"),
         ({"samples": None}, SamplesError, "no samples"),
+        ({"on_event": 3}, OptionError, "on_event cannot be 3"),
         ({"samples": CompileConfig()}, SamplesError, "are a CompileConfig"),
         ({"max_samples": 4}, SamplesError, "too few"),
     ],

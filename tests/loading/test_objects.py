@@ -97,8 +97,10 @@ def test_the_path_of_a_file_is_read_as_from_the_command_line(tmp_path):
         ([X, X[:, :3]], One, "batch 1 of the samples holds an array (3,) float32, the first an array (5,) float32"),
         ([(X, LABELS), X], One, "batch 1"),
         (np.array(["a"]), One, "array of <U1"),
-        (X * float("nan"), One, "NaN"),
+        (X * float("nan"), One, "the samples: the array holds NaN"),
         (torch.tensor(1.0), One, "sample axis"),
+        (X.to_sparse(), One, "torch.sparse_coo"),
+        (X.to("meta"), One, "on meta"),
         (((X, "x"), LABELS), Two, "begins with a tuple"),
     ],
 )

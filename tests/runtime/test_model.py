@@ -72,6 +72,8 @@ def test_tensors_in_give_tensors_out(folder, points):
     assert isinstance(from_array, np.ndarray)
     assert isinstance(from_tensor, torch.Tensor)
     np.testing.assert_array_equal(from_tensor.numpy(), from_array)
+    (negative,) = model(torch.from_numpy(-points)._neg_view()).values()
+    torch.testing.assert_close(negative, from_tensor)
     (tracked,) = model(torch.from_numpy(points).requires_grad_()).values()
     assert not tracked.requires_grad
 
@@ -102,6 +104,12 @@ def test_only_casts_that_lose_nothing_are_made_and_that_of_numpys_default(folder
         (lambda model, points: model(points.astype(complex)), "points is complex128"),
         (lambda model, points: model(torch.zeros(1, 24, 3, dtype=torch.bfloat16)), "points is a torch.bfloat16"),
         (lambda model, points: model(points.astype(object)), "points is object"),
+        (lambda model, points: model(torch.zeros(1, 24, 3).to_sparse()), "torch.sparse_coo"),
+        (lambda model, points: model(torch.zeros(1, 24, 3, device="meta")), "on meta"),
+        (lambda model, points: model(torch.zeros(1, 24, 3, dtype=torch.cfloat).conj()), "points is complex64"),
+        (lambda model, points: model.warmup(0), "a warm-up cannot be 0"),
+        (lambda model, points: model.warmup("3"), "a warm-up cannot be '3'"),
+        (lambda model, points: model.warmup(True), "a warm-up cannot be True"),
     ],
 )
 def test_what_it_does_not_take_is_refused_by_name(call, message, folder, points):
@@ -109,6 +117,14 @@ def test_what_it_does_not_take_is_refused_by_name(call, message, folder, points)
         call(load(folder), points)
     assert message in str(caught.value)
     assert caught.value.hint
+
+
+def test_the_remedy_for_a_dtype_is_what_the_caller_has(folder, points):
+    tensor = torch.ones(1, 24, 3, dtype=torch.int32)
+    for value, remedy in ((points.astype(int), ".astype('float32')"), (tensor, ".to(torch.float32)")):
+        with pytest.raises(InputError) as caught:
+            load(folder)(value)
+        assert remedy in caught.value.hint
 
 
 def test_threads_share_a_model(folder):
@@ -140,8 +156,14 @@ def test_a_folder_that_changed_is_not_opened(folder, tmp_path, monkeypatch):
 def test_what_is_no_folder_is_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         load(tmp_path / "nothing")
+    (tmp_path / "subfolder").mkdir()
     with pytest.raises(CheckpointError, match="not written by"):
         load(tmp_path)
+    copy = tamper(folder, tmp_path / "copy", "report.json", lambda report: None)
+    (copy / ".DS_Store").touch()
+    with pytest.raises(CheckpointError, match=r"does not list its \.DS_Store") as caught:
+        load(copy)
+    assert "remove it" in caught.value.hint
     with pytest.raises(CheckpointError) as caught:
         load(folder / "model.onnx")
     assert "load_checkpoint" in caught.value.hint
@@ -154,7 +176,7 @@ def test_a_device_that_is_not_there_is_said(folder, monkeypatch):
     with pytest.raises(DependencyError, match="no NVIDIA GPU"):
         load(folder, device="cuda")
     assert "GPU" in load(folder).passed_over["cuda"]
-    for options in ({"device": "tpu"}, {"threads": -1}):
+    for options in ({"device": "tpu"}, {"threads": -1}, {"threads": True}, {"threads": 10**6}):
         with pytest.raises(OptionError):
             load(folder, **options)
 

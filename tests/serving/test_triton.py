@@ -2,14 +2,16 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from helpers.folders import relist
 
 from asapc.commands.package import package
-from asapc.errors import CheckpointError, DependencyError, OptionError, OutputError
+from asapc.errors import BuildError, CheckpointError, DependencyError, OptionError, OutputError, SamplesError
 from asapc.loading.manifest import read_manifest
 from asapc.serving import triton
 from asapc.serving.triton import model_config, package_triton, parse
@@ -31,8 +33,8 @@ def test_the_configuration_says_what_the_model_takes(folder, tmp_path):
     [warmup] = config.model_warmup
     sample = np.load(folder / "samples.npz")["points"][0]
     assert list(warmup.inputs["points"].dims) == list(sample.shape)
-    assert (model / "warmup" / "points").read_bytes() == sample.tobytes()
-    assert names(model) == {"config.pbtxt", "warmup/points", "1/model.onnx", "1/manifest.json"}
+    assert (model / "warmup" / "1.0").read_bytes() == sample.tobytes()
+    assert names(model) == {"config.pbtxt", "warmup/1.0", "1/model.onnx", "1/manifest.json"}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,47 @@ def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch, error, earl
     assert names(tmp_path) == before
 
 
+def warmup_of(model) -> dict[str, tuple[int, int]]:
+    """Sizes in bytes of the warm-up's files: as the configuration asks for them, and as they are."""
+    entries = [entry for warmup in parse(model / "config.pbtxt").model_warmup for entry in warmup.inputs.values()]
+    asked = {entry.input_data_file: 4 * int(np.prod(entry.dims)) for entry in entries}
+    sizes = {file.name: file.stat().st_size for file in (model / "warmup").glob("*")}
+    return {name: (asked.get(name, 0), sizes.get(name, 0)) for name in asked | sizes}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("lengths", [(24, 12), (None, 12), (24, None)])
+def test_the_warm_up_is_that_of_the_latest_version(folder, tmp_path, lengths, version):
+    for number, length in enumerate(lengths):
+        other = shutil.copytree(folder, tmp_path / f"{number}.asap")
+        if length is None:
+            (other / "samples.npz").unlink()
+        else:
+            np.savez(other / "samples.npz", points=np.zeros((4, length, 3), "float32"))
+        relist(other)
+        package_triton(other, tmp_path / "r", "points", "python", version=version if number else 1, force=True)
+    size = 12 * (lengths[1] or 0)
+    assert warmup_of(tmp_path / "r" / "points") == ({f"{version}.0": (size, size)} if size else {})
+
+
+def test_a_version_of_the_python_backend_runs_on_its_own_files_alone(folder, tmp_path):
+    path = package_triton(folder, tmp_path / "r", "points", "python")
+    code = f"""
+import sys
+sys.path.insert(0, {str(path)!r})
+import asapc, numpy
+from asapc.runtime.triton import TritonPythonModel
+model = TritonPythonModel()
+model.initialize({{"model_repository": {str(path.parent)!r}, "model_version": "1"}})
+print(*asapc.__path__, model.model(numpy.zeros((2, 24, 3), "float32")).keys(), "torch" in sys.modules)
+"""
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    outputs = np.load(folder / "expected.npz").files
+    assert process.stdout == f"{path / 'asapc'} dict_keys({outputs}) False\n", process.stderr
+
+
 def test_of_two_packagings_at_once_each_is_whole_or_refused(folder, tmp_path):
     command = [sys.executable, "-m", "asapc.cli", "package", folder, "--triton", tmp_path / "r", "--name", "points"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -113,9 +156,44 @@ def test_versions_of_others_are_not_replaced(folder, tmp_path):
         package_triton(folder, tmp_path, "points", "python", version=1, force=True)
 
 
-def test_without_a_server_or_samples_the_smoke_test_says_so(folder, tmp_path):
+def test_versions_that_triton_cannot_read_are_refused(folder, tmp_path):
+    with pytest.raises(OptionError, match="a version cannot be"):
+        package_triton(folder, tmp_path, "points", "python", version=2**63)
+
+
+def test_a_file_in_the_place_of_the_model_is_not_for_force(folder, tmp_path):
+    (tmp_path / "points").touch()
+    with pytest.raises(OutputError, match="is no folder"):
+        package_triton(folder, tmp_path, "points", "python", force=True)
+
+
+@pytest.mark.parametrize("backend", ["python", "onnxruntime"])
+def test_a_full_disk_is_called_so(folder, tmp_path, monkeypatch, backend):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(OutputError, match="no space left on device"):
+        package_triton(folder, tmp_path / "r", "points", backend)
+    assert not (tmp_path / "r").exists()
+
+
+def test_without_a_server_or_samples_the_smoke_test_says_so_and_nothing_is_written(folder, tmp_path):
     with pytest.raises(DependencyError, match="holds no Triton server"):
         package(folder, tmp_path / "r", backend="python", smoke=True, server=tmp_path)
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "samples.npz").unlink()
+    with pytest.raises(SamplesError, match="no samples to send"):
+        package(other, tmp_path / "r", backend="python", smoke=True)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_failed_smoke_test_says_what_was_written(folder, tmp_path):
+    server = tmp_path / "tritonserver"
+    server.write_text("#!/bin/sh\necho failed to load the model >&2\n")
+    server.chmod(0o755)
+    with pytest.raises(BuildError, match=r"r/points/1 was written, .* the server ended .* failed to load the model"):
+        package(folder, tmp_path / "r", "points", backend="python", smoke=True, server=server)
 
 
 def test_without_tritonclient_the_command_to_install_it_is_named(folder, tmp_path, monkeypatch):

@@ -50,6 +50,20 @@ def test_a_file_holds_what_was_written_and_nothing_is_left_beside_it(tmp_path):
     assert tree(tmp_path) == {"model.pt": "new"}
 
 
+@pytest.mark.parametrize("kind", [output_folder, output_file])
+@pytest.mark.parametrize("place", ["new", "a/new", "other/../new"])
+def test_nothing_is_written_into_a_folder_of_ours(kind, place, tmp_path, monkeypatch):
+    written(tmp_path / "out")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match="would stand in"), kind(tmp_path / "out" / place, force=True):
+        pass
+    assert tree(tmp_path) == before
+    monkeypatch.chdir(tmp_path / "out")
+    with kind(Path("../beside"), force=False) as partial:
+        if not partial.is_dir():
+            partial.touch()
+
+
 def test_missing_parents_are_made(tmp_path):
     with output_folder(tmp_path / "a" / "b" / "out", force=False) as folder:
         (folder / "model.onnx").write_text("new")

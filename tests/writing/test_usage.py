@@ -81,6 +81,7 @@ def test_a_readme_names_the_engine_and_its_library(builder, module, tmp_path):
     write_readme(tmp_path, "text", INTERFACE, EngineResult("built", engine), 4)
     page = (tmp_path / "README.md").read_text()
     assert f"was built by {builder} for SM89, SM120" in page
+    assert "fail without one" in page
     code = next(text for _, text in code_blocks(tmp_path / "README.md") if "deserialize" in text)
     assert code.startswith(f"import {module} as tensorrt\n")
     compile(code, "README.md", "exec")
