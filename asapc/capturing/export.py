@@ -69,7 +69,8 @@ def export(
             # automatic casts (of an archive), without gradients or under vmap into plain nodes. It takes as long as the
             # export itself.
             settle(program)
-            if is_plain(program):
+            # Under automatic casts only the pass writes those that composite operations make within.
+            if is_plain(program) and not torch.is_autocast_enabled("cpu"):
                 program.graph.eliminate_dead_code()
                 program.graph_module.recompile()
             else:

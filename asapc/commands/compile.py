@@ -241,7 +241,8 @@ def write(teacher: Teacher, selection: Selection, compiled: Compiled, folder: Pa
     if config.precision == "float32":
         return Files(onnx, onnx)
     path = folder / f"model.{config.precision}.onnx"
-    return Files(onnx, export_onnx(compiled.lowered, path, metadata, standard=True))
+    names = compiled.program.output_names  # casts end this graph, and would name its outputs
+    return Files(onnx, export_onnx(compiled.lowered, path, metadata, standard=True, names=names))
 
 
 def open_axes(teacher: Teacher, config: CompileConfig) -> Axes:

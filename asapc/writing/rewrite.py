@@ -10,7 +10,7 @@ from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capturing.export import export
 from asapc.errors import CaptureError, InternalError
 from asapc.passes.rewrite.activations import LowerActivations
-from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn, keep_float32, keep_output_types
+from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn, keep_float32, keep_output_types, narrow_products
 from asapc.types.graph import CapturedGraph
 from asapc.types.site import Site
 from asapc.types.teacher import Teacher
@@ -44,6 +44,7 @@ def rewrite(
     module = LowerActivations(activations or {})(module).program
     if half is not None:
         keep_float32(module)
+        narrow_products(module, half)
         keep_output_types(module)
     try:
         with torch.autocast("cpu", dtype=half, enabled=half is not None):

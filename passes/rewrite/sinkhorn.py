@@ -5,10 +5,11 @@ too; the loop before it is then dead code. Exporting the result again traces the
 come from its one definition in torch, and none is built by hand.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverloadPacket
 from torch.fx import GraphModule, Node
 
 from asapc.passes.base import GraphPass, PassResult, PostconditionError, PreconditionError
@@ -21,10 +22,13 @@ WIDE = {
     for name in (
         *("layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "batch_norm", "rms_norm"),
         *("exp", "log", "log1p", "log_softmax", "logsumexp", "sum", "prod", "cumsum", "pow", "rsqrt", "reciprocal"),
+        "lerp",  # not among them, but takes floats of one kind alone
     )
 }
-SITE_MARK = "asapc:"  # in the scopes that torch keeps for a node: what follows is the name of the site
+# Products of which automatic casts know the parts alone: whole, they would get floats of two kinds.
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("einsum", "tensordot", "inner", "linalg_multi_dot", "bilinear")}
 ASSERTION = torch.ops.aten._assert_tensor_metadata.default  # what torch.export leaves behind at casts
+SITE_MARK = "asapc:"  # in the scopes that torch keeps for a node: what follows is the name of the site
 
 
 class InLayout(nn.Module):
@@ -111,7 +115,10 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
     def call(self, program: GraphModule) -> PassResult[GraphModule]:
         """Replace the sites that have not been replaced yet."""
         nodes: dict[str, Node] = {node.name: node for node in program.graph.nodes}
-        modified = False
+        assertions = program.graph.find_nodes(op="call_function", target=ASSERTION)
+        for node in assertions:
+            program.graph.erase_node(node)  # they would keep loops alive, and forbid other precisions
+        modified = bool(assertions)
         for target, (site, operator) in self.operators.items():
             if hasattr(program, target):
                 continue
@@ -134,8 +141,6 @@ class RewriteSinkhorn(GraphPass[GraphModule]):
             nodes[old.name] = replacement
             modified = True
         if modified:
-            for node in program.graph.find_nodes(op="call_function", target=ASSERTION):
-                program.graph.erase_node(node)  # they would keep the loop alive
             program.graph.eliminate_dead_code()
             program.delete_all_unused_submodules()
             program.recompile()
@@ -172,13 +177,23 @@ def keep_float32(program: GraphModule) -> None:
 
     Torch's automatic casts for GPUs do so; the graph was traced with those for CPUs instead.
     """
+    cast_operands(program, WIDE, None)
+
+
+def narrow_products(program: GraphModule, precision: torch.dtype) -> None:
+    """Cast the factors of products to a precision where automatic casts would not."""
+    cast_operands(program, PRODUCTS, precision)
+
+
+def cast_operands(program: GraphModule, packets: Set[OpOverloadPacket], dtype: torch.dtype | None) -> None:
+    """Cast the floats that operators read to a type, None for that which each was traced as."""
     for node in list(program.graph.nodes):
-        if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in WIDE:
+        if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in packets:
             for source in node.all_input_nodes:
                 value = source.meta.get("val")
                 if isinstance(value, Tensor) and value.is_floating_point():
                     with program.graph.inserting_before(node):
-                        cast = program.graph.call_function(torch.ops.aten.to.dtype, (source, value.dtype))
+                        cast = program.graph.call_function(torch.ops.aten.to.dtype, (source, dtype or value.dtype))
                     node.replace_input_with(source, cast)
     program.recompile()
 

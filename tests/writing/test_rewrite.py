@@ -7,9 +7,16 @@ import torch
 from helpers.slow import slow
 from helpers.tolerances import LOGITS
 from onnx import TensorProto
+from torch import nn
 
+from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.capturing.export import export
 from asapc.config import CompileConfig
 from asapc.errors import OptionError
+from asapc.types.graph import CapturedGraph
+from asapc.types.samples import Samples
+from asapc.writing.rewrite import rewrite
 
 TYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 # Relative change of the outputs: a few units in the last place of 11 and 8 bits.
@@ -69,6 +76,12 @@ def test_weights_of_layers_are_in_half_precision_and_what_goes_in_and_out_is_not
         assert value.type.tensor_type.elem_type == TensorProto.FLOAT
 
 
+def test_outputs_have_the_same_names_in_both_files(compiled):
+    precision, report, _ = compiled
+    single, half = (onnx.load(report.folder / name) for name in ("model.onnx", f"model.{precision}.onnx"))
+    assert [value.name for value in half.graph.output] == [value.name for value in single.graph.output]
+
+
 def test_exponentials_are_in_float32(compiled):
     precision, report, _ = compiled
     half = onnx.shape_inference.infer_shapes(onnx.load(report.folder / f"model.{precision}.onnx"))
@@ -85,6 +98,43 @@ def test_what_it_costs_has_a_hop_of_its_own(compiled):
     assert 0 < hop(report, "precision")["rel"] < MOST[precision]
     assert hop(report, "export")["rel"] < 1e-5
     assert report.data["fidelity"]["agreement"] >= 0.98
+
+
+class Loop(nn.Module):
+    """A loop with a cast of its own, on a matrix to which automatic casts lead within a composite product."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.product = product
+        self.register_buffer("weight", torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) / 20)
+
+    def forward(self, x):
+        scores = self.product(x.exp(), x @ self.weight, self.weight).float()
+        for _ in range(2):
+            scores = scores.log_softmax(-2).log_softmax(-1)
+        return scores.exp() @ x
+
+
+# Each of a factor in float32, as an exponential leaves it, and of one in half precision, as a product does.
+PRODUCTS = {
+    "matmul": lambda wide, narrow, weight: wide @ narrow,
+    "einsum": lambda wide, narrow, weight: torch.einsum("bij,bjk->bik", wide, narrow),
+    "tensordot": lambda wide, narrow, weight: torch.tensordot(wide, narrow[0], ([2], [0])),
+    "inner": lambda wide, narrow, weight: torch.inner(wide, narrow[0]),
+    "multi_dot": lambda wide, narrow, weight: wide + torch.linalg.multi_dot([wide[0], narrow[0], weight]),
+    "bilinear": lambda wide, narrow, weight: nn.functional.bilinear(wide, narrow, weight[..., None] * weight),
+    "lerp": lambda wide, narrow, weight: torch.lerp(wide, narrow, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_loops_that_stay_are_exported_in_half_precision(name, tmp_path):
+    samples = Samples({"x": torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))})
+    module = Loop(PRODUCTS[name])
+    half = rewrite(CapturedGraph(export(module, samples.inputs), samples), [], {}, torch.float16)
+    (actual,) = OnnxRuntimeRunner(export_onnx(half, tmp_path / "model.onnx", {}, standard=True).path)(samples)
+    expected = module(**samples.inputs)
+    assert 0 < (actual - expected).abs().max() / expected.abs().max() < MOST["float16"]
 
 
 def test_other_precisions_are_refused():

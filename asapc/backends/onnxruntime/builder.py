@@ -33,7 +33,13 @@ from asapc.types.graph import CapturedGraph, with_graph
 OPSET = 18  # what current runtimes read, TensorRT 10 and ONNX Runtime 1.14 among them
 
 
-def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], standard: bool = False) -> OnnxArtifact:
+def export_onnx(
+    graph: CapturedGraph,
+    path: Path,
+    metadata: Mapping[str, str],
+    standard: bool = False,
+    names: Sequence[str] | None = None,
+) -> OnnxArtifact:
     """Write the graph as ONNX, checked by onnx.checker, its open axes dynamic.
 
     Args:
@@ -41,6 +47,7 @@ def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], s
         path: file to write; it appears whole or not at all.
         metadata: what the file says about its origin.
         standard: write standard operators alone, also where ONNX Runtime has one of its own.
+        names: what to call the outputs, in their order; None for the graph's own names.
 
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
@@ -50,7 +57,7 @@ def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], s
         for name in graph.example.inputs
     ]
     passes = [*([StandardAttention()] if standard else []), OnnxCleanup(metadata)]
-    exported = to_proto(graph, axes=open_axes)
+    exported = to_proto(graph, axes=open_axes, names=names)
     places = places_of(exported)
     model = PassManager(passes)(exported).program
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
@@ -58,13 +65,19 @@ def export_onnx(graph: CapturedGraph, path: Path, metadata: Mapping[str, str], s
     return OnnxArtifact(path, next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), places)
 
 
-def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]] | None = None) -> Any:
+def to_proto(
+    graph: CapturedGraph,
+    opset: int = OPSET,
+    axes: list[dict[int, str]] | None = None,
+    names: Sequence[str] | None = None,
+) -> Any:
     """Return the graph as a ModelProto, as the exporter writes it.
 
     Args:
         graph: the graph.
         opset: version of the ONNX standard.
         axes: what to call the dynamic axes of each input; None for names like s77.
+        names: what to call the outputs, in their order; None for the graph's own names.
 
     Raises:
         BuildError: the exporter has no ONNX form of some operation.
@@ -95,7 +108,7 @@ def to_proto(graph: CapturedGraph, opset: int = OPSET, axes: list[dict[int, str]
                 "replace the operation that it names in the model",
             ) from error
     assert exported is not None  # with dynamo=True the exporter always returns one
-    name_outputs(exported.model.graph, graph.output_names)
+    name_outputs(exported.model.graph, graph.output_names if names is None else names)
     return exported.model_proto
 
 
