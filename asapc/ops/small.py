@@ -1,10 +1,10 @@
 """Sinkhorn scaling of matrices that are small and many, as hyper-connections have one of 4 x 4 for each token.
 
 Sums over four entries take runtimes ten times as long as a product does: each is a loop of its own. Two layouts avoid
-them. Packed, each matrix is one row of N * M numbers, and a half-step one product of all matrices with a constant
+them. Packed, each matrix is one row of N * M numbers, and a half-step is one product of all matrices with a constant
 matrix, which sums along an axis and holds each sum at all its entries, and one division. Interleaved, the same entry of
-all matrices lies side by side (N, M, matrices), and ones are multiplied from the left: more operations, N * M times less
-work.
+all matrices lies side by side, (N, M, matrices), and ones are multiplied from the left: more operations, each with less
+to do.
 """
 
 import torch
