@@ -1,4 +1,4 @@
-"""Sinkhorn on many tiny matrices, as hyper-connections have one for each token: what the packed form gains.
+"""Sinkhorn on many tiny matrices, as hyper-connections have one for each token: what packing and interleaving them gains.
 
     python -m benchmarks.tiny
     python -m benchmarks.tiny --quick    # a moment, writes nothing
@@ -6,8 +6,8 @@
 The loop as written normalises (tokens, N, M) by sums over its axes, with a constant in every divisor. It is compared
 with the general exact form, a matrix-vector product for each token and half-step, and with the two layouts that asapc
 takes, packed and interleaved, all as ONNX files in ONNX Runtime. Ratios are medians of interleaved rounds in one
-process, with 95 % intervals by bootstrap. Errors are against float64. Writes benchmarks/results/tiny.json and what stands in
-docs/hyper-connections.md between the two markers.
+process, with 95 % intervals by bootstrap. Errors are against float64. Writes benchmarks/results/tiny.json and what
+stands in docs/hyper-connections.md between the two markers.
 """
 
 import argparse
