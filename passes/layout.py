@@ -19,8 +19,9 @@ UNIT_TOLERANCE = 1e-9
 # Letters of merged axes: samples before heads, and heads before samples.
 MERGED = {"z": "bh", "y": "hb"}
 # What an operator reads: the scores (B, H, N, M); the scores computed as (B, H, M, N), which saves a transposition; or
-# queries (B, H, N, D) in units of the temperature, whose products with the keys are the scores.
-Form = Literal["scores", "turned", "points"]
+# queries (B, H, N, D) in units of the temperature, whose products with the keys are the scores; or exp of the scores,
+# where the graph holds that.
+Form = Literal["scores", "turned", "points", "kernel"]
 
 
 class Inputs(NamedTuple):
@@ -144,7 +145,8 @@ def site_inputs(site: Site, tensors: Sequence[Tensor], factor: Tensor | None, fo
     product, attention = site.wiring.product, site.wiring.attention
     values = None if attention is None else arranged[attention.value]
     if product is None:
-        return Inputs(true_scores(site, arranged, factor), values=values)
+        scores = arranged[site.wiring.scores] if form == "kernel" else true_scores(site, arranged, factor)
+        return Inputs(scores, values=values)
     queries, keys = arranged[product.query], arranged[product.key]
     if form != "points" and not product.is_scores:
         return Inputs(true_scores(site, arranged, factor), queries, keys, values)

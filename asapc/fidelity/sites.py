@@ -155,7 +155,7 @@ def site_errors(site: Site, operator: nn.Module, loop: Reference) -> SiteErrors:
         plan = widen(operator(scores, queries, keys))
         if applied is None:
             output = plan
-        elif getattr(operator, "lowering", None) == "materialised":
+        elif getattr(operator, "lowering", None) in ("materialised", "interleaved"):
             output = plan @ applied.to(plan.dtype)
         else:  # fused operators have a path of their own for values
             output = operator(scores, queries, keys, applied)

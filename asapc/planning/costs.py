@@ -52,7 +52,7 @@ def work(
     passes = int(masked) + int(transposed)  # over the matrix of scores, beside those of the loop
     total: dict[str, float] = {"call": 1, "product": entries * 2 * shape.head_dim, "softmax": entries}
     if isinstance(module, SmallSinkhorn):
-        return total | packed_work(shape, module.half_steps, entries)
+        return total | small_work(shape, module, entries)
     if isinstance(module, Sinkhorn):
         steps = module.half_steps - 1  # the softmax is the first
         # To level the kernel on the other axis too, and to take up the scaling vectors.
@@ -66,10 +66,11 @@ def work(
     return total | {"pass": entries * passes} | half_steps
 
 
-def packed_work(shape: Shape, half_steps: int, entries: int) -> dict[str, float]:
-    """Count the units of half-steps on packed matrices, each a product with one constant matrix and a division."""
-    products = entries * (2 * shape.head_dim + half_steps * shape.queries * shape.keys)
-    return {"half_step": half_steps, "product": products, "pass": entries * half_steps}
+def small_work(shape: Shape, module: SmallSinkhorn, entries: int) -> dict[str, float]:
+    """Count the units of half-steps on small matrices, each a product with a constant and a division."""
+    half_steps = module.half_steps
+    each = half_steps * (1 if module.interleaved else shape.queries * shape.keys)
+    return {"half_step": half_steps, "product": entries * (2 * shape.head_dim + each), "pass": entries * half_steps}
 
 
 def estimate_work(shape: Shape, module: SlicedDual) -> dict[str, float]:

@@ -19,6 +19,9 @@ Operator = Sinkhorn | SlicedDual
 
 MASS_TOLERANCE = 1e-6  # a last marginal within this of the usual one is the usual one
 SMALL = 64  # entries of matrices that count by their number and not by their size
+# From this many small matrices on they are interleaved, which takes twice as many operations, each with less to do; with
+# fewer, starting operations is what takes the time.
+MANY = 256
 # Beyond this many bytes of scores the fused form may take this many times as long as the materialised one.
 MAX_MATRIX, MAX_SLOWER = 2**28, 3.0
 
@@ -63,9 +66,9 @@ def exact_operator(
     loop = site.loop
     masses = masses_of(site, 1.0 if loop.last == "rows" else loop.queries / loop.keys)
     steps, logarithm = half_steps or loop.half_steps, site.wiring.logarithm
-    guard = loop.guard if steps == loop.half_steps else None
     if loop.queries * loop.keys <= SMALL and not (loop.masked or logarithm):
-        return SmallSinkhorn(steps, loop.last, (loop.queries, loop.keys), guard, **masses)
+        return SmallSinkhorn(steps, loop.last, (loop.queries, loop.keys), loop.guard, **masses, lowering=lowering)
+    guard = loop.guard if steps == loop.half_steps else None
     if guard is not None:
         return GuardedSinkhorn(steps, loop.last, guard, **masses, masked=loop.masked, logarithm=logarithm)
     return Sinkhorn(steps, loop.last, **masses, masked=loop.masked, logarithm=logarithm, wide=wide, lowering=lowering)
@@ -102,6 +105,10 @@ def lower(site: Site, module: Operator, batch: int, model: CostModel, lowering: 
     fused form avoids it. But it computes the scores again in each half-step, which costs too much in long loops.
     """
     forms: tuple[Lowering, ...] = ("materialised", "fused") if fusable(site, module) else ("materialised",)
+    if isinstance(module, SmallSinkhorn):
+        many = batch * site.loop.heads >= MANY and site.loop.column_mass.numel() == 1
+        # On a GPU the number of launches is what takes the time.
+        forms = ("interleaved",) if many and model.provider == "cpu" else ("materialised",)
     too_large = batch * site.loop.heads * site.loop.queries * site.loop.keys * site.wiring.dtype.itemsize > MAX_MATRIX
     if lowering in forms:
         forms = (lowering,)

@@ -106,8 +106,9 @@ class Candidate:
         cost: estimated milliseconds at the largest batch; infinite for a loop as it was written.
         fidelity: on calibration samples that were not fitted; None where it was not measured.
         params: of a sliced dual, else None.
-        lowering: "materialised" computes the scores once, as a matrix, and works on that; "fused" calls the
-            runtime's fused attention for each half-step, without a matrix (`ops.fused`).
+        lowering: "materialised" computes the scores once, as a matrix, and works on that; "interleaved" does so on
+            small matrices, the same entry of all side by side (`ops.small`); "fused" calls the runtime's fused
+            attention for each half-step, without a matrix (`ops.fused`).
     """
 
     operator: Operator

@@ -13,7 +13,7 @@ EarlyStopRule = Literal["bound", "refuse"]
 # Loops as written, exact rewrites only, approximations within the budget.
 Level = Literal[0, 1, 2]
 # How an operator is lowered, see `types.choices.Candidate`; "auto" takes what is cheapest for each.
-Lowering = Literal["materialised", "fused"]
+Lowering = Literal["materialised", "interleaved", "fused"]
 LoweringRule = Literal["auto", "materialised", "fused"]
 # The operators that the planner may use, see `types.choices.FeatureSet.kind`.
 OperatorKind = Literal["one-pass", "hinges", "sorted", "truncated", "exact"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverloadPacket
 from torch.fx import GraphModule, Node
 
+from asapc.ops.small import SmallSinkhorn
 from asapc.passes.base import GraphPass, PassResult, PostconditionError, PreconditionError
 from asapc.passes.layout import Form, loosen_views, restore, score_factor, site_inputs
 from asapc.types.site import DotProduct, Operand, Site
@@ -60,7 +61,7 @@ class InLayout(nn.Module):
         site, wiring = self.site, self.site.wiring
         inputs = [t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(tensors, self.dtypes, strict=True)]
         scores, *others, live = site_inputs(site, inputs, self.factor, self.form)
-        methods = {"scores": "forward", "turned": "oriented", "points": "from_points"}
+        methods = {"scores": "forward", "turned": "oriented", "points": "from_points", "kernel": "from_kernel"}
         run: Callable[..., Tensor] = getattr(self.operator, methods[self.form])
         result = run(scores, *others, live) if self.form == "points" else run(scores.to(site.wiring.dtype), *others)
         result = result if result.dtype == self.dtype else result.to(self.dtype)
@@ -72,6 +73,10 @@ def form_of(site: Site, operator: nn.Module) -> Form:
     """Return what form of the scores an operator reads."""
     if getattr(operator, "lowering", None) == "fused":
         return "points"
+    if isinstance(operator, SmallSinkhorn) and site.wiring.exponential and site.wiring.product is None:
+        # Else the logarithm of what is there would be taken, only to be undone.
+        plain = operator.guard is not None and operator.guard.kernel == "plain"
+        return "kernel" if plain and score_factor(site, site.wiring.dtype) is None else "scores"
     return "turned" if site.wiring.scores_are_product and getattr(operator, "turned", False) else "scores"
 
 

@@ -31,9 +31,12 @@ def test_the_scaling_form_equals_its_reference_for_every_guard(half_steps, last,
         operator = GuardedSinkhorn(half_steps, last, guard)
         assert difference(operator(SCORES), expected) < FLOAT64, guard
         assert difference(operator(SCORES, values=VALUES), expected @ VALUES) < FLOAT64, guard
-        small = SmallSinkhorn(half_steps, last, (5, 7), guard)
-        assert difference(small(SCORES), expected) < FLOAT64, guard
-        assert difference(small(SCORES, values=VALUES), expected @ VALUES) < FLOAT64, guard
+        for lowering in ("materialised", "interleaved"):
+            small = SmallSinkhorn(half_steps, last, (5, 7), guard, lowering=lowering)
+            assert difference(small(SCORES), expected) < FLOAT64, (guard, lowering)
+            assert difference(small(SCORES, values=VALUES), expected @ VALUES) < FLOAT64, (guard, lowering)
+            if guard.kernel == "plain":
+                assert difference(small.from_kernel(SCORES.exp()), expected) < FLOAT64, (guard, lowering)
         logarithm = GuardedSinkhorn(half_steps, last, guard, logarithm=True)(SCORES)
         assert difference(logarithm.exp(), expected) < FLOAT64, guard
 
