@@ -13,7 +13,7 @@ import typer
 
 from asapc import showing, showing_timing
 from asapc.config import MAX_BATCH, OPTIONS, CompileConfig
-from asapc.terminal import BUDGET_MISSED, LATENCY_ENDS, command, print_json, show, stages
+from asapc.terminal import BUDGET_MISSED, LATENCY_ENDS, Json, command, print_json, show, stages
 
 TEACHER = [OPTIONS[name] for name in ("model", "model_args", "weights", "unsafe_load", "seed")]
 Batches = Annotated[
@@ -35,7 +35,6 @@ TeacherFile = Annotated[
 RuntimeName = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where ONNX Runtime runs it.")]
 a_file = partial(typer.Option, metavar="FILE", show_default=False)
 Markdown = Annotated[Path | None, a_file(help="Markdown to write, as for CI's summary. Replaced if it exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 
 @command(

@@ -43,6 +43,8 @@ ENDS = "Exit codes: 0 done, 1 input at fault, 2 usage, {}70 defect, 130 or 143 i
 BUDGET_MISSED = "3 fidelity budget missed, "
 LATENCY_ENDS = "4 slower, 5 not comparable, 6 latency not stable, "
 printed: list[str] = []  # schemas of what the running command has printed as JSON: one result, or one error
+a_number = functools.partial(typer.Option, metavar="NUMBER")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 KEYWORD_ONLY = reflection.Parameter.KEYWORD_ONLY
 CONFIG_FILE = Option("--config", "Options in TOML; the command line wins.", metavar="FILE", name="config", kind=Path)
 TRUST_CONFIG = Option(

@@ -16,8 +16,9 @@ from helpers.paths import ROOT
 
 # From the top down: each folder, or file that stands alone, of the library, with all others that it imports.
 ARROWS = {
-    "cli": "cli_timing terminal doctor showing commands planning relu writing runtime process models config errors "
+    "cli": "cli_serving cli_timing terminal doctor showing commands planning relu writing process models config errors "
     "version",
+    "cli_serving": "terminal commands runtime writing",
     "cli_timing": "terminal showing showing_timing commands writing config",
     "terminal": "showing process config types errors events",
     "doctor": "showing errors version",  # of the library nothing else: it must work where torch does not
@@ -50,7 +51,7 @@ ARROWS = {
 # Below which modules a package may be imported at all, and whether inside functions only.
 PLACES = {
     "rich": (("asapc.cli", "asapc.terminal"), False),
-    "typer": (("asapc.cli", "asapc.cli_timing", "asapc.terminal"), False),
+    "typer": (("asapc.cli", "asapc.cli_serving", "asapc.cli_timing", "asapc.terminal"), False),
     "onnxruntime": (("asapc.backends.onnxruntime",), True),
     "transformers": (("asapc.loading.described",), True),
     "huggingface_hub": (("asapc.loading.described",), True),

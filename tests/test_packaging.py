@@ -105,7 +105,7 @@ def modules() -> list[str]:
     names = []
     for folder, package in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if path.name in ("__main__.py", "terminal.py", "cli_timing.py"):  # the command again
+            if path.name in ("__main__.py", "terminal.py", "cli_serving.py", "cli_timing.py"):  # the command again
                 continue
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             names.append(".".join([package, *(part for part in parts if part != "__init__")]))
