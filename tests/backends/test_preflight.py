@@ -16,6 +16,8 @@ OPEN_SORT = """sort (float[b,n] x) => (float[b,n] y) <int64[1] one={1}, int64[1]
     {s = Shape(x) k = Slice(s, one, two) [it] y, i = TopK(x, k)}"""
 ATTENTION = """attention ({kind}[b,2,16,{size}] q, {kind}[b,2,16,{size}] k, {kind}[b,2,16,{size}] v)
     => ({kind}[b,2,16,{size}] y) {{[it] y = Attention(q, k, v)}}"""
+OF_ONE = """attention (float16[b,2,16,16] x, float16[b,2,16,16] z) => (float16[b,2,16,16] y)
+    {{[it] y = Attention({operands})}}"""
 SCATTER = "scatter (float[b,8] x, int64[b,8] i) => (float[b,8] y) {{[it] y = ScatterElements<axis=1{more}>(x, i, x)}}"
 SCATTER_ND = "scatter (float[b,8] x, int64[b,1] i) => (float[b,8] y) {{[it] y = ScatterND{more}(x, i, x)}}"
 PRODUCT = "product ({kind}[b,8,8] x) => ({kind}[b,8,8] y) {{[it] y = MatMul(x, x)}}"
@@ -43,6 +45,11 @@ PAIRS = {
         ATTENTION.format(kind="float16", size=264),
         ATTENTION.format(kind="float16", size=256),
         "at most 256",
+    ),
+    "attention of one tensor": (
+        OF_ONE.format(operands="x, x, x"),
+        OF_ONE.format(operands="x, z, x"),
+        "queries are its keys",
     ),
     "a scatter that adds": (SCATTER.format(more=', reduction="add"'), SCATTER.format(more=""), "reduction add"),
     "a scatter of rows": (SCATTER_ND.format(more='<reduction="add">'), SCATTER_ND.format(more=""), "reduction add"),

@@ -172,12 +172,14 @@ def reduced_scatter(node: Any, values: Mapping[str, Value]) -> Fault | None:
 
 
 def attention_kernel(node: Any, values: Mapping[str, Value]) -> Fault | None:
-    """ONNX's own attention has kernels of half precision alone, for heads of limited size."""
+    """ONNX's own attention has kernels of half precision alone, for limited heads, and queries other than its keys."""
     if (node.domain, node.op_type) != ("", "Attention"):
         return None
     queries = values.get(node.input[0], NOTHING)
     if KINDS.get(queries.kind) == "float32":
         return Fault("it is attention in float32, for which TensorRT has no kernel", OLDER)
+    if node.input[0] == node.input[1]:
+        return Fault("its queries are its keys, one and the same tensor, on which TensorRT's compiler crashes", OLDER)
     size = queries.sizes[-1] if len(queries.sizes) == 4 else None
     if size is None or size <= MAX_HEAD:
         return None
