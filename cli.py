@@ -84,6 +84,7 @@ def compile(
         report = compile_model(file, options, on_event)
     if report.data["engine"]["status"] == "failed" and not quiet:
         say(err, f"warning: no engine was built: {report.data['engine']['reason']}", style="yellow")
+        say(err, f"hint: {report.data['engine']['hint']}")
     if as_json:
         print_json(report.data)
     elif not quiet:

@@ -60,6 +60,7 @@ class EngineResult:
         status: "omitted" where none was asked for.
         artifact: the engine, if it was built.
         reason: why it failed, in the words of the builder, else None.
+        hint: what to do about that, else None.
         node: of the ONNX file, where the builder says at which it failed.
         not_run: why an engine that was built was not run; None where it was, and where there is none.
     """
@@ -67,5 +68,6 @@ class EngineResult:
     status: Literal["built", "failed", "omitted"]
     artifact: EngineArtifact | None = None
     reason: str | None = None
+    hint: str | None = None
     node: str | None = None
     not_run: str | None = None

@@ -10,7 +10,7 @@ from asapc.errors import OptionError
 from asapc.types.options import Option
 
 Sizes = tuple[int, int, int]  # the least, that for which the engine is fastest, and the largest
-UNITS = {"": 2**20, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
+UNITS = {"": 2**20, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "TB": 10**12, "TIB": 2**40}
 FORM = "use INPUT=MIN:OPT:MAX with a size for every axis, as images=1x3x32x32:8x3x32x32:64x3x32x32"
 
 ENGINE = "Engine"  # the heading of these options, fields of `asapc.config.CompileConfig`

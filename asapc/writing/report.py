@@ -91,6 +91,7 @@ def report_data(
         "engine": {
             "status": engine.status,
             "reason": engine.reason,
+            "hint": engine.hint,
             "node": engine.node,
             "not_run": engine.not_run,
             "layers": [layer_data(layer, deployed) for layer in engine.artifact.layers] if engine.artifact else [],

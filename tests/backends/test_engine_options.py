@@ -145,7 +145,8 @@ def test_options_of_an_engine_are_refused_where_none_is_built(target):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("", None), ("512", 2**29), ("2GB", 2 * 10**9), ("2 gib", 2**31), ("1.5GiB", 3 * 2**29)]
+    ("text", "size"),
+    [("", None), ("512", 2**29), ("2GB", 2 * 10**9), ("2 gib", 2**31), ("1.5GiB", 3 * 2**29), ("1TB", 10**12)],
 )
 def test_memory_is_read_in_mib_or_a_unit(text, size):
     assert parse_memory(text) == size

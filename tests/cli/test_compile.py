@@ -116,12 +116,14 @@ def test_an_engine_that_fails_is_a_warning_and_all_else_is_whole(small, monkeypa
     result = run("compile", small, "--out", "out", "--fidelity", "relc<=1", *QUICK)
     assert result.exit_code == 0, result.stderr
     reason = "TensorRT's compiler crashed on the model (SIGSEGV)"
-    assert f"warning: no engine was built: {reason}" in result.stderr.splitlines()
+    hint = "report the model, and this line"
+    lines = result.stderr.splitlines()
+    assert lines[lines.index(f"warning: no engine was built: {reason}") + 1] == f"hint: {hint}"
     files = {"figures.npz", "manifest.json", "model.onnx", "operator.safetensors", "report.html", "report.json"}
     files |= {"README.md", "samples.npz", "expected.npz", "held_out.npz", "latency.npz"}
     assert {path.name for path in Path("out").iterdir()} == files
     report = json.loads(Path("out/report.json").read_text())
-    expected = {"status": "failed", "reason": reason, "node": None, "not_run": None, "layers": []}
+    expected = {"status": "failed", "reason": reason, "hint": hint, "node": None, "not_run": None, "layers": []}
     assert report["engine"] == expected
     jsonschema.validate(report, json.loads((ROOT / "docs" / "report.schema.json").read_text()))
 

@@ -59,7 +59,7 @@ def try_engine(
         if target != "auto":
             raise
         node = error.node if isinstance(error, BuildError) else None
-        return EngineResult("failed", reason=str(error), node=node)
+        return EngineResult("failed", reason=str(error), hint=error.hint, node=node)
 
 
 def build_engine(
