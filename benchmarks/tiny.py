@@ -1,4 +1,4 @@
-"""Sinkhorn on many tiny matrices, as hyper-connections have one for each token: what packing and interleaving them gains.
+"""Sinkhorn on many tiny matrices, as hyper-connections have one for each token: what their layouts gain.
 
     python -m benchmarks.tiny
     python -m benchmarks.tiny --quick    # a moment, writes nothing

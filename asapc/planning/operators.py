@@ -19,8 +19,8 @@ Operator = Sinkhorn | SlicedDual
 
 MASS_TOLERANCE = 1e-6  # a last marginal within this of the usual one is the usual one
 SMALL = 64  # entries of matrices that count by their number and not by their size
-# From this many small matrices on they are interleaved, which takes twice as many operations, each with less to do; with
-# fewer, starting operations is what takes the time.
+# From this many small matrices on they are interleaved, in twice as many operations, each with less to do; with fewer,
+# starting operations is what takes the time.
 MANY = 256
 # Beyond this many bytes of scores the fused form may take this many times as long as the materialised one.
 MAX_MATRIX, MAX_SLOWER = 2**28, 3.0

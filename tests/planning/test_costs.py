@@ -9,6 +9,7 @@ from helpers.fitted import site
 
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
+from asapc.ops.small import SmallSinkhorn
 from asapc.planning.costs import Shape, estimate, share_of_exact, shipped, work
 from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
 
@@ -142,3 +143,11 @@ def test_scores_that_are_products_are_made_transposed_and_others_have_to_be_turn
             for is_scores in (True, False)
         )
         assert other - product == pytest.approx(passes * ENTRIES * shipped().milliseconds["pass"])
+
+
+@pytest.mark.parametrize(("lowering", "each"), [("materialised", 4 * 5), ("interleaved", 1)])
+def test_small_matrices_take_a_product_and_a_division_a_half_step(lowering, each):
+    """Packed, each entry is the sum of all of its matrix, most of them times zero."""
+    operator = SmallSinkhorn(7, "rows", (4, 5), lowering=lowering)
+    taken = {"half_step": 7, "product": ENTRIES * (2 * 6 + 7 * each), "pass": 7 * ENTRIES}
+    assert work(SHAPE, operator) == {**SCORES, **taken}

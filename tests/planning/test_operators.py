@@ -3,11 +3,14 @@
 import pytest
 import torch
 from helpers.fitted import site
+from helpers.tolerances import FLOAT64, difference
 
+from asapc.ops.guarded import guarded_plan_ref
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.planning.costs import shipped
-from asapc.planning.operators import MAX_MATRIX, alike, fusable, lower, rivals
+from asapc.planning.operators import MANY, MAX_MATRIX, alike, build, exact_operator, fusable, lower, rivals
 from asapc.types.choices import Candidate, Choice, Selection
+from asapc.types.site import Floor, Guard
 
 LENGTH, COSTS = 512, shipped()
 
@@ -73,3 +76,29 @@ def test_operators_are_alike_where_all_that_they_are_made_of_is(other):
     assert alike({"a": Sinkhorn(4)}, {"a": Sinkhorn(4)})
     assert not alike({"a": Sinkhorn(4)}, {"a": other})
     assert not alike({"a": Sinkhorn(4)}, {})
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_small_matrices_are_interleaved_where_they_are_many_and_no_gpu_launches_them(provider):
+    few, many = (site(heads=heads, queries=4, keys=6, product=None) for heads in (MANY - 1, MANY))
+    interleaved = "interleaved" if provider == "cpu" else "materialised"
+    for wanted in (None, "materialised", "fused"):
+        assert lower(few, exact_operator(few), 1, shipped(provider), wanted).lowering == "materialised"
+        assert lower(many, exact_operator(many), 1, shipped(provider), wanted).lowering == interleaved
+    assert lower(few, exact_operator(few), 2, shipped(provider)).lowering == interleaved
+    own = site(heads=MANY, queries=4, keys=6, product=None, column_mass=torch.rand(6, dtype=torch.float64))
+    assert lower(own, exact_operator(own), 1, shipped(provider)).lowering == "materialised"
+
+
+def test_a_candidate_is_built_in_the_layout_that_it_was_judged_in():
+    small = site(heads=MANY, queries=4, keys=4, product=None)
+    assert build(small, Candidate("truncated", 4, 1.0, lowering="interleaved")).lowering == "interleaved"
+
+
+def test_a_truncated_loop_of_small_matrices_keeps_its_constants():
+    floor = Floor(1e-3, clamped=False)
+    guard = Guard(floor, floor, "plan", "plain", "one", "same")
+    small = site(heads=2, queries=4, keys=4, product=None, guard=guard)
+    scores = 3 * torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    operator = build(small, Candidate("truncated", 3, 1.0))
+    assert difference(operator(scores), guarded_plan_ref(scores, 3, "rows", guard)) < FLOAT64

@@ -9,7 +9,7 @@ from asapc.errors import CaptureError, InternalError
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.passes.base import PreconditionError
 from asapc.passes.find.sinkhorn import find_sinkhorn
-from asapc.passes.rewrite.sinkhorn import SITE_MARK, InLayout, RewriteSinkhorn
+from asapc.passes.rewrite.sinkhorn import SITE_MARK, InLayout, RewriteSinkhorn, form_of
 from asapc.planning.operators import exact_operator
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
@@ -332,3 +332,31 @@ def test_a_graph_that_cannot_be_exported_again_is_no_fault_of_the_model(case, mo
     monkeypatch.setattr("asapc.writing.rewrite.export", refuse)
     with pytest.raises(InternalError, match="with its operators"):
         rewrite(case.graph, case.sites, case.operators)
+
+
+class Guarded(nn.Module):
+    """Matrices of 4 x 4 with a constant in every divisor, as hyper-connections have them."""
+
+    def forward(self, x):
+        plan = x.softmax(-1) + 1e-3
+        for i in range(5):
+            plan = plan / (plan.sum(dim=-2 + i % 2, keepdim=True) + 1e-3)
+        return plan
+
+
+@pytest.mark.parametrize("lowering", ["materialised", "interleaved"])
+def test_what_is_divided_is_not_sent_through_a_logarithm_and_back(lowering):
+    x = 2 * torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    samples = Samples({"x": x})
+    graph = CapturedGraph(export(Guarded().eval(), samples[:2].inputs), samples[:2])
+    (found,) = find_sinkhorn(graph, samples).sites
+    operator = exact_operator(found, lowering=lowering)
+    assert form_of(found, operator) == "kernel"
+    assert form_of(changed(found, scale=2 * found.loop.scale), operator) == "scores"  # a power of what is there
+    assert form_of(found, exact_operator(changed(found, guard=None))) == "scores"  # which is levelled first
+    module = RewriteSinkhorn([found], {found.name: operator})(graph.program.module()).program
+    with torch.no_grad():
+        assert difference(module(x), Guarded()(x)) < FLOAT64
+    traced = export(module, samples[:2].inputs).graph
+    targets = {getattr(node.target, "overloadpacket", None) for node in traced.nodes}
+    assert not targets & {torch.ops.aten.log, torch.ops.aten.exp}
