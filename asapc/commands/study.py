@@ -55,7 +55,8 @@ def study(
         loaded = model if isinstance(model, LoadedModel) else load_model(model, config)
         loaded = replace(loaded, output_names=output_names)
         calibration, held_out = gather(loaded, config)
-        counts = f"{loaded.parameters:,} parameters, {len(calibration)} + {len(held_out)} samples"
+        of_both = f"{len(calibration)} + {len(held_out)}" if held_out is not calibration else f"{len(calibration)}"
+        counts = f"{loaded.parameters:,} parameters, {of_both} samples"
         casts = [f"{name} read as float32, not float64" for name in calibration.cast]
         step.summary = "; ".join((counts, *loaded.notes, *notes, *casts))
 

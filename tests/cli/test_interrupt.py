@@ -44,7 +44,7 @@ def spin():
 cli.main()
 """.replace("BODY", body.strip().replace("\n", "\n    "))
     Path("spinning.py").write_text(code)
-    process = start("-m", "spinning", "spin")
+    process = start("-B", "-m", "spinning", "spin")  # what is left in this folder is compared
     try:
         out, err = process.communicate(timeout=SECONDS)
     finally:
