@@ -91,7 +91,7 @@ def main() -> None:
     for machine, busy in (("quiet", nullcontext), ("busy", busy_core)):
         for kind, repeat in kinds.items():
             if (machine, kind) == ("quiet", "coverage"):
-                continue  # a quiet machine's intervals are held to their own kind
+                continue  # its interval is what busy ones are held to
             rows = results.setdefault(machine, {}).setdefault(kind, [])
             with busy():
                 while len(rows) < options.repetitions:
