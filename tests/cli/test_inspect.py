@@ -24,6 +24,7 @@ def test_inspect_prints_a_row_for_each_site(shipped):
     for row in rows:
         assert {"40", "rows", "0.25"} <= set(row)
     assert "vit.py:" in result.stdout  # where the code stands
+    assert ", 64 samples" in result.stderr  # which it counts once
 
 
 def test_inspect_json_is_json_alone(shipped):
