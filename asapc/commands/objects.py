@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from asapc.commands.compile import compile_model
-from asapc.commands.study import Gather
+from asapc.commands.study import Gather, check_callback
 from asapc.config import OPTIONS, CompileConfig, options_of
 from asapc.errors import OptionError, SamplesError
 from asapc.events import Event, OnEvent
@@ -78,12 +78,6 @@ def read_call(
         return split_samples(loaded, read_samples(samples, loaded, most), "the samples", config.seed)
 
     return Call(loaded, config, gather)
-
-
-def check_callback(on_event: OnEvent) -> None:
-    """Raise OptionError unless progress can be told."""
-    if not callable(on_event):
-        raise OptionError(f"on_event cannot be {on_event!r}", "give a function of one argument, asapc.events.Event")
 
 
 def read_options(config: CompileConfig | None, options: dict[str, Any]) -> CompileConfig:

@@ -13,6 +13,7 @@ from asapc.capturing.dynamic import at_longest, open_axes, parse_axes, reopen
 from asapc.capturing.names import parse_names
 from asapc.commands.lengths import check_lengths, find_at_lengths
 from asapc.config import CompileConfig
+from asapc.errors import OptionError
 from asapc.events import OnEvent, stage
 from asapc.fidelity.outputs import check_labels
 from asapc.loading.model import load_model
@@ -125,3 +126,9 @@ def torch_threads(count: int) -> Iterator[int]:
         yield count or before
     finally:
         torch.set_num_threads(before)
+
+
+def check_callback(on_event: OnEvent) -> None:
+    """Raise OptionError unless progress can be told."""
+    if not callable(on_event):
+        raise OptionError(f"on_event cannot be {on_event!r}", "give a function of one argument, asapc.events.Event")

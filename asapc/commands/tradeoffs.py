@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asapc.commands.inspect import require_sites
-from asapc.commands.objects import check_callback
-from asapc.commands.study import study, torch_threads
+from asapc.commands.study import check_callback, study, torch_threads
 from asapc.commands.target import cost_model
 from asapc.config import CompileConfig, options_of
 from asapc.errors import OptionError
