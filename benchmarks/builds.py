@@ -32,7 +32,7 @@ from asapc.config import CompileConfig
 from asapc.errors import AsapcError, BuildError, one_line
 from asapc.ops.sliced_dual import bias_side
 from asapc.planning.calibrate import FitKey, calibrate
-from asapc.planning.operators import Operator, build, fusable
+from asapc.planning.operators import Operator, build, lowerings
 from asapc.planning.propose import why_not_sliced
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import SIDES, Candidate, FeatureSet
@@ -170,7 +170,7 @@ def forms(teacher: Teacher) -> dict[tuple[str, str], Modules]:
                 of_site = candidates[site.name]
                 wide = frozenset([site.name] if form == LEVELLED else [])
                 module = build(site, of_site.get(form, of_site["exact"]), wide)
-                module.lowering = lowering if fusable(site, module) else "materialised"
+                module.lowering = lowering if lowering in lowerings(site, module) else "materialised"
                 modules[site.name] = module
             if any(module.lowering == lowering for module in modules.values()):
                 of_models[form, lowering] = modules

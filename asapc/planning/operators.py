@@ -98,17 +98,24 @@ def fusable(site: Site, module: Operator) -> bool:
     return plain and module.last == "rows" and not module.wide
 
 
+def lowerings(site: Site, module: Operator) -> tuple[Lowering, ...]:
+    """Return the forms that an operator has at a site."""
+    if isinstance(module, SmallSinkhorn):
+        return ("materialised", "interleaved") if site.loop.column_mass.numel() == 1 else ("materialised",)
+    return ("materialised", "fused") if fusable(site, module) else ("materialised",)
+
+
 def lower(site: Site, module: Operator, batch: int, model: CostModel, lowering: Lowering | None = None) -> Operator:
     """Set an operator's lowering for a batch, and return it: `lowering` where it has that form, else the cheapest.
 
     For large batches and long sequences the matrix of scores takes memory that softmax attention does not need. The
     fused form avoids it. But it computes the scores again in each half-step, which costs too much in long loops.
     """
-    forms: tuple[Lowering, ...] = ("materialised", "fused") if fusable(site, module) else ("materialised",)
-    if isinstance(module, SmallSinkhorn):
-        many = batch * site.loop.heads >= MANY and site.loop.column_mass.numel() == 1
+    forms = lowerings(site, module)
+    if "interleaved" in forms:
         # On a GPU the number of launches is what takes the time.
-        forms = ("interleaved",) if many and model.provider == "cpu" else ("materialised",)
+        many = batch * site.loop.heads >= MANY and model.provider == "cpu"
+        forms = ("interleaved",) if many else ("materialised",)
     too_large = batch * site.loop.heads * site.loop.queries * site.loop.keys * site.wiring.dtype.itemsize > MAX_MATRIX
     if lowering in forms:
         forms = (lowering,)
