@@ -45,7 +45,7 @@ CASES = {
     "old python": (replace(HEALTHY, python="3.10.2", python_fits=False), "python-version", "fault", ".venv"),
     "no torch": (
         with_modules(with_version(HEALTHY, "torch", None), torch=NONE),
-        *("missing-requirement", "fault", 'pip install "torch<2.14,>=2.9"'),
+        *("missing-requirement", "fault", 'pip install "torch<2.14,>=2.13"'),
     ),
     "no TensorRT-RTX": (
         with_modules(with_version(HEALTHY, "tensorrt-rtx-cu12", None), tensorrt_rtx=NONE),
@@ -55,7 +55,7 @@ CASES = {
     "old TensorRT": (with_version(HEALTHY, "tensorrt", "10.1"), "version-outside-range", "warning", "tensorrt>=10.9"),
     "torch does not load": (
         with_modules(HEALTHY, torch=BROKEN),
-        *("broken-import", "fault", 'pip install --force-reinstall --no-deps "torch<2.14,>=2.9"'),
+        *("broken-import", "fault", 'pip install --force-reinstall --no-deps "torch<2.14,>=2.13"'),
     ),
     "TensorRT-RTX does not load": (
         with_modules(HEALTHY, tensorrt_rtx=BROKEN),

@@ -18,7 +18,7 @@ HEALTHY = Facts(
     python_fits=True,
     metadata_error=None,
     requirements=(
-        Requirement("torch<2.14,>=2.9", "torch", version="2.13.0+cpu", fits=True),
+        Requirement("torch<2.14,>=2.13", "torch", version="2.13.0+cpu", fits=True),
         Requirement("onnxruntime-gpu>=1.22", "onnxruntime-gpu", version="1.31.1", fits=True),
         Requirement("tensorrt-rtx-cu12>=1.2", "tensorrt-rtx-cu12", version="1.7.1", fits=True),
         Requirement("tensorrt>=10.9", "tensorrt", extra="tensorrt"),
