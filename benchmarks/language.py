@@ -1,16 +1,10 @@
-"""A language model with hyper-connections: what its mixing matrices take, and what approximating them costs.
+"""Trains the language model with hyper-connections that the repository ships, models/language.pt.
 
-    python -m benchmarks.language --train    # models/language.pt anew: a quarter of an hour on an idle core
-    python -m benchmarks.language            # measures it
+    python -m benchmarks.language    # a quarter of an hour on an idle core
 
-The model is trained on a novel from an npm package, character by character; the last tenth of it is held out. It is run
-in ONNX Runtime as written, with its loops packed, as each of BUDGETS chooses, and with a single half-step in the place of
-each loop, which is the floor. Ratios are medians of interleaved rounds in one process, with 95 % intervals by bootstrap.
-Perplexity is that of the exported models on held-out text. Norms are of the product of a token's mixing matrices over all
-layers. Writes benchmarks/results/language.json and what stands in docs/hyper-connections.md between two markers.
+It learns a novel from an npm package, character by character; the last tenth of the text is held out.
 """
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -27,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT, CACHE = ROOT / "models" / "language.pt", ROOT / "benchmarks" / "cache"
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 4000, 16, 3e-3
 LENGTH, CALIBRATION, HELD_OUT = 128, 32, 256  # characters, and texts
-ARGUMENTS = {"vocabulary": CHARACTERS, "length": LENGTH, "width": 64, "depth": 4, "heads": 4, "streams": 4, "iterations": 20}
+ARGUMENTS = {"width": 64, "depth": 4, "heads": 4, "streams": 4, "iterations": 20}
 
 
 def train() -> dict[str, Any]:
@@ -35,7 +29,7 @@ def train() -> dict[str, Any]:
     text = novel(CACHE)
     training, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     torch.manual_seed(SEED)
-    model = LanguageModel(**ARGUMENTS)
+    model = LanguageModel(CHARACTERS, LENGTH, **ARGUMENTS)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.1)
     start = time.perf_counter()
@@ -57,7 +51,7 @@ def train() -> dict[str, Any]:
     return {
         "format": "asapc.checkpoint/1",
         "model": "asapc.models.language:LanguageModel",
-        "model_args": ARGUMENTS,
+        "model_args": {"vocabulary": CHARACTERS, "length": LENGTH, **ARGUMENTS},
         "state_dict": model.state_dict(),
         "calibration": {"inputs": {"tokens": training[: CALIBRATION * LENGTH].view(-1, LENGTH).clone()}},
         "held_out": {"inputs": {"tokens": texts.clone()}},
@@ -78,17 +72,13 @@ def cross_entropy(logits: Tensor, characters: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Train or measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", action="store_true", help="train the shipped checkpoint anew")
-    options = parser.parse_args()
+    """Train the model, write its checkpoint, and print what is known of its training."""
     torch.set_num_threads(1)
-    if options.train:
-        checkpoint = train()
-        partial = CHECKPOINT.with_suffix(".partial")
-        torch.save(checkpoint, partial)
-        partial.rename(CHECKPOINT)
-        print(checkpoint["training"])
+    checkpoint = train()
+    partial = CHECKPOINT.with_suffix(".partial")
+    torch.save(checkpoint, partial)
+    partial.rename(CHECKPOINT)
+    print(checkpoint["training"])
 
 
 if __name__ == "__main__":
