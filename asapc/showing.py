@@ -86,7 +86,7 @@ def reach(site: dict[str, Any]) -> Iterator[str]:
     """Yield a line on where constants in a loop's divisors act, if it is not far from the samples."""
     carried = site["guarded"] and site.get("choice", {}).get("operator") == "exact"
     if site["reach"] is not None and site["reach"] < FAR and not carried:
-        form = "which the exact form alone carries" if site["guarded"] else "which no operator carries"
+        form = "which the exact form carries" if site["guarded"] else "which no operator carries"
         yield (
             f"{site['name']} keeps its divisors from zero by a constant, {form}: it changes the plan on scores of more "
             f"than {site['reach']:g} times the samples'"
