@@ -66,7 +66,14 @@ def test_an_engine_is_compared_as_a_hop_and_timed_on_its_gpu(trt, tmp_path):
     jsonschema.validate(json.loads(json.dumps(data, allow_nan=False)), SCHEMA)
     assert [hop["name"] for hop in data["fidelity"]["hops"]][-2:] == ["export", "engine"]
     assert data["fidelity"]["hops"][-1]["rel"] < 1e-6
-    assert data["engine"] == {"status": "built", "reason": None, "node": None, "not_run": None, "layers": []}
+    assert data["engine"] == {
+        "status": "built",
+        "reason": None,
+        "hint": None,
+        "node": None,
+        "not_run": None,
+        "layers": [],
+    }
     gpu = data["latency"]["gpu"]
     rows = [(run["name"], run["runtime"], run["batch"], run["device"], run["p50_ms"]) for run in gpu["runs"]]
     assert rows == [("compiled", "tensorrt", batch, "Fake GPU", 2.0) for batch in (1, 4)]
