@@ -122,9 +122,11 @@ def compare(name: str, teacher: Teacher, one_pass: bool = False) -> Row:
         print(
             f"{name:<32} {label:<32}", *(f"{r:.4f}" for r in rows[label]["relc"]), rows[label]["agreement"], flush=True
         )
+    if one_pass:
+        return {"operators": rows}
     planned: Row = {}
     check = Check(teacher, Alternatives(costed, wide))
-    for budget in () if one_pass else BUDGETS:
+    for budget in BUDGETS:
         chosen = decide(check, CompileConfig(fidelity=budget))
         choices = [chosen.choices[s.name].candidate for s in sites]
         chosen_modules = operators(sites, chosen)
