@@ -7,9 +7,9 @@
 
 Beside it, served in the same way: the teacher, the exact form and softmax, and the compiled model without dynamic
 batching. All servers run; the clients, threads of this process, send a share of the requests over gRPC to one, then to
-the next, in blocks. Every answer is compared with that of `asapc.load`, within 1e-4, and counted. Memory is that of the
-server's process: after a tenth of the requests it should not grow. Writes benchmarks/results/serving.json. Run from the
-root of a checkout.
+the next, in blocks. Rivals, of which throughput alone is asked, get a tenth of the requests. Every answer is compared
+with that of `asapc.load`, within 1e-4, and counted. Memory is that of the server's process: after a tenth of the
+requests it should not grow. Writes benchmarks/results/serving.json. Run from the root of a checkout.
 """
 
 import argparse
@@ -56,6 +56,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 RIVALS = ("teacher", "exact", "softmax")
 COMPILED, UNBATCHED, NAME = "compiled", "compiled, no batching", "model"
 BLOCKS, WARM_UP, SAMPLE_SECONDS = 20, 0.1, 0.1
+SHARE = 0.1  # of the requests, to each rival
 PERCENTILES = (50, 90, 99, 99.9)
 
 Arrays = Mapping[str, np.ndarray]
@@ -70,7 +71,7 @@ class Served:
     process: psutil.Process
     samples: list[Arrays]
     expected: list[Arrays]
-    seconds: list[float] = field(default_factory=list)  # of each block
+    seconds: list[float] = field(default_factory=list)  # of a request, in each block
     latencies: list[float] = field(default_factory=list)  # milliseconds, of each answer
     memory: list[tuple[int, int]] = field(default_factory=list)  # requests sent by then, bytes
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -82,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what `asapc compile` wrote")
     parser.add_argument("--server", type=Path, required=True, help="a virtual environment with the requirements")
-    parser.add_argument("--requests", type=int, default=50_000, help="to each server")
+    parser.add_argument("--requests", type=int, default=50_000, help="to the compiled model's server")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1, help="samples in one request")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -93,7 +94,8 @@ def main() -> None:
         names = {n: stack.enter_context(served(path, n != UNBATCHED, options)) for n, path in folders.items()}
         for block in range(BLOCKS):
             for name in rotated(list(names), block):
-                send(names[name], options.requests * (block + 1) // BLOCKS, options.clients)
+                most = options.requests if name == COMPILED else round(SHARE * options.requests)
+                send(names[name], most * (block + 1) // BLOCKS, options.clients)
             print(f"block {block + 1} of {BLOCKS}", flush=True)
     rows = {name: row(one, names[COMPILED]) for name, one in names.items()}
     for name, of_name in rows.items():
@@ -185,7 +187,7 @@ def send(one: Served, until: int, clients: int) -> None:
         sampling = pool.submit(sample)
         for asking in [pool.submit(ask) for _ in range(clients)]:
             asking.result()
-        one.seconds.append(time.perf_counter() - began)
+        one.seconds.append((time.perf_counter() - began) / (until - one.sent))
         done.set()
         sampling.result()
     one.memory.append((sum(one.outcomes.values()), one.process.memory_info().rss))
@@ -217,7 +219,7 @@ def row(one: Served, compiled: Served) -> Row:
         "sent": one.sent,
         "outcomes": dict(one.outcomes),
         "lost": one.sent - sum(one.outcomes.values()),
-        "requests_per_second": one.sent / sum(one.seconds),
+        "requests_per_second": BLOCKS / sum(one.seconds),
         "latency_ms": {str(p): float(np.percentile(one.latencies, p)) for p in PERCENTILES},
         "time_over_compiled": asdict(ratio) if one is not compiled else None,
         "memory_mb": {"warm": first / 2**20, "end": last / 2**20, "most": max(warm) / 2**20},
