@@ -13,6 +13,7 @@ import typer
 
 from asapc import showing, showing_timing
 from asapc.config import MAX_BATCH, OPTIONS, CompileConfig
+from asapc.errors import AsapcError
 from asapc.terminal import BUDGET_MISSED, LATENCY_ENDS, Json, command, print_json, show, stages
 
 TEACHER = [OPTIONS[name] for name in ("model", "model_args", "weights", "unsafe_load", "seed")]
@@ -129,26 +130,31 @@ def check(
     from asapc.commands.check import check_folder
     from asapc.commands.folders import runtime_of
     from asapc.commands.gates import CheckOptions, parse_share
-    from asapc.writing.ci import benchmark_entries, write_junit
+    from asapc.writing.ci import benchmark_entries, write_junit, write_junit_error
 
     share, where = parse_share(max_slowdown), runtime_of(runtime)
     asked = CheckOptions(baseline, relative, save_baseline, share, tuple(batch), seconds, data, teacher, where)
+    found, failure = None, None
     with outputs(junit, markdown, github_benchmark) as (xml, page, entries):
-        with stages(visible=not as_json) as on_event:
-            result = check_folder(folder, asked, options, on_event)
-        found = result.data()
+        try:
+            with stages(visible=not as_json) as on_event:
+                result = check_folder(folder, asked, options, on_event)
+            found, failure = result.data(), result.failure
+        except AsapcError as error:  # what CI shows must say so, and not what an earlier check found
+            failure = error
+        parts = list(showing_timing.check(found)) if found else [f"NOT CHECKED: {folder}", str(failure)]
         if xml is not None:
-            write_junit(xml, found)
+            write_junit(xml, found) if found else write_junit_error(xml, str(folder), str(failure))
         if page is not None:
-            page.write_text(showing.markdown(showing_timing.check(found)), encoding="utf-8")
+            page.write_text(showing.markdown(parts), encoding="utf-8")
         if entries is not None:
-            entries.write_text(json.dumps(benchmark_entries(found), indent=2) + "\n", encoding="utf-8")
-    if as_json:
+            entries.write_text(json.dumps(benchmark_entries(found) if found else [], indent=2) + "\n", encoding="utf-8")
+    if found and as_json:
         print_json(found)
-    else:
-        show([*showing_timing.check(found), *([str(save_baseline)] if save_baseline else [])])
-    if result.failure is not None:
-        raise result.failure
+    elif found:
+        show([*parts, *([str(save_baseline)] if save_baseline else [])])
+    if failure is not None:
+        raise failure
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gates                      # what is missing: about 75 minutes, on a machine that is quiet
     python -m benchmarks.gates --repetitions 2      # a try
+    python -m benchmarks.gates --only 'A/A*'        # kinds by name, as in a shell
 
 Every repetition runs `check_folder` with fresh sessions on the shipped model at batch 1, on the quiet machine and
 beside another repetition, which keeps a second core busy. The model is truncated Sinkhorn of BASE half-steps. Slower
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from fnmatch import fnmatch
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,6 +64,7 @@ def main() -> None:
     """Run what is missing, and print the rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="of each kind")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="kinds of repetitions, as in a shell")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -87,6 +90,7 @@ def main() -> None:
         **{f"A/B {share}": partial(relative, folders[name]) for share, name in slower.items()},
         "coverage": partial(measure_ratio, folders["exact"], folders["base"], INTERVAL),
     }
+    kinds = {kind: repeat for kind, repeat in kinds.items() if fnmatch(kind, options.only)}
     # The interval of a quiet ratio is what busy ones are held to, and not held to anything itself.
     quiet = {kind: repeat for kind, repeat in kinds.items() if kind != "coverage"}
     for machine, of_machine, processes in (("quiet", quiet, 1), ("busy", kinds, 2)):

@@ -19,7 +19,7 @@ ARROWS = {
     "cli": "cli_serving cli_timing terminal doctor showing commands planning relu writing process models config errors "
     "version",
     "cli_serving": "terminal commands runtime writing",
-    "cli_timing": "terminal showing showing_timing commands writing config",
+    "cli_timing": "terminal showing showing_timing commands writing config errors",
     "terminal": "showing process config types errors events",
     "doctor": "showing errors version",  # of the library nothing else: it must work where torch does not
     "showing_timing": "showing writing",

@@ -104,31 +104,31 @@ def bench_folders(
         folder.fit(samples)
     watch, measurements = Watch(), []
     with tempfile.TemporaryDirectory() as scratch:
-        files = {name: folder.model for name, folder in folders.items()}
-        files |= export_those(options, first, samples, Path(scratch), config, on_event)
-        distinct, same = twins(files)
+        exported = export_those(options, first, samples, Path(scratch), config, on_event)
         with stage("measure", on_event) as step:
-            for runtime, threads, length, batch in product(
-                options.runtimes or present(),
-                options.threads or (torch.get_num_threads(),),
-                options.lengths or (None,),
-                options.batches or first.batches,
-            ):
-                inputs = samples if length is None else lengthened(samples, first, length)
-                of_batch = repeated(inputs, batch)
-                models = {name: partial(open_file, path, runtime, threads, of_batch) for name, path in distinct.items()}
-                effort = Effort(options.seconds, seed=config.seed)
-                latency, times = compare(models, same, inputs, batch, effort, step.advance)
-                facts_ = {"runtime": runtime, "threads": threads, "length": length}
-                raw = {run.name: rounded(times[same.get(run.name, run.name)]) for run in latency.runs}
-                measurements.append({**facts_, **measurement_data(latency, raw)})
-            step.summary = f"{len(files)} models, {len(measurements)} measurements"
+            for runtime in options.runtimes or present():
+                files = {name: folder.deployed(runtime) for name, folder in folders.items()} | exported
+                distinct, same = twins(files)
+                for threads, length, batch in product(
+                    options.threads or (torch.get_num_threads(),),
+                    options.lengths or (None,),
+                    options.batches or first.batches,
+                ):
+                    inputs = samples if length is None else lengthened(samples, first, length)
+                    opener = partial(open_file, runtime=runtime, threads=threads, inputs=repeated(inputs, batch))
+                    models = {name: partial(opener, path) for name, path in distinct.items()}
+                    effort = Effort(options.seconds, seed=config.seed)
+                    latency, times = compare(models, same, inputs, batch, effort, step.advance)
+                    facts_ = {"runtime": runtime, "threads": threads, "length": length}
+                    raw = {run.name: rounded(times[same.get(run.name, run.name)]) for run in latency.runs}
+                    measurements.append({**facts_, **measurement_data(latency, raw)})
+            step.summary = f"{len(folders) + len(exported)} models, {len(measurements)} measurements"
     return {
         "schema": "asapc.bench/1",
         "environment": environment(config.seed),
         "conditions": conditions_data(watch.conditions),
         "warnings": warn_of_load(watch.conditions),
-        "first": next(iter(files)),
+        "first": str(first.path),
         "measurements": measurements,
     }
 

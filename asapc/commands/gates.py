@@ -1,7 +1,6 @@
 """Holds the latency of a compiled folder to a baseline or to another folder, for `asapc check`."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -12,6 +11,7 @@ import numpy as np
 
 from asapc.backends.onnxruntime.library import library
 from asapc.commands.folders import Folder, Runtime, graph_hash, open_file
+from asapc.commands.reference import pack_reference, reference_file
 from asapc.errors import NotComparableError, OptionError, UnstableError
 from asapc.events import Stage
 from asapc.loading.baseline import SAVE, SCHEMA, digest
@@ -29,7 +29,6 @@ from asapc.timing.gate import (
     relative_slowdown,
     scaled_spread,
 )
-from asapc.timing.machine import REFERENCE_INPUTS, reference
 from asapc.timing.ratios import half_width
 from asapc.timing.rounds import repeated
 from asapc.types.samples import Samples
@@ -41,7 +40,7 @@ from asapc.writing.report import conditions_data
 MAX_SLOWDOWN = 0.03  # where none is given; intervals of half of it take some seconds on a quiet machine
 SECONDS = 25.0  # for each batch size; a quiet machine needs a few
 MIN_BLOCKS = 8
-PILOT = Effort(0.0, blocks=2, rounds=5)  # by which the reference workload is made as long as the model
+BASELINE = 0.5  # times as well known as a check has to be, which holds its own times to it
 DIGITS = 6  # of a time in a baseline
 
 
@@ -121,7 +120,6 @@ class Measurement:
         seed: of all orders.
         step: to report progress to.
         times: raw times by batch size, as far as measured.
-        calls: of the reference workload in a turn, by the same; empty unless times are for a baseline.
     """
 
     folder: Folder
@@ -131,7 +129,6 @@ class Measurement:
     seed: int
     step: Stage
     times: dict[int, Times] = field(default_factory=dict)
-    calls: dict[int, int] = field(default_factory=dict)
 
     def relative(self, other: Folder) -> list[Gate]:
         """Hold the folder to another, by turns."""
@@ -160,17 +157,16 @@ class Measurement:
                 f"give --batch {', '.join(map(str, earlier))}, or write a new one with --save-baseline",
             )
         gates = []
-        with self.workload() as workload:
+        with reference_file(self.model, self.options.baseline, baseline) as reference:
             for batch in batches:
-                run = earlier.get(batch)
-                self.calls[batch] = self.pilot(workload(1), batch) if run is None else run["reference_calls"]
-                then = None if run is None else {name: np.array(blocks) for name, blocks in run["ms"].items()}
-                settled = narrow_enough(limit, scaled_spread if then is None else baseline_slowdown(then))
-                times = self.take_turns({REFERENCE: workload(self.calls[batch])}, batch, settled)
+                then = None if baseline is None else {n: np.array(blocks) for n, blocks in earlier[batch]["ms"].items()}
+                spread = scaled_spread if then is None else baseline_slowdown(then)
+                enough = narrow_enough(limit * BASELINE if then is None else limit, spread)
+                times = self.take_turns({REFERENCE: self.opener(reference, batch)}, batch, enough)
                 self.times[batch] = times
                 if then is not None:
                     gates.append(baseline_gate(times, then, batch, limit))
-                elif not settled(times):
+                elif not narrow_enough(limit, spread)(times):
                     raise unfit(batch, scaled_spread(times))
         return gates
 
@@ -179,23 +175,9 @@ class Measurement:
         """The file that is timed."""
         return self.folder.deployed(self.options.runtime)
 
-    def workload(self) -> AbstractContextManager[Any]:
-        """Return what opens the reference workload in the runtime that is measured."""
-        return reference(partial(self.open, inputs=REFERENCE_INPUTS))
-
-    def open(self, path: Path, inputs: Samples) -> Any:
-        """Open an ONNX file."""
-        return open_file(path, self.options.runtime, self.threads, inputs)
-
     def opener(self, path: Path, batch: int) -> Open:
         """Return what opens sessions of an ONNX file for a batch."""
-        return partial(self.open, path, repeated(self.samples, batch))
-
-    def pilot(self, workload: Open, batch: int) -> int:
-        """Return how many calls of the reference workload take as long as one of the model."""
-        models = {HEAD: self.opener(self.model, batch), REFERENCE: workload}
-        times = time_blocks(models, self.samples, batch, PILOT)
-        return max(1, round(float(np.median(times[HEAD]) / np.median(times[REFERENCE]))))
+        return partial(open_file, path, self.options.runtime, self.threads, repeated(self.samples, batch))
 
     def take_turns(self, others: Mapping[str, Open], batch: int, settled: Settled) -> Times:
         """Time the model, the model opened again, and others."""
@@ -208,8 +190,8 @@ class Measurement:
 def unfit(batch: int, spread: Ratio) -> UnstableError:
     """Return the error for times that are no baseline: later checks could not tell anything by them."""
     return UnstableError(
-        f"latency is not stable enough for a baseline at batch {batch}: beside the reference workload it is known to "
-        f"within {half_width(spread):.1%}",
+        f"latency is not stable enough for a baseline at batch {batch}: beside the same work with other weights it is "
+        f"known to within {half_width(spread):.1%}",
         "measure on a quieter machine, or for longer with --seconds",
     )
 
@@ -219,7 +201,6 @@ def baseline_data(measurement: Measurement, conditions: Conditions) -> dict[str,
     runs = [
         {
             "batch": batch,
-            "reference_calls": measurement.calls[batch],
             "ms": {name: rounded(times[name]) for name in (HEAD, REFERENCE)},
         }
         for batch, times in measurement.times.items()
@@ -233,6 +214,7 @@ def baseline_data(measurement: Measurement, conditions: Conditions) -> dict[str,
             measurement.folder, measurement.samples, measurement.threads, measurement.options.runtime
         ),
         "conditions": conditions_data(conditions),
+        "reference": pack_reference(measurement.model),
         "runs": runs,
     }
     return {**content, "sha256": digest(content)}

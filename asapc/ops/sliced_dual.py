@@ -162,6 +162,12 @@ class SlicedDual(nn.Module):
     pair_weights: torch.Tensor | None
 
     @property
+    def coefficients(self) -> list[str]:
+        """Names of the buffers with what was fitted to the dual, on the fixed bases and knots."""
+        names = ("feature_weights", "pair_weights", *(f"closure_weights_{step}" for step in range(1, self.steps + 1)))
+        return [name for name in names if getattr(self, name, None) is not None]
+
+    @property
     def half_steps(self) -> int:
         """Number of half-steps over the scores."""
         return self.first_half_steps + 2 * self.steps

@@ -24,7 +24,8 @@ class Accelerated(nn.Module):
     to the other; the operators are no part of a state dict. It takes the same arguments, any number of samples at once,
     and returns the same. What it computes is the model in evaluation mode: `train()` sets the flags of its modules and
     changes nothing else, so that dropout and the statistics of normalisations stay as in evaluation. Gradients reach
-    the parameters and the inputs, through the operators, whose own coefficients stay as they were fitted.
+    the parameters and the inputs, through the operators, whose own coefficients stay as they were fitted until
+    `operator_parameters` makes parameters of them.
 
     Args:
         model: a copy of the model that is this one's alone.
@@ -98,6 +99,25 @@ class Accelerated(nn.Module):
             self.interface.check_shape(info, tuple(tensor.shape), lengths)
             tensors.append(tensor)
         return tensors
+
+    def operator_parameters(self) -> list[nn.Parameter]:
+        """Make parameters of the coefficients that operators were fitted with, to train them alone or with the rest.
+
+        From then on they are among `parameters()` and, below `asapc_graph`, in state dicts.
+
+        Returns:
+            These parameters; none where all operators are exact or truncated Sinkhorn.
+        """
+        parameters = []
+        for module in getattr(self, GRAPH).modules():
+            for name in getattr(module, "coefficients", ()):
+                value = getattr(module, name)
+                if not isinstance(value, nn.Parameter):
+                    del module._buffers[name]
+                    value = nn.Parameter(value)
+                    module.register_parameter(name, value)
+                parameters.append(value)
+        return parameters
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move tensors as of any module, and what the graph makes anew to the same device.

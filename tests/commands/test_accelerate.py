@@ -222,6 +222,34 @@ def test_approximations_carry_gradients_to_the_scores(lowering):
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95
 
 
+def test_coefficients_of_operators_are_trained_alone(fast, x):
+    torch.manual_seed(0)
+    points = torch.randn(40, 24, 3)
+    student = asapc.accelerate(
+        PointTransformer(width=16, heads=2, depth=1, iterations=6),
+        points,
+        fidelity=("relc<=0.5", "agreement>=0"),
+        operators="hinges",
+        **OPTIONS,
+    )
+    before, state = outputs(student, points), student.state_dict()
+    coefficients = student.operator_parameters()
+    torch.testing.assert_close(outputs(student, points), before, rtol=0, atol=0)
+    assert all(one is other for one, other in zip(coefficients, student.operator_parameters(), strict=True))
+    assert len(student.state_dict()) == len(state) + len(coefficients)
+    aim, optimizer = torch.randn(40, 10), torch.optim.Adam(coefficients, lr=0.1)
+    losses = []
+    for _ in range(20):
+        loss = (student(points) - aim).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(student.state_dict()[name], value) for name, value in state.items())
+    assert fast.operator_parameters() == []  # its operators are exact
+
+
 def test_a_budget_that_is_missed_and_a_model_without_loops_are_errors(x):
     torch.manual_seed(0)
     teacher = PointTransformer(width=16, heads=2, depth=1, iterations=6)

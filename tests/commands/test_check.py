@@ -1,8 +1,10 @@
 """The gate on a small model, with times made up: what is timed never decides a test."""
 
+import base64
 import csv
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import jsonschema
@@ -16,13 +18,16 @@ from helpers.paths import ROOT
 from helpers.quick import quick_compilation
 from junitparser import JUnitXml
 
-from asapc.commands import gates
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.commands import bench, gates
 from asapc.commands.bench import BenchOptions, bench_folders, lengthened
 from asapc.commands.compile import compile_model
 from asapc.commands.folders import Folder, graph_hash
+from asapc.commands.reference import pack_reference
 from asapc.config import CompileConfig
 from asapc.errors import OptionError
 from asapc.loading.baseline import digest
+from asapc.passes.onnx import weights
 from asapc.timing import compare
 from asapc.types.samples import Samples
 
@@ -131,6 +136,51 @@ def test_a_slowdown_against_a_baseline_ends_with_4_in_every_output(base, baselin
     assert [entry["unit"] for entry in entries] == ["ms", "ms"]
     assert entries[0]["value"] == pytest.approx(1.1, rel=0.01)
     assert run("check", base, "--baseline", baseline, "--threads", 1, "--max-slowdown", "15%").exit_code == 0
+
+
+def test_a_baseline_carries_the_graph_of_its_model_without_the_weights(base, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_KEPT", 16)
+    own = [w.raw_data for w in onnx.load(base / "model.onnx").graph.initializer if len(w.raw_data) > 16 * 4]
+    reference = zlib.decompress(base64.b64decode(pack_reference(base / "model.onnx")))
+    assert own
+    assert all(data not in reference for data in own)
+    assert [value.name for value in onnx.load_model_from_string(reference).graph.input] == ["images"]
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "other", "file", "large"])
+def test_a_reference_model_from_strangers_is_refused_in_one_line(kind, base, baseline, tmp_path):
+    content = json.loads(baseline.read_text())
+    model = onnx.load_model_from_string(zlib.decompress(base64.b64decode(content["reference"])))
+    if kind == "file":
+        tensor = model.graph.initializer.add(name="w", dims=[2], data_type=1, data_location=1)
+        tensor.external_data.add(key="location", value="../../etc/passwd")
+    if kind == "large":
+        model.graph.initializer.add(name="w", dims=[2**40], data_type=1)
+    packed = base64.b64encode(zlib.compress(b"no model" if kind == "other" else model.SerializeToString())).decode()
+    content["reference"] = {"text": "?", "cut": packed[: len(packed) // 8 * 4]}.get(kind, packed)
+    del content["sha256"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**content, "sha256": digest(content)}))
+    error, _ = assert_user_error(run("check", base, "--baseline", other, "--threads", 1))
+    assert "reference model" in error
+
+
+def test_what_cannot_be_checked_replaces_what_an_earlier_check_found(base, baseline, tmp_path):
+    files = {name: tmp_path / name for name in ("junit", "markdown", "github-benchmark")}
+    for path in files.values():
+        path.write_text("passed")
+    outputs = [part for name, path in files.items() for part in (f"--{name}", path)]
+    content = json.loads(baseline.read_text())
+    content["fingerprint"]["cpu"] = "another"
+    del content["sha256"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**content, "sha256": digest(content)}))
+    error, _ = assert_user_error(run("check", base, "--baseline", other, "--threads", 1, *outputs), 5)
+    (case,) = (case for suite in JUnitXml.fromfile(str(files["junit"])) for case in suite)
+    assert "is not comparable" in error
+    assert [result.message for result in case.result] == [error.removeprefix("error: ")]
+    assert files["markdown"].read_text().startswith("NOT CHECKED")
+    assert json.loads(files["github-benchmark"].read_text()) == []
 
 
 def test_what_is_unstable_ends_with_6_and_is_no_baseline(base, baseline, clock, tmp_path):
@@ -272,6 +322,23 @@ def test_a_runtime_that_is_not_there_is_said_in_one_line(base, head):
     for arguments in (("check", head, "--relative", base), ("bench", base)):
         error, _ = assert_user_error(run(*arguments, "--runtime", "cuda"))
         assert "finds no CUDA" in error
+
+
+def test_each_runtime_times_the_file_that_is_deployed_there(base, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "half")
+    shutil.copy(base / "model.onnx", tmp_path / "half" / "model.float16.onnx")
+    relist(tmp_path / "half")
+    opened = set()
+
+    def open_file(path, runtime, threads, inputs):
+        opened.add((runtime, path.name))
+        return OnnxRuntimeRunner(path, threads)
+
+    monkeypatch.setattr(bench, "open_file", open_file)
+    options = BenchOptions(batches=(1,), threads=(1,), runtimes=("cpu", "cuda"), seconds=0.1)
+    measurements = bench_folders([tmp_path / "half"], options)["measurements"]
+    assert [measurement["runtime"] for measurement in measurements] == ["cpu", "cuda"]
+    assert opened == {("cpu", "model.onnx"), ("cuda", "model.float16.onnx")}
 
 
 def test_a_length_needs_an_open_axis_and_a_rival_a_name(base):
