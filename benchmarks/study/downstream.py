@@ -1,0 +1,104 @@
+"""Trained models compiled without retraining: what of the teacher's accuracy is kept, at what speed, on every task."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from asapc.commands.compile import compile_model
+from asapc.config import CompileConfig
+from asapc.errors import FidelityError
+from asapc.training.evaluate import evaluate
+from benchmarks.study.models import TASKS, seeds, trained
+from benchmarks.study.tables import percent, spread, table
+
+BATCH = 8
+SECONDS, QUICK_SECONDS = 4.0, 1.0
+RIVALS = ("teacher", "exact", "truncated", "softmax")
+Row = dict[str, Any]
+
+
+def cases(quick: bool) -> dict[str, Callable[[], Row]]:
+    """Return what compiles each task's model of each seed."""
+    return {
+        f"{task}, seed {seed}": partial(compile_teacher, task, seed, quick) for seed in seeds(quick) for task in TASKS
+    }
+
+
+def compile_teacher(task: str, seed: int, quick: bool) -> Row:
+    """Compile a model with the default budget; return the task's metric before and after, and ratios of times."""
+    teacher = trained(task, "sinkhorn", seed, quick)
+    row: Row = {
+        "task": task,
+        "seed": seed,
+        "teacher": evaluate(teacher).accuracy,
+        "softmax-trained": evaluate(trained(task, "softmax", seed, quick)).accuracy,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "compiled.asap"
+        seconds = QUICK_SECONDS if quick else SECONDS
+        config = CompileConfig(out=folder, target="onnx", batches=(BATCH,), threads=1, seconds=seconds)
+        try:
+            report = compile_model(teacher, config)
+        except FidelityError as error:
+            return row | {"refused": str(error)}
+        data = report.data
+        return row | {
+            "compiled": evaluate(folder).accuracy,
+            "agreement": data["fidelity"]["agreement"],
+            "error": data["fidelity"]["logits_rel"],
+            "operators": sorted({site["choice"]["operator"] for site in data["sites"]}),
+            "times": {ratio["name"]: ratio for ratio in data["latency"]["ratios"]},
+            "warnings": data["latency"]["warnings"],
+        }
+
+
+def section(rows: Mapping[str, Row]) -> Iterator[str]:
+    """Yield the lines of this part of the page."""
+    yield "## Compiled without retraining"
+    yield ""
+    yield (
+        "Each task's model, trained with Sinkhorn and compiled with the default budget; mean and spread over seeds. Times"
+        f" are those of the whole model in ONNX Runtime at batch {BATCH}, one thread: how many times as long each rival"
+        " takes as the compiled model, so below 1 the rival is faster. `truncated` is Sinkhorn of as many half-steps as"
+        " the compiled operators have."
+    )
+    yield ""
+    heads = (
+        "task",
+        "teacher",
+        "compiled",
+        "kept",
+        "agreement",
+        "softmax-trained",
+        *(f"{name}, time" for name in RIVALS),
+    )
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows.values()):
+        of_task = [row for row in rows.values() if row["task"] == task]
+        done = [row for row in of_task if "compiled" in row]
+        cells = [
+            task,
+            percent([row["teacher"] for row in of_task]),
+            percent([row["compiled"] for row in done]),
+            percent([row["compiled"] / row["teacher"] for row in done]),
+            percent([row["agreement"] for row in done if row["agreement"] is not None]),
+            percent([row["softmax-trained"] for row in of_task]),
+            *(spread([row["times"][name]["value"] for row in done]) for name in RIVALS),
+        ]
+        lines.append(cells)
+    yield from table(heads, lines)
+    for row in rows.values():
+        if "refused" in row:
+            yield ""
+            yield f"{row['task']}, seed {row['seed']}, was not compiled: {row['refused']}."
+
+
+def kept(rows: Mapping[str, Row]) -> list[float]:
+    """Return the share of the teacher's metric that each compiled model keeps, as means over seeds by task."""
+    tasks = dict.fromkeys(row["task"] for row in rows.values() if "compiled" in row)
+    return [
+        fmean(r["compiled"] / r["teacher"] for r in rows.values() if r["task"] == t and "compiled" in r) for t in tasks
+    ]
