@@ -35,8 +35,10 @@ def kernel(
     match attention:
         case "sinkhorn" if iterations:
             return Sinkhorn(epsilon, iterations, **options)
-        case "softmax" | "sinkhorn":
+        case "sinkhorn":
             return Softmax()
+        case "softmax":
+            return Softmax(**options)
         case "sliced":
             return SlicedTransport(**options)
         case "one_pass":

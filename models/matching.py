@@ -37,19 +37,19 @@ class Matcher(nn.Module):
         self.kernel = kernel("sinkhorn", 1, width, epsilon, iterations, **of_sinkhorn)
 
     def forward(
-        self, first: Tensor, second: Tensor, first_mask: Tensor | None = None, second_mask: Tensor | None = None
+        self, source: Tensor, target: Tensor, source_mask: Tensor | None = None, target_mask: Tensor | None = None
     ) -> Tensor:
         """Map two point sets to the plan (B, N, M) between them, of which rows sum to 1, and columns to about N / M.
 
         Args:
-            first: (B, N, 3).
-            second: (B, M, 3).
-            first_mask: (B, N), true where a point is real; None where all are.
-            second_mask: (B, M), likewise.
+            source: (B, N, 3).
+            target: (B, M, 3).
+            source_mask: (B, N), true where a point is real; None where all are.
+            target_mask: (B, M), likewise.
         """
-        x, y = self.embed(first), self.embed(second)  # B N C, B M C
+        x, y = self.embed(source), self.embed(target)  # B N C, B M C
         for own, cross in zip(self.own, self.cross, strict=True):
-            x, y = own(x, mask=first_mask), own(y, mask=second_mask)
-            x, y = cross(x, y, first_mask, second_mask), cross(y, x, second_mask, first_mask)
+            x, y = own(x, mask=source_mask), own(y, mask=target_mask)
+            x, y = cross(x, y, source_mask, target_mask), cross(y, x, target_mask, source_mask)
         x, y = (self.head(self.norm(points)).unsqueeze(1) for points in (x, y))  # B 1 N C, B 1 M C
-        return self.kernel.plan(x, y, first_mask, second_mask).squeeze(1)
+        return self.kernel.plan(x, y, source_mask, target_mask).squeeze(1)

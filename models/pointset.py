@@ -24,7 +24,7 @@ class InducedBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map tokens (B, N, C) to tokens (B, N, C)."""
-        points = self.points.expand(len(x), -1, -1)
+        points = self.points.expand(x.shape[0], -1, -1)
         return self.spread(x, self.gather(points, x, context_mask=mask), mask)
 
 
