@@ -29,7 +29,7 @@ def kernel(
         options: further arguments of the kernel's class.
 
     Raises:
-        ValueError: there is no such attention.
+        ValueError: there is no such attention, or a number is not above zero.
         TypeError: its class has no such argument.
     """
     match attention:
@@ -56,6 +56,9 @@ class Attention(nn.Module):
         iterations: likewise.
         attention: likewise.
         options: likewise.
+
+    Raises:
+        ValueError: the width is no multiple of the heads, or see `kernel`.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class Attention(nn.Module):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} cannot be shared out among {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)

@@ -67,3 +67,10 @@ def hide(scores: Tensor, live: Tensor | None) -> Tensor:
     They stay finite: -inf makes NaN of gradients where whole rows or columns are padding.
     """
     return keep(scores, live, torch.finfo(scores.dtype).min / 2)
+
+
+def require_positive(**arguments: float) -> None:
+    """Raise ValueError, which names the argument, unless all are above zero."""
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, not {value}")

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from asapc.models.kernel import Kernel, columns_of, keep, rows_of
+from asapc.models.kernel import Kernel, columns_of, keep, require_positive, rows_of
 from asapc.models.softmax import softmax
 
 MIN_VARIANCE = 1e-12  # of a coordinate that is constant
@@ -27,6 +27,9 @@ class OnePass(Kernel):
         coordinates: that the bias is computed from, at most D.
         pieces: linear pieces that hinges give each coordinate; 1 for no hinges.
         paired: whether products of two coordinates are features.
+
+    Raises:
+        ValueError: a number is not above zero.
 
     Attributes:
         query_basis: (H, D, C) directions; products with those of the keys add up to the score, or to most of it.
@@ -45,6 +48,7 @@ class OnePass(Kernel):
         paired: bool = True,
     ) -> None:
         super().__init__()
+        require_positive(epsilon=epsilon, coordinates=coordinates, pieces=pieces)
         self.epsilon, self.paired = epsilon, paired
         coordinates = min(coordinates, head_size)
         axes = torch.eye(head_size)[:, :coordinates] / math.sqrt(math.sqrt(head_size) * epsilon)

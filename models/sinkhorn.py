@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from asapc.models.kernel import Kernel, columns_of, hide, keep, live_pairs, rows_of
+from asapc.models.kernel import Kernel, columns_of, hide, keep, live_pairs, require_positive, rows_of
 
 # Full iterations from one kernel. From a plan of which the columns and then the rows were normalised, an iteration
 # changes no scaling by more than a factor N or M, so that float32 holds them however sharp the scores are.
@@ -167,13 +167,12 @@ class Sinkhorn(Kernel):
         form: "log", "scaling" or "recompute". It may be set anew at any time: train in one, and compile in another.
 
     Raises:
-        ValueError: there are no iterations, or no such form.
+        ValueError: a number is not above zero, or there is no such form.
     """
 
     def __init__(self, epsilon: float = 0.25, iterations: int = 20, form: str = "log") -> None:
         super().__init__()
-        if iterations < 1:
-            raise ValueError(f"Sinkhorn attention takes at least 1 iteration, not {iterations}")
+        require_positive(epsilon=epsilon, iterations=iterations)
         if form not in FORMS:
             raise ValueError(f"there is no form {form!r} of Sinkhorn attention; there are {', '.join(FORMS)}")
         self.epsilon, self.iterations, self.form = epsilon, iterations, form

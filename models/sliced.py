@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asapc.models.kernel import Kernel, hide, keep, rows_of
+from asapc.models.kernel import Kernel, hide, keep, require_positive, rows_of
 
 
 class SlicedTransport(Kernel):
@@ -20,10 +20,14 @@ class SlicedTransport(Kernel):
         slices: directions that are sorted along: the channels first, as in the paper, then random ones.
         temperature: of the soft sort, in units of squared coordinates.
         sharpness: with which plans of lower cost get more weight; 0 for equal weights.
+
+    Raises:
+        ValueError: `slices` or `temperature` is not above zero.
     """
 
     def __init__(self, slices: int = 8, temperature: float = 1e-3, sharpness: float = 0.1) -> None:
         super().__init__()
+        require_positive(slices=slices, temperature=temperature)
         self.slices, self.temperature, self.sharpness = slices, temperature, sharpness
 
     def forward(

@@ -8,6 +8,7 @@ import torch
 from helpers.tolerances import FLOAT64, difference
 from torch import Tensor
 
+from asapc.models.blocks import Attention
 from asapc.models.blocks import kernel as kernel_of
 from asapc.models.kernel import Kernel
 from asapc.models.one_pass import OnePass
@@ -74,7 +75,7 @@ def test_rows_of_the_plan_sum_to_one_and_outputs_are_its_product_with_the_values
 
 @pytest.mark.parametrize(
     "make",
-    [*(partial(Sinkhorn, 2.0, 60, form) for form in ("log", "scaling", "recompute")), partial(SlicedTransport, 3, 1e-9)],
+    [*(partial(Sinkhorn, 2.0, 60, form) for form in ("log", "scaling", "recompute")), partial(SlicedTransport, 3, 1e-12)],
     ids=["log", "scaling", "recompute", "sliced"],
 )
 @pytest.mark.parametrize("sides", ["neither", "both", "queries", "keys"])
@@ -177,9 +178,13 @@ def test_kernels_are_made_by_name_and_sinkhorn_without_iterations_is_softmax() -
     [
         (partial(kernel_of, "magic", HEADS, SIZE), "there is no attention 'magic'; there are softmax, sinkhorn"),
         (partial(Sinkhorn, form="cubic"), "there is no form 'cubic' of Sinkhorn attention; there are log, scaling"),
-        (partial(Sinkhorn, iterations=0), "takes at least 1 iteration, not 0"),
+        (partial(Sinkhorn, iterations=0), "iterations must be above 0, not 0"),
+        (partial(Sinkhorn, epsilon=-1.0), "epsilon must be above 0, not -1.0"),
+        (partial(SlicedTransport, slices=0), "slices must be above 0, not 0"),
+        (partial(OnePass, HEADS, SIZE, pieces=0), "pieces must be above 0, not 0"),
+        (partial(Attention, 16, 3), "a width of 16 cannot be shared out among 3 heads"),
     ],
 )
-def test_what_does_not_exist_is_refused_with_what_does(make, message: str) -> None:
+def test_arguments_that_make_no_kernel_are_refused_by_name(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
