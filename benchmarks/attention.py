@@ -29,7 +29,9 @@ from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capturing.export import export
 from asapc.commands.study import study_module
-from asapc.models.vit import Block, VisionTransformer, sinkhorn
+from asapc.models.blocks import Block
+from asapc.models.sinkhorn import sinkhorn
+from asapc.models.vit import VisionTransformer
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.planning.costs import shipped

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from asapc.models.vit import sinkhorn
+from asapc.models.sinkhorn import sinkhorn
+from asapc.models.sliced import SlicedTransport
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.planning.trials import Attention, fused, sliced_dual
 from asapc.timing.gpu import clocks, settle
-from benchmarks.soft_sort import SlicedSoftSort
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu_layers.json"
 HEADS, SIZE, ITERATIONS = 8, 64, 20
@@ -102,7 +102,7 @@ def forms(device: str) -> dict[str, Form]:
         "parabolas, 2, fused": Form(lambda: attention(fused(sliced_dual(HEADS, SIZE, 0, 0, 0, "queries"))), 0),
         "hinges, 3": Form(lambda: attention(sliced_dual(HEADS, SIZE, 0, 8, 0)), 3),
         "8 slices, 3": Form(lambda: attention(sliced_dual(HEADS, SIZE, 8, 0, 0)), 3),
-        "soft-sort transport": Form(SlicedSoftSort, 5),
+        "soft-sort transport": Form(lambda: SlicedTransport(temperature=0.1), 5),
     }
 
 

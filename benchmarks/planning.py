@@ -17,7 +17,7 @@ import torch
 from asapc.commands.study import study_module
 from asapc.config import CompileConfig
 from asapc.events import Timed
-from asapc.models.vit import Block
+from asapc.models.blocks import Block
 from asapc.planning.choose import choose
 from asapc.planning.costs import shipped
 from asapc.types.samples import Samples

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from asapc.commands.study import study
 from asapc.models import digits
+from asapc.models.sinkhorn import FORMS
 from asapc.types.teacher import Teacher
-from benchmarks.scaling_form import trained_sinkhorn
 from benchmarks.teacher_data import VOCABULARY, WORDS, mails, point_sets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,7 +157,7 @@ def train(teacher: Recipe, seed: int, device: str) -> dict[str, Any]:
     torch.manual_seed(seed)
     module, _, class_name = name.partition(":")
     model = getattr(importlib.import_module(module), class_name)(**args).to(device)
-    with patch("asapc.models.vit.sinkhorn", trained_sinkhorn):
+    with patch.dict(FORMS, log=FORMS["scaling"]):
         fit(model, samples.to(device), labels.to(device), teacher)
         model.cpu()
         logits = run(model, held_out)
@@ -181,7 +181,7 @@ def train(teacher: Recipe, seed: int, device: str) -> dict[str, Any]:
 
 def train_digits(teacher: Recipe, seed: int) -> dict[str, Any]:
     """Train the digits teacher by its own recipe."""
-    with patch("asapc.models.vit.sinkhorn", trained_sinkhorn):
+    with patch.dict(FORMS, log=FORMS["scaling"]):
         return digits.train(seed, teacher.epochs, lambda name, epoch, loss: None)
 
 

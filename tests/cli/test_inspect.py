@@ -23,7 +23,7 @@ def test_inspect_prints_a_row_for_each_site(shipped):
     assert len(rows) == sites
     for row in rows:
         assert {"40", "rows", "0.25"} <= set(row)
-    assert "vit.py:" in result.stdout  # where the code stands
+    assert "kernel.py:" in result.stdout  # where the code stands
     assert ", 64 samples" in result.stderr  # which it counts once
 
 
@@ -56,7 +56,7 @@ def test_inspect_why_says_what_was_turned_down(tmp_path):
     _, hint = assert_user_error(result)
     assert hint == "hint: there is nothing to change"  # and not to run what was run
     miss = next(line for line in result.stdout.splitlines() if line.startswith("miss: "))
-    assert "vit.py:" in miss
+    assert "kernel.py:" in miss
     assert "softmax" in miss
     assert "miss: " not in run("inspect", softmax).stdout
 

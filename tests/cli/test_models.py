@@ -54,7 +54,7 @@ def test_inspect_and_compile_take_an_exported_program(small):
     result = run("inspect", path)
     assert result.exit_code == 0, result.stderr
     assert "16 x 16" in result.stdout
-    assert "vit.py:" in result.stdout
+    assert "kernel.py:" in result.stdout
     result = run("compile", path, "--calib", samples(Path("s.npz"), count=64), "--target", "onnx", *QUICK)
     assert result.exit_code == 0, result.stderr
     assert Path("model.asap/model.onnx").is_file()
