@@ -6,7 +6,7 @@ torchrun draws the same.
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def model_arguments(recipe: Recipe, task: Task) -> dict[str, Any]:
     """Return the arguments of a recipe's model, as its checkpoint has them."""
     arguments = {**task.sizes, **recipe.model, "epsilon": recipe.epsilon, "iterations": recipe.iterations}
-    if recipe.attention == "softmax":
+    if recipe.attention == "softmax" and "attention" not in parameters(task):
         return {**arguments, "iterations": 0}
     return arguments if recipe.attention == "sinkhorn" else {**arguments, "attention": recipe.attention}
 
@@ -121,9 +121,14 @@ def training_arguments(recipe: Recipe, task: Task) -> dict[str, Any]:
     For Sinkhorn that is the scaling form: the same function, of which both passes take a fraction of the time.
     """
     arguments = model_arguments(recipe, task)
-    if recipe.attention == "sinkhorn" and "options" in inspect.signature(find_factory(*task.model.split(":"))).parameters:
+    if recipe.attention == "sinkhorn" and "options" in parameters(task):
         arguments["options"] = {"form": "scaling", **arguments.get("options", {})}
     return arguments
+
+
+def parameters(task: Task) -> Collection[str]:
+    """Return the names of the arguments that the model of a task takes."""
+    return inspect.signature(find_factory(*task.model.split(":"))).parameters.keys()
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
