@@ -13,7 +13,9 @@ from asapc.terminal import Json, a_number, command, out, print_json, say, stages
 def train(
     name: Annotated[
         str,
-        typer.Argument(metavar="RECIPE", help="A TOML file, or the name of one that asapc carries.", show_default=False),
+        typer.Argument(
+            metavar="RECIPE", help="A TOML file, or the name of one that asapc carries.", show_default=False
+        ),
     ],
     out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="Checkpoint to write.")] = Path("model.pt"),
     resume: Annotated[

@@ -24,7 +24,7 @@ from asapc.process import interrupts
 from asapc.training.evaluate import score, stored
 from asapc.training.recipe import Recipe
 from asapc.training.run import Run, build, model_arguments
-from asapc.training.tasks import Task, task
+from asapc.training.tasks import task
 from asapc.writing.folder import output_file
 
 STATE = "asapc.training/1"

@@ -56,7 +56,8 @@ class Recipe:
         """Read a recipe: one that asapc carries, by its name, or a TOML file.
 
         Raises:
-            OptionError: there is no such recipe, it cannot be read, lacks a key or has one too many, or a value cannot be.
+            OptionError: there is no such recipe, it cannot be read, it lacks a key or has one too many, or a value is
+                wrong.
         """
         if str(name) in shipped():
             path = Path(str(FILES.joinpath(f"{name}.toml")))
