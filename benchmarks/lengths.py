@@ -21,13 +21,13 @@ from asapc.config import CompileConfig
 from asapc.fidelity.sites import candidate_fidelity
 from asapc.planning.operators import build
 from asapc.planning.propose import propose
+from asapc.training.shapes import POINTS, point_sets
 from asapc.types.choices import Candidate
 from asapc.types.samples import Samples
 from asapc.types.teacher import Teacher
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from benchmarks.fidelity import estimated_from
-from benchmarks.teacher_data import POINTS, point_sets
 from benchmarks.teachers import cached
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lengths.json"

@@ -1,1 +1,1 @@
-"""Models with Sinkhorn attention as users write them, and the training of the example checkpoint."""
+"""Models with Sinkhorn attention as users write them, and recipes to train them by."""

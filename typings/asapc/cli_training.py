@@ -1,0 +1,1 @@
+../../asapc/cli_training.py
