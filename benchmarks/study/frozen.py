@@ -153,12 +153,12 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
     yield ""
     yield (
         "What may replace a trained loop, without retraining. Errors are of each layer alone on held-out samples, "
-        "means of the layers: of the output, of the output less its mean over the tokens (relc), and of the column sums. "
-        "Agreement and accuracy are of the whole model with all layers replaced. Speed is that of a layer alone in "
-        f"ONNX Runtime, over the loop as written, in turns, batch {first['batch']}, {first['threads']} "
+        "means of the layers: of the output, of the output less its mean over the tokens (relc), and of the column "
+        "sums. Agreement and accuracy are of the whole model with all layers replaced. Speed is that of a layer alone "
+        f"in ONNX Runtime, over the loop as written, in turns, batch {first['batch']}, {first['threads']} "
         f"thread{'s' * (first['threads'] > 1)}. Sorted slices are random directions; they give the queries' dual by "
-        "one linear map, closed once, after ASAP. Sliced transport is a mean of plans along as many slices, by soft sorts. "
-        "Behind means stand the least and the largest of the seeds."
+        "one linear map, closed once, after ASAP. Sliced transport is a mean of plans along as many slices, by soft "
+        "sorts. Behind means stand the least and the largest of the seeds."
     )
     yield ""
     for task, of_seeds in by_task(rows).items():

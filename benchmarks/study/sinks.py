@@ -156,9 +156,9 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
         "Softmax lets many queries attend to one key, a sink; a doubly-stochastic plan gives each key its share. And "
         "attention draws the tokens together, layer by layer, which their effective rank shows. Both on held-out "
         f"samples, of teachers trained with Sinkhorn ({LOOP}), of the same compiled without retraining, by one pass "
-        "and as the planner chooses by default, and of twins trained with softmax. A share is a multiple of a uniform one, "
-        "mean over samples and heads; the largest column sum is that of any sample and head, where 1 is uniform. The "
-        "effective rank is that of the tokens less their mean, by depth: before the first layer, and after each. "
+        "and as the planner chooses by default, and of twins trained with softmax. A share is a multiple of a uniform "
+        "one, mean over samples and heads; the largest column sum is that of any sample and head, where 1 is uniform. "
+        "The effective rank is that of the tokens less their mean, by depth: before the first layer, and after each. "
         "Behind means stand the least and the largest of the seeds."
     )
     yield ""
@@ -181,20 +181,28 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
 
 
 def verdict(of_seeds: Sequence[Row]) -> str:
-    """Say how much of what sets a task's teachers apart from softmax one pass keeps: means of seeds and layers."""
+    """Say what a task's models differ in: means of seeds and layers, and ranks after the last."""
     share, column = (
         {name: fmean(fmean(row["models"][name][key]) for row in of_seeds) for name in of_seeds[0]["models"]}
         for key in ("top_share", "largest_column")
     )
     rank = {name: fmean(row["models"][name]["rank"][-1] for row in of_seeds) for name in of_seeds[0]["models"]}
-    kept = (share[SOFTMAX] - share[ONE_PASS]) / (share[SOFTMAX] - share[LOOP])
     return (
         f"The top key gets {share[SOFTMAX]:.2f} times a uniform share by softmax, {share[LOOP]:.2f} by {LOOP}, "
         f"{share[ONE_PASS]:.2f} in one pass and {share[DEFAULT]:.2f} by default; the largest column sums are "
         f"{column[SOFTMAX]:.1f}, {column[LOOP]:.2f}, {column[ONE_PASS]:.2f} and {column[DEFAULT]:.2f}. After the last "
         f"layer the effective rank is {rank[SOFTMAX]:.1f}, {rank[LOOP]:.1f}, {rank[ONE_PASS]:.1f} and "
-        f"{rank[DEFAULT]:.1f}. One pass keeps {kept:.0%} of the distance in the top key's share between {LOOP} and softmax."
+        f"{rank[DEFAULT]:.1f}.{kept(share)}"
     )
+
+
+def kept(share: Mapping[str, float]) -> str:
+    """Say how much one pass keeps, where softmax gives the top key more than the loop does."""
+    distance = share[SOFTMAX] - share[LOOP]
+    if distance <= 0:
+        return ""
+    part = (share[SOFTMAX] - share[ONE_PASS]) / distance
+    return f" One pass keeps {part:.0%} of the distance between softmax and {LOOP} in the top key's share."
 
 
 def draw(rows: Mapping[str, Row], folder: Path) -> None:
