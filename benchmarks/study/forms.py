@@ -26,7 +26,6 @@ from benchmarks.one_pass import fits, modules_of
 
 BATCH = 8  # for which operators are chosen, lowered and timed
 SLICES, TRUNCATIONS = (8, 32, 64), (2, 4, 8, 16)  # truncations in half-steps
-TEMPERATURE = 1e-3  # of soft sorts, as in their paper
 WRITTEN, EXACT, ONE_PASS, DEFAULT, SOFTMAX = "as written", "exact", "one pass", "default", "softmax"
 Modules = dict[str, nn.Module]
 
@@ -93,7 +92,7 @@ def sorted_slices(teacher: Teacher, selection: Selection, count: int) -> Modules
 
 def sliced_transport(teacher: Teacher, count: int) -> Modules:
     """Return sliced transport with soft sorting, which computes another plan than the loop."""
-    return {site.name: OfPoints(SlicedTransport(count, TEMPERATURE)) for site in teacher.sites}
+    return {site.name: OfPoints(SlicedTransport(count)) for site in teacher.sites}
 
 
 def lowered(teacher: Teacher, modules: Modules) -> Modules:

@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 BATCH, HEADS, SIZE = 1, 4, 64
 ITERATIONS, EPSILON = 20, 0.25
 SLICES = (8, 32, 64)
-TEMPERATURE = 1e-3  # of the soft sort, as in the paper
 WARM_UP_LENGTH = 8
 SHARE_OF_MEMORY = 0.8  # of what is free: a step that needs more fails, and takes nothing else with it
 REFUSAL = "can't allocate memory"  # what torch says then
@@ -51,7 +50,7 @@ def kernels() -> dict[str, nn.Module]:
         "Sinkhorn, log": Sinkhorn(EPSILON, ITERATIONS, form="log"),
         "Sinkhorn, scaling": Sinkhorn(EPSILON, ITERATIONS, form="scaling"),
         "Sinkhorn, recompute": Sinkhorn(EPSILON, ITERATIONS, form="recompute"),
-        **{f"{count} slices": SlicedTransport(count, TEMPERATURE) for count in SLICES},
+        **{f"{count} slices": SlicedTransport(count) for count in SLICES},
     }
 
 
