@@ -6,7 +6,6 @@ its layers replaced. Times are of each layer alone in ONNX Runtime, all of them 
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -46,8 +45,9 @@ from benchmarks.study.forms import (
 from benchmarks.study.models import trained
 from benchmarks.study.teachers import by_task, cases_of, seeds
 
-HELD_OUT, QUICK_HELD_OUT = 256, 16
-EFFORT, QUICK_EFFORT = Effort(20.0), Effort(0.5, blocks=2, rounds=2)  # for each layer
+HELD_OUT, QUICK_HELD_OUT = 128, 16  # samples that the whole model runs on
+JUDGES = 16  # samples that layers run on: of many tokens and heads each
+EFFORT, FEW, QUICK = Effort(12.0), Effort(1.0, rounds=2), Effort(0.1, blocks=2, rounds=2)  # of each layer's times
 CLAIM_HALF_STEPS, CLAIM = 40, 5.3  # "5.3x over the trained Sinkhorn teacher on a frozen layer", ASAP's abstract, T = 20
 MATCHED = 0.99  # of the teacher's accuracy
 Row = dict[str, Any]
@@ -62,18 +62,30 @@ def measure(task: str, seed: int, quick: bool) -> Row:
     """Measure all forms on one teacher; lists have an entry for each layer."""
     torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
     teacher = study(trained(task, "sinkhorn", seed, quick))
-    teacher = replace(teacher, held_out=teacher.held_out[: QUICK_HELD_OUT if quick else HELD_OUT])
-    sites, samples, selection = teacher.sites, teacher.held_out, planned(teacher)
+    sites, selection = teacher.sites, planned(teacher)
     counts, truncations = (SLICES[:1], TRUNCATIONS[:1]) if quick else (SLICES, TRUNCATIONS)
     forms = {
         WRITTEN: written(teacher),
         **compiled(teacher, selection),
         **{f"{count} sorted slices": sorted_slices(teacher, selection, count) for count in counts},
         **rivals(teacher, selection, truncations),
-        **{f"sliced transport, {count}": sliced_transport(teacher, count) for count in counts},
     }
+    # They take up to a hundred times as long as the others: few rounds of their own tell enough.
+    transports = {f"sliced transport, {count}": sliced_transport(teacher, count) for count in counts}
+    samples = teacher.held_out[: QUICK_HELD_OUT if quick else HELD_OUT]
     reference = outputs_with(teacher.graph, sites, {}, samples)
-    row: Row = {
+    of_forms = errors(teacher, {**forms, **transports}, samples[:JUDGES])
+    for name, modules in {**forms, **transports}.items():
+        outputs = outputs_with(teacher.graph, sites, modules, samples)
+        of_forms[name]["agreement"] = agreement(reference, outputs, labelled=True)
+        of_forms[name]["accuracy"] = accuracy(outputs, samples.labels)
+    for site in sites:
+        times = time_forms(teacher, site, {WRITTEN: forms[WRITTEN], **transports}, QUICK if quick else FEW)
+        times |= time_forms(teacher, site, forms, QUICK if quick else EFFORT)
+        for name, of_form in times.items():
+            for key, value in of_form.items():
+                of_forms[name].setdefault(key, []).append(value)
+    return {
         "task": task,
         "seed": seed,
         "half_steps": sites[0].loop.half_steps,
@@ -84,37 +96,31 @@ def measure(task: str, seed: int, quick: bool) -> Row:
         "threads": torch.get_num_threads(),
         "accuracy": accuracy(reference, samples.labels),
         "planned": [kind(selection.choices[site.name].candidate) for site in sites],
-        "forms": {name: errors_and_agreement(teacher, modules, reference) for name, modules in forms.items()},
+        "forms": of_forms,
     }
-    for site in sites:
-        for name, times in time_forms(teacher, site, forms, QUICK_EFFORT if quick else EFFORT).items():
-            for key, value in times.items():
-                row["forms"][name].setdefault(key, []).append(value)
-    return row
 
 
-def errors_and_agreement(teacher: Teacher, modules: Modules, reference: torch.Tensor) -> Row:
-    """Return what one form keeps of a teacher, whose outputs are the reference."""
-    sites, samples = teacher.sites, teacher.held_out
-    outputs = outputs_with(teacher.graph, sites, modules, samples)
-    candidates = {name: {0: module} for name, module in modules.items()}
-    of_sites = candidate_fidelity(teacher.graph, sites, candidates, samples)
-    share = centred_share(teacher)
+def errors(teacher: Teacher, forms: Mapping[str, Modules], samples: Samples) -> dict[str, Row]:
+    """Return the errors of each layer alone in all forms, lists by layer."""
+    sites = teacher.sites
+    candidates = {site.name: {name: modules[site.name] for name, modules in forms.items()} for site in sites}
+    of_sites, share = candidate_fidelity(teacher.graph, sites, candidates, samples), centred_share(teacher, samples)
     return {
-        "relative": [of_sites[site.name][0].relc * share[site.name] for site in sites],
-        "relc": [of_sites[site.name][0].relc for site in sites],
-        "columns": [of_sites[site.name][0].column_marginal_error for site in sites],
-        "agreement": agreement(reference, outputs, labelled=True),
-        "accuracy": accuracy(outputs, samples.labels),
+        name: {
+            "relative": [of_sites[site.name][name].relc * share[site.name] for site in sites],
+            "relc": [of_sites[site.name][name].relc for site in sites],
+            "columns": [of_sites[site.name][name].column_marginal_error for site in sites],
+        }
+        for name in forms
     }
 
 
-def centred_share(teacher: Teacher) -> dict[str, float]:
+def centred_share(teacher: Teacher, samples: Samples) -> dict[str, float]:
     """Return by the site's name the norm of its output less the mean over its tokens, as a share of the norm."""
     graph, sites = teacher.graph, teacher.sites
     nodes = {operand.node for site in sites for operand in (*site.wiring.operands, site.wiring.plan)}
     squares = {site.name: torch.zeros(2, dtype=torch.float64) for site in sites}
-    for batch in teacher.held_out.batches(graph.samples_at_once(BATCH)):
+    for batch in samples.batches(graph.samples_at_once(BATCH)):
         values = record(graph.program.module(), batch, nodes)
         for site in sites:
             loop = Reference.of(site, values)
