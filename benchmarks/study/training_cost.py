@@ -59,9 +59,9 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
     yield (
         f"One attention layer, forward and backward: batch {first['batch']}, {first['heads']} heads of "
         f"{first['head_size']}, {first['iterations']} iterations, {first['threads']} "
-        f"thread{'s' * (first['threads'] > 1)}, random points. Sinkhorn has three forms: the loop in the log domain, as "
-        "it is mostly written; scalings with a gradient of their own; and these with the matrices computed again on the way "
-        "back. Sliced transport sorts softly along as many slices."
+        f"thread{'s' * (first['threads'] > 1)}, random points. Sinkhorn has three forms: the loop in the log domain, "
+        "as it is mostly written; scalings with a gradient of their own; and these with the matrices computed again on "
+        "the way back. Sliced transport sorts softly along as many slices."
     )
     yield ""
     yield f"![Memory and time of a training step by the number of tokens]({FIGURE})"
