@@ -44,6 +44,7 @@ from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from asapc.writing.rewrite import rewrite
 from benchmarks.generated import replace_generated
+from benchmarks.memory import held
 
 RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "lowerings.md"
@@ -215,15 +216,9 @@ def peak(name: str) -> str:
         ).path
         runner = OnnxRuntimeRunner(path, torch.get_num_threads())
     one = samples[:1]
-    before = largest()
+    before = held("VmHWM")
     runner(one)
-    return f"{before} {largest()}"
-
-
-def largest() -> float:
-    """Return the largest memory of this process so far, in GB: of its own, while getrusage starts from its parent's."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
+    return f"{before / 2**30} {held('VmHWM') / 2**30}"
 
 
 def models() -> Iterator[Row]:

@@ -192,8 +192,15 @@ def agreed(
     samples: Samples,
 ) -> float | None:
     """Return the share of the samples for which the model with these operators names the teacher's class."""
+    return agreement(reference, outputs_with(graph, sites, modules, samples), labelled=True)
+
+
+def outputs_with(
+    graph: CapturedGraph, sites: Sequence[Site], modules: Mapping[str, nn.Module], samples: Samples
+) -> torch.Tensor:
+    """Return the first output of the model with these operators."""
     rewritten = RewriteSinkhorn(sites, modules)(graph.program.module()).program
-    return agreement(reference, first_output(EagerRunner(rewritten), samples), labelled=True)
+    return first_output(EagerRunner(rewritten), samples)
 
 
 def by_kind_of_teacher(teachers: Mapping[str, Row]) -> dict[str, list[Row]]:

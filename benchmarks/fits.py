@@ -35,7 +35,7 @@ from asapc.planning.activations import Activations, activation
 from asapc.planning.calibrate import FitKey, calibrate, regressions, to_dtype
 from asapc.planning.propose import split, truncate
 from asapc.planning.ridge import fit
-from asapc.types.choices import FeatureSet, SlicedDualParams
+from asapc.types.choices import FeatureSet, Side, SlicedDualParams
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.types.site import Axis, Site
@@ -134,11 +134,25 @@ def of_slices(
 ) -> float:
     """Return relc on the last samples of a ridge on slices of the first coordinates, and parabolas in all of them."""
     fitting, selection, held_out = parts
-    bare = SlicedDualParams(*bases, slices, torch.zeros(site.loop.heads, 0, 0))
-    key = FitKey(site.name, FeatureSet(slices))
+    params = fitted_slices(graph, site, bases, slices, fitting, selection)
+    judged = part(graph, site, replace(params, weights=()), held_out)
+    return relc(judged, linear(params.weights[0], judged.features))
+
+
+def fitted_slices(
+    graph: CapturedGraph,
+    site: Site,
+    bases: tuple[Tensor, Tensor],
+    slices: int,
+    fitting: Samples,
+    selection: Samples,
+    side: Side = "keys",
+) -> SlicedDualParams:
+    """Fit the dual of one side of a site to slices along the first of some directions, and parabolas along all."""
+    bare = SlicedDualParams(*bases, slices, torch.zeros(site.loop.heads, 0, 0), side=side)
+    key = FitKey(site.name, FeatureSet(slices, side=side))
     problems = [regressions([site], {key: bare}, activations(graph, site, s))[key] for s in (fitting, selection)]
-    judged = part(graph, site, bare, held_out)
-    return relc(judged, linear(fit(*problems), judged.features))
+    return replace(bare, weights=(fit(*problems),))
 
 
 def activations(graph: CapturedGraph, site: Site, samples: Samples) -> Iterator[Activations]:

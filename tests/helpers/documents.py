@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from textwrap import indent
 
@@ -40,6 +41,19 @@ def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def tables(lines: Iterable[str]) -> list[list[list[str]]]:
+    """The tables among lines of Markdown, each as rows of cells, the rule below the head left out."""
+    of_page: list[list[list[str]]] = []
+    inside = False
+    for line in lines:
+        if line.startswith("|"):
+            of_page += [] if inside else [[]]
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            of_page[-1] += [] if set(line) <= set("|-:") else [cells]
+        inside = line.startswith("|")
+    return of_page
 
 
 def write_sources(page: Path, folder: Path) -> None:
