@@ -57,8 +57,9 @@ def fit(x: Tensor, y: Tensor, depth: int, runs: int = 30, members: int = 1, seed
         seed: of the starts.
         free: whether all weights are trained in the end.
     """
-    domain = (x.amin().item(), x.amax().item())
-    networks = to_networks(fit_manifold(x, y, depth, runs, members, seed), domain)
+    domain = low, high = x.amin().item(), x.amax().item()
+    t = (x - low) / (high - low)
+    networks = to_networks(fit_manifold(t, y, depth, runs, members, seed), domain)
     if free and x.numel() < members * networks.weights:
         between = torch.linspace(*domain, DENSE, dtype=x.dtype)
         networks = train(networks, between, fill_in(networks, x, y, members, between), members).networks
@@ -76,9 +77,20 @@ def fill_in(networks: ReLUNetworks, x: Tensor, y: Tensor, members: int, between:
     return filled + residuals[:, order] @ torch.from_numpy(lines)
 
 
-def fit_manifold(x: Tensor, y: Tensor, depth: int, runs: int, members: int, seed: int) -> Manifold:
-    """Take the first stage: peaks by Adam, everything else by least squares."""
-    t = (x - x.amin()) / (x.amax() - x.amin())
+def fit_manifold(
+    t: Tensor, y: Tensor, depth: int, runs: int, members: int, seed: int, steps: int = MAX_STEPS
+) -> Manifold:
+    """Take the first stage: peaks by Adam, everything else by least squares.
+
+    Args:
+        t: (P,) points in [0, 1], float64, all different.
+        y: (F, P) values.
+        depth: hidden layers.
+        runs: independent starts for each function.
+        members: networks a run.
+        seed: of the starts.
+        steps: at most so many; 0 leaves the peaks where they start.
+    """
     groups = y.shape[0] * runs
     target = y.repeat_interleave(runs, dim=0)
     generator = torch.Generator().manual_seed(seed)
@@ -86,7 +98,7 @@ def fit_manifold(x: Tensor, y: Tensor, depth: int, runs: int, members: int, seed
     logits.requires_grad_()
     optimiser = torch.optim.Adam([logits], RATE)
     best, since = math.inf, 0
-    for _ in range(MAX_STEPS):
+    for _ in range(steps):
         peaks = to_peaks(logits)
         waves = torch.unflatten(sum_of_waves(t, peaks), 0, (groups, members))
         coefficients = solve(t, waves.detach(), target)
