@@ -228,7 +228,9 @@ def table(results: Row) -> Iterator[str]:
     yield "| machine | compared | repetitions | outcomes | longest, s |"
     yield "|---|---|---:|---|---:|"
     for machine in ("quiet", "busy"):
-        for kind, rows in results[machine].items():
+        for kind, rows in results.get(machine, {}).items():
+            if not rows:
+                continue  # not asked for yet
             outcomes, longest = summary(rows, truths["exact"]["value"]).partition(": ")[2].split("; ")
             yield f"| {machine} | {told[kind]} | {len(rows)} | {outcomes} | {longest.partition(' ')[0]} |"
 
