@@ -9,7 +9,8 @@ Beside it, served in the same way: the teacher, the exact form and softmax, and 
 batching. All servers run; the clients, threads of this process, send a share of the requests over gRPC to one, then to
 the next, in blocks. Rivals, of which throughput alone is asked, get a tenth of the requests. Every answer is compared
 with that of `asapc.load`, within 1e-4, and counted. Memory is that of the server's process: after a tenth of the
-requests it should not grow. Writes benchmarks/results/serving.json. Run from the root of a checkout.
+requests it should not grow. Writes benchmarks/results/serving.json, and what stands in docs/serving.md between the two
+markers. Run from the root of a checkout.
 """
 
 import argparse
@@ -46,13 +47,14 @@ from asapc.timing.machine import Watch, warn_of_load
 from asapc.timing.ratios import paired_ratio
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
+from benchmarks.generated import replace_generated
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # makes a manifest fit, as tests do
 
 from helpers.folders import relist  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
+RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "serving.json", ROOT / "docs" / "serving.md"
 RIVALS = ("teacher", "exact", "softmax")
 COMPILED, UNBATCHED, NAME = "compiled", "compiled, no batching", "model"
 BLOCKS, WARM_UP, SAMPLE_SECONDS = 20, 0.1, 0.1
@@ -115,6 +117,8 @@ def main() -> None:
         "servers": rows,
     }
     write_json(options.out, data)
+    if options.out == RESULTS:
+        replace_generated(DOCUMENT, table(data))
 
 
 def variants(path: Path, scratch: Path) -> dict[str, Path]:
@@ -225,6 +229,24 @@ def row(one: Served, compiled: Served) -> Row:
         "memory_mb": {"warm": first / 2**20, "end": last / 2**20, "most": max(warm) / 2**20},
         "memory_growth": last / first - 1,
     }
+
+
+def table(data: Row) -> Iterator[str]:
+    """Yield the lines of the table in the document."""
+    yield (
+        f"`{data['model']}` on {data['server']}, {data['clients']} clients with requests of {data['batch']} sample, "
+        f"{data['environment']['cpu']}, {len(data['cores'])} cores that clients and server share:"
+    )
+    yield ""
+    yield "| served | requests | equal | requests a second | median, ms | 99 %, ms | memory, MB | growth |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    for name, of_name in data["servers"].items():
+        latency, memory = of_name["latency_ms"], of_name["memory_mb"]
+        yield (
+            f"| {name} | {of_name['sent']:,} | {of_name['outcomes'].get('equal', 0):,} "
+            f"| {of_name['requests_per_second']:.0f} | {latency['50']:.0f} | {latency['99']:.0f} "
+            f"| {memory['end']:.0f} | {of_name['memory_growth']:.1%} |"
+        )
 
 
 if __name__ == "__main__":

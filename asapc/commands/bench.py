@@ -199,7 +199,7 @@ def measurement_data(latency: BatchLatency, raw: Mapping[str, list[list[float]]]
     for run in latency.runs:
         row = {key: value for key, value in asdict(run).items() if key not in ("batch", "runtime", "device")}
         ratio = latency.ratios.get(run.name)
-        rows.append({**row, "ratio": None if ratio is None else ratio_data(ratio, latency.floor), "ms": raw[run.name]})
+        rows.append({**row, "ratio": None if ratio is None else ratio_data(ratio), "ms": raw[run.name]})
     return {
         "batch": latency.batch,
         "blocks": latency.blocks,

@@ -50,7 +50,7 @@ def compare(
     times = time_blocks(pairs, samples, batch, effort, settled, advance)
     floor, stable = noise_floor(times, first), settled(times)
     runs = tuple(summarise(n, runtime, batch, times[same.get(n, n)].ravel().tolist()) for n in (*models, *same))
-    own = ratios(times)
+    own = {name: ratio.widened(floor) for name, ratio in ratios(times).items()}
     twins = {name: IDENTICAL if other == first else own[other] for name, other in same.items()}
     warnings = tuple(doubts(times, first, floor, stable))
     return BatchLatency(batch, runs, {**own, **twins}, floor, len(times[first]), stable, warnings), times

@@ -1,7 +1,7 @@
 """What measuring latency finds out: frozen, and without logic of their own but to say what an interval says."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from asapc.types.results import GpuLatency, LatencyRun
@@ -24,13 +24,22 @@ class Ratio:
     high: float
     identical: bool = False
 
-    def finding(self, floor: float = 0.0) -> Finding:
-        """Say what the first model is beside the second; `floor` is what a ratio of one file to itself may be off."""
+    def widened(self, floor: float) -> "Ratio":
+        """Return the ratio with an interval that holds for another process or hour too.
+
+        Args:
+            floor: what a ratio of one file to itself may be off here.
+        """
+        return replace(self, low=self.low / (1 + floor), high=self.high * (1 + floor))
+
+    @property
+    def finding(self) -> Finding:
+        """Say what the first model is beside the second."""
         if self.identical:
             return "identical"
-        if self.low > 1 + floor:
+        if self.low > 1:
             return "slower"
-        return "faster" if self.high < 1 / (1 + floor) else "not significantly different"
+        return "faster" if self.high < 1 else "not significantly different"
 
 
 IDENTICAL = Ratio(1.0, 1.0, 1.0, identical=True)
@@ -60,7 +69,7 @@ class BatchLatency:
     Attributes:
         batch: samples a call.
         runs: one a variant.
-        ratios: of each other variant's time to that of the compiled model, by name.
+        ratios: of each other variant's time to that of the compiled model, by name, their intervals widened by `floor`.
         floor: what a ratio of the compiled model to itself, opened twice, may be off.
         blocks: of fresh sessions.
         stable: whether the intervals became narrow before time was up.
@@ -140,6 +149,6 @@ class Gate:
         }
 
 
-def ratio_data(ratio: Ratio, floor: float = 0.0) -> dict[str, Any]:
+def ratio_data(ratio: Ratio) -> dict[str, Any]:
     """Return a ratio as JSON shows it."""
-    return {"value": ratio.value, "low": ratio.low, "high": ratio.high, "finding": ratio.finding(floor)}
+    return {"value": ratio.value, "low": ratio.low, "high": ratio.high, "finding": ratio.finding}

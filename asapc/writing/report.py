@@ -315,7 +315,7 @@ def speed_note(latency: Latency) -> str:
     exact = largest.ratios["exact"]
     times = f"{exact.value:.2f}x as fast as exact Sinkhorn ({exact.low:.2f} to {exact.high:.2f})"
     seen = f"{times} at batch {largest.batch}"
-    finding = exact.finding(largest.floor)
+    finding = exact.finding
     if finding == "identical":
         return "this is exact Sinkhorn"
     if finding == "faster" or exact.high < WORTHWHILE:
@@ -334,7 +334,7 @@ def latency_data(latency: Latency) -> dict[str, Any]:
         "batch": largest.batch,
         "runs": [asdict(run) | {"device": latency.device} for of_batch in latency.batches for run in of_batch.runs],
         "ratios": [
-            {"batch": of_batch.batch, "name": name, **ratio_data(ratio, of_batch.floor)}
+            {"batch": of_batch.batch, "name": name, **ratio_data(ratio)}
             for of_batch in latency.batches
             for name, ratio in of_batch.ratios.items()
         ],

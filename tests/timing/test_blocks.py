@@ -104,7 +104,7 @@ def test_models_that_are_the_same_graph_are_timed_once_and_named(lab):
     assert latency.stable
     assert latency.blocks == 5
     assert latency.warnings == ()
-    findings = {name: ratio.finding(latency.floor) for name, ratio in latency.ratios.items()}
+    findings = {name: ratio.finding for name, ratio in latency.ratios.items()}
     assert findings == {"other": "slower", "twin": "identical", "second": "slower"}
     assert [run.name for run in latency.runs] == ["own", "other", "twin", "second"]
 
