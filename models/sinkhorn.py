@@ -57,7 +57,7 @@ def scaled_sinkhorn(
         iterations: likewise, at least 1.
         query_mask: likewise.
         key_mask: likewise.
-        recompute: whether no matrix but scores and plan is kept for the gradient.
+        recompute: whether of all matrices the first plan and the last alone are kept for the gradient.
     """
     live = live_pairs(rows_of(query_mask), columns_of(key_mask))
     plan: Tensor = ScalingForm.apply(hide(scores, live), live, iterations, recompute)
@@ -65,7 +65,7 @@ def scaled_sinkhorn(
 
 
 class Stretch(NamedTuple):
-    """Iterations from one kernel, exp(scores + f + g).
+    """Iterations from one kernel, exp(start + f + g), with start for log plan after the first iteration.
 
     Attributes:
         f: dual of the rows (..., N, 1) at its start.
@@ -82,9 +82,9 @@ class Stretch(NamedTuple):
     kernel: Tensor | None
 
 
-def kernel_of(scores: Tensor, f: Tensor, g: Tensor, live: Tensor | None) -> Tensor:
-    """Return exp(scores + f + g), of which rows sum to 1; exp itself is slow where it underflows."""
-    return keep(torch.softmax(scores + f + g, dim=-1), live, 0.0)
+def kernel_of(start: Tensor, f: Tensor, g: Tensor, live: Tensor | None) -> Tensor:
+    """Return exp(start + f + g), of which rows sum to 1; exp itself is slow where it underflows."""
+    return keep(torch.softmax(start + f + g, dim=-1), live, 0.0)
 
 
 def turn(matrix: Tensor) -> Tensor:
@@ -101,12 +101,14 @@ class ScalingForm(torch.autograd.Function):
         rows = None if live is None else live.any(dim=-1, keepdim=True)
         columns = None if live is None else live.any(dim=-2, keepdim=True)
         of_us = None if rows is None else rows.transpose(-1, -2)
-        g = -keep(torch.logsumexp(scores, dim=-2, keepdim=True), columns, 0.0)
-        f = -keep(torch.logsumexp(scores + g, dim=-1, keepdim=True), rows, 0.0)
+        by_columns = hide(torch.log_softmax(scores, dim=-2), live)
+        start = hide(torch.log_softmax(by_columns, dim=-1), live)
+        shift = by_columns.amax(dim=-1, keepdim=True) - start.amax(dim=-1, keepdim=True)  # what rows were scaled by
+        f, g = torch.zeros_like(shift), torch.zeros_like(start[..., :1, :])
         stretches: list[Stretch] = []
         count = 1
         while not stretches or count < iterations:
-            kernel = kernel_of(scores, f, g, live)
+            kernel = kernel_of(start, f, g, live)
             turned = turn(kernel)
             us, vs = [torch.ones_like(turned[..., :1, :])], [torch.ones_like(kernel[..., :1, :])]
             for _ in range(min(STRETCH, iterations - count)):
@@ -117,22 +119,22 @@ class ScalingForm(torch.autograd.Function):
             f, g = f + us[-1].transpose(-1, -2).log(), g + vs[-1].log()
             count += STRETCH
         plan = us[-1].transpose(-1, -2) * kernel * vs[-1]
-        ctx.save_for_backward(scores, live, plan, *(tensor for stretch in stretches for tensor in stretch))
+        ctx.save_for_backward(start, shift, live, plan, *(tensor for stretch in stretches for tensor in stretch))
         return plan
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Go back through log plan = scores + f + g: half-steps add outer products, which one product sums."""
-        scores, live, plan, *saved = ctx.saved_tensors
+        start, shift, live, plan, *saved = ctx.saved_tensors
         size = len(Stretch._fields)
-        stretches = [Stretch(*saved[start : start + size]) for start in range(0, len(saved), size)]
+        stretches = [Stretch(*saved[i : i + size]) for i in range(0, len(saved), size)]
         out = grad * plan
         f, g = out.sum(dim=-1).unsqueeze(-2), out.sum(dim=-2, keepdim=True)  # gradients of the duals
         for stretch in reversed(stretches):
             kernel = stretch.kernel
             if kernel is None:
-                kernel = kernel_of(scores, stretch.f, stretch.g, live)
+                kernel = kernel_of(start, stretch.f, stretch.g, live)
             turned = turn(kernel)
             us, vs = (scalings.split(1, dim=-2) for scalings in (stretch.us, stretch.vs))
             left, right = [], []
@@ -147,7 +149,7 @@ class ScalingForm(torch.autograd.Function):
                 out = out - kernel * (torch.cat(left, dim=-2).transpose(-1, -2) @ torch.cat(right, dim=-2))
         out = out - f.transpose(-1, -2) * kernel  # the first iteration, whose plan is the first kernel
         g = g - f @ kernel
-        return out - g * torch.softmax(scores, dim=-2), None, None, None
+        return out - g * torch.softmax(start + shift, dim=-2), None, None, None
 
 
 Form = Callable[[Tensor, int, Tensor | None, Tensor | None], Tensor]

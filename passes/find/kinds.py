@@ -31,6 +31,11 @@ UNTAGGED = {
 }
 # Operators that return their input as it is: dropout does in evaluation mode, and a cast keeps positions.
 SAME_VALUES = {aten.clone.default, aten._to_copy.default, aten.to.dtype, aten.dropout.default, aten.contiguous.default}
+# Elementwise operators of which torch tags some overloads only, or none.
+ELEMENTWISE = {
+    *(aten.where, aten.masked_fill, aten.rsub, aten.true_divide),
+    *(aten.multiply, aten.divide, aten.subtract, aten.negative),
+}
 DIAGONALS = {aten.diag_embed.default, aten.diag.default}
 KERNELS = {aten.exp, aten.softmax, aten._softmax}  # what holds exponentials of scores
 EXTREMES = {aten.amax, aten.amin, aten.max, aten.min}
@@ -109,7 +114,7 @@ def is_matrix(node: Node) -> bool:
 
 def is_elementwise(node: Node) -> bool:
     """Return whether a node computes each entry from the entries at the same position."""
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet_of(node) in ELEMENTWISE
 
 
 def is_view(node: Node) -> bool:

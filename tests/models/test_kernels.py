@@ -34,7 +34,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "sinkhorn, scaling": partial(Sinkhorn, 0.25, 7, "scaling"),
     "sinkhorn, recompute": partial(Sinkhorn, 0.25, 7, "recompute"),
     "sliced": partial(SlicedTransport, 2, 0.1),
-    "sliced, more than channels": partial(SlicedTransport, 5, 0.1),
+    "sliced, more than channels": partial(SlicedTransport, 4, 0.1),
     "one pass": one_pass,
     "one pass, parabolas": partial(one_pass, paired=False, pieces=1),
 }

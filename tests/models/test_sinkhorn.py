@@ -51,7 +51,7 @@ def test_the_sharpest_scores_stay_finite_in_float32(form: str) -> None:
     assert scores.grad.isfinite().all()
 
 
-def test_the_loop_keeps_most_matrices_for_its_gradient_and_recompute_none_but_scores_and_plan() -> None:
+def test_the_loop_keeps_most_matrices_for_its_gradient_and_recompute_the_first_plan_and_the_last() -> None:
     q, k = (torch.randn(1, 1, size, 3, requires_grad=True) for size in (11, 13))
 
     def kept(form: str) -> int:
