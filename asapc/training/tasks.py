@@ -125,9 +125,10 @@ def speeches() -> Task:
     tokens, eras, numbers = corpora.speeches()
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(SPLIT_SEED))
     apart = numbers[order] % HOLD_OUT_EVERY == 0
-    held_out, training = order[apart][:HELD_OUT], order[~apart]
-    parts = [Samples({"tokens": tokens[index]}, eras[index]) for index in (training, held_out)]
-    return texts(*parts, classes=1 + len(corpora.ERAS))
+    training, held_out = (
+        Samples({"tokens": tokens[index]}, eras[index]) for index in (order[~apart], order[apart][:HELD_OUT])
+    )
+    return texts(training, held_out, classes=1 + len(corpora.ERAS))
 
 
 def texts(training: Samples, held_out: Samples, classes: int) -> Task:

@@ -21,9 +21,9 @@ from safetensors.numpy import load_file
 import asapc
 from asapc.config import CompileConfig
 from asapc.loading.model import load_model
-from asapc.training.corpora import digits
 from asapc.planning.bases import COORDINATES
 from asapc.timing.ratios import paired_ratio
+from asapc.training.corpora import digits
 from asapc.writing.report import CompileReport
 
 MODELS = ["model.engine", "model.onnx", "operator.safetensors"]
