@@ -5,9 +5,9 @@
     python -m benchmarks.study --render           # the page and its figures alone
     python -m benchmarks.study --quick            # all of it at small size, in less than ten minutes: does it work?
 
-Models are trained first, two at a time, and kept in benchmarks/cache/study/; each part then measures its cases one after
-the other on an otherwise idle machine. Results are written after each model and each case, so that the study may be
-stopped and goes on where it was. Writes benchmarks/results/study.json, docs/study.md between its two markers, and the
+Models are trained first, two at a time, and kept in benchmarks/cache/study/; each part then measures its cases one by
+one on an otherwise idle machine. Results are written after each model and each case, so that the study may be stopped
+and goes on where it was. Writes benchmarks/results/study.json, docs/study.md between its two markers, and the
 figures docs/study-*.png; with --quick all of these go to benchmarks/cache/study-quick/.
 """
 

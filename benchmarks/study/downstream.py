@@ -13,6 +13,7 @@ from asapc.errors import FidelityError
 from asapc.training.evaluate import evaluate
 from benchmarks.study.models import TASKS, seeds, trained
 from benchmarks.study.tables import percent, spread, table
+from benchmarks.study.teachers import by_task
 
 BATCH = 8
 SECONDS, QUICK_SECONDS = 4.0, 1.0
@@ -60,10 +61,10 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
     yield "## Compiled without retraining"
     yield ""
     yield (
-        "Each task's model, trained with Sinkhorn and compiled with the default budget; mean and spread over seeds. Times"
-        f" are those of the whole model in ONNX Runtime at batch {BATCH}, one thread: how many times as long each rival"
-        " takes as the compiled model, so below 1 the rival is faster. `truncated` is Sinkhorn of as many half-steps as"
-        " the compiled operators have."
+        "Each task's model, trained with Sinkhorn and compiled with the default budget; mean and spread over seeds. "
+        f"Times are those of the whole model in ONNX Runtime at batch {BATCH}, one thread: how many times as long each "
+        "rival takes as the compiled model, so below 1 the rival is faster. `truncated` is Sinkhorn of as many "
+        "half-steps as the compiled operators have."
     )
     yield ""
     heads = (
@@ -76,8 +77,7 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
         *(f"{name}, time" for name in RIVALS),
     )
     lines = []
-    for task in dict.fromkeys(row["task"] for row in rows.values()):
-        of_task = [row for row in rows.values() if row["task"] == task]
+    for task, of_task in by_task(rows).items():
         done = [row for row in of_task if "compiled" in row]
         cells = [
             task,

@@ -20,12 +20,14 @@ from asapc.training.evaluate import score
 from asapc.training.tasks import Task, task
 from benchmarks.study.models import seeds, trained
 from benchmarks.study.tables import percent, table
+from benchmarks.study.teachers import by_task
 
 TASKS = ("digits", "pointset")
 STEPS, QUICK_STEPS, BATCH, LEARNING_RATE = 200, 3, 32, 1e-3
 ANY = ("agreement>=0", "relc<=100")  # which nothing misses: this part is about what is lost
 FORMS = {"compiled": "hinges", "one pass": "one-pass"}  # by what `--operators` calls them
-AS_IS = "as it is"
+SOFTMAX, SINKHORN = "trained with softmax", "trained with sinkhorn"
+COLUMNS = AS_IS, NORMS, MAP, BOTH = "as it is", "norms trained", "map trained", "map and norms trained"
 Row = dict[str, Any]
 
 
@@ -40,20 +42,20 @@ def swap(name: str, seed: int, quick: bool) -> Row:
     sinkhorn, softmax = (asapc.load_checkpoint(trained(name, kind, seed, quick)) for kind in ("sinkhorn", "softmax"))
     swapped = replace(sinkhorn, module=copy.deepcopy(sinkhorn.module))
     swapped.module.load_state_dict(softmax.module.state_dict())
-    row: Row = {"task": name, "seed": seed, "trained with softmax": {"softmax": {AS_IS: accuracy(softmax.module, data)}}}
-    for kind, model in (("trained with softmax", swapped), ("trained with sinkhorn", sinkhorn)):
-        of_kind = row.setdefault(kind, {})
+    row: Row = {"task": name, "seed": seed, SOFTMAX: {"softmax": {AS_IS: accuracy(softmax.module, data)}}, SINKHORN: {}}
+    for kind, model in ((SOFTMAX, swapped), (SINKHORN, sinkhorn)):
+        of_kind = row[kind]
         of_kind["sinkhorn"] = {AS_IS: accuracy(model.module, data)}
-        if kind == "trained with softmax":
-            of_kind["sinkhorn"]["norms trained"] = fine_tuned(model.module, norms, data, steps, seed)
+        if kind == SOFTMAX:
+            of_kind["sinkhorn"][NORMS] = fine_tuned(model.module, norms, data, steps, seed)
         for form, operators in FORMS.items():
             fast = asapc.accelerate(
                 model.module, model.calibration.inputs, operators=operators, fidelity=ANY, threads=1, batches=BATCH
             )
             of_kind[form] = {
                 AS_IS: accuracy(fast, data),
-                "map trained": fine_tuned(fast, coefficients, data, steps, seed),
-                "map and norms trained": fine_tuned(fast, lambda m: [*coefficients(m), *norms(m)], data, steps, seed),
+                MAP: fine_tuned(fast, coefficients, data, steps, seed),
+                BOTH: fine_tuned(fast, lambda m: [*coefficients(m), *norms(m)], data, steps, seed),
             }
     return row
 
@@ -101,16 +103,14 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
         f"{STEPS} steps of {BATCH} samples; *map* is what the operators were fitted with."
     )
     yield ""
-    yield from table(("task", "trained with", "now has", AS_IS, "norms trained", "map trained", "map and norms trained"), lines(rows))
+    yield from table(("task", "trained with", "now has", *COLUMNS), lines(rows))
 
 
-def lines(rows: Mapping[str, Row]) -> Iterator[list[str]]:
+def lines(rows: Mapping[str, Row]) -> Iterator[Sequence[str]]:
     """Yield the lines of the table: a line for what each model has now."""
-    for name in dict.fromkeys(row["task"] for row in rows.values()):
-        of_task = [row for row in rows.values() if row["task"] == name]
-        for kind in ("trained with softmax", "trained with sinkhorn"):
+    for name, of_task in by_task(rows).items():
+        for kind in (SOFTMAX, SINKHORN):
             for now in of_task[0][kind]:
                 of_now = [row[kind][now] for row in of_task]
-                columns = (AS_IS, "norms trained", "map trained", "map and norms trained")
-                cells = [percent([values[column] for values in of_now if column in values]) for column in columns]
+                cells = [percent([values[column] for values in of_now if column in values]) for column in COLUMNS]
                 yield [name, kind.removeprefix("trained with "), now, *cells]

@@ -1,10 +1,10 @@
 """Tables of the study's page, and how their cells say means and spreads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean, stdev
 
 
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a Markdown table whose first column is text and whose others are numbers."""
     yield "| " + " | ".join(heads) + " |"
     yield "|---|" + "---:|" * (len(heads) - 1)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from benchmarks.study.models import seeds as model_seeds
+
 TASKS, QUICK_TASKS = ("digits", "mnist", "pointset", "mails"), ("digits",)
-SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 Row = dict[str, Any]
 
 
@@ -15,7 +16,7 @@ def cases_of(measure: Callable[[str, int, bool], Row], quick: bool) -> dict[str,
     return {
         f"{task}, seed {seed}": partial(measure, task, seed, quick)
         for task in (QUICK_TASKS if quick else TASKS)
-        for seed in (QUICK_SEEDS if quick else SEEDS)
+        for seed in model_seeds(quick)
     }
 
 

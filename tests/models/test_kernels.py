@@ -75,7 +75,10 @@ def test_rows_of_the_plan_sum_to_one_and_outputs_are_its_product_with_the_values
 
 @pytest.mark.parametrize(
     "make",
-    [*(partial(Sinkhorn, 2.0, 60, form) for form in ("log", "scaling", "recompute")), partial(SlicedTransport, 3, 1e-12)],
+    [
+        *(partial(Sinkhorn, 2.0, 60, form) for form in ("log", "scaling", "recompute")),
+        partial(SlicedTransport, 3, 1e-12),
+    ],
     ids=["log", "scaling", "recompute", "sliced"],
 )
 @pytest.mark.parametrize("sides", ["neither", "both", "queries", "keys"])
