@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from asapc.errors import BuildError
+from asapc.passes.base import PassManager
+from asapc.passes.onnx.inline_attention import InlineAttention
 from asapc.passes.onnx.standard_attention import StandardAttention
 from asapc.types.engine import Sizes
 
@@ -97,7 +99,7 @@ def load(path: Path) -> Any:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
         raise BuildError(f"{path.name} is not an ONNX model: {error}", "report the model") from error
-    return StandardAttention()(model).program
+    return PassManager([InlineAttention(), StandardAttention()])(model).program
 
 
 def at_largest(model: Any, largest_batch: int, sizes: OpenSizes) -> Any:
