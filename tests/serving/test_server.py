@@ -178,10 +178,10 @@ def test_masks_are_served_where_the_model_was_compiled_with_them(given, masked, 
     folder = masked(given)
     version = package_triton(folder, tmp_path / "repository", "masked", "python")
     assert "HTTP and gRPC" in smoke_triton(folder, version, server_environment())
-    samples = np.load(folder / "samples.npz")
+    samples, outputs = np.load(folder / "samples.npz"), np.load(folder / "expected.npz").files
     sent = {"x": samples["x"], "mask": np.ones(samples["x"].shape[:2], bool)}
     with running(version.parent.parent, "masked", server_environment()) as addresses:
         for protocol, address in addresses.items():
             for names in {("x", "mask"), ("x",)} - {given}:
                 with pytest.raises(BuildError, match="refuses a request"):
-                    infer(protocol, address, "masked", {name: sent[name] for name in names}, ["output"])
+                    infer(protocol, address, "masked", {name: sent[name] for name in names}, outputs)
