@@ -114,7 +114,7 @@ def test_a_machine_without_a_place_for_temporary_files_is_examined_all_the_same(
         raise FileNotFoundError("No usable temporary directory found")
 
     monkeypatch.setattr(tempfile, "gettempdir", none)
-    monkeypatch.setattr(survey, "probe", lambda codes: dict.fromkeys(codes, {"installed": False}))
+    monkeypatch.setattr(survey, "probe", lambda codes: {name: {"installed": False} for name in codes})
     result = run("doctor", "--json")
     messages = [finding["message"] for finding in json.loads(result.stdout)["findings"]]
     assert (result.exit_code, result.stderr) == (1, "")
