@@ -1,8 +1,9 @@
 """Writes ONNX's own attention as the operators that it consists of, for TensorRT's compiler.
 
-TensorRT-RTX 1.7 has kernels for that operator in half precision alone, for heads of at most 256 numbers, without a cap on
-scores or a cache. It crashes where queries and keys turn out to be one tensor, and refuses keys that are scaled queries.
-It builds the parts in all of these cases. Those of plain attention it fuses again where it has a kernel for them.
+TensorRT-RTX 1.7 has kernels for that operator in half precision alone, for heads of at most 256 numbers, without a cap
+on scores or a cache. It crashes where queries and keys turn out to be one tensor, whatever names and views they have,
+and refuses keys that are scaled queries. It builds the parts in all of these cases, and fuses those of plain attention
+again where it has a kernel for them.
 """
 
 from collections.abc import Mapping

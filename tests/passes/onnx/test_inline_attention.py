@@ -7,8 +7,15 @@ from helpers.tolerances import EXPORT
 from asapc.passes.onnx.inline_attention import InlineAttention
 
 SHAPES = {
-    **{"q": (2, 2, 3, 8), "k": (2, 2, 5, 8), "v": (2, 2, 5, 8), "many": (2, 4, 3, 8), "flat": (2, 3, 16)},
-    **{"past_k": (2, 2, 4, 8), "past_v": (2, 2, 4, 8), "bias": (3, 5), "mask": (3, 5)},
+    "q": (2, 2, 3, 8),
+    "k": (2, 2, 5, 8),
+    "v": (2, 2, 5, 8),
+    "many": (2, 4, 3, 8),
+    "flat": (2, 3, 16),
+    "past_k": (2, 2, 4, 8),
+    "past_v": (2, 2, 4, 8),
+    "bias": (3, 5),
+    "mask": (3, 5),
 }
 FLAT = "q_num_heads=2, kv_num_heads=2"
 # The shape of what is computed, and how; the first are plain.
