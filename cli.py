@@ -294,7 +294,7 @@ def approx(
         show([showing.approximation(title, result.data()["rows"]), str(out_file), *([str(plot)] if plot else [])])
 
 
-@command("asapc doctor", "asapc doctor --json")
+@command("asapc doctor", "asapc doctor --json", scratch=False)  # it tells why there are no temporary files
 def doctor(as_json: Json = False) -> None:
     """Examine this machine and its installation, with a command for each thing that is wrong."""
     from asapc.doctor import examine

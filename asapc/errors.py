@@ -17,6 +17,8 @@ AsapcError                  1   the user's input is at fault; message and hint, 
 InternalError              70   a defect in asapc: no AsapcError, so that its traceback is shown
 """
 
+from typing import Any
+
 
 def printable(text: str) -> str:
     """Replace what would move a terminal's cursor: the text becomes one line."""
@@ -38,6 +40,11 @@ class AsapcError(Exception):
         # One line whatever names it quotes: strangers choose those of files and of their contents.
         super().__init__(printable(message))
         self.hint = printable(hint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is made again of its arguments, of which this one keeps the message alone: pools of processes,
+        # which pickle what a worker raises, would break.
+        return type(self), (str(self), self.hint), self.__dict__
 
 
 class CheckpointError(AsapcError):

@@ -86,7 +86,7 @@ def explain(error: BaseException) -> int:
 
 
 def command(
-    *examples: str, takes: Collection[Option] = (), ends: str = ""
+    *examples: str, takes: Collection[Option] = (), ends: str = "", scratch: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function to the app as the command of its name, which ends with the exit codes of `asapc.errors`.
 
@@ -95,6 +95,7 @@ def command(
         ends: exit codes that other commands do not have, as text.
         takes: options of `CompileConfig`, to which --config is added. The function gets their values as one
             `CompileConfig`, its parameter `options`.
+        scratch: whether temporary files are kept in a folder that goes with it, without which it does not start.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -104,7 +105,7 @@ def command(
 
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
-            with exit_codes(arguments.get("as_json", False)), temporary_files():
+            with exit_codes(arguments.get("as_json", False)), temporary_files() if scratch else nullcontext():
                 if takes:
                     values = {option.name: arguments.pop(option.name) for option in takes}
                     arguments["options"] = options_of(arguments.pop("config"), arguments.pop("trust"), values)

@@ -167,9 +167,7 @@ def folders() -> Iterator[Folder]:
     except OSError:  # none can be written
         yield Folder("temporary files", os.environ.get("TMPDIR", "/tmp"), 0, writable=False)
     else:
-        path = Path(temporary)
-        # While a command runs, its own folder within the system's stands for that.
-        yield folder("temporary files", path.parent if path.name.startswith("asapc.") else path)
+        yield folder("temporary files", Path(temporary))
     try:
         import platformdirs
 

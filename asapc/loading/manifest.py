@@ -53,11 +53,19 @@ def check_files(folder: Path, names: set[str], files: Mapping[str, Any]) -> None
     for name in sorted(names - files.keys() - {MANIFEST}):
         raise CheckpointError(f"cannot read {folder}: {MANIFEST} does not list its {name}", "remove it there")
     for name, facts in files.items():
-        if (folder / name).stat().st_size != facts["bytes"]:
+        if size_of(folder / name) != facts["bytes"]:
             raise refusal(folder / name, "it changed since it was written")
     for name, facts in files.items():
         if Source.at(folder / name, CheckpointError).sha256 != facts["sha256"]:
             raise refusal(folder / name, "it changed since it was written")
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file that was there a moment ago: another run may be replacing its folder."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        raise refusal(path, "it is missing") from None
 
 
 def read_checked(path: Path) -> dict[str, Any]:

@@ -213,13 +213,15 @@ def as_tensor(value: Any) -> Tensor:
     """Return a tensor on the CPU, without a gradient, of a tensor or an array.
 
     Raises:
-        SamplesError: it is neither, or holds no numbers, or not as a dense array.
+        SamplesError: it is neither, or holds no numbers, or not as a dense array, or some of it is masked.
     """
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or value.is_meta or value.is_quantized:
             kind = f"{value.dtype}, {value.layout}, on {value.device}"
             raise SamplesError(f"{LABEL} hold a tensor of {kind}", "give dense tensors that hold values")
         return value.detach().cpu()
+    if np.ma.is_masked(value):  # torch would take what is under the mask
+        raise SamplesError(f"{LABEL} hold an array with masked entries", "fill them: ARRAY.filled(VALUE)")
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(np.ascontiguousarray(value)).clone()

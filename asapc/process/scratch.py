@@ -112,8 +112,19 @@ def create(parent: Path, prefix: str) -> tuple[Path, int]:
             os.close(descriptor)
 
 
-def lock(descriptor: int) -> None:
-    """Lock a file for this process.
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait for the blocks of other processes for the same folder, where the system can lock one; Windows cannot."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            lock(descriptor, wait=True)
+        yield
+
+
+def lock(descriptor: int, wait: bool = False) -> None:
+    """Lock a file or folder for this process, at once or when it is free.
 
     Raises:
         OSError: another process holds the lock, or the system has none.
@@ -122,7 +133,7 @@ def lock(descriptor: int) -> None:
         import fcntl
     except ImportError:  # on Windows
         raise OSError("this system has no flock") from None
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def remove(folder: Path, before_removal: Callable[[Path], None]) -> None:

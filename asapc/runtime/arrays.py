@@ -20,13 +20,15 @@ def as_array(name: str, value: Any) -> np.ndarray:
     """Return an input as a numpy array.
 
     Raises:
-        InputError: it is neither an array nor a tensor that numpy has a dtype for.
+        InputError: it is neither an array nor a tensor that numpy has a dtype for, or some of it is masked.
     """
     try:
         if is_tensor(value):
             return np.asarray(value.detach().cpu().resolve_conj().resolve_neg().numpy())
         if not hasattr(value, "__array__"):
             raise TypeError
+        if np.ma.is_masked(value):  # the model would get what is under the mask
+            raise InputError(f"{name} has masked entries", f"fill them: {name}.filled(VALUE)")
         return np.asarray(value)
     except (TypeError, RuntimeError):  # torch's own for dtypes, layouts and devices that numpy lacks
         kind = f"{value.dtype}, {value.layout}, on {value.device}" if is_tensor(value) else type(value).__name__

@@ -26,16 +26,26 @@ class Model:
 
     Call it with its inputs by position, by keyword or as one mapping by name: numpy arrays, or tensors of torch.
     float64 is read as float32 where the model takes that, and integers and floats are widened; nothing else is cast.
+    A pickle of it, or a copy, opens the folder anew where it is read, in another process for example.
 
     Attributes:
         folder: where it was loaded from.
+        options: device and threads, as `load` was given them.
         inputs, outputs: name, dtype and shape of each, in their order.
         axes: the range of each open axis that the shapes name.
         passed_over: why better devices were not taken, by their name.
     """
 
-    def __init__(self, folder: Path, interface: Interface, session: Session, passed_over: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        interface: Interface,
+        session: Session,
+        passed_over: Mapping[str, str],
+        options: tuple[str, int],
+    ) -> None:
         self.folder, self.interface, self.passed_over = folder, interface, dict(passed_over)
+        self.options = options
         self.session: Session | None = session
         self.device, self.runtime = session.device, session.runtime
         self.axes = interface.axes
@@ -91,6 +101,12 @@ class Model:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.session is None:
+            raise InputError(f"{self.folder} is closed", "load it again")
+        # As text: pickles of paths are not read by every version of Python.
+        return load, (str(self.folder.absolute()), *self.options)
+
     def __repr__(self) -> str:
         inputs = ", ".join(f"{info.name} {self.interface.described(info)}" for info in self.inputs)
         state = f"{self.runtime} on {self.device}" if self.session is not None else "closed"
@@ -139,5 +155,5 @@ def load(folder: str | Path, device: str = "auto", threads: int = 0) -> Model:
         except Unavailable as error:
             passed_over[name] = str(error)
         else:
-            return Model(path, Interface.of(manifest), session, passed_over)
+            return Model(path, Interface.of(manifest), session, passed_over, (device, threads))
     raise DependencyError(f"{path} cannot run on {device}: {passed_over[device]}", "give another device, or auto")

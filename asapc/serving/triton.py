@@ -13,6 +13,7 @@ import asapc
 from asapc.errors import CheckpointError, DependencyError, OptionError, OutputError
 from asapc.loading.manifest import MANIFEST, read_checked, read_manifest
 from asapc.process.interrupts import held
+from asapc.process.scratch import alone
 from asapc.runtime.triton import MODEL
 from asapc.types.interface import Interface, TensorInfo
 from asapc.writing.folder import OLD, check_free, listed_files, temporary_folder, unwritable
@@ -78,9 +79,9 @@ def package_triton(
     try:
         if os.path.lexists(model) and not model.is_dir():
             raise OutputError(f"{model} is no folder", "give another --name")
-        if model.is_dir():
+        if model.is_dir() or not movable(repository):
             return add_version(folder, model, config, backend, number, force)
-        with temporary_folder(repository, True, check_repository) as temporary:
+        with temporary_folder(repository, True, check_folder) as temporary:
             partial = temporary / name
             write_version(folder, partial / str(number), backend)
             write_warmup(folder, partial, config)
@@ -99,28 +100,32 @@ def add_version(folder: Path, model: Path, config: Any, backend: str, number: in
     path = model / str(number)
     # Here and not beside the repository: of a model's folders a server reads those alone that are named by a number.
     with temporary_folder(path, force, check_version) as temporary:
-        partial = temporary / "new"
-        write_version(folder, partial, backend)
-        others = versions(model) - {number}
-        merge(model / CONFIG, config, others)
-        write_warmup(folder, temporary, config)
-        (temporary / CONFIG).write_text(as_text(config))
-        check_free(path, force)
-        with held():
-            if path.exists():
-                (temporary / OLD).mkdir()
-                path.rename(temporary / OLD / path.name)
-            warmup = model / WARMUP
-            warmup.mkdir(exist_ok=True)
-            earlier = {file.name for file in warmup.iterdir()}
-            for file in (temporary / WARMUP).glob("*"):
-                file.replace(warmup / file.name)
-                earlier.discard(file.name)
-            (temporary / CONFIG).replace(model / CONFIG)
-            partial.rename(path)
-            for name in earlier:  # no configuration asks for them any more
-                (warmup / name).unlink()
+        write_version(folder, temporary / "new", backend)
+        with alone(model):  # or another run's entry in the configuration would be lost
+            merge(model / CONFIG, config, versions(model) - {number})
+            write_warmup(folder, temporary, config)
+            (temporary / CONFIG).write_text(as_text(config))
+            check_free(path, force)
+            publish(temporary, path)
     return path
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Move the new version, its warm-up and its configuration into the folder of a model, undisturbed by signals."""
+    model, warmup = path.parent, path.parent / WARMUP
+    with held():
+        if path.exists():
+            (temporary / OLD).mkdir()
+            path.rename(temporary / OLD / path.name)
+        warmup.mkdir(exist_ok=True)
+        earlier = {file.name for file in warmup.iterdir()}
+        for file in (temporary / WARMUP).glob("*"):
+            file.replace(warmup / file.name)
+            earlier.discard(file.name)
+        (temporary / CONFIG).replace(model / CONFIG)
+        (temporary / "new").rename(path)
+        for name in earlier:  # no configuration asks for them any more
+            (warmup / name).unlink()
 
 
 def merge(path: Path, config: Any, others: set[int]) -> None:
@@ -153,14 +158,18 @@ def versions(model: Path) -> set[int]:
     return {int(path.name) for path in model.iterdir() if re.fullmatch("[1-9][0-9]*", path.name)}
 
 
-def check_repository(path: Path) -> None:
-    """Raise OutputError if a repository is no folder, or has its own file system, into which nothing can be moved."""
-    if not path.exists():
-        return
-    if not path.is_dir():
+def check_folder(path: Path) -> None:
+    """Raise OutputError if a repository is no folder."""
+    if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is no folder", "give --triton a folder")
-    if path.stat().st_dev != path.absolute().parent.stat().st_dev:
-        raise OutputError(f"{path} is a file system of its own", "give --triton a folder inside it")
+
+
+def movable(repository: Path) -> bool:
+    """Return whether what grows beside a repository can be moved into it, which file systems of their own rule out."""
+    parent = repository.absolute().parent
+    if not repository.is_dir():
+        return True
+    return repository.stat().st_dev == parent.stat().st_dev and os.access(parent, os.W_OK)
 
 
 def check_version(path: Path) -> None:

@@ -14,10 +14,11 @@ from helpers.fake_gpu import FakeCuda, FakeTensorRT, engine_bytes
 from helpers.folders import tamper
 from helpers.paths import ROOT
 
-from asapc.backends.tensorrt.loader import MAGIC, open_engine, runs
+from asapc.backends.tensorrt.loader import MAGIC, open_checked, open_engine, runs
 from asapc.commands.compile import compile_model
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, DependencyError
+from asapc.loading.folder import read_folder
 from asapc.runtime.model import load
 
 BUILDER = "tensorrt 10.13.3.9"
@@ -98,6 +99,14 @@ def test_a_report_that_states_another_hash_than_the_manifest_is_refused(compiled
         report["artifacts"][-1]["sha256"] = "0" * 64
 
     assert "model.engine" in refused(tamper(folder, tmp_path / "out", "report.json", change), trt)
+
+
+def test_an_engine_that_vanishes_meanwhile_is_refused(compiled, trt, tmp_path):
+    folder = with_engine(compiled, tmp_path / "out", engine_bytes())
+    report = read_folder(folder)
+    (folder / "model.engine").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.engine: no such file"):
+        open_checked(folder, report)
 
 
 def test_an_engine_outside_the_folder_is_refused(compiled, trt, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jsonschema
@@ -13,7 +14,7 @@ from helpers.machines import ADA, HEALTHY, HOPPER, with_gpu
 from helpers.paths import ROOT
 
 import asapc.doctor as module
-from asapc.doctor import Examination
+from asapc.doctor import Examination, survey
 from asapc.doctor.rules import diagnose
 from asapc.doctor.showing import examination
 from asapc.showing import Grid
@@ -106,3 +107,15 @@ def test_an_onnxruntime_without_its_files_is_a_fault(tmp_path):
 def test_a_package_that_only_compiling_needs_is_missed(tmp_path):
     (found,) = faults(broken(tmp_path, {"scipy/__init__.py": "raise OSError('damaged')"}, "--json"))
     assert found == "asapc cannot be imported whole: OSError: damaged"
+
+
+def test_a_machine_without_a_place_for_temporary_files_is_examined_all_the_same(monkeypatch):
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    monkeypatch.setattr(survey, "probe", lambda codes: {name: {"installed": False} for name in codes})
+    result = run("doctor", "--json")
+    messages = [finding["message"] for finding in json.loads(result.stdout)["findings"]]
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert any(message.startswith("the folder for temporary files cannot be written") for message in messages)

@@ -18,6 +18,7 @@ from asapc.commands.verify import verify_model
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError
 from asapc.loading.folder import read_folder
+from asapc.loading.manifest import check_files
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,11 @@ def test_a_manifest_lists_the_files_and_no_others(compiled, tmp_path):
         assert_refused(CheckpointError, read_folder, folder, named="manifest.json")
     folder = tamper(compiled, tmp_path / "nothing", "manifest.json", lambda content: content["files"].clear())
     assert_refused(CheckpointError, read_folder, folder, named="manifest.json")
+
+
+def test_a_file_that_vanishes_meanwhile_is_missing(tmp_path):
+    with pytest.raises(CheckpointError, match="it is missing"):
+        check_files(tmp_path, {"model.onnx"}, {"model.onnx": {"bytes": 1, "sha256": ""}})
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_the_path_of_a_file_is_read_as_from_the_command_line(tmp_path):
         ([X, X[:, :3]], One, "batch 1 of the samples holds an array (3,) float32, the first an array (5,) float32"),
         ([(X, LABELS), X], One, "batch 1"),
         (np.array(["a"]), One, "array of <U1"),
+        (np.ma.masked_array(X.numpy(), MASK.numpy()), One, "masked entries"),
         (X * float("nan"), One, "the samples: the array holds NaN"),
         (torch.tensor(1.0), One, "sample axis"),
         (X.to_sparse(), One, "torch.sparse_coo"),

@@ -1,6 +1,7 @@
 """A compiled folder is opened and called from Python, without torch."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -104,6 +105,7 @@ def test_only_casts_that_lose_nothing_are_made_and_that_of_numpys_default(folder
         (lambda model, points: model(points.astype(complex)), "points is complex128"),
         (lambda model, points: model(torch.zeros(1, 24, 3, dtype=torch.bfloat16)), "points is a torch.bfloat16"),
         (lambda model, points: model(points.astype(object)), "points is object"),
+        (lambda model, points: model(np.ma.masked_array(points, points > 0)), "points has masked entries"),
         (lambda model, points: model(torch.zeros(1, 24, 3).to_sparse()), "torch.sparse_coo"),
         (lambda model, points: model(torch.zeros(1, 24, 3, device="meta")), "on meta"),
         (lambda model, points: model(torch.zeros(1, 24, 3, dtype=torch.cfloat).conj()), "points is complex64"),
@@ -142,6 +144,20 @@ def test_a_closed_model_says_so(folder, points):
     assert "closed" in repr(model)
     with pytest.raises(InputError, match="is closed"):
         model(points)
+
+
+def test_a_pickle_opens_the_folder_anew(folder, points, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    model = load(folder.name, device="cpu", threads=1)
+    pickled = pickle.dumps(model)
+    monkeypatch.chdir(tmp_path)
+    other = pickle.loads(pickled)
+    assert other.options == ("cpu", 1)
+    np.testing.assert_array_equal(next(iter(other(points).values())), next(iter(model(points).values())))
+    model.close()
+    with pytest.raises(InputError, match="is closed"):
+        pickle.dumps(model)
+    other(points)
 
 
 def test_a_folder_that_changed_is_not_opened(folder, tmp_path, monkeypatch):

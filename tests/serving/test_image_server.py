@@ -24,26 +24,34 @@ from asapc.serving.smoke import infer
 
 pytestmark = pytest.mark.slow  # the server's environment alone takes two minutes
 
-# Prints what of a manifest the classes that KServe and Kubernetes generate from their schemas do not know.
+# Prints what of a manifest does not keep to the classes that KServe and Kubernetes generate from their schemas: names
+# that these do not know, values of another type, and fields that are missing.
 UNKNOWN = """
 import json, re, sys
 import kserve.models, kubernetes.client
+
+TYPES = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
 def walk(value, kind, path):
     inner = re.fullmatch(r"(?:list|dict)[(\\[](?:str, ?)?(.+)[)\\]]", kind, re.IGNORECASE)
     known = getattr(kserve.models, kind, None) or getattr(kubernetes.client, kind, None) if not inner else None
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if kind in TYPES and (not isinstance(value, TYPES[kind]) or isinstance(value, bool) != (kind == "bool")):
+        print(f"{path} is no {kind}")
+        return
+    names = {json_name: name for name, json_name in known.attribute_map.items()} if known else {}
     for key, entry in entries:
         if inner:
             walk(entry, inner[1], f"{path}.{key}")
-        elif known:
-            names = {json_name: name for name, json_name in known.attribute_map.items()}
-            if key in names:
-                walk(entry, known.openapi_types[names[key]], f"{path}.{key}")
-            else:
-                print(f"{path}.{key}")
+        elif key in names:
+            walk(entry, known.openapi_types[names[key]], f"{path}.{key}")
         elif kind != "object":
-            print(f"{path}.{key}: {kind}")
+            print(f"{path}.{key}")
+    if known:
+        try:
+            known(**{names[key]: entry for key, entry in entries if key in names})
+        except ValueError as error:
+            print(f"{path}: {error}")
 
 walk(json.load(sys.stdin), "V1beta1InferenceService", "")
 """
@@ -203,12 +211,38 @@ def test_settings_that_name_no_option_end_it_with_a_word_on_them(folder, tmp_pat
         pass
 
 
+def test_files_that_vanish_do_not_reach_a_server_that_runs_and_damaged_ones_start_none(folder, model, tmp_path):
+    package_image(folder, tmp_path / "out", "points")
+    file, inputs = tmp_path / "out" / "model.asap" / "model.onnx", {"points": points(2, 24)}
+    content = file.read_bytes()
+    with running_image(tmp_path / "out", "points", server_environment()) as (addresses, _):
+        file.unlink()
+        answer = infer("http", addresses["http"], "points", inputs, names(model))
+        for name, value in model(inputs).items():
+            np.testing.assert_allclose(answer[name], value, rtol=1e-4, atol=1e-4)
+    for damage, reason in ((None, "it is missing"), (content[:-100], "it changed since it was written")):
+        if damage is not None:
+            file.write_bytes(damage)
+        serving = running_image(tmp_path / "out", "points", server_environment())
+        with pytest.raises(BuildError, match=reason), serving:
+            pass
+
+
+@pytest.mark.parametrize("given", [("x", "mask"), ("x",)])
+def test_masks_are_served_where_the_model_was_compiled_with_them(given, masked, tmp_path):
+    package_image(masked(given), tmp_path / "out", "masked")
+    assert "HTTP and gRPC" in smoke_image(masked(given), tmp_path / "out", "masked", server_environment())
+
+
 @pytest.mark.parametrize(
     "manifest", [text for language, text in code_blocks(ROOT / "docs" / "serving.md") if language == "yaml"]
 )
 def test_the_manifests_of_the_page_keep_to_kserves_own_schema(manifest):
     assert unknown(manifest) == ""
     assert unknown(manifest.replace("minReplicas", "replicas")) == ".spec.predictor.replicas\n"
+    assert unknown(manifest.replace("minReplicas: 1", "minReplicas: one")) == ".spec.predictor.minReplicas is no int\n"
+    nameless = manifest.replace("- name: kserve-container\n        image", "- image").replace("modelFormat", "format")
+    assert "must not be `None`" in unknown(nameless)
 
 
 def unknown(manifest: str) -> str:

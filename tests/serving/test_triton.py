@@ -5,6 +5,9 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,6 +140,41 @@ def test_of_two_packagings_at_once_each_is_whole_or_refused(folder, tmp_path):
     versions = {path.name for path in (tmp_path / "r" / "points").iterdir()} - {"config.pbtxt", "warmup"}
     assert len(versions) == sum(whole)
     assert {path.name for path in tmp_path.iterdir()} == {"r"}
+
+
+def test_versions_packaged_at_once_keep_each_others_hash(folder, tmp_path, monkeypatch):
+    package_triton(folder, tmp_path, "points", "python")
+    merge = triton.merge
+    monkeypatch.setattr(triton, "merge", lambda *arguments: (merge(*arguments), time.sleep(0.2)))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda number: package_triton(folder, tmp_path, "points", "python", number), (2, 3, 4)))
+    parameters = parse(tmp_path / "points" / "config.pbtxt").parameters
+    assert {f"model_sha256_of_version_{number}" for number in range(1, 5)} < set(parameters)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_where_nothing_can_be_moved_into_the_repository_a_model_grows_in_it(folder, tmp_path, monkeypatch, full):
+    package_triton(folder, tmp_path / "other", "points", "python")
+    (tmp_path / "r").mkdir()
+    monkeypatch.setattr(triton, "movable", lambda repository: False)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if full:
+        monkeypatch.setattr(triton, "write_warmup", fail)
+        with pytest.raises(OutputError):
+            package_triton(folder, tmp_path / "r", "points", "python")
+        assert not list((tmp_path / "r").iterdir())
+    else:
+        package_triton(folder, tmp_path / "r", "points", "python")
+        assert names(tmp_path / "r") == names(tmp_path / "other")
+
+
+def test_nothing_can_be_moved_into_another_file_system(tmp_path):
+    assert triton.movable(tmp_path)
+    assert triton.movable(tmp_path / "new")
+    assert not triton.movable(Path("/proc"))
 
 
 def test_what_triton_does_not_take_is_refused(folder, tmp_path):

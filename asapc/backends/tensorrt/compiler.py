@@ -27,6 +27,7 @@ from asapc.backends.tensorrt.flavours import (
 from asapc.backends.tensorrt.log import hint_on, layers_of, told
 from asapc.errors import BuildError
 from asapc.passes.base import PassManager
+from asapc.passes.onnx.inline_attention import InlineAttention
 from asapc.passes.onnx.standard_attention import StandardAttention
 from asapc.passes.onnx.unfuse_attention import UnfuseAttention
 
@@ -78,27 +79,37 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     else:
         candidates = {request["target"]: None}
     compiler = Compiler(trt, request)
-    refused: dict[str, str] = {}
-    hint, node = "", None
+    refused: dict[str, BuildError] = {}
     # One target that the compiler does not support fails the build for all, so each is tried alone first.
     for name, capability in candidates.items():
         try:
             data = compiler.build([capability])
         except BuildError as error:
-            refused[name], hint, node = str(error), error.hint, error.node
+            refused[name] = error
     targets = sorted((name for name in candidates if name not in refused), key=lambda name: int(name[2:]))
     if not targets:
-        raise BuildError("; ".join(dict.fromkeys(refused.values())), hint, node)
+        raise joined(refused)
     if len(targets) > 1:
         data = compiler.build([candidates[name] for name in targets])
     Path(request["engine"]).write_bytes(data)
     return {
         "builder": f"{request['package'].replace('_', '-')} {trt.__version__}",
         "targets": targets,
-        "refused": refused,
+        "refused": {name: str(error) for name, error in refused.items()},
         "layers": layers_of(compiler.lines),
         "notes": list(dict.fromkeys(compiler.notes)),
     }
+
+
+def joined(refused: Mapping[str, BuildError]) -> BuildError:
+    """Return the error of a model that no architecture can have: what most of them say comes first, and its hint."""
+    names: dict[str, list[str]] = {}
+    for name, error in refused.items():
+        names.setdefault(str(error), []).append(name)
+    reasons = sorted(names, key=lambda reason: len(names[reason]), reverse=True)
+    of_most = refused[names[reasons[0]][0]]
+    texts = reasons if len(reasons) == 1 else [f"{', '.join(names[reason])}: {reason}" for reason in reasons]
+    return BuildError("; ".join(texts), of_most.hint, of_most.node)
 
 
 class Compiler:
@@ -124,7 +135,7 @@ class Compiler:
         self.network = self.builder.create_network(strongly_typed(trt))
         self.parser = trt.OnnxParser(self.network, self.log)
         try:
-            model = PassManager([StandardAttention(), UnfuseAttention()])(onnx.load(path)).program
+            model = PassManager([InlineAttention(), StandardAttention(), UnfuseAttention()])(onnx.load(path)).program
         except DecodeError as error:
             raise BuildError(f"{path.name} is not an ONNX model: {error}", "report the model") from error
         self.nodes = [node.name for node in model.graph.node if node.name]

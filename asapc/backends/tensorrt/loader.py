@@ -101,7 +101,10 @@ def checked_bytes(engine: EngineArtifact, package: str) -> bytes:
     Raises:
         CheckpointError: it is not the file that was built, or no engine of this package.
     """
-    data = engine.path.read_bytes()
+    try:
+        data = engine.path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {engine.path}: {(error.strerror or str(error)).lower()}", AGAIN) from None
     if package not in INSTALL:
         raise CheckpointError(f"{engine.path} was built by {engine.builder}, which is no TensorRT", AGAIN)
     if engine.sha256 is not None and sha256(data).hexdigest() != engine.sha256:

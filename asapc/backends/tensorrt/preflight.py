@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from asapc.errors import BuildError
+from asapc.passes.base import PassManager
+from asapc.passes.onnx.inline_attention import InlineAttention
 from asapc.passes.onnx.standard_attention import StandardAttention
 from asapc.types.engine import Sizes
 
 MAX_SORT = 3840  # the largest K of a TopK; longer sites get no slices
-MAX_HEAD = 256  # the largest heads of ONNX's own attention
 MAX_NUMBERS = 64  # beyond which a constant holds no sizes
 COUNT = "{}_count"  # a value that is not in the model: its shape is what one of the model holds
 
@@ -35,7 +36,6 @@ UNKNOWN = (
     *("SplitToSequence", "StringConcat", "StringNormalizer", "StringSplit", "SwiGLU", "TfIdfVectorizer"),
 )
 STANDARD = "replace it in the model by standard operators, or compile for --target onnx"
-OLDER = "export the model at an opset below 23, where attention is a product, a softmax and a product"
 
 OpenSizes = Mapping[str, Mapping[int, Sizes]]  # of open axes, by the input's name and their number
 
@@ -97,7 +97,7 @@ def load(path: Path) -> Any:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
         raise BuildError(f"{path.name} is not an ONNX model: {error}", "report the model") from error
-    return StandardAttention()(model).program
+    return PassManager([InlineAttention(), StandardAttention()])(model).program
 
 
 def at_largest(model: Any, largest_batch: int, sizes: OpenSizes) -> Any:
@@ -171,21 +171,6 @@ def reduced_scatter(node: Any, values: Mapping[str, Value]) -> Fault | None:
     return Fault(why, "express it by a product with a one-hot matrix in the model, or scatter without reduction")
 
 
-def attention_kernel(node: Any, values: Mapping[str, Value]) -> Fault | None:
-    """ONNX's own attention has kernels of half precision alone, for limited heads, of keys that are not the queries."""
-    if (node.domain, node.op_type) != ("", "Attention"):
-        return None
-    queries = values.get(node.input[0], NOTHING)
-    if KINDS.get(queries.kind) == "float32":
-        return Fault("it is attention in float32, for which TensorRT has no kernel", OLDER)
-    if node.input[0] == node.input[1]:
-        return Fault("its queries are its keys, one and the same tensor, on which TensorRT's compiler crashes", OLDER)
-    size = queries.sizes[-1] if len(queries.sizes) == 4 else None
-    if size is None or size <= MAX_HEAD:
-        return None
-    return Fault(f"it is attention with heads of {size}, and TensorRT's kernels take at most {MAX_HEAD}", OLDER)
-
-
 def integer_product(node: Any, values: Mapping[str, Value]) -> Fault | None:
     """Matrices of integers, as of masks that were not cast to floats, are not multiplied."""
     if node.op_type not in ("MatMul", "Gemm"):
@@ -207,5 +192,5 @@ def unknown_type(node: Any, values: Mapping[str, Value]) -> Fault | None:
 # Of TensorRT proper, which no machine without a GPU can try, what NVIDIA documents.
 RULES: Mapping[str, Sequence[Rule]] = {
     "tensorrt": (long_sort,),
-    "tensorrt_rtx": (long_sort, unknown_operator, reduced_scatter, attention_kernel, integer_product, unknown_type),
+    "tensorrt_rtx": (long_sort, unknown_operator, reduced_scatter, integer_product, unknown_type),
 }
