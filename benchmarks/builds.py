@@ -113,7 +113,8 @@ def load(name: str) -> tuple[nn.Module, Samples, int]:
     """Return a model of the zoo, or the language model that is shipped, with samples and its greatest length."""
     if name == LANGUAGE:
         loaded = load_model(ROOT / "models" / "language.pt")
-        return loaded.module, loaded.calibration[:SAMPLES], 128
+        samples = loaded.calibration[:SAMPLES]
+        return loaded.module, samples, samples.inputs["tokens"].shape[1]
     case = next(case for case in POSITIVES if case.name == name)
     torch.manual_seed(0)
     return case.build().eval(), Samples(case.inputs(SAMPLES, torch.Generator().manual_seed(0))), LONGEST
@@ -134,7 +135,8 @@ def build_all(name: str) -> Row:
     row["builds"] += builds(teacher, "float32")
     row["builds"] += builds(teacher, "float16", MAIN)
     try:
-        reopened = study_module(module, samples, config=CompileConfig(dynamic=f"batch=1:{LARGEST_BATCH},seq=2:{longest}"))
+        axes = f"batch=1:{LARGEST_BATCH},seq=2:{longest}"
+        reopened = study_module(module, samples, config=CompileConfig(dynamic=axes))
     except AsapcError as error:
         row["lengths"] = str(error)
     else:

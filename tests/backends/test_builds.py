@@ -1,4 +1,6 @@
-"""Padded forms of every kind, and small plans, built by NVIDIA's compiler; `python -m benchmarks.builds` builds whole models.
+"""Padded forms of every kind, and small plans, built by NVIDIA's compiler.
+
+`python -m benchmarks.builds` builds whole models.
 
 Queries, keys and values come from one layer, as models have it: TensorRT-RTX crashed on that alone.
 """
@@ -176,7 +178,8 @@ def test_small_plans_of_tokens_are_built(lowering, precision, open_length, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     inputs = {"x": torch.randn(2, 6, 4, WIDTH)}
     axes = {"x": {0: DynamicAxis("batch", 1, 4), 1: DynamicAxis("seq", 2, 300)}} if open_length else None
-    graph = CapturedGraph(export(Mixer(lowering, precision == "float16").eval(), inputs, axes), Samples(inputs), axes=axes)
+    module = Mixer(lowering, precision == "float16").eval()
+    graph = CapturedGraph(export(module, inputs, axes), Samples(inputs), axes=axes)
     artifact = export_onnx(graph, tmp_path / "model.onnx", {}, standard=precision != "float32")
     engine = build_engine(artifact, tmp_path / "model.engine", 4, axes, "tensorrt-rtx", EngineOptions(("SM89",)))
     assert engine.targets == ("SM89",)

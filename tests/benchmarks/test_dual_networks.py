@@ -1,4 +1,4 @@
-"""The networks of `benchmarks.amortised_tiny` are timed as they were trained, and use the symmetries that they claim."""
+"""The networks of `benchmarks.amortised_tiny`: timed as they were trained, with the symmetries that they claim."""
 
 import pytest
 import torch

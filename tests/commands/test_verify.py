@@ -137,7 +137,8 @@ def test_data_of_another_kind_is_out_of_range(compiled):
 def test_a_range_is_widened_by_a_tenth_and_what_lies_beyond_is_outside():
     values = torch.tensor([0.85, 0.95, 1.5, 2.05, 2.15])
     assert plans_outside(values, 1.0, 2.0, samples=5) == Outside(2, 5, ((0, 0), (4, 0)))
-    assert plans_outside(values.repeat(4), 1.0, 2.0, samples=2) == Outside(8, 20, ((0, 0), (0, 4), (0, 5), (0, 9), (1, 0)))
+    places = ((0, 0), (0, 4), (0, 5), (0, 9), (1, 0))
+    assert plans_outside(values.repeat(4), 1.0, 2.0, samples=2) == Outside(8, 20, places)
 
 
 def test_the_first_plans_outside_are_named_by_sample_and_token():
@@ -169,7 +170,7 @@ STREAMS, CHARACTERS, SHARP = 2, 12, 7  # tokens of the last kind mix their strea
 
 @pytest.fixture(scope="module")
 def mixing(tmp_path_factory) -> Path:
-    """A folder with a model that mixes streams by small plans, and what it was compiled to: shorter loops, open lengths."""
+    """A folder with a model that mixes streams by small plans, and what it was compiled to: truncated, of open length."""
     folder = tmp_path_factory.mktemp("mixing")
     torch.manual_seed(0)
     args = {"vocabulary": 8, "length": CHARACTERS, "width": 8, "depth": 1, "heads": 2, "streams": STREAMS}
