@@ -116,21 +116,9 @@ def time_forms(tokens: int, seconds: float, threads: int) -> dict[str, list[floa
     with tempfile.TemporaryDirectory() as folder:
         runners = {}
         for name, module in modules.items():
-            graph = CapturedGraph(export(Alone(module).eval(), samples.inputs), samples)
+            graph = CapturedGraph(export(module.eval(), samples.inputs), samples)
             runners[name] = OnnxRuntimeRunner(export_onnx(graph, Path(folder) / "model.onnx", {}).path, threads)
     return time_rounds(runners, samples, 1, seconds, SEED, MIN_ROUNDS)
-
-
-class Alone(nn.Module):
-    """A module that is given scores and nothing else."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, scores: Tensor) -> Tensor:
-        """Map scores (1, T, 4, 4) to plans of the same shape."""
-        return self.module(scores)
 
 
 def form_of(row: Row) -> str:

@@ -170,7 +170,7 @@ STREAMS, CHARACTERS, SHARP = 2, 12, 7  # tokens of the last kind mix their strea
 
 @pytest.fixture(scope="module")
 def mixing(tmp_path_factory) -> Path:
-    """A folder with a model that mixes streams by small plans, and what it was compiled to: truncated, of open length."""
+    """A folder with a model that mixes streams by small plans, compiled to truncated loops, its length open."""
     folder = tmp_path_factory.mktemp("mixing")
     torch.manual_seed(0)
     args = {"vocabulary": 8, "length": CHARACTERS, "width": 8, "depth": 1, "heads": 2, "streams": STREAMS}
