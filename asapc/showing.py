@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asapc.writing.words import cheaper_note, cost_check, kinds, label, outside_note, outside_share, output_errors
+from asapc.writing.words import cheaper_note, cost_check, kinds, label, output_errors, outside_note, outside_share
 
 WORTHWHILE = 0.05  # of an error, to be worth more samples
 FAR = 30  # times the samples' scores: models seldom get there

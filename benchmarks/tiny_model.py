@@ -38,7 +38,7 @@ from asapc.ops.small import SmallSinkhorn
 from asapc.planning.alternatives import look_up
 from asapc.planning.choose import decide
 from asapc.planning.costs import shipped
-from asapc.planning.operators import MANY, exact_operator, operators
+from asapc.planning.operators import MANY, exact_operator
 from asapc.timing.rounds import time_rounds
 from asapc.types.options import Lowering
 from asapc.types.samples import Samples
