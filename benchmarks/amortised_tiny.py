@@ -14,7 +14,8 @@ bootstrap. Writes benchmarks/results/amortised_tiny.json and a part of docs/hype
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,17 @@ from asapc.writing.folder import write_json
 from benchmarks.dual_networks import ENTRIES, EXACT, KINDS, SIDE, Network, Shared, Timed, exact_plans, loop, plans
 from benchmarks.generated import replace_generated
 from benchmarks.intervals import median_ratio
+from benchmarks.progress import Progress
 from benchmarks.tiny import DOCUMENT, RESAMPLES, SEED
 from benchmarks.tiny_model import MODEL, Plan, batches, growth, layout, losses, run
 
 RESULTS = Path(__file__).resolve().parent / "results" / "amortised_tiny.json"
 SPREADS, TRAINING, JUDGES = (1.0, 2.0, 4.0), 32768, 8192  # of normal scores; tokens of each
-TEXTS = 128  # of the language model, that judge
+TEXTS = 64  # of the language model, that judge
 FOLLOWING = (1, 3, 5)  # half-steps after a network
-LOOPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, EXACT)
+LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, EXACT)
 STEPS, BATCH, RATE = 1000, 512, 6e-3
-TOKENS, SECONDS, MIN_ROUNDS = (16, 4096), 6.0, 40
+TOKENS, SECONDS, MIN_ROUNDS = (16, 4096), 3.0, 40
 LOOP, OF_MODEL = "loop", "language model"
 
 Row = dict[str, Any]
@@ -87,22 +89,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads inside an operator; 1 by default")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    steps, texts, seconds, tokens = (4, 4, 0.1, TOKENS[:1]) if options.quick else (STEPS, TEXTS, SECONDS, TOKENS)
-    times = {count: time_forms(count, seconds, options.threads) for count in tokens}
-    rows = list(judge(steps, texts))
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(Progress("", Path(folder)), Judge(4, 4), TOKENS[:1], options.threads)
+        return
+    progress = Progress("amortised_tiny")
+    data = measure(progress, Judge(STEPS, TEXTS), TOKENS, options.threads)
+    write_json(RESULTS, {**data, "threads": options.threads, "environment": environment(SEED)})
+    replace_generated(DOCUMENT, document(data["rows"]), "networks")
+    progress.finish()
+
+
+def measure(progress: Progress, judge: "Judge", tokens: Sequence[int], threads: int) -> Row:
+    """Return what is not known yet, and what is."""
+    forms = [(LOOP, steps) for steps in LOOPS] + [(name, steps) for name in KINDS for steps in FOLLOWING]
+    rows = [progress.get(f"{name}, {steps}", partial(judge, name, steps)) for name, steps in forms]
+    times = {str(count): progress.get(f"{count} tokens", partial(time_forms, count, threads)) for count in tokens}
     loops = [row for row in rows if row["name"] == LOOP]
-    for row in rows:
-        row |= {"speed": {str(count): speed(row, loops, of_forms) for count, of_forms in times.items()}}
-        print(row, flush=True)
-    if not options.quick:
-        ms = {str(count): {name: float(np.median(each)) for name, each in of.items()} for count, of in times.items()}
-        rounds = {str(count): len(of[f"{LOOP}, {EXACT}"]) for count, of in times.items()}
-        data = {"rows": rows, "ms": ms, "rounds": rounds}
-        write_json(RESULTS, {**data, "threads": options.threads, "environment": environment(SEED)})
-        replace_generated(DOCUMENT, document(rows), "networks")
+    rows = [row | {"speed": {count: speed(row, loops, times[count]) for count in times}} for row in rows]
+    ms = {count: {name: float(np.median(each)) for name, each in of.items()} for count, of in times.items()}
+    return {"rows": rows, "ms": ms, "rounds": {count: len(of[f"{LOOP}, {EXACT}"]) for count, of in times.items()}}
 
 
-def time_forms(tokens: int, seconds: float, threads: int) -> dict[str, list[float]]:
+def time_forms(tokens: int, threads: int) -> dict[str, list[float]]:
     """Return the times of all loops, and of networks with random weights, on so many tokens, by `form_of`."""
     generator = torch.Generator().manual_seed(SEED)
     scores, lowering = 2 * torch.randn(2, tokens, SIDE, SIDE, generator=generator), layout(tokens)
@@ -118,7 +127,7 @@ def time_forms(tokens: int, seconds: float, threads: int) -> dict[str, list[floa
         for name, module in modules.items():
             graph = CapturedGraph(export(module.eval(), samples.inputs), samples)
             runners[name] = OnnxRuntimeRunner(export_onnx(graph, Path(folder) / "model.onnx", {}).path, threads)
-    return time_rounds(runners, samples, 1, seconds, SEED, MIN_ROUNDS)
+    return time_rounds(runners, samples, 1, SECONDS, SEED, MIN_ROUNDS)
 
 
 def form_of(row: Row) -> str:
@@ -142,58 +151,70 @@ def speed(row: Row, loops: list[Row], times: Mapping[str, list[float]]) -> Row:
     return ratios
 
 
-def judge(steps: int, texts: int) -> Iterator[Row]:
-    """Yield the errors of all loops and networks, and the growth of perplexity with each in all layers of the model."""
-    generator = torch.Generator().manual_seed(SEED)
-    spreads = torch.tensor(SPREADS).reshape(-1, 1, 1)
-    normal = ScoreSets(
-        *(spreads * torch.randn(len(SPREADS), count, ENTRIES, generator=generator) for count in (TRAINING, JUDGES))
-    )
-    loaded = load_model(MODEL)
-    model, tokens = loaded.module, loaded.held_out.inputs["tokens"][:texts]
-    of_model = ScoreSets(scores_of(model, loaded.calibration.inputs["tokens"]), scores_of(model, tokens))
-    expected = losses(logits_of(model, tokens, None), tokens)
+class Judge:
+    """Judges loops, and networks which it trains: by their error, and by perplexity in all layers of the model.
 
-    def row(name: str, half_steps: int, results: tuple[Tensor, Tensor], of_layers: list[Plan]) -> Row:
-        of_spreads, errors = normal.errors(results[0]), of_model.errors(results[1])
+    Args:
+        steps: of the training.
+        texts: of the language model, that judge.
+    """
+
+    def __init__(self, steps: int, texts: int) -> None:
+        self.steps, loaded = steps, load_model(MODEL)
+        generator = torch.Generator().manual_seed(SEED)
+        spreads = torch.tensor(SPREADS).reshape(-1, 1, 1)
+        self.normal = ScoreSets(
+            *(spreads * torch.randn(len(SPREADS), count, ENTRIES, generator=generator) for count in (TRAINING, JUDGES))
+        )
+        self.model, self.tokens = loaded.module, loaded.held_out.inputs["tokens"][:texts]
+        calibration = loaded.calibration.inputs["tokens"]
+        self.of_model = ScoreSets(*(scores_of(self.model, tokens) for tokens in (calibration, self.tokens)))
+        self.expected = losses(logits_of(self.model, self.tokens, None), self.tokens)
+
+    def __call__(self, name: str, half_steps: int) -> Row:
+        """Return the errors of a loop, or of a network and its half-steps, and by how much perplexity grows."""
+        layers = range(len(self.of_model.judging))
+        if name == LOOP:
+            plan = loop(half_steps)
+            results, of_layers = [in_layout(plan, each.judging) for each in self.sets], [plan] * len(layers)
+        else:
+            kind, width = KINDS[name]
+            torch.manual_seed(SEED)
+            networks = [train(kind(each.training, width), each, half_steps, self.steps) for each in self.sets]
+            with torch.no_grad():
+                results = [plans(one, each.judging, half_steps) for one, each in zip(networks, self.sets, strict=True)]
+            of_layers = [plan_of(networks[1].alone(number), half_steps) for number in layers]
+        of_spreads, errors = (each.errors(result) for each, result in zip(self.sets, results, strict=True))
+        named = {f"spread {spread:g}": error for spread, error in zip(SPREADS, of_spreads, strict=True)}
         return {
             "name": name,
             "half_steps": half_steps,
-            "errors": {
-                **{f"spread {spread:g}": error for spread, error in zip(SPREADS, of_spreads, strict=True)},
-                OF_MODEL: float(np.sqrt(np.mean(np.square(errors)))),
-            },
+            "errors": {**named, OF_MODEL: float(np.sqrt(np.mean(np.square(errors))))},
             "layers": errors,
-            "perplexity": growth(losses(logits_of(model, tokens, of_layers), tokens), expected),
+            "perplexity": growth(losses(logits_of(self.model, self.tokens, of_layers), self.tokens), self.expected),
         }
 
-    layers = len(of_model.judging)
-    with torch.no_grad():
-        for half_steps in LOOPS:
-            plan = loop(half_steps)
-            results = tuple(plan(data.judging.unflatten(-1, (SIDE, SIDE))).flatten(-2) for data in (normal, of_model))
-            yield row(LOOP, half_steps, results, [plan] * layers)
-    for name, (kind, width) in KINDS.items():
-        for half_steps in FOLLOWING:
-            torch.manual_seed(SEED)
-            networks = [train(kind(data.training, width), data, half_steps, steps) for data in (normal, of_model)]
-            with torch.no_grad():
-                results = tuple(
-                    plans(network, data.judging, half_steps)
-                    for network, data in zip(networks, (normal, of_model), strict=True)
-                )
-                of_layers = [plan_of(networks[1].alone(number), half_steps) for number in range(layers)]
-                yield row(name, half_steps, results, of_layers)
+    @property
+    def sets(self) -> tuple[ScoreSets, ScoreSets]:
+        """Normal scores, and those of the model's layers."""
+        return self.normal, self.of_model
+
+
+def in_layout(plan: Plan, scores: Tensor) -> Tensor:
+    """Return what a loop makes of scores (K, T, 16)."""
+    return plan(scores.unflatten(-1, (SIDE, SIDE))).flatten(-2)
 
 
 def scores_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return the scores of all layers on texts: (layers, texts * characters, 16)."""
-    return torch.cat([run(model, batch.inputs["tokens"])[1] for batch in batches(tokens)], dim=1).flatten(-2)
+    with torch.no_grad():
+        return torch.cat([run(model, batch.inputs["tokens"])[1] for batch in batches(tokens)], dim=1).flatten(-2)
 
 
 def logits_of(model: nn.Module, tokens: Tensor, of_layers: list[Plan] | None) -> Tensor:
     """Return the logits of texts, with other loops in the layers or with the model's own."""
-    return torch.cat([run(model, batch.inputs["tokens"], of_layers)[0] for batch in batches(tokens)])
+    with torch.no_grad():
+        return torch.cat([run(model, batch.inputs["tokens"], of_layers)[0] for batch in batches(tokens)])
 
 
 def plan_of(network: Network, half_steps: int) -> Plan:

@@ -4,13 +4,12 @@
     python -m benchmarks.tiny_model --quick    # a moment, writes nothing
 
 models/language.pt with its length open, in ONNX Runtime: as written, with exact forms packed and interleaved, with
-truncated loops, with what budgets select, and without Sinkhorn, the floor: with no half-step, so that the softmax
-before the loop is the plan, and unmixed, so that the plan is the identity and even its scores are not computed. Calls
-on few characters stand for decoding, without a cache of keys, and on many for prefill. Perplexities are of all held-out
-texts. For what hyper-connections promise, that signals neither grow nor vanish, the plans of all layers are multiplied
-token by token. Ratios are medians of interleaved rounds in one process; 95 % intervals of them are bootstrapped over
-rounds, those of perplexity over texts. Writes benchmarks/results/tiny_model.json and a part of
-docs/hyper-connections.md.
+truncated loops, with those that budgets select layer by layer, and without any half-step, the floor: the softmax before
+the loop is the plan. Calls on few characters stand for decoding, without a cache of keys, and on many for prefill.
+Perplexities are of all held-out texts. For what hyper-connections promise, that signals neither grow nor vanish, the
+plans of all layers are multiplied token by token. Ratios are medians of interleaved rounds in one process; 95 %
+intervals of them are bootstrapped over rounds, those of perplexity over texts. A run that was stopped goes on where it
+was. Writes benchmarks/results/tiny_model.json and a part of docs/hyper-connections.md.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,35 +30,37 @@ from torch import Tensor, nn
 
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.capturing.dynamic import parse_axes
+from asapc.capturing.export import export
 from asapc.commands.study import study
 from asapc.config import CompileConfig
+from asapc.loading.model import load_model
 from asapc.models import language
 from asapc.ops.small import SmallSinkhorn
 from asapc.planning.alternatives import look_up
 from asapc.planning.choose import decide
 from asapc.planning.costs import shipped
-from asapc.planning.operators import MANY, exact_operator
+from asapc.planning.operators import MANY
 from asapc.timing.rounds import time_rounds
+from asapc.types.graph import CapturedGraph
 from asapc.types.options import Lowering
 from asapc.types.samples import Samples
-from asapc.types.site import Site
-from asapc.types.teacher import Teacher
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
-from asapc.writing.rewrite import rewrite
 from benchmarks.generated import replace_generated
 from benchmarks.intervals import CONFIDENCE, median_ratio
-from benchmarks.tiny import CONSTANT, DOCUMENT, GUARD, ITERATIONS, RESAMPLES, SEED
+from benchmarks.progress import Progress
+from benchmarks.tiny import DOCUMENT, GUARD, ITERATIONS, RESAMPLES, SEED, Rewritten
 
 ROOT = Path(__file__).resolve().parent
 MODEL, RESULTS = ROOT.parent / "models" / "language.pt", ROOT / "results" / "tiny_model.json"
 OPEN = "batch=1:32,seq=1:128"
 SHAPES = ((1, 1), (1, 16), (1, 128), (32, 128))  # texts, characters
-TRUNCATED, BUDGETS = (2, 3, 4, 6, 8, 12, 16, 24), ("output-error<=0.001", "output-error<=0.01", "output-error<=0.05")
+ALL, TRUNCATED = 2 * ITERATIONS - 1, (2, 3, 4, 6, 8, 12, 16, 24)  # half-steps
+BUDGETS = ("output-error<=0.001", "output-error<=0.01", "output-error<=0.05")
 SECONDS, MIN_ROUNDS, TEXTS = 10.0, 20, 32  # texts at once, for perplexity
 LIMIT = 1e-3  # by which perplexity may grow
-WRITTEN, EXACT, OTHER = "as written", "exact", "exact, in the other layout"
-NO_STEP, UNMIXED = "no half-step", "unmixed"
+WRITTEN, EXACT, OTHER, NO_STEP = "as written", "exact", "exact, in the other layout", "no half-step"
 LAYOUTS: Mapping[Lowering, str] = {"materialised": "packed", "interleaved": "interleaved"}
 
 Row = dict[str, Any]
@@ -74,102 +75,144 @@ class NoStep(SmallSinkhorn):
         return kernel
 
 
-class Unmixed(nn.Module):
-    """The identity as the plan."""
+class Variant(nn.Module):
+    """The language model with other loops in its layers."""
 
-    lowering = "materialised"
+    def __init__(self, model: nn.Module, half_steps: Sequence[int], lowering: Lowering) -> None:
+        """Put in place of each layer's loop one of so many half-steps; 0 for none."""
+        super().__init__()
+        self.model = model
+        self.plans = nn.ModuleList(Rewritten(loop_of(count, lowering)) for count in half_steps)
 
-    def forward(self, scores: Tensor, queries: Tensor | None, keys: Tensor | None, values: Tensor) -> Tensor:
-        """Return the values."""
-        return values
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (texts, characters) to logits (texts, characters, V)."""
+        return run(self.model, tokens, self.plans)[0]
+
+
+def loop_of(half_steps: int, lowering: Lowering) -> SmallSinkhorn:
+    """Return the loop of published hyper-connections after its softmax, with other half-steps."""
+    kind = SmallSinkhorn if half_steps else NoStep
+    return kind(half_steps or 1, "columns", (4, 4), GUARD, None, torch.ones(1), lowering)
+
+
+def run(model: nn.Module, tokens: Tensor, plans: Sequence[Plan] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the model as it is in torch, or with another loop at each layer.
+
+    Args:
+        model: the language model.
+        tokens: (texts, characters).
+        plans: the loops of all layers; None for the model's own.
+
+    Returns:
+        Its logits (texts, characters, V), and the scores and plans of all layers (layers, texts * characters, S, S).
+    """
+    own = language.sinkhorn
+    scores: list[Tensor] = []
+    results: list[Tensor] = []
+
+    def loop(of_layer: Tensor, iterations: int, constant: float) -> Tensor:
+        plan = partial(own, iterations=iterations, constant=constant) if plans is None else plans[len(scores)]
+        scores.append(of_layer)
+        results.append(plan(of_layer))
+        return results[-1]
+
+    with patch.object(language, "sinkhorn", loop):
+        logits = model(tokens)
+    return logits, torch.stack(scores).flatten(1, 2), torch.stack(results).flatten(1, 2)
 
 
 def main() -> None:
     """Measure all of it, print, write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a short call and few texts; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="short calls and few texts; writes nothing")
     parser.add_argument("--threads", type=int, default=1, help="threads inside an operator; 1 by default")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    shapes, seconds, texts = (SHAPES[:2], 0.1, TEXTS) if options.quick else (SHAPES, SECONDS, None)
-    teacher = study(MODEL, CompileConfig(dynamic=OPEN))
-    tokens = teacher.held_out.inputs["tokens"][:texts]
-    half_steps = select(teacher)
-    print(half_steps, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        models = Models(teacher, half_steps, Path(folder), options.threads)
-        data: Row = {
-            "half_steps": half_steps,
-            "fidelity": list(perplexities(models, tokens)),
-            "latency": [compare(models, tokens[:batch, :length], seconds) for batch, length in shapes],
-            "products": list(products(teacher.loaded.module, half_steps, tokens)),
-        }
-    if not options.quick:
-        write_json(RESULTS, {**data, "threads": options.threads, "environment": environment(SEED)})
-        replace_generated(DOCUMENT, document(data), "model")
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(Progress("", Path(folder)), SHAPES[:2], 0.1, TEXTS, options.threads)
+        return
+    progress = Progress("tiny_model")
+    data = measure(progress, SHAPES, SECONDS, None, options.threads)
+    write_json(RESULTS, {**data, "threads": options.threads, "environment": environment(SEED)})
+    replace_generated(DOCUMENT, document(data), "model")
+    progress.finish()
 
 
-def select(teacher: Teacher) -> dict[str, list[int]]:
-    """Return the half-steps at each layer by the name of the variant: truncated alike, or as a budget selects."""
-    layers = len(teacher.sites)
-    half_steps = {EXACT: [teacher.sites[0].loop.half_steps] * layers}
-    half_steps |= {f"truncated, {steps}": [steps] * layers for steps in TRUNCATED}
-    config = CompileConfig(dynamic=OPEN)
+def measure(
+    progress: Progress, shapes: Sequence[tuple[int, int]], seconds: float, texts: int | None, threads: int
+) -> Row:
+    """Return what is not known yet, and what is, on so many texts; all of them with None."""
+    models = Models(progress, threads)
+    tokens = models.held_out.inputs["tokens"][:texts]
+    return {
+        "half_steps": models.half_steps,
+        "fidelity": [
+            progress.get(f"fidelity {name}", partial(perplexity, models, name, tokens)) for name in models.names
+        ],
+        "latency": [
+            progress.get(f"latency {batch} {length}", partial(compare, models, tokens[:batch, :length], seconds))
+            for batch, length in shapes
+        ],
+        "products": [progress.get(f"products {name}", partial(product, models, name, tokens)) for name in models.names],
+    }
+
+
+def select() -> dict[str, list[int]]:
+    """Return the half-steps that budgets select at each layer, by budget."""
+    config, teacher = CompileConfig(), study(MODEL)
     with look_up(teacher, config, shipped(), None, lambda detail: None) as check:
-        for budget in BUDGETS:
-            choices = decide(check, replace(config, fidelity=(budget,))).choices
-            half_steps[budget] = [choices[site.name].candidate.half_steps for site in teacher.sites]
-    return half_steps
+        selections = {budget: decide(check, replace(config, fidelity=(budget,))) for budget in BUDGETS}
+    return {
+        budget: [selection.choices[site.name].candidate.half_steps for site in teacher.sites]
+        for budget, selection in selections.items()
+    }
 
 
 class Models:
     """The model in all its variants, exported when they are asked for.
 
     Args:
-        teacher: the model, its length open.
-        half_steps: at each layer, by the variant's name.
-        folder: for the files.
+        progress: keeps files and half-steps.
         threads: of each session.
     """
 
-    def __init__(self, teacher: Teacher, half_steps: Mapping[str, Sequence[int]], folder: Path, threads: int) -> None:
-        self.teacher, self.half_steps, self.folder, self.threads = teacher, half_steps, folder, threads
+    def __init__(self, progress: Progress, threads: int) -> None:
+        self.progress, self.threads = progress, threads
+        loaded = load_model(MODEL)
+        self.module, self.held_out, self.layers = loaded.module, loaded.held_out, len(loaded.module.blocks)
         self.runners: dict[tuple[str, Lowering], OnnxRuntimeRunner] = {}
+        alike = {EXACT: ALL, **{f"truncated, {count}": count for count in TRUNCATED}, NO_STEP: 0}
+        self.half_steps = {name: [count] * self.layers for name, count in alike.items()}
+        self.half_steps |= progress.get("budgets", select)
 
     @property
     def names(self) -> list[str]:
         """The names of the variants."""
-        return [WRITTEN, *self.half_steps, NO_STEP, UNMIXED]
+        return [WRITTEN, *self.half_steps]
 
     def runner(self, name: str, lowering: Lowering) -> OnnxRuntimeRunner:
         """Return the session of a variant."""
-        key = name, "materialised" if name in (WRITTEN, UNMIXED) else lowering
+        key: tuple[str, Lowering] = name, "materialised" if name == WRITTEN else lowering
         if key not in self.runners:
-            sites = self.teacher.open_sites
-            program = rewrite(self.teacher.open_graph, sites, self.modules(name, lowering))
-            path = export_onnx(program, self.folder / f"{len(self.runners)}.onnx", {}).path
+            path = self.progress.folder / f"{' '.join(key)}.onnx"
+            if not path.is_file():
+                samples = self.held_out[:2]
+                axes = parse_axes(OPEN, samples)
+                module = self.module if name == WRITTEN else Variant(self.module, self.half_steps[name], lowering)
+                export_onnx(CapturedGraph(export(module.eval(), samples.inputs, axes), samples, axes=axes), path, {})
             self.runners[key] = OnnxRuntimeRunner(path, self.threads, name)
         return self.runners[key]
 
-    def modules(self, name: str, lowering: Lowering) -> dict[str, nn.Module]:
-        """Return the operators of a variant, by the site's name."""
-        sites = self.teacher.open_sites
-        if name == WRITTEN:
-            return {}
-        if name == UNMIXED:
-            return {site.name: Unmixed() for site in sites}
-        if name == NO_STEP:
-            return {site.name: no_step(site, lowering) for site in sites}
-        return {
-            site.name: exact_operator(site, steps, lowering=lowering)
-            for site, steps in zip(sites, self.half_steps[name], strict=True)
-        }
+    @cached_property
+    def expected(self) -> Tensor:
+        """The logits of the model as written on all held-out texts."""
+        return self.logits(WRITTEN, self.held_out.inputs["tokens"])
 
-
-def no_step(site: Site, lowering: Lowering) -> NoStep:
-    """Return what leaves a site without any half-step."""
-    loop = site.loop
-    return NoStep(1, loop.last, (loop.queries, loop.keys), loop.guard, lowering=lowering)
+    def logits(self, name: str, tokens: Tensor) -> Tensor:
+        """Return the logits (texts, characters, V) of a variant."""
+        runner = self.runner(name, "interleaved")
+        return torch.cat([runner(batch)[0] for batch in batches(tokens)])
 
 
 def layout(tokens: int) -> Lowering:
@@ -177,22 +220,16 @@ def layout(tokens: int) -> Lowering:
     return "interleaved" if tokens >= MANY else "materialised"
 
 
-def perplexities(models: Models, tokens: Tensor) -> Iterator[Row]:
-    """Yield the perplexity of each variant on texts (texts, characters), and how far it is from that as written."""
-    logits = {name: logits_of(models.runner(name, "interleaved"), tokens) for name in models.names}
-    teacher = logits[WRITTEN]
-    expected = losses(teacher, tokens)
-    for name, of_variant in logits.items():
-        own = losses(of_variant, tokens)
-        error = ((of_variant - teacher).norm() / teacher.norm()).item()
-        row = {"name": name, "perplexity": math.exp(own.mean()), "change": growth(own, expected), "error": error}
-        print(row, flush=True)
-        yield row
-
-
-def logits_of(runner: OnnxRuntimeRunner, tokens: Tensor) -> Tensor:
-    """Return the logits (texts, characters, V) of texts."""
-    return torch.cat([runner(batch)[0] for batch in batches(tokens)])
+def perplexity(models: Models, name: str, tokens: Tensor) -> Row:
+    """Return the perplexity of a variant on texts (texts, characters), and how far it is from that as written."""
+    own, teacher = models.logits(name, tokens), models.expected[: len(tokens)]
+    of_texts = losses(own, tokens)
+    return {
+        "name": name,
+        "perplexity": math.exp(of_texts.mean()),
+        "change": growth(of_texts, losses(teacher, tokens)),
+        "error": ((own - teacher).norm() / teacher.norm()).item(),
+    }
 
 
 def batches(tokens: Tensor) -> Iterator[Samples]:
@@ -235,69 +272,29 @@ def compare(models: Models, tokens: Tensor, seconds: float) -> Row:
         row[key] = {
             name: list(median_ratio(times[base], ms, SEED, RESAMPLES)) for name, ms in times.items() if name != base
         }
-    print(row, flush=True)
     return row
 
 
-def run(model: nn.Module, tokens: Tensor, plans: Sequence[Plan] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the model as it is in torch, or with another loop at each layer.
-
-    Args:
-        model: the language model.
-        tokens: (texts, characters).
-        plans: the loops of all layers; None for the model's own.
-
-    Returns:
-        Its logits (texts, characters, V), and the scores and plans of all layers (layers, texts * characters, S, S).
-    """
-    own = language.sinkhorn
-    scores: list[Tensor] = []
-    results: list[Tensor] = []
-
-    def loop(of_layer: Tensor, iterations: int, constant: float) -> Tensor:
-        plan = partial(own, iterations=iterations, constant=constant) if plans is None else plans[len(scores)]
-        scores.append(of_layer)
-        results.append(plan(of_layer))
-        return results[-1]
-
-    with patch.object(language, "sinkhorn", loop), torch.no_grad():
-        logits = model(tokens)
-    return logits, torch.stack(scores).flatten(1, 2), torch.stack(results).flatten(1, 2)
-
-
-def loop_of(half_steps: int) -> Plan:
-    """Return the loop of published hyper-connections with fewer half-steps, none with 0."""
-    operator = SmallSinkhorn(half_steps, "columns", (4, 4), GUARD, None, torch.ones(1)) if half_steps else None
-
-    def plan(scores: Tensor) -> Tensor:
-        kernel = scores.softmax(-1) + CONSTANT
-        return kernel if operator is None else operator.from_kernel(kernel)
-
-    return plan
-
-
-def products(model: nn.Module, half_steps: Mapping[str, Sequence[int]], tokens: Tensor) -> Iterator[Row]:
-    """Yield what the plans of all layers, multiplied token by token, do to signals, each variant on what it computes.
+def product(models: Models, name: str, tokens: Tensor) -> Row:
+    """Return what the plans of all layers, multiplied token by token, do to signals in a variant of the model.
 
     The largest singular value is the most that the streams as a whole can grow. A sum of a row is the gain of a signal
     that all streams share, one of a column that of its gradient (arXiv 2512.24880). In float64, least and largest of
     all tokens.
     """
-    layers = len(half_steps[EXACT])
-    for name, steps in {WRITTEN: None, **half_steps, NO_STEP: [0] * layers}.items():
-        plans = None if steps is None else [loop_of(count) for count in steps]
-        factors = torch.cat([run(model, batch.inputs["tokens"], plans)[2] for batch in batches(tokens)], dim=1).double()
-        product = factors[0]
-        for factor in factors[1:]:
-            product = factor @ product
-        values = {
-            "singular value": torch.linalg.matrix_norm(product, 2),
-            "row sum": product.sum(-1),
-            "column sum": product.sum(-2),
-        }
-        row = {"name": name, **{kind: [v.amin().item(), v.amax().item()] for kind, v in values.items()}}
-        print(row, flush=True)
-        yield row
+    plans = None if name == WRITTEN else Variant(models.module, models.half_steps[name], "materialised").plans
+    with torch.no_grad():
+        of_batches = [run(models.module, batch.inputs["tokens"], plans)[2] for batch in batches(tokens)]
+    factors = torch.cat(of_batches, dim=1).double()
+    result = factors[0]
+    for factor in factors[1:]:
+        result = factor @ result
+    values = {
+        "singular value": torch.linalg.matrix_norm(result, 2),
+        "row sum": result.sum(-1),
+        "column sum": result.sum(-2),
+    }
+    return {"name": name, **{kind: [v.amin().item(), v.amax().item()] for kind, v in values.items()}}
 
 
 def document(data: Row) -> Iterator[str]:
