@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asapc.writing.words import cheaper_note, cost_check, kinds, label, output_errors
+from asapc.writing.words import cheaper_note, cost_check, kinds, label, output_errors, outside_note, outside_share
 
 WORTHWHILE = 0.05  # of an error, to be worth more samples
 FAR = 30  # times the samples' scores: models seldom get there
@@ -193,18 +193,12 @@ def verification(data: dict[str, Any]) -> Iterator[Grid | str]:
     yield data["verdict"]["headline"]
     if data["sites_note"]:
         yield data["sites_note"]
-    rows: list[Row] = [
-        (
-            site["name"],
-            *site_errors(site),
-            f"{site['outside_calibration']:.1%}" + (" (shifted)" if site["shifted"] else ""),
-        )
-        for site in data["sites"]
-    ]
+    fidelity = data["fidelity"]
+    rows: list[Row] = [(site["name"], *site_errors(site), outside_share(site)) for site in data["sites"]]
     if rows:
         columns = ("site", "relc", "col error", "outside calibration")
         yield Grid("Sinkhorn attention", columns, ("site",), [rows])
-    fidelity = data["fidelity"]
+    yield from filter(None, (outside_note(site, fidelity["samples"]) for site in data["sites"]))
     yield f"{fidelity['samples']} samples: {output_errors(fidelity)}"
     if fidelity["agreement"] is not None:
         yield f"agreement with the teacher {fidelity['agreement']:.4f}"

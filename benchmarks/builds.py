@@ -1,14 +1,14 @@
 """What NVIDIA's compiler makes of every form that asapc gives a model: built, refused, or crashed.
 
-    python -m benchmarks.builds                  # what is not there yet: all models of the zoo that asapc recognises
+    python -m benchmarks.builds                  # what is not there yet: all models that asapc recognises
     python -m benchmarks.builds --only 'keys*'   # names as in a shell; these are built again
     python -m benchmarks.builds --render         # the document only
 
-TensorRT-RTX builds for a GPU without one. Each model of tests/helpers/zoo is built as it was written, and with each
-operator at every site that takes it, in each lowering, in float32 and float16, with an open batch, and with open
-lengths where the model has them. It writes
-benchmarks/results/builds.json as it goes, and what stands in docs/tensorrt.md between the two markers. It times
-nothing, so it may run beside other work. Run from the root of a checkout.
+TensorRT-RTX builds for a GPU without one. Each model of tests/helpers/zoo, and models/language.pt, is built as it was
+written, and with each operator at every site that takes it, in each lowering, in float32 and float16, with an open
+batch, and with open lengths where the model has them. It writes benchmarks/results/builds.json as it goes, and what
+stands in docs/tensorrt.md between the two markers. It times nothing, so it may run beside other work. Run from the root
+of a checkout.
 """
 
 import argparse
@@ -24,15 +24,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.tensorrt.builder import build_engine
 from asapc.commands.study import study_module
 from asapc.config import CompileConfig
 from asapc.errors import AsapcError, BuildError, one_line
+from asapc.loading.model import load_model
 from asapc.ops.sliced_dual import bias_side
 from asapc.planning.calibrate import FitKey, calibrate
-from asapc.planning.operators import Operator, build, lowerings
+from asapc.planning.operators import Operator, build, lowerings, packs
 from asapc.planning.propose import why_not_sliced
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import SIDES, Candidate, FeatureSet
@@ -57,12 +59,14 @@ RESULTS = ROOT / "benchmarks" / "results" / "builds.json"
 DOCUMENT = ROOT / "docs" / "tensorrt.md"
 SAMPLES = 16  # for the finder
 LARGEST_BATCH = 8
-OPEN = f"batch=1:{LARGEST_BATCH},seq=2:512"
+LANGUAGE = "language"  # models/language.pt
+LONGEST = 512  # of open lengths
 FEW = 3  # half-steps
 SLICES, PIECES, CLOSURE_STEPS = 4, 8, 1
 LEVELLED = "exact, levelled"  # as for scores that spread far, `ops.scaling.MAX_SPREAD`
 ONE = ("SM89",)  # the architecture of most builds: every further one takes as long again
-EVERYWHERE = ("hinges, keys", "materialised")  # of which every architecture is tried
+# Of which every architecture is tried, and of the exact forms of small plans.
+EVERYWHERE = ("hinges, keys", "materialised")
 # What is also built in float16, and with open lengths: the other forms differ from these in parts that they share.
 MAIN = ("as written", "exact", "hinges, keys", "one pass")
 
@@ -78,14 +82,15 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="render the document only")
     options = parser.parse_args()
     data: Row = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"models": {}}
-    names = [] if options.render else [case.name for case in POSITIVES if is_due(case.name, options.only, data)]
+    every = [*(case.name for case in POSITIVES), LANGUAGE]
+    names = [] if options.render else [name for name in every if is_due(name, options.only, data)]
     for row in rows_of(names, options.processes):
         name = row.pop("name")
         data["models"][name] = row
         data["environment"] = environment(seed=0)
         write_json(RESULTS, data)
         print(f"{name:<32} {dict(Counter(outcome(build) for build in row['builds']))}", flush=True)
-    order = [case.name for case in POSITIVES if case.name in data["models"]]
+    order = [name for name in every if name in data["models"]]
     write_json(RESULTS, {**data, "models": {name: data["models"][name] for name in order}})
     replace_generated(DOCUMENT, document(json.loads(RESULTS.read_text())))
 
@@ -104,12 +109,20 @@ def rows_of(names: Sequence[str], processes: int) -> Iterator[Row]:
         yield from pool.imap_unordered(build_all, names)
 
 
-def build_all(name: str) -> Row:
-    """Return what becomes of all forms of one model of the zoo."""
+def load(name: str) -> tuple[nn.Module, Samples, int]:
+    """Return a model of the zoo, or the language model that is shipped, with samples and its greatest length."""
+    if name == LANGUAGE:
+        loaded = load_model(ROOT / "models" / "language.pt")
+        samples = loaded.calibration[:SAMPLES]
+        return loaded.module, samples, samples.inputs["tokens"].shape[1]
     case = next(case for case in POSITIVES if case.name == name)
     torch.manual_seed(0)
-    module = case.build().eval()
-    samples = Samples(case.inputs(SAMPLES, torch.Generator().manual_seed(0)))
+    return case.build().eval(), Samples(case.inputs(SAMPLES, torch.Generator().manual_seed(0))), LONGEST
+
+
+def build_all(name: str) -> Row:
+    """Return what becomes of all forms of one model."""
+    module, samples, longest = load(name)
     teacher = study_module(module, samples)
     row: Row = {
         "name": name,
@@ -122,7 +135,8 @@ def build_all(name: str) -> Row:
     row["builds"] += builds(teacher, "float32")
     row["builds"] += builds(teacher, "float16", MAIN)
     try:
-        reopened = study_module(module, samples, config=CompileConfig(dynamic=OPEN))
+        axes = f"batch=1:{LARGEST_BATCH},seq=2:{longest}"
+        reopened = study_module(module, samples, config=CompileConfig(dynamic=axes))
     except AsapcError as error:
         row["lengths"] = str(error)
     else:
@@ -144,7 +158,8 @@ def builds(teacher: Teacher, precision: Precision, names: Sequence[str] | None =
             except Exception as error:  # a defect of one form must not lose what is known of the others
                 yield row | {"defect": one_line(error)[:200]}
                 continue
-            everywhere = (form, lowering) == EVERYWHERE and lengths == "fixed"
+            small = form == "exact" and all(map(packs, teacher.sites))
+            everywhere = lengths == "fixed" and (small or (form, lowering) == EVERYWHERE)
             yield row | engine(onnx, graph.axes, () if everywhere else ONE)
 
 
@@ -188,7 +203,7 @@ def fit(teacher: Teacher) -> dict[str, dict[str, Candidate]]:
     for site in teacher.sites:
         steps = site.loop.half_steps
         exact = Candidate("exact", steps, inf)
-        candidates[site.name] = {"exact": exact, LEVELLED: exact}
+        candidates[site.name] = {"exact": exact} | ({} if packs(site) else {LEVELLED: exact})
         if steps > FEW:
             candidates[site.name][f"truncated, {FEW}"] = Candidate("truncated", FEW, inf)
         for form, features in sets.get(site.name, {}).items():

@@ -1,14 +1,19 @@
-"""The generated part of a document, between two markers."""
+"""The generated parts of a document, each between two markers."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
+def replace_generated(document: Path, lines: Iterable[str], part: str = "") -> None:
+    """Write lines between the markers of a document, or of one of its parts; what stands around them stays.
 
-def replace_generated(document: Path, lines: Iterable[str]) -> None:
-    """Write lines between the markers of a document; what stands around them stays."""
-    before, _, rest = document.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
+    Raises:
+        ValueError: the document has no such markers.
+    """
+    begin, end = (f"<!-- {f'generated {part}'.strip()}: {place} -->" for place in ("begin", "end"))
+    before, first, rest = document.read_text().partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise ValueError(f"{document} has no part between {begin} and {end}")
     body = "\n".join(lines)
-    document.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
+    document.write_text(f"{before}{begin}\n\n{body}\n\n{end}{after}")

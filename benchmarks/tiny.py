@@ -37,6 +37,8 @@ from benchmarks.intervals import median_ratio
 ROOT = Path(__file__).resolve().parent
 RESULTS, DOCUMENT = ROOT / "results" / "tiny.json", ROOT.parent / "docs" / "hyper-connections.md"
 ITERATIONS, CONSTANT, SEED = 20, 1e-6, 0
+FLOOR = Floor(CONSTANT, clamped=False)
+GUARD = Guard(FLOOR, FLOOR, "plan", "plain", "one", "same")
 TOKENS, SIZES = (1, 16, 512, 4096), ((2, 2), (4, 4), (4, 6), (8, 8))
 SECONDS, MIN_ROUNDS, RESAMPLES = 3.0, 30, 999
 WRITTEN, GENERAL, PACKED, INTERLEAVED = "as written", "general", "packed", "interleaved"
@@ -72,15 +74,13 @@ class Rewritten(nn.Module):
 
 def forms(size: tuple[int, int]) -> dict[str, nn.Module]:
     """Return what is compared."""
-    floor = Floor(CONSTANT, clamped=False)
-    guard = Guard(floor, floor, "plan", "plain", "one", "same")
     half_steps = 2 * ITERATIONS - 1  # the softmax is the teacher's own
     mass = torch.ones(1)
     return {
         WRITTEN: AsWritten(),
-        GENERAL: Rewritten(GuardedSinkhorn(half_steps, "columns", guard, column_mass=mass)),
-        PACKED: Rewritten(SmallSinkhorn(half_steps, "columns", size, guard, column_mass=mass)),
-        INTERLEAVED: Rewritten(SmallSinkhorn(half_steps, "columns", size, guard, None, mass, "interleaved")),
+        GENERAL: Rewritten(GuardedSinkhorn(half_steps, "columns", GUARD, column_mass=mass)),
+        PACKED: Rewritten(SmallSinkhorn(half_steps, "columns", size, GUARD, column_mass=mass)),
+        INTERLEAVED: Rewritten(SmallSinkhorn(half_steps, "columns", size, GUARD, None, mass, "interleaved")),
     }
 
 

@@ -85,11 +85,21 @@ def find_at_lengths(
     for site in first.sites:
         if site.wiring.plan.node not in plans:
             raise CaptureError(f"the temperature of {site.name} ({site.source}) follows the length in its loop", HINT)
-    heads = {site.wiring.plan.node: site.loop.heads for site in twins.sites}
-    sites = tuple(
-        site if site.loop.heads == heads[names[site.wiring.plan.node]] else open_heads(site) for site in findings.sites
-    )
+    loops = {site.wiring.plan.node: site.loop for site in twins.sites}
+    sites = tuple(opened(site, loops[names[site.wiring.plan.node]]) for site in findings.sites)
     return replace(findings, sites=sites)
+
+
+def opened(site: Site, twin: Loop) -> Site:
+    """Return a site that says which of its sizes follow an open axis: those that are others at the other length.
+
+    Raises:
+        CaptureError: as of `open_heads`.
+    """
+    loop = site.loop
+    site = site if loop.heads == twin.heads else open_heads(site)
+    follow = (loop.queries, loop.keys) != (twin.queries, twin.keys)
+    return replace(site, loop=replace(site.loop, open_lengths=follow))
 
 
 def open_heads(site: Site) -> Site:

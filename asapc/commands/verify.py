@@ -22,7 +22,7 @@ from asapc.loading.samples import load_samples
 from asapc.loading.teacher import load_teacher
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_safetensors
-from asapc.planning.operators import operators
+from asapc.planning.operators import operators, packs
 from asapc.planning.ranges import score_ranges
 from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS, Bound, Verdict, parse_bound
 from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
@@ -37,9 +37,30 @@ Show = Callable[["Verification"], None]
 # A site has left the range of its calibration where more than this share of the samples lies outside of it, widened
 # by so much of its width at either end.
 MAX_OUTSIDE, WIDENED = 0.05, 0.1
+NAMED = 5  # places of plans outside that are named
 # Without a term of its own, the error of outputs may grow to this many times that of the compilation, or to the default
 # limit: equal classes alone do not say that outputs are still those of the teacher.
 MAX_GROWTH = 4.0
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Plans of a site whose scores spread less, or more, than any in calibration.
+
+    Attributes:
+        count: how many there are.
+        plans: of how many: one a sample, or one a token where each token has a small plan of its own.
+        places: the first of them, as numbers of the sample and of the plan within it.
+    """
+
+    count: int
+    plans: int
+    places: tuple[tuple[int, int], ...]
+
+    @property
+    def share(self) -> float:
+        """The share of plans outside."""
+        return self.count / self.plans
 
 
 @dataclass(frozen=True)
@@ -49,14 +70,14 @@ class Verification:
     Attributes:
         fidelity: of the compiled file against the teacher.
         budget: what the model was compiled to keep, as far as it can be judged here; empty for the default.
-        outside: by the site's name the share of samples whose scores spread less, or more, than any in calibration;
-            empty where there are only outputs to compare.
+        outside: by the site's name what lies outside of its calibration, None where the operator is the loop on all
+            scores; empty where there are only outputs to compare.
         note: why sites are not rated; empty where they are.
     """
 
     fidelity: Fidelity
     budget: tuple[Bound, ...]
-    outside: Mapping[str, float]
+    outside: Mapping[str, Outside | None]
     note: str = ""
 
     @property
@@ -67,7 +88,7 @@ class Verification:
     @property
     def shifted(self) -> list[str]:
         """Sites that have left the range of their calibration."""
-        return [name for name, share in self.outside.items() if share > MAX_OUTSIDE]
+        return [name for name, of in self.outside.items() if of is not None and of.share > MAX_OUTSIDE]
 
     def data(self) -> dict[str, Any]:
         """Return what `asapc verify --json` prints."""
@@ -76,10 +97,11 @@ class Verification:
             {
                 "name": name,
                 "fidelity": asdict(fidelities[name]) if name in fidelities else None,
-                "outside_calibration": share,
+                "outside_calibration": None if outside is None else outside.share,
+                "outside": None if outside is None else asdict(outside),
                 "shifted": name in self.shifted,
             }
-            for name, share in self.outside.items()
+            for name, outside in self.outside.items()
         ]
         return {
             "schema": "asapc.verify/1",
@@ -202,14 +224,14 @@ class Ratings:
 
     Attributes:
         sites: fidelity by the site's name.
-        outside: the share of samples outside the calibrated range, by the same.
+        outside: what lies outside of the calibrated range, by the same, as of `Verification`.
         note: why both are empty: samples on which the loops do not show as they did in calibration, say without
             padding, are good for all else.
         samples_at_once: what memory allows.
     """
 
     sites: Mapping[str, SiteFidelity] = field(default_factory=dict)
-    outside: Mapping[str, float] = field(default_factory=dict)
+    outside: Mapping[str, Outside | None] = field(default_factory=dict)
     note: str = ""
     samples_at_once: int = BATCH
 
@@ -229,7 +251,7 @@ def rate_sites(
     except (CaptureError, SamplesError) as error:
         return Ratings(note=f"sites are not rated, since on these samples {error}")
     sites, stored, at_once = teacher.sites, report["sites"], teacher.graph.samples_at_once(BATCH)
-    if [facts(site_data(site)) for site in sites] != [facts(site) for site in stored]:
+    if len(sites) != len(stored) or not all(map(alike, map(site_data, sites), stored)):
         note = "sites are not rated, since their loops do not show on these samples as they did in calibration"
         return Ratings(note=note, samples_at_once=at_once)
     selection = stored_selection(folder, report, sites)
@@ -241,7 +263,12 @@ def rate_sites(
         raise parameters.refuse(f"its parameters do not fit the model: {one_line(error)}", COMPILE) from error
     ranges = score_ranges(teacher.graph, sites, samples)
     calibrated = {site["name"]: site["calibration_range"] for site in stored}
-    outside = {name: share_outside(scores.deviations, *calibrated[name]) for name, scores in ranges.items()}
+    outside = {
+        site.name: None
+        if on_all_scores(site, selection)
+        else plans_outside(ranges[site.name].deviations, *calibrated[site.name], len(samples))
+        for site in sites
+    }
     return Ratings(fidelities, outside, samples_at_once=at_once)
 
 
@@ -258,9 +285,20 @@ def stored_selection(folder: Path, report: Mapping[str, Any], sites: Sequence[Si
     return Selection(choices, frozenset(site["name"] for site in report["sites"] if site["wide"]))
 
 
-def facts(site: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what a site in a report says about its loop."""
-    return tuple(site[name] for name in ("name", "half_steps", "last", "heads", "masked"))
+def alike(site: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Return whether a loop is that of a site in a report.
+
+    What is fitted is fitted head by head. Other operators take any number of heads, which follows the length where
+    heads are tokens.
+    """
+    heads = ["heads"] if stored["choice"]["operator"] == "sliced_dual" else []
+    return all(site[name] == stored[name] for name in ("name", "half_steps", "last", "masked", *heads))
+
+
+def on_all_scores(site: Site, selection: Selection) -> bool:
+    """Return whether the operator of a site is its loop, however far the scores spread."""
+    operator = selection.choices[site.name].candidate.operator
+    return operator == "keep" or (operator == "exact" and (packs(site) or site.name in selection.wide))
 
 
 def hold(verification: Verification, show: Show) -> Verification:
@@ -317,7 +355,16 @@ def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: 
     return Candidate(choice["operator"], choice["half_steps"], inf, None, params, choice["lowering"])
 
 
-def share_outside(spreads: Tensor, low: float, high: float) -> float:
-    """Return the share of values outside a range that is widened a little."""
+def plans_outside(spreads: Tensor, low: float, high: float, samples: int) -> Outside:
+    """Return the plans whose scores spread beyond a range that is widened a little.
+
+    Args:
+        spreads: (samples * plans of each,), sample by sample.
+        low: end of the range.
+        high: the other.
+        samples: their number.
+    """
     more = WIDENED * (high - low)
-    return ((spreads < low - more) | (spreads > high + more)).double().mean().item()
+    places = ((spreads < low - more) | (spreads > high + more)).nonzero().flatten().tolist()
+    each = len(spreads) // samples
+    return Outside(len(places), len(spreads), tuple(divmod(place, each) for place in places[:NAMED]))

@@ -18,7 +18,6 @@ from asapc.types.site import Site
 Operator = Sinkhorn | SlicedDual
 
 MASS_TOLERANCE = 1e-6  # a last marginal within this of the usual one is the usual one
-SMALL = 64  # entries of matrices that count by their number and not by their size
 # From this many small matrices on they are interleaved, which takes twice as many operations, each with less to do.
 # With fewer, starting operations is what takes the time.
 MANY = 256
@@ -59,6 +58,11 @@ def masses_of(site: Site, default: float) -> dict[str, Tensor]:
     }
 
 
+def packs(site: Site) -> bool:
+    """Return whether the exact form of a site scales small plans side by side, in range whatever the scores."""
+    return site.loop.small and not (site.loop.masked or site.wiring.logarithm)
+
+
 def exact_operator(
     site: Site, half_steps: int | None = None, wide: bool = False, lowering: Lowering = "materialised"
 ) -> Sinkhorn:
@@ -66,7 +70,7 @@ def exact_operator(
     loop = site.loop
     masses = masses_of(site, 1.0 if loop.last == "rows" else loop.queries / loop.keys)
     steps, logarithm = half_steps or loop.half_steps, site.wiring.logarithm
-    if loop.queries * loop.keys <= SMALL and not (loop.masked or logarithm):
+    if packs(site):
         return SmallSinkhorn(steps, loop.last, (loop.queries, loop.keys), loop.guard, **masses, lowering=lowering)
     guard = loop.guard if steps == loop.half_steps else None
     if guard is not None:

@@ -21,7 +21,8 @@ class ScoreRange(NamedTuple):
     Attributes:
         kernel_spread: largest `ops.sinkhorn.kernel_spread` of any batch, NaN where one is.
         deviations: standard deviation of each sample's scores, mean over the heads; one for each window where a sample
-            attends in windows.
+            attends in windows. Of small plans, a token's own, one for each, sample by sample: a mean would hide those
+            that are far from the others.
     """
 
     kernel_spread: float
@@ -36,19 +37,25 @@ def score_ranges(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) 
         for site in sites:
             scores = masked_scores(site, values)
             spreads[site.name].append(kernel_spread(scores))
-            deviations[site.name].append(deviation(scores))
+            of_heads = deviation(scores)
+            deviations[site.name].append(of_heads.flatten() if own_plans(site) else of_heads.mean(dim=1))
     # Unlike Python's max, that of a tensor is NaN where any value is.
     largest = {name: torch.tensor(of_site, dtype=torch.float64).amax().item() for name, of_site in spreads.items()}
     return {name: ScoreRange(largest[name], torch.cat(of_site)) for name, of_site in deviations.items()}
 
 
+def own_plans(site: Site) -> bool:
+    """Return whether the heads of a site are tokens, each with a small plan of its own, as in hyper-connections."""
+    return site.loop.small and site.wiring.product is None
+
+
 def deviation(scores: Tensor) -> Tensor:
-    """Compute the standard deviation (B,) of the finite scores (B, H, N, M), mean over the heads."""
+    """Compute the standard deviation (B, H) of the finite scores (B, H, N, M)."""
     live = scores.isfinite()
     count = live.sum(dim=(-1, -2), keepdim=True).clamp_min(1)
     means = torch.where(live, scores, 0.0).sum(dim=(-1, -2), keepdim=True) / count
     centred = torch.where(live, scores - means, 0.0)
-    return (centred.square().sum(dim=(-1, -2)) / count.squeeze(-1, -2)).sqrt().mean(dim=1)
+    return (centred.square().sum(dim=(-1, -2)) / count.squeeze(-1, -2)).sqrt()
 
 
 def wide_sites(ranges: Mapping[str, ScoreRange]) -> frozenset[str]:

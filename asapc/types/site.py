@@ -17,6 +17,7 @@ from torch import Tensor
 from asapc.types.graph import EarlyStops
 
 Axis = Literal["rows", "columns"]
+SMALL = 64  # entries of plans that count by their number and not by their size
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Loop:
             none does, or where no guard explains how they act.
         reach: up to how many times the samples' scores the model computes this loop without its guard; infinite where
             there is none.
+        open_lengths: whether N or M follow an open axis.
     """
 
     half_steps: int
@@ -107,11 +109,17 @@ class Loop:
     masked: bool
     guard: Guard | None = None
     reach: float = inf
+    open_lengths: bool = False
 
     @property
     def exact(self) -> bool:
         """Whether the loop, with its guard, is the model's on all scores."""
         return self.guard is not None or self.reach == inf
+
+    @property
+    def small(self) -> bool:
+        """Whether the plan has few entries at every length, as where each token has one of its own."""
+        return not self.open_lengths and self.queries * self.keys <= SMALL
 
     @property
     def open_heads(self) -> bool:

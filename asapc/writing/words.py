@@ -74,3 +74,24 @@ def cost_check(costs: Mapping[str, Any]) -> str:
 def number(value: float | None, form: str = ".3g") -> str:
     """Format a number, one that is not known or not finite in words."""
     return "no finite number" if value is None else format(value, form)
+
+
+def outside_share(site: Mapping[str, Any]) -> str:
+    """Return the share of a site's plans whose scores spread beyond its calibration, as a cell of a table."""
+    if site["outside"] is None:
+        return "any scores do"
+    return f"{site['outside_calibration']:.1%}" + (" (shifted)" if site["shifted"] else "")
+
+
+def outside_note(site: Mapping[str, Any], samples: int) -> str:
+    """Return a line on the plans of a site whose scores spread beyond its calibration; empty without any."""
+    outside = site["outside"]
+    if outside is None or not outside["count"]:
+        return ""
+    own = outside["plans"] > samples  # each token of a sample has a plan of its own
+    places = ", ".join(f"sample {sample}" + (f" plan {plan}" if own else "") for sample, plan in outside["places"])
+    more = ", ..." if outside["count"] > len(outside["places"]) else ""
+    return (
+        f"{site['name']}: the scores of {outside['count']:,} of {outside['plans']:,} {'plans' if own else 'samples'} "
+        f"spread less or more than any in calibration: {places}{more}"
+    )

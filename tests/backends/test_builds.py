@@ -1,4 +1,6 @@
-"""Padded forms of every kind, built by NVIDIA's compiler: `python -m benchmarks.builds` builds those of the whole zoo.
+"""Padded forms of every kind, and small plans, built by NVIDIA's compiler.
+
+`python -m benchmarks.builds` builds whole models.
 
 Queries, keys and values come from one layer, as models have it: TensorRT-RTX crashed on that alone.
 """
@@ -22,6 +24,7 @@ from asapc.ops.guarded import GuardedSinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual, bias_side
 from asapc.types.artifacts import OnnxArtifact
+from asapc.ops.small import SmallSinkhorn
 from asapc.types.choices import SlicedDualParams
 from asapc.types.engine import EngineOptions
 from asapc.types.graph import CapturedGraph, DynamicAxis
@@ -188,3 +191,35 @@ def test_attention_of_the_standard_is_built_from_its_parts(name, monkeypatch, tm
     with pytest.raises(BuildError):
         build_attention(kind, body, tmp_path)
     assert build_attention("float16", "y = Attention(x, z, z)", tmp_path).targets
+
+
+class Mixer(nn.Module):
+    """Streams that each token mixes by a small plan of its own, as hyper-connections do."""
+
+    def __init__(self, lowering: str, half: bool) -> None:
+        super().__init__()
+        guard = Guard(Floor(1e-6, False), Floor(1e-6, False), "plan", "plain", "one", "same")
+        self.operator = SmallSinkhorn(9, "columns", (4, 4), guard, None, torch.ones(1), lowering)
+        self.scores, self.out, self.half_precision = nn.Linear(4 * WIDTH, 16), nn.Linear(WIDTH, WIDTH), half
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.scores(x.flatten(2)).unflatten(-1, (4, 4))
+        plan = self.operator.from_kernel(scores.softmax(dim=-1) + 1e-6)
+        mixed = (plan.half() @ x.half()).float() if self.half_precision else plan @ x
+        return self.out(mixed)
+
+
+MIXED = [("interleaved", "float16", True), slow("interleaved", "float32", False), slow("materialised", "float32", True)]
+
+
+@pytest.mark.parametrize(("lowering", "precision", "open_length"), MIXED)
+def test_small_plans_of_tokens_are_built(lowering, precision, open_length, monkeypatch, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    inputs = {"x": torch.randn(2, 6, 4, WIDTH)}
+    axes = {"x": {0: DynamicAxis("batch", 1, 4), 1: DynamicAxis("seq", 2, 300)}} if open_length else None
+    module = Mixer(lowering, precision == "float16").eval()
+    graph = CapturedGraph(export(module, inputs, axes), Samples(inputs), axes=axes)
+    artifact = export_onnx(graph, tmp_path / "model.onnx", {}, standard=precision != "float32")
+    engine = build_engine(artifact, tmp_path / "model.engine", 4, axes, "tensorrt-rtx", EngineOptions(("SM89",)))
+    assert engine.targets == ("SM89",)

@@ -41,10 +41,10 @@ class Attention(nn.Module):
         return (self.plan(q @ k.mT) @ v).transpose(1, 2).flatten(2)
 
 
-def study(plan, dynamic="seq=8:64", **sizes):
+def study(plan, dynamic="seq=8:64", length=LENGTH, **sizes):
     torch.manual_seed(0)
     module = Attention(plan, **sizes).eval()
-    samples = Samples({"x": torch.randn(4, LENGTH, WIDTH)})
+    samples = Samples({"x": torch.randn(4, length, WIDTH)})
     return study_module(module, samples, config=CompileConfig(dynamic=dynamic)), module
 
 
@@ -120,6 +120,17 @@ def test_an_exported_model_is_told_that_its_axes_are_fixed(tmp_path):
     torch.save({"x": x}, tmp_path / "samples.pt")
     with pytest.raises(OptionError, match="axes are as they were exported"):
         open_study(tmp_path / "model.pt2", CompileConfig(dynamic="seq=8:64", calib=tmp_path / "samples.pt"))
+
+
+def test_a_plan_that_is_small_on_the_samples_alone_takes_the_general_form():
+    teacher, module = study(loop, dynamic="seq=4:64", length=8)
+    [site] = teacher.open_sites
+    assert site.loop.open_lengths
+    assert not site.loop.small
+    changed = RewriteSinkhorn([site], {site.name: exact_operator(site)})(teacher.open_graph.program.module()).program
+    for length in (4, 23):
+        inputs = {"x": torch.randn(3, length, WIDTH)}
+        assert worst(outputs(changed, inputs), outputs(module, inputs)) < 1e-5
 
 
 def test_a_length_that_the_model_does_not_take_is_named():

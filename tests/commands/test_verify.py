@@ -8,17 +8,23 @@ import numpy as np
 import pytest
 import torch
 from helpers.command import assert_user_error, run, write_checkpoint
+from helpers.fitted import site
+from helpers.quick import quick_compilation
 
+from asapc import showing
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.commands import verify as verify_module
 from asapc.commands.compile import compile_model
-from asapc.commands.verify import budget_of, share_outside, verify_model, verify_outputs
+from asapc.commands.verify import Outside, budget_of, on_all_scores, plans_outside, verify_model, verify_outputs
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, FidelityError, SamplesError
 from asapc.loading.model import load_model
+from asapc.models.language import LanguageModel
 from asapc.types.budget import Bound
+from asapc.types.choices import Candidate, Choice, Selection
 from asapc.types.results import Fidelity
 from asapc.types.samples import Samples
+from asapc.writing.words import outside_note
 
 LOOSE = ("relc<=1", "agreement>=0")
 
@@ -130,7 +136,93 @@ def test_data_of_another_kind_is_out_of_range(compiled):
 
 def test_a_range_is_widened_by_a_tenth_and_what_lies_beyond_is_outside():
     values = torch.tensor([0.85, 0.95, 1.5, 2.05, 2.15])
-    assert share_outside(values, 1.0, 2.0) == pytest.approx(0.4)
+    assert plans_outside(values, 1.0, 2.0, samples=5) == Outside(2, 5, ((0, 0), (4, 0)))
+    places = ((0, 0), (0, 4), (0, 5), (0, 9), (1, 0))
+    assert plans_outside(values.repeat(4), 1.0, 2.0, samples=2) == Outside(8, 20, places)
+
+
+def test_the_first_plans_outside_are_named_by_sample_and_token():
+    site = {"name": "blocks.0", "outside": {"count": 8, "plans": 20, "places": [[0, 4], [1, 0]]}}
+    text = "blocks.0: the scores of 8 of 20 plans spread less or more than any in calibration: "
+    assert outside_note(site, samples=2) == text + "sample 0 plan 4, sample 1 plan 0, ..."
+    assert outside_note(site, samples=20) == text.replace("plans", "samples") + "sample 0, sample 1, ..."
+    assert outside_note({**site, "outside": None}, samples=2) == ""
+
+
+@pytest.mark.parametrize(
+    ("operator", "changes", "wide", "everywhere"),
+    [
+        ("keep", {}, False, True),
+        ("exact", {}, False, False),
+        ("exact", {}, True, True),
+        ("exact", {"queries": 4, "keys": 4}, False, True),
+        ("truncated", {"queries": 4, "keys": 4}, True, False),
+    ],
+)
+def test_a_form_that_is_the_loop_on_all_scores_has_no_range(operator, changes, wide, everywhere):
+    own = site(6, **changes)
+    choices = {own.name: Choice(Candidate(operator, 6, 1.0), "")}
+    assert on_all_scores(own, Selection(choices, frozenset([own.name] if wide else []))) == everywhere
+
+
+STREAMS, CHARACTERS, SHARP = 2, 12, 7  # tokens of the last kind mix their streams by far sharper scores
+
+
+@pytest.fixture(scope="module")
+def mixing(tmp_path_factory) -> Path:
+    """A folder with a model that mixes streams by small plans, compiled to truncated loops, its length open."""
+    folder = tmp_path_factory.mktemp("mixing")
+    torch.manual_seed(0)
+    args = {"vocabulary": 8, "length": CHARACTERS, "width": 8, "depth": 1, "heads": 2, "streams": STREAMS}
+    model = LanguageModel(**args, iterations=10)
+    with torch.no_grad():
+        channel = slice(0, None, args["width"])  # the first channel of each stream
+        model.embed.weight[:, 0], model.position[:, 0] = 0.0, 0.0
+        model.embed.weight[SHARP, 0] = 50.0
+        scores = model.blocks[0].project.weight[2 * STREAMS :]
+        scores[:, channel] = torch.tensor([6.0, -6.0, -6.0, 6.0]).unsqueeze(-1)
+    tokens = torch.randint(SHARP, (32, CHARACTERS))
+    path = write_checkpoint(
+        folder / "model.pt",
+        model="asapc.models.language:LanguageModel",
+        model_args={**args, "iterations": 10},
+        state_dict=model.state_dict(),
+        calibration={"inputs": {"tokens": tokens[:24]}},
+        held_out={"inputs": {"tokens": tokens[24:]}},
+    )
+    config = CompileConfig(
+        out=folder / "out",
+        fidelity=("output-error<=1",),
+        dynamic=f"seq=2:{CHARACTERS}",
+        target="onnx",
+        batches=(2,),
+        seconds=0.05,
+        threads=1,
+    )
+    with quick_compilation():
+        compile_model(path, config)
+    np.save(folder / "tokens.npy", tokens[:24].numpy())
+    return folder
+
+
+def test_a_token_outside_of_the_calibrated_range_is_counted_and_named(mixing, tmp_path):
+    tokens = np.load(mixing / "tokens.npy")
+    for sharp, places in ((False, ()), (True, ((3, 5),))):
+        tokens[3, 5] = SHARP if sharp else tokens[3, 5]
+        np.savez(tmp_path / "data.npz", tokens=tokens)
+        verification = verify_model(mixing / "out", tmp_path / "data.npz")
+        assert verification.outside["blocks.0"] == Outside(len(places), tokens.size, places)
+        lines = [part for part in showing.verification(verification.data()) if isinstance(part, str)]
+        assert any("blocks.0: the scores of 1 of" in line and "sample 3 plan 5" in line for line in lines) == sharp
+
+
+def test_small_plans_are_rated_at_every_length(mixing, tmp_path):
+    np.savez(tmp_path / "data.npz", tokens=np.load(mixing / "tokens.npy")[:, :7])
+    verification = verify_model(mixing / "out", tmp_path / "data.npz")
+    assert verification.note == ""
+    assert verification.fidelity.sites.keys() == {"blocks.0", "blocks.1"}
+    assert all(0 < rating.relc < 1 for rating in verification.fidelity.sites.values())
+    assert verification.outside["blocks.0"].plans == 24 * 7
 
 
 def test_the_teacher_may_have_moved_and_may_not_be_another(compiled, tmp_path):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers.fitted import site
+from helpers.fitted import changed, site
 from helpers.tolerances import FLOAT64, difference
 
-from asapc.ops.guarded import guarded_plan_ref
-from asapc.ops.sinkhorn import Sinkhorn
+from asapc.ops.guarded import GuardedSinkhorn, guarded_plan_ref
+from asapc.ops.sinkhorn import Sinkhorn, sinkhorn_plan_ref
+from asapc.ops.small import SmallSinkhorn
 from asapc.planning.costs import shipped
 from asapc.planning.operators import MANY, MAX_MATRIX, alike, build, exact_operator, fusable, lower, rivals
 from asapc.types.choices import Candidate, Choice, Selection
@@ -102,3 +103,19 @@ def test_a_truncated_loop_of_small_matrices_keeps_its_constants():
     scores = 3 * torch.randn(1, 2, 4, 4, dtype=torch.float64)
     operator = build(small, Candidate("truncated", 3, 1.0))
     assert difference(operator(scores), guarded_plan_ref(scores, 3, "rows", guard)) < FLOAT64
+
+
+@pytest.mark.parametrize(("queries", "keys", "packed"), [(8, 8, True), (4, 16, True), (5, 13, False), (1, 65, False)])
+@pytest.mark.parametrize("guarded", [False, True])
+def test_plans_of_more_than_64_entries_take_the_general_form(queries, keys, packed, guarded):
+    floor = Floor(1e-3, clamped=False)
+    guard = Guard(floor, floor, "plan", "plain", "one", "same") if guarded else None
+    own = site(7, heads=MANY, queries=queries, keys=keys, product=None, guard=guard)
+    operator = lower(own, exact_operator(own), 1, COSTS)
+    general = GuardedSinkhorn if guarded else Sinkhorn
+    assert type(operator) is (SmallSinkhorn if packed else general)
+    assert operator.lowering == ("interleaved" if packed else "materialised")
+    scores = 3 * torch.randn(2, 3, queries, keys, dtype=torch.float64)
+    ref = sinkhorn_plan_ref(scores, 7) if guard is None else guarded_plan_ref(scores, 7, "rows", guard)
+    assert difference(operator(scores), ref) < FLOAT64
+    assert type(exact_operator(changed(own, open_lengths=True))) is general

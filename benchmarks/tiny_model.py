@@ -1,0 +1,353 @@
+"""A language model with hyper-connections, whole: what its loops take, and what shorter ones cost it.
+
+    python -m benchmarks.tiny_model
+    python -m benchmarks.tiny_model --quick    # a moment, writes nothing
+
+models/language.pt with its length open, in ONNX Runtime: as written, with exact forms packed and interleaved, with
+truncated loops, with those that budgets select layer by layer, and without any half-step, the floor: the softmax before
+the loop is the plan. Calls on few characters stand for decoding, without a cache of keys, and on many for prefill.
+Perplexities are of all held-out texts. For what hyper-connections promise, that signals neither grow nor vanish, the
+plans of all layers are multiplied token by token. Ratios are medians of interleaved rounds in one process; 95 %
+intervals of them are bootstrapped over rounds, those of perplexity over texts. A run that was stopped goes on where it
+was. Writes benchmarks/results/tiny_model.json and a part of docs/hyper-connections.md.
+"""
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import bootstrap
+from torch import Tensor, nn
+
+from asapc.backends.onnxruntime.builder import export_onnx
+from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
+from asapc.capturing.dynamic import parse_axes
+from asapc.capturing.export import export
+from asapc.commands.study import study
+from asapc.config import CompileConfig
+from asapc.loading.model import load_model
+from asapc.models import language
+from asapc.ops.small import SmallSinkhorn
+from asapc.planning.alternatives import look_up
+from asapc.planning.choose import decide
+from asapc.planning.costs import shipped
+from asapc.planning.operators import MANY
+from asapc.timing.rounds import time_rounds
+from asapc.types.graph import CapturedGraph
+from asapc.types.options import Lowering
+from asapc.types.samples import Samples
+from asapc.writing.environment import environment
+from asapc.writing.folder import write_json
+from benchmarks.generated import replace_generated
+from benchmarks.intervals import CONFIDENCE, median_ratio
+from benchmarks.progress import Progress
+from benchmarks.tiny import DOCUMENT, GUARD, ITERATIONS, RESAMPLES, SEED, Rewritten
+
+ROOT = Path(__file__).resolve().parent
+MODEL, RESULTS = ROOT.parent / "models" / "language.pt", ROOT / "results" / "tiny_model.json"
+OPEN = "batch=1:32,seq=1:128"
+SHAPES = ((1, 1), (1, 16), (1, 128), (32, 128))  # texts, characters
+ALL, TRUNCATED = 2 * ITERATIONS - 1, (2, 3, 4, 6, 8, 12, 16, 24)  # half-steps
+BUDGETS = ("output-error<=0.001", "output-error<=0.01", "output-error<=0.05")
+SECONDS, MIN_ROUNDS, TEXTS = 10.0, 20, 32  # texts at once, for perplexity
+LIMIT = 1e-3  # by which perplexity may grow
+WRITTEN, EXACT, OTHER, NO_STEP = "as written", "exact", "exact, in the other layout", "no half-step"
+LAYOUTS: Mapping[Lowering, str] = {"materialised": "packed", "interleaved": "interleaved"}
+
+Row = dict[str, Any]
+Plan = Callable[[Tensor], Tensor]  # from scores (texts, characters, S, S) to plans
+
+
+class NoStep(SmallSinkhorn):
+    """A loop without any half-step: its kernel is the plan."""
+
+    def scale(self, kernel: Tensor, first: Tensor) -> Tensor:
+        """Return the kernel."""
+        return kernel
+
+
+class Variant(nn.Module):
+    """The language model with other loops in its layers."""
+
+    def __init__(self, model: nn.Module, half_steps: Sequence[int], lowering: Lowering) -> None:
+        """Put in place of each layer's loop one of so many half-steps; 0 for none."""
+        super().__init__()
+        self.model = model
+        self.plans = nn.ModuleList(Rewritten(loop_of(count, lowering)) for count in half_steps)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (texts, characters) to logits (texts, characters, V)."""
+        return run(self.model, tokens, self.plans)[0]
+
+
+def loop_of(half_steps: int, lowering: Lowering) -> SmallSinkhorn:
+    """Return the loop of published hyper-connections after its softmax, with other half-steps."""
+    kind = SmallSinkhorn if half_steps else NoStep
+    return kind(half_steps or 1, "columns", (4, 4), GUARD, None, torch.ones(1), lowering)
+
+
+def run(model: nn.Module, tokens: Tensor, plans: Sequence[Plan] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the model as it is in torch, or with another loop at each layer.
+
+    Args:
+        model: the language model.
+        tokens: (texts, characters).
+        plans: the loops of all layers; None for the model's own.
+
+    Returns:
+        Its logits (texts, characters, V), and the scores and plans of all layers (layers, texts * characters, S, S).
+    """
+    own = language.sinkhorn
+    scores: list[Tensor] = []
+    results: list[Tensor] = []
+
+    def loop(of_layer: Tensor, iterations: int, constant: float) -> Tensor:
+        plan = partial(own, iterations=iterations, constant=constant) if plans is None else plans[len(scores)]
+        scores.append(of_layer)
+        results.append(plan(of_layer))
+        return results[-1]
+
+    with patch.object(language, "sinkhorn", loop):
+        logits = model(tokens)
+    return logits, torch.stack(scores).flatten(1, 2), torch.stack(results).flatten(1, 2)
+
+
+def main() -> None:
+    """Measure all of it, print, write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="short calls and few texts; writes nothing")
+    parser.add_argument("--threads", type=int, default=1, help="threads inside an operator; 1 by default")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(Progress("", Path(folder)), SHAPES[:2], 0.1, TEXTS, options.threads)
+        return
+    progress = Progress("tiny_model")
+    data = measure(progress, SHAPES, SECONDS, None, options.threads)
+    write_json(RESULTS, {**data, "threads": options.threads, "environment": environment(SEED)})
+    replace_generated(DOCUMENT, document(data), "model")
+    progress.finish()
+
+
+def measure(
+    progress: Progress, shapes: Sequence[tuple[int, int]], seconds: float, texts: int | None, threads: int
+) -> Row:
+    """Return what is not known yet, and what is, on so many texts; all of them with None."""
+    models = Models(progress, threads)
+    tokens = models.held_out.inputs["tokens"][:texts]
+    return {
+        "half_steps": models.half_steps,
+        "fidelity": [
+            progress.get(f"fidelity {name}", partial(perplexity, models, name, tokens)) for name in models.names
+        ],
+        "latency": [
+            progress.get(f"latency {batch} {length}", partial(compare, models, tokens[:batch, :length], seconds))
+            for batch, length in shapes
+        ],
+        "products": [progress.get(f"products {name}", partial(product, models, name, tokens)) for name in models.names],
+    }
+
+
+def select() -> dict[str, list[int]]:
+    """Return the half-steps that budgets select at each layer, by budget."""
+    config, teacher = CompileConfig(), study(MODEL)
+    with look_up(teacher, config, shipped(), None, lambda detail: None) as check:
+        selections = {budget: decide(check, replace(config, fidelity=(budget,))) for budget in BUDGETS}
+    return {
+        budget: [selection.choices[site.name].candidate.half_steps for site in teacher.sites]
+        for budget, selection in selections.items()
+    }
+
+
+class Models:
+    """The model in all its variants, exported when they are asked for.
+
+    Args:
+        progress: keeps files and half-steps.
+        threads: of each session.
+    """
+
+    def __init__(self, progress: Progress, threads: int) -> None:
+        self.progress, self.threads = progress, threads
+        loaded = load_model(MODEL)
+        self.module, self.held_out, self.layers = loaded.module, loaded.held_out, len(loaded.module.blocks)
+        self.runners: dict[tuple[str, Lowering], OnnxRuntimeRunner] = {}
+        alike = {EXACT: ALL, **{f"truncated, {count}": count for count in TRUNCATED}, NO_STEP: 0}
+        self.half_steps = {name: [count] * self.layers for name, count in alike.items()}
+        self.half_steps |= progress.get("budgets", select)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the variants."""
+        return [WRITTEN, *self.half_steps]
+
+    def runner(self, name: str, lowering: Lowering) -> OnnxRuntimeRunner:
+        """Return the session of a variant."""
+        key: tuple[str, Lowering] = name, "materialised" if name == WRITTEN else lowering
+        if key not in self.runners:
+            path = self.progress.folder / f"{' '.join(key)}.onnx"
+            if not path.is_file():
+                samples = self.held_out[:2]
+                axes = parse_axes(OPEN, samples)
+                module = self.module if name == WRITTEN else Variant(self.module, self.half_steps[name], lowering)
+                export_onnx(CapturedGraph(export(module.eval(), samples.inputs, axes), samples, axes=axes), path, {})
+            self.runners[key] = OnnxRuntimeRunner(path, self.threads, name)
+        return self.runners[key]
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """The logits of the model as written on all held-out texts."""
+        return self.logits(WRITTEN, self.held_out.inputs["tokens"])
+
+    def logits(self, name: str, tokens: Tensor) -> Tensor:
+        """Return the logits (texts, characters, V) of a variant."""
+        runner = self.runner(name, "interleaved")
+        return torch.cat([runner(batch)[0] for batch in batches(tokens)])
+
+
+def layout(tokens: int) -> Lowering:
+    """Return the layout that asapc takes for so many small plans on a CPU."""
+    return "interleaved" if tokens >= MANY else "materialised"
+
+
+def perplexity(models: Models, name: str, tokens: Tensor) -> Row:
+    """Return the perplexity of a variant on texts (texts, characters), and how far it is from that as written."""
+    own, teacher = models.logits(name, tokens), models.expected[: len(tokens)]
+    of_texts = losses(own, tokens)
+    return {
+        "name": name,
+        "perplexity": math.exp(of_texts.mean()),
+        "change": growth(of_texts, losses(teacher, tokens)),
+        "error": ((own - teacher).norm() / teacher.norm()).item(),
+    }
+
+
+def batches(tokens: Tensor) -> Iterator[Samples]:
+    """Yield texts, some at a time."""
+    return Samples({"tokens": tokens}).batches(TEXTS)
+
+
+def losses(logits: Tensor, tokens: Tensor) -> np.ndarray:
+    """Return the mean cross-entropy of each text, in nats a character."""
+    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return each.unflatten(0, (len(tokens), -1)).double().mean(dim=1).numpy()
+
+
+def growth(own: np.ndarray, expected: np.ndarray) -> list[float]:
+    """Return by what share perplexity grows, from losses of the same texts, and the ends of its interval."""
+    if np.array_equal(own, expected):
+        return [0.0, 0.0, 0.0]
+    interval = bootstrap(
+        (own - expected,),
+        np.mean,
+        confidence_level=CONFIDENCE,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=SEED,
+    ).confidence_interval
+    return [math.expm1(float(value)) for value in ((own - expected).mean(), interval.low, interval.high)]
+
+
+def compare(models: Models, tokens: Tensor, seconds: float) -> Row:
+    """Time all variants on texts (texts, characters), in the layout for so many tokens; the exact form in both."""
+    best, samples = layout(tokens.numel()), Samples({"tokens": tokens})
+    runners = {name: models.runner(name, best) for name in models.names}
+    (other,) = {*LAYOUTS} - {best}
+    runners[OTHER] = models.runner(EXACT, other)
+    times = time_rounds(runners, samples, len(tokens), seconds, SEED, MIN_ROUNDS)
+    row: Row = {"texts": len(tokens), "characters": tokens.shape[1], "layout": LAYOUTS[best]}
+    row["rounds"] = len(times[WRITTEN])
+    row["ms"] = {name: float(np.median(ms)) for name, ms in times.items()}
+    for key, base in (("times_written", WRITTEN), ("times_exact", EXACT)):
+        row[key] = {
+            name: list(median_ratio(times[base], ms, SEED, RESAMPLES)) for name, ms in times.items() if name != base
+        }
+    return row
+
+
+def product(models: Models, name: str, tokens: Tensor) -> Row:
+    """Return what the plans of all layers, multiplied token by token, do to signals in a variant of the model.
+
+    The largest singular value is the most that the streams as a whole can grow. A sum of a row is the gain of a signal
+    that all streams share, one of a column that of its gradient (arXiv 2512.24880). In float64, least and largest of
+    all tokens.
+    """
+    plans = None if name == WRITTEN else Variant(models.module, models.half_steps[name], "materialised").plans
+    with torch.no_grad():
+        of_batches = [run(models.module, batch.inputs["tokens"], plans)[2] for batch in batches(tokens)]
+    factors = torch.cat(of_batches, dim=1).double()
+    result = factors[0]
+    for factor in factors[1:]:
+        result = factor @ result
+    values = {
+        "singular value": torch.linalg.matrix_norm(result, 2),
+        "row sum": result.sum(-1),
+        "column sum": result.sum(-2),
+    }
+    return {"name": name, **{kind: [v.amin().item(), v.amax().item()] for kind, v in values.items()}}
+
+
+def document(data: Row) -> Iterator[str]:
+    """Yield the lines of a part of the document."""
+    latency, fidelity = data["latency"], {row["name"]: row for row in data["fidelity"]}
+    calls = [f"{row['texts'] * row['characters']:,} ({row['layout']})" for row in latency]
+    yield f"| us a token, in calls on so many | {' | '.join(calls)} | perplexity | change (95%) | outputs differ by |"
+    yield f"|---|{'---:|' * len(calls)}---:|---:|---:|"
+    for name, own in fidelity.items():
+        times = [f"{1e3 * row['ms'][name] / (row['texts'] * row['characters']):.1f}" for row in latency]
+        change = "" if name == WRITTEN else "{:+.3%} ({:+.3%} to {:+.3%})".format(*own["change"])
+        yield f"| {name} | {' | '.join(times)} | {own['perplexity']:.4f} | {change} | {own['error']:.1e} |"
+    yield ""
+    yield f"| times as fast as exact (95%) | {' | '.join(calls)} |"
+    yield f"|---|{'---:|' * len(calls)}"
+    for name in [*fidelity, OTHER]:
+        if name != EXACT:
+            yield f"| {name} | {' | '.join(with_interval(row['times_exact'][name]) for row in latency)} |"
+    yield ""
+    yield conclusion(data)
+    yield ""
+    yield "| all layers' plans, multiplied | largest singular value | sums of rows | sums of columns |"
+    yield "|---|---:|---:|---:|"
+    for row in data["products"]:
+        cells = ["{:.4f} to {:.4f}".format(*row[kind]) for kind in ("singular value", "row sum", "column sum")]
+        yield f"| {row['name']} | {' | '.join(cells)} |"
+
+
+def with_interval(ratio: Sequence[float]) -> str:
+    """Format a ratio and its interval."""
+    return "{:.2f} ({:.2f} to {:.2f})".format(*ratio)
+
+
+def conclusion(data: Row) -> str:
+    """Say which truncated loop keeps perplexity, and what it gains."""
+    close = [
+        row["name"]
+        for row in data["fidelity"]
+        if row["name"].startswith("truncated") and max(map(abs, row["change"])) <= LIMIT
+    ]
+    if not close:
+        return f"No truncated loop keeps perplexity within {LIMIT:.1%}."
+    name = min(close, key=lambda name: data["half_steps"][name][0])
+    gains = [
+        f"{with_interval(row['times_exact'][name])} times as fast as with the exact form on "
+        f"{row['texts'] * row['characters']:,} tokens"
+        for row in data["latency"]
+    ]
+    return (
+        f"{data['half_steps'][name][0]} half-steps of {2 * ITERATIONS - 1} are the fewest that keep perplexity within "
+        f"{LIMIT:.1%}, the interval included. With them the model is {', '.join(gains)}."
+    )
+
+
+if __name__ == "__main__":
+    main()
