@@ -23,8 +23,8 @@ from asapc.ops.features import pairs_of
 from asapc.ops.guarded import GuardedSinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual, bias_side
-from asapc.types.artifacts import OnnxArtifact
 from asapc.ops.small import SmallSinkhorn
+from asapc.types.artifacts import OnnxArtifact
 from asapc.types.choices import SlicedDualParams
 from asapc.types.engine import EngineOptions
 from asapc.types.graph import CapturedGraph, DynamicAxis
