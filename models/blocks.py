@@ -1,4 +1,4 @@
-"""What encoders are built of: a kernel of attention by its name, attention, blocks. B batch, N and M tokens, C width."""
+"""What encoders are built of: kernels of attention by name, attention, blocks. B batch, N and M tokens, C width."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -32,10 +32,7 @@ UNTAGGED = {
 # Operators that return their input as it is: dropout does in evaluation mode, and a cast keeps positions.
 SAME_VALUES = {aten.clone.default, aten._to_copy.default, aten.to.dtype, aten.dropout.default, aten.contiguous.default}
 # Elementwise operators of which torch tags some overloads only, or none.
-ELEMENTWISE = {
-    *(aten.where, aten.masked_fill, aten.rsub, aten.true_divide),
-    *(aten.multiply, aten.divide, aten.subtract, aten.negative),
-}
+ELEMENTWISE = {aten.where, aten.multiply, aten.divide, aten.subtract, aten.negative}
 DIAGONALS = {aten.diag_embed.default, aten.diag.default}
 KERNELS = {aten.exp, aten.softmax, aten._softmax}  # what holds exponentials of scores
 EXTREMES = {aten.amax, aten.amin, aten.max, aten.min}

@@ -18,10 +18,10 @@ from asapc.models.sinkhorn import FORMS, sinkhorn
 from asapc.models.text import TextTransformer
 from asapc.models.vit import VisionTransformer
 from asapc.passes.find.sinkhorn import find_sinkhorn
+from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
 from asapc.planning.operators import build
 from asapc.types.choices import Candidate
 from asapc.types.samples import Samples
-from asapc.writing.rewrite import rewrite
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "epsilon": 0.5, "iterations": 2}
 LENGTH = 10
@@ -182,7 +182,7 @@ def test_every_loop_is_found_as_it_is_written_and_replaced_exactly(name: str, ma
         assert (site.loop.half_steps, site.loop.last, site.loop.masked) == (4, "rows", masked)
         assert list(site.epsilon) == pytest.approx([SMALL["epsilon"]] * site.loop.heads, rel=1e-3)
     exact = {site.name: build(site, Candidate("exact", site.loop.half_steps, 0.0)) for site in teacher.sites}
-    compiled = rewrite(teacher.graph, teacher.sites, exact).program.module()
+    compiled = RewriteSinkhorn(teacher.sites, exact)(teacher.graph.program.module()).program
     with torch.no_grad():
         assert difference(compiled(*samples.inputs.values()), model(**samples.inputs)) < FLOAT32
 

@@ -12,7 +12,7 @@ from asapc.models.blocks import Attention
 from asapc.models.blocks import kernel as kernel_of
 from asapc.models.kernel import Kernel
 from asapc.models.one_pass import OnePass
-from asapc.models.sinkhorn import Sinkhorn
+from asapc.models.sinkhorn import FORMS, Sinkhorn
 from asapc.models.sliced import SlicedTransport
 from asapc.models.softmax import Softmax
 
@@ -79,7 +79,7 @@ def test_rows_of_the_plan_sum_to_one_and_outputs_are_its_product_with_the_values
         *(partial(Sinkhorn, 2.0, 60, form) for form in ("log", "scaling", "recompute")),
         partial(SlicedTransport, 3, 1e-12),
     ],
-    ids=["log", "scaling", "recompute", "sliced"],
+    ids=[*FORMS, "sliced"],
 )
 @pytest.mark.parametrize("sides", ["neither", "both", "queries", "keys"])
 def test_columns_of_doubly_stochastic_plans_sum_to_queries_over_keys(make, sides: str) -> None:

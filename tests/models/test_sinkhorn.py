@@ -1,4 +1,4 @@
-"""The loop of `models/sinkhorn.py` against the reference of the library, and its forms for training against the loop."""
+"""The loop of `models/sinkhorn.py` against the library's reference, and its forms for training against the loop."""
 
 import math
 
