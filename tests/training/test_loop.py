@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tolerances import FLOAT32, difference
+from helpers.tolerances import FLOAT32, LOGITS, difference
 from helpers.training import SMALL, TINY, TINY_FILE, Killed, killed_at
 
 from asapc.errors import AsapcError, CheckpointError, OptionError, OutputError, SamplesError
@@ -244,10 +244,12 @@ def test_processes_of_torchrun_train_what_one_does(tmp_path, uninterrupted):
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("held-out accuracy") == 1
     assert names(tmp_path) == ["model.pt", "tiny.toml"]
+    # Outputs, not weights: of the bias of keys, which changes nothing, the gradient is rounding, and Adam takes its sign.
     (tmp_path / "alone.pt").write_bytes(uninterrupted)
-    alone, shared = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("alone", "model"))
-    for name, weight in alone["state_dict"].items():
-        assert difference(shared["state_dict"][name], weight) < 10 * FLOAT32, name
+    images = task("digits").held_out.inputs["images"]
+    with torch.no_grad():
+        alone, shared = (load_model(tmp_path / f"{name}.pt").module(images) for name in ("alone", "model"))
+    assert (shared - alone).abs().max() < LOGITS
 
 
 @pytest.mark.slow
