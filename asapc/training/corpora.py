@@ -48,7 +48,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def handwriting() -> tuple[Tensor, Tensor]:
-    """Return images of handwritten digits (count, 12, 12) in [0, 1], less a margin, each pixel the mean of four; labels."""
+    """Return handwritten digits (count, 12, 12) in [0, 1], less a margin, each pixel the mean of four, and labels."""
     images, labels = [], []
     for match, text in read_files(MNIST, r"package/src/digits/(\d)\.json"):
         pixels = torch.tensor(json.loads(text)["data"])
