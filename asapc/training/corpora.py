@@ -36,7 +36,7 @@ MNIST = Package(
 WORDS, PASSAGE = 128, 256  # tokens of a mail and of a part of a speech
 VOCABULARY = 4096  # of hashes
 ERAS = (1850, 1900, 1950)  # the years in which another era of speeches begins
-SIZE = 28  # of a handwritten digit, in pixels
+SIZE, MARGIN = 28, 2  # of an image of MNIST, in pixels: digits stand in 20 x 20 of them
 WORD = re.compile(r"[a-z0-9']+")
 
 
@@ -48,12 +48,12 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def handwriting() -> tuple[Tensor, Tensor]:
-    """Return images of handwritten digits (count, 14, 14) in [0, 1], each pixel the mean of four, and their labels."""
+    """Return handwritten digits (count, 12, 12) in [0, 1], less a margin, each pixel the mean of four, and labels."""
     images, labels = [], []
     for match, text in read_files(MNIST, r"package/src/digits/(\d)\.json"):
         pixels = torch.tensor(json.loads(text)["data"])
         whole = pixels[: len(pixels) // SIZE**2 * SIZE**2].view(-1, 1, SIZE, SIZE)
-        images.append(F.avg_pool2d(whole, 2).squeeze(1))
+        images.append(F.avg_pool2d(whole[..., MARGIN:-MARGIN, MARGIN:-MARGIN], 2).squeeze(1))
         labels.append(torch.full((len(whole),), int(match[1])))
     return torch.cat(images), torch.cat(labels)
 

@@ -47,7 +47,8 @@ class Run:
                 "give the recipe a smaller batch",
             )
         torch.manual_seed(recipe.seed)
-        self.model = build(task.model, training_arguments(recipe, task)).train()
+        self.model = build(task.model, model_arguments(recipe, task)).train()
+        take_scaling_form(self.model)
         check_samples(self.model, task)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), recipe.learning_rate, weight_decay=WEIGHT_DECAY)
 
@@ -115,17 +116,6 @@ def model_arguments(recipe: Recipe, task: Task) -> dict[str, Any]:
     return arguments if recipe.attention == "sinkhorn" else {**arguments, "attention": recipe.attention}
 
 
-def training_arguments(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """Return the arguments of the same model in the form that it is trained in.
-
-    For Sinkhorn that is the scaling form: the same function, of which both passes take a fraction of the time.
-    """
-    arguments = model_arguments(recipe, task)
-    if recipe.attention == "sinkhorn" and "options" in parameters(task):
-        arguments["options"] = {"form": "scaling", **arguments.get("options", {})}
-    return arguments
-
-
 def parameters(task: Task) -> Collection[str]:
     """Return the names of the arguments that the model of a task takes."""
     return inspect.signature(find_factory(*task.model.split(":"))).parameters.keys()
@@ -141,6 +131,13 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         return build_model(name, arguments)
     except OptionError as error:
         raise OptionError(str(error), CHANGE_MODEL) from error
+
+
+def take_scaling_form(model: nn.Module) -> None:
+    """Let Sinkhorn run in its scaling form: the same function, of which both passes take a fraction of the time."""
+    for module in model.modules():
+        if getattr(module, "form", None) == "log":
+            module.form = "scaling"
 
 
 def check_samples(model: nn.Module, task: Task) -> None:

@@ -125,13 +125,13 @@ def test_speeches_are_cut_into_passages_and_held_out_whole(monkeypatch):
     assert speeches.sizes == {"vocabulary": corpora.VOCABULARY, "length": corpora.PASSAGE, "classes": 4}
 
 
-def test_handwriting_is_halved_by_means_and_an_unfinished_image_left_out(monkeypatch):
-    pixels = [0.5, 1.0] * 14 + [0.0] * 28
-    files = {f"package/src/digits/{digit}.json": json.dumps({"data": pixels * 14 + [1.0]}) for digit in range(10)}
+def test_handwriting_loses_its_margin_and_is_halved_by_means_and_an_unfinished_image_left_out(monkeypatch):
+    inside = [9.0] * 2 + [0.5, 1.0] * 12 + [9.0] * 2
+    pixels = [9.0] * 56 + (inside + [9.0] * 2 + [0.0] * 24 + [9.0] * 2) * 12 + [9.0] * 56
+    files = {f"package/src/digits/{digit}.json": json.dumps({"data": [*pixels, 1.0]}) for digit in range(10)}
     use_files(monkeypatch, files)
     images, labels = corpora.handwriting()
-    assert images.shape == (10, 14, 14)
-    assert torch.equal(images, torch.full((10, 14, 14), 0.375))
+    assert torch.equal(images, torch.full((10, 12, 12), 0.375))
     assert labels.tolist() == list(range(10))
 
 
