@@ -108,8 +108,8 @@ def claim(row: Row) -> str:
         for field in ("bytes", "ms")
     )
     return (
-        f"At {row['length']} tokens a step of sliced transport with {sliced} takes {megabytes(row['bytes'][sliced])} MB. "
-        f"Of what Sinkhorn takes in each form, that is, in multiples: {memory}. And of its time: {time}."
+        f"At {row['length']} tokens a step of sliced transport with {sliced} takes {megabytes(row['bytes'][sliced])} "
+        f"MB. Of what Sinkhorn takes in each form, that is, in multiples: {memory}. And of its time: {time}."
     )
 
 
