@@ -91,7 +91,7 @@ def decades(axes: Any, values: Sequence[float]) -> None:
 
     few = max(values) / min(values) < 300
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=9))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}" if value >= 1e-3 else f"{value:.0e}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 1e-3 else f"{value:.0e}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -208,13 +208,13 @@ def kept(share: Mapping[str, float]) -> str:
 def draw(rows: Mapping[str, Row], folder: Path) -> None:
     """Draw the share of the top key and the effective rank by depth, a column for each task."""
     groups = by_task(rows)
-    figure = new_figure((2.2 + 2.4 * len(groups), 5.2))
+    figure = new_figure((max(6.0, 1.0 + 2.6 * len(groups)), 5.6))
     panels = figure.subplots(2, len(groups), squeeze=False)
     for column, (task, of_seeds) in zip(panels.T, groups.items(), strict=True):
         for axes, key in zip(column, ("top_share", "rank"), strict=True):
             draw_measure(axes, key, [row["models"] for row in of_seeds])
         column[0].set_title(task)
-    panels[0, 0].set_ylabel("top key's share, uniform = 1")
+    panels[0, 0].set_ylabel("share of the top key")
     panels[1, 0].set_ylabel("effective rank")
     names = panels[0, 0].get_legend_handles_labels()
     figure.legend(*names, loc="outside lower center", ncols=len(STYLES), frameon=False)
@@ -229,5 +229,6 @@ def draw_measure(axes: Any, key: str, of_seeds: Sequence[Row]) -> None:
         places = range(first, first + len(means))
         axes.plot(places, means, marker="o", label=name, **style)
         axes.set_xticks(places)
+    axes.margins(y=0.1)
     axes.set(ylim=(0, None), xlabel="depth" if key == "rank" else "layer")
     axes.grid(alpha=0.3)

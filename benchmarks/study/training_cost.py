@@ -104,12 +104,12 @@ def claim(row: Row) -> str:
         return f"At {row['length']} tokens, {sliced} were not measured."
     forms = [name for name, size in row["bytes"].items() if name.startswith("Sinkhorn") and size]
     memory, time = (
-        ", ".join(f"{row[field][sliced] / row[field][form]:.1f} times {form}" for form in forms)
+        ", ".join(f"{row[field][sliced] / row[field][form]:.1f} ({form.partition(', ')[2]})" for form in forms)
         for field in ("bytes", "ms")
     )
     return (
         f"At {row['length']} tokens a step of sliced transport with {sliced} takes {megabytes(row['bytes'][sliced])} "
-        f"MB: {memory}. In time it takes {time}."
+        f"MB. Of what Sinkhorn takes in each form, that is, in multiples: {memory}. And of its time: {time}."
     )
 
 

@@ -43,7 +43,8 @@ def test_the_tables_go_by_length_and_say_what_does_not_fit():
 
 def test_the_claim_compares_most_slices_with_each_form_of_sinkhorn():
     told = claim(ROWS["256 tokens"])
-    assert "1792.0 MB: 3.5 times Sinkhorn, log, 2.3 times Sinkhorn, scaling, 1.8 times Sinkhorn, recompute." in told
+    assert "takes 1792.0 MB." in told
+    assert "in multiples: 3.5 (log), 2.3 (scaling), 1.8 (recompute)." in told
     assert claim(row(256, ("64 slices",))).endswith("were not measured.")
 
 
