@@ -243,7 +243,9 @@ def document(data: Row) -> Iterator[str]:
     yield "|" + "---|" * (len(names) + 2)
     for row in data["few"]:
         cells = [f"{min(r['least']):.1e} to {max(r['least']):.1e}, {r['mean']:.2e}" for r in (row[n] for n in names)]
-        yield f"| {row['function']} | " + " | ".join([*cells, f"{PAPER_FEW['pretraining'][row['function']]:.2e}"]) + " |"
+        yield (
+            f"| {row['function']} | " + " | ".join([*cells, f"{PAPER_FEW['pretraining'][row['function']]:.2e}"]) + " |"
+        )
     yield ""
     yield f"A function of two variables, by two layers of {HIDDEN}; MSE elsewhere, of {len(ACTIVATION_SEEDS)} seeds:"
     yield ""
