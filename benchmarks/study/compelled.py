@@ -189,10 +189,12 @@ def schedule(text: str, sizes: Sizes) -> Row:
     """Pretrain on ten points for so many steps or to the end, then free the weights in either way."""
     x, y = unit(FEW), values([text], unit(FEW))
     runs, sets = sizes.runs, sizes.many_sets
-    to_the_end = to_networks(fit_manifold(x, y, DEPTH, runs * sets, 1, SEED))
     row: Row = {"part": "schedule", "function": text, "runs": runs, "errors": {}}
-    for stage in ("for 1,000 steps", "to the end"):
-        begin = to_the_end if stage == "to the end" else start_of("pretraining", x, y, runs * sets, sizes.steps)
+    stages = {
+        f"for {sizes.steps:,} steps": start_of("pretraining", x, y, runs * sets, sizes.steps),
+        "to the end": to_networks(fit_manifold(x, y, DEPTH, runs * sets, 1, SEED)),
+    }
+    for stage, begin in stages.items():
         ways = {
             "none": begin,
             "Levenberg-Marquardt": train(begin, x, y, 1).networks,
@@ -246,10 +248,11 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
     yield "## The second paper"
     yield ""
     yield (
-        f"ReLU networks of width 4 with {DEPTH} hidden layers ([ReLU networks](relu.md)), from Kaiming's start, from the "
-        "construction with peaks at random, and from the construction after pretraining, which moves the peaks alone. "
-        "Then all weights are trained: by Adam for 1,000 steps, as many as it pretrains for, which is our reading of the "
-        "paper; or as `asapc approx` does it, with peaks trained to the end and Levenberg-Marquardt after that."
+        f"ReLU networks of width 4 with {DEPTH} hidden layers ([ReLU networks](relu.md)), from Kaiming's start, from "
+        "the construction with peaks at random, and from the construction after pretraining, which moves the peaks "
+        f"alone. Then all weights are trained: by Adam for {FULL.steps:,} steps, as many as it pretrains for, which is "
+        "our reading of the paper; or as `asapc approx` does it, with peaks trained to the end and Levenberg-Marquardt "
+        "after that."
     )
     for count in (POINTS, FEW):
         yield from table_of([row for row in of["table"] if row["points"] == count], count)
@@ -297,8 +300,8 @@ def schedules_of(rows: Sequence[Row]) -> Iterator[str]:
     sets, runs = len(rows[0]["errors"]["to the end"]["Adam"]["least"]), rows[0]["runs"]
     yield ""
     yield (
-        f"What makes the least of {runs} starts on {FEW} points: how long the peaks are trained, and how all weights after "
-        f"them. The least of {runs} starts, in {sets} sets; the least of all {runs * sets}; and their median."
+        f"What makes the least of {runs} starts on {FEW} points: how long the peaks are trained, and how all weights "
+        f"after them. The least of {runs} starts, in {sets} sets; the least of all {runs * sets}; and their median."
     )
     yield ""
     yield f"| function | peaks trained | all weights by | least of {runs} | least of {runs * sets} | median | paper |"
@@ -321,8 +324,9 @@ def points_of(rows: Sequence[Row]) -> Iterator[str]:
     shown = list(dict.fromkeys([plain, *((row["design"], plain[1]) for row in rows), *ranking[:CLOSEST]]))
     yield ""
     yield (
-        f"Other choices of ten points, and of the points that errors are measured on, by Adam, the least of {rows[0]['runs']} "
-        "starts. The last column is the largest ratio of a figure to the paper's, either way up, over the four functions: "
+        f"Other choices of ten points, and of the points that errors are measured on, by Adam: the least of "
+        f"{rows[0]['runs']} starts. The last column is the largest ratio of a figure to the paper's, either way up, "
+        "over the four functions."
     )
     yield ""
     yield "| trained on | measured on | " + " | ".join(FUNCTIONS) + " | off by up to |"
@@ -367,18 +371,28 @@ def accuracy(row: Row) -> str:
 
 
 def draw(rows: Mapping[str, Row], folder: Path) -> None:
-    """Draw accuracy on the digits by weights, a line for each activation."""
-    figure = new_figure((6, 3.6))
-    axes = figure.subplots()
+    """Draw ten points by order of training, and accuracy on the digits by weights."""
+    figure = new_figure((9, 3.6))
+    left, right = figure.subplots(1, 2)
+    for i, row in enumerate(row for row in rows.values() if row["part"] == "schedule"):
+        orders = {f"{stage}, {way}": of_runs for stage, ways in row["errors"].items() for way, of_runs in ways.items()}
+        for place, of_runs in enumerate(orders.values()):
+            place_beside = place + 0.2 * (i - 0.5)
+            left.plot([place_beside] * 2, [min(of_runs["least"]), max(of_runs["least"])], f"C{i}", linewidth=4)
+            left.plot(place_beside, of_runs["median"], f"C{i}_", label=row["function"] if place == 0 else None)
+        left.axhline(PAPER_FEW["pretraining"][row["function"]], color=f"C{i}", linestyle=":", linewidth=1)
+        left.set_xticks(range(len(orders)), [name.replace(", ", ",\n") for name in orders], fontsize=7)
+    left.set(yscale="log", ylabel="MSE", title="ten points: least of 30; median; paper, dotted")
     models = [row for row in rows.values() if row["part"] == "digits"]
     for way in dict.fromkeys(row["activation"] for row in models):
         of_way = sorted((row for row in models if row["activation"] == way), key=lambda row: row["width"])
         weights, means = zip(*((row["weights"], 100 * fmean(row["accuracies"])) for row in of_way), strict=True)
-        axes.plot(weights, means, marker="o", markersize=4, label=way)
+        right.plot(weights, means, marker="o", markersize=4, label=way)
     ticks = sorted({row["weights"] for row in models if row["activation"] == "ReLU"})
-    axes.set(xscale="log", xlabel="weights", ylabel="digits, accuracy in %")
-    axes.set_xticks(ticks, labels=[str(weights) for weights in ticks])
-    axes.set_xticks([], minor=True)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    right.set(xscale="log", xlabel="weights", title="digits, accuracy in %")
+    right.set_xticks(ticks, labels=[str(weights) for weights in ticks])
+    right.set_xticks([], minor=True)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     save(figure, folder / FIGURE)
