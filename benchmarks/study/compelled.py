@@ -30,7 +30,6 @@ from benchmarks.relu import (
     POINTS,
     RUNS,
     SEED,
-    SETS,
     WAYS,
     descend,
     fit_perceptron,
@@ -65,7 +64,7 @@ class Sizes(NamedTuple):
     digits_steps: int
 
 
-FULL = Sizes(RUNS, SETS, 10, 1000, (0, 1, 2), (8, 16, 32), 3000)
+FULL = Sizes(RUNS, 3, 10, 1000, (0, 1, 2), (8, 16, 32), 2000)
 QUICK = Sizes(3, 1, 1, 60, (0,), (8,), 200)
 
 
