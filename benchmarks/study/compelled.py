@@ -250,8 +250,8 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
         f"ReLU networks of width 4 with {DEPTH} hidden layers ([ReLU networks](relu.md)), from Kaiming's start, from "
         "the construction with peaks at random, and from the construction after pretraining, which moves the peaks "
         f"alone. Then all weights are trained: by Adam for {FULL.steps:,} steps, as many as it pretrains for, which is "
-        "our reading of the paper; or as `asapc approx` does it, with peaks trained to the end and Levenberg-Marquardt "
-        "after that."
+        "the paper's order but perhaps not its number of steps; or as `asapc approx` does it, with peaks trained to the "
+        "end and Levenberg-Marquardt after that."
     )
     for count in (POINTS, FEW):
         yield from table_of([row for row in of["table"] if row["points"] == count], count)
@@ -299,18 +299,20 @@ def schedules_of(rows: Sequence[Row]) -> Iterator[str]:
     sets, runs = len(rows[0]["errors"]["to the end"]["Adam"]["least"]), rows[0]["runs"]
     yield ""
     yield (
-        f"What makes the least of {runs} starts on {FEW} points: how long the peaks are trained, and how all weights "
-        f"after them. The least of {runs} starts, in {sets} sets; the least of all {runs * sets}; and their median."
+        f"What decides on the least of {runs} starts on {FEW} points is how long the peaks are trained, and how all "
+        f"weights are after them. The least of {runs}, in {sets} sets, and how many of these reach the paper's figure; "
+        f"and the median of all {runs * sets}:"
     )
     yield ""
-    yield f"| function | peaks trained | all weights by | least of {runs} | least of {runs * sets} | median | paper |"
+    yield f"| function | peaks trained | all weights by | least of {runs} | reach | median | paper |"
     yield "|---|---|---|---:|---:|---:|---:|"
     for row in rows:
         for stage, ways in row["errors"].items():
             for way, of_runs in ways.items():
-                figures = f"{spread(of_runs['least'])} | {min(of_runs['least']):.1e} | {of_runs['median']:.1e}"
-                paper = of_paper("pretraining", row["function"], FEW)
-                yield f"| {row['function']} | {stage} | {way} | {figures} | {paper} |"
+                paper = PAPER_FEW["pretraining"][row["function"]]
+                reach = f"{sum(least <= paper for least in of_runs['least'])} of {sets}"
+                figures = f"{spread(of_runs['least'])} | {reach} | {of_runs['median']:.1e} | {paper:.2e}"
+                yield f"| {row['function']} | {stage} | {way} | {figures} |"
 
 
 def points_of(rows: Sequence[Row]) -> Iterator[str]:
@@ -318,25 +320,21 @@ def points_of(rows: Sequence[Row]) -> Iterator[str]:
     if not rows:
         return
     figures = {(row["design"], judge): least for row in rows for judge, least in row["least"]["pretraining"].items()}
-    ranking = sorted(figures, key=lambda pair: furthest(figures[pair]))
-    plain = (next(iter(DESIGNS)), f"{POINTS} points")
-    shown = list(dict.fromkeys([plain, *((row["design"], plain[1]) for row in rows), *ranking[:CLOSEST]]))
+    on_many = [pair for pair in figures if pair[1] == f"{POINTS} points"]
+    closest = sorted(figures.keys() - on_many, key=lambda pair: furthest(figures[pair]))[:CLOSEST]
     yield ""
     yield (
-        f"Other choices of ten points, and of the points that errors are measured on, by Adam: the least of "
-        f"{rows[0]['runs']} starts. The last column is the largest ratio of a figure to the paper's, either way up, "
-        "over the four functions."
+        f"Other choices of the ten points, measured on {POINTS} and on ten others, by Adam: the least of "
+        f"{rows[0]['runs']} starts. Of {len(figures) - len(on_many)} pairs of tens the closest {CLOSEST} are shown. "
+        "The last column is the largest ratio of a figure to the paper's, either way up, over the four functions."
     )
     yield ""
     yield "| trained on | measured on | " + " | ".join(FUNCTIONS) + " | off by up to |"
     yield "|---|---|" + "---:|" * (len(FUNCTIONS) + 1)
-    for pair in shown:
-        if pair in figures:
-            cells = " | ".join(f"{error:.1e}" for error in figures[pair].values())
-            yield f"| {pair[0]} | {pair[1]} | {cells} | {furthest(figures[pair]):.1f} |"
+    for pair in (*on_many, *closest):
+        cells = " | ".join(f"{error:.1e}" for error in figures[pair].values())
+        yield f"| {pair[0]} | {pair[1]} | {cells} | {furthest(figures[pair]):.1f} |"
     yield "| paper | | " + " | ".join(f"{PAPER_FEW['pretraining'][text]:.1e}" for text in FUNCTIONS) + " | |"
-    yield ""
-    yield f"{len(figures)} pairs of such choices were tried; those of {FEW} points for both are the closest {CLOSEST}."
 
 
 def furthest(figures: Mapping[str, float]) -> float:
@@ -359,8 +357,8 @@ def models_of(rows: Sequence[Row]) -> Iterator[str]:
     yield "| activation | " + " | ".join(f"width {width} | weights" for width in widths) + " |"
     yield "|---|" + "---:|---:|" * len(widths)
     for way in dict.fromkeys(row["activation"] for row in rows):
-        of_way = sorted((row for row in rows if row["activation"] == way), key=lambda row: row["width"])
-        yield f"| {way} | " + " | ".join(f"{accuracy(row)} | {row['weights']}" for row in of_way) + " |"
+        of_way = {row["width"]: f"{accuracy(row)} | {row['weights']}" for row in rows if row["activation"] == way}
+        yield f"| {way} | " + " | ".join(of_way.get(width, " | ") for width in widths) + " |"
 
 
 def accuracy(row: Row) -> str:
