@@ -250,8 +250,8 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
         f"ReLU networks of width 4 with {DEPTH} hidden layers ([ReLU networks](relu.md)), from Kaiming's start, from "
         "the construction with peaks at random, and from the construction after pretraining, which moves the peaks "
         f"alone. Then all weights are trained: by Adam for {FULL.steps:,} steps, as many as it pretrains for, which is "
-        "the paper's order but perhaps not its number of steps; or as `asapc approx` does it, with peaks trained to the "
-        "end and Levenberg-Marquardt after that."
+        "the paper's order but perhaps not its number of steps; or as `asapc approx` does it, with peaks trained to "
+        "the end and Levenberg-Marquardt after that."
     )
     for count in (POINTS, FEW):
         yield from table_of([row for row in of["table"] if row["points"] == count], count)
@@ -372,14 +372,23 @@ def draw(rows: Mapping[str, Row], folder: Path) -> None:
     figure = new_figure((9, 3.6))
     left, right = figure.subplots(1, 2)
     for i, row in enumerate(row for row in rows.values() if row["part"] == "schedule"):
+        paper = PAPER_FEW["pretraining"][row["function"]]
         orders = {f"{stage}, {way}": of_runs for stage, ways in row["errors"].items() for way, of_runs in ways.items()}
         for place, of_runs in enumerate(orders.values()):
-            place_beside = place + 0.2 * (i - 0.5)
-            left.plot([place_beside] * 2, [min(of_runs["least"]), max(of_runs["least"])], f"C{i}", linewidth=4)
-            left.plot(place_beside, of_runs["median"], f"C{i}_", label=row["function"] if place == 0 else None)
-        left.axhline(PAPER_FEW["pretraining"][row["function"]], color=f"C{i}", linestyle=":", linewidth=1)
-        left.set_xticks(range(len(orders)), [name.replace(", ", ",\n") for name in orders], fontsize=7)
-    left.set(yscale="log", ylabel="MSE", title="ten points: least of 30; median; paper, dotted")
+            ends = [end(of_runs["least"]) / paper for end in (min, max)]
+            label = row["function"] if place == 0 else None
+            left.plot(ends, [place + 0.18 * (i - 1)] * 2, f"C{i}", linewidth=4, label=label)
+            left.plot(of_runs["median"] / paper, place + 0.18 * (i - 1), f"C{i}|")
+        left.set_yticks(range(len(orders)), list(orders), fontsize=8)
+    left.axvline(1, color="black", linestyle=":", linewidth=1)
+    left.set(
+        ylim=(-0.6, 7),
+        xscale="log",
+        xlabel="MSE over the paper's: least of 30; median, thin",
+        title="ten points, by training",
+    )
+    left.set_xticks((0.5, 1, 2, 5), labels=("0.5", "1", "2", "5"))
+    left.set_xticks([], minor=True)
     models = [row for row in rows.values() if row["part"] == "digits"]
     for way in dict.fromkeys(row["activation"] for row in models):
         of_way = sorted((row for row in models if row["activation"] == way), key=lambda row: row["width"])
@@ -391,5 +400,5 @@ def draw(rows: Mapping[str, Row], folder: Path) -> None:
     right.set_xticks([], minor=True)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center" if axes is left else "lower right")
     save(figure, folder / FIGURE)
