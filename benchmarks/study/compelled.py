@@ -255,9 +255,9 @@ def table_of(rows: Sequence[Row], count: int) -> Iterator[str]:
         return
     yield ""
     sets = len(rows[0]["errors"]["pretraining"]["Adam"]["least"])
-    several = f", in {sets} sets of them" if sets > 1 else ""
+    starts = f"{rows[0]['runs']} starts" + (f", in {sets} sets of them" if sets > 1 else "")
     middle = "median" if count == FEW else "mean"  # as the paper has it; its ten points have no mean
-    yield f"Trained on {count} points, MSE on {POINTS}: the least of {rows[0]['runs']} starts{several}, and the {middle}:"
+    yield f"Trained on {count} points, MSE on {POINTS}: the least of {starts}, and the {middle}:"
     yield ""
     yield "| function | start | Adam | Levenberg-Marquardt | paper |"
     yield "|---|---|---:|---:|---:|"
