@@ -7,7 +7,7 @@ from asapc.commands.study import study
 from asapc.config import CompileConfig
 from asapc.errors import NoSinkhornError
 from asapc.events import OnEvent
-from asapc.loading.folder import read_folder
+from asapc.loading.folder import REPORT, read_folder
 from asapc.loading.manifest import MANIFEST
 from asapc.loading.split import probe_samples
 from asapc.types.model import LoadedModel
@@ -33,8 +33,8 @@ def inspect_model(
 
 
 def is_compiled(path: Path) -> bool:
-    """Return whether a path is a folder with a manifest, as `asapc compile` writes it."""
-    return (path / MANIFEST).is_file()
+    """Return whether a path is a folder that `asapc compile` wrote, be it without its manifest by now."""
+    return any((path / name).is_file() for name in (MANIFEST, REPORT))
 
 
 def inspect_folder(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class InlineAttention(GraphPass[Any]):
         inferred = onnx.shape_inference.infer_shapes(program, data_prop=True).graph
         types = {value.name: value.type for value in (*graph.input, *inferred.value_info, *graph.output)}
         types |= {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims) for t in graph.initializer}
-        opset = next(o.version for o in program.opset_import if o.domain == "")
+        opset = next(o.version for o in program.opset_import if o.domain in ("", "ai.onnx"))
         nodes = [part for node in graph.node for part in parts_of(node, types, opset) or [node]]
         modified = len(nodes) > len(graph.node)
         del graph.node[:]
@@ -52,14 +52,17 @@ def plain(node: Any, types: Mapping[str, Any]) -> list[Any]:
     """Return a product, a softmax and a product; none where there is more, as a mask, or fewer heads of keys."""
     from onnx.helper import get_attribute_value, make_node
 
-    given = {each.name: get_attribute_value(each) for each in node.attribute}
-    options = {name: value for name, value in given.items() if value}  # zeros stand for what is not there
+    attributes = {each.name: get_attribute_value(each) for each in node.attribute}
+    # Of all options but the scale zero stands for what is not there.
+    options = {name: value for name, value in attributes.items() if value or name == "scale"}
     q, k, v = node.input[:3]
-    sizes, of_keys = ([size.dim_value for size in types[name].tensor_type.shape.dim] for name in (q, k))
-    heads = options.pop("q_num_heads", 0)
-    counts = (heads, options.pop("kv_num_heads", 0)) if heads else (sizes[1:2], of_keys[1:2])
-    scale = options.pop("scale", None) or (sizes[-1:] and sizes[-1] and (sizes[-1] / (heads or 1)) ** -0.5)
-    if options or any(node.input[3:]) or len(node.output) > 1 or counts[0] != counts[1] or not scale:
+    sizes, sizes_of_keys = ([size.dim_value for size in types[name].tensor_type.shape.dim] for name in (q, k))
+    heads = options.pop("q_num_heads", 0)  # where they are not an axis of their own
+    counts = (heads, options.pop("kv_num_heads", 0)) if heads else (*sizes[1:2], *sizes_of_keys[1:2])
+    size = sizes[-1] // (heads or 1) if sizes else 0  # as all sizes 0 where it is unknown
+    scale = options.pop("scale", size and size**-0.5)
+    more = options or any(node.input[3:]) or len(node.output) > 1
+    if more or not scale or len(counts) < 2 or not counts[0] == counts[1] > 0:
         return []
     nodes: list[Any] = []
     owner = node.name or node.output[0]
@@ -77,8 +80,8 @@ def plain(node: Any, types: Mapping[str, Any]) -> list[Any]:
     scores = add("MatMul", [add("Mul", [q, factor], "scaled"), add("Transpose", [k], "turned", perm=TURN)], "scores")
     output = add("MatMul", [add("Softmax", [scores], "plan", axis=-1), v], "output")
     if heads:
-        joined = add("Constant", [], "joined", value_ints=[0, 0, -1])
-        add("Reshape", [add("Transpose", [output], "tokens", perm=SWAP), joined], "merged")
+        shape = add("Constant", [], "shape", value_ints=[0, 0, -1])
+        add("Reshape", [add("Transpose", [output], "tokens", perm=SWAP), shape], "merged")
     nodes[-1].output[0] = node.output[0]
     return nodes
 
@@ -88,9 +91,9 @@ def definition(node: Any, types: Mapping[str, Any], opset: int) -> list[Any]:
     import onnx
 
     owner = node.name or node.output[0]
-    given = [types[name].SerializeToString() if name else b"" for name in node.input]
+    kinds = [types[name].SerializeToString() if name else b"" for name in node.input]
     schema = onnx.defs.get_schema(node.op_type, opset)
-    text = schema.get_context_dependent_function_with_opset_version(opset, node.SerializeToString(), given)
+    text = schema.get_context_dependent_function_with_opset_version(opset, node.SerializeToString(), kinds)
     function = onnx.FunctionProto.FromString(text)
     names = dict(zip(function.input, node.input, strict=False)) | dict(zip(function.output, node.output, strict=False))
     for part in function.node:

@@ -18,7 +18,7 @@ from torch import nn
 import asapc.backends.tensorrt.builder
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.tensorrt.builder import build_engine, try_engine
-from asapc.backends.tensorrt.compiler import joined
+from asapc.backends.tensorrt.compiler import combine
 from asapc.capturing.export import export
 from asapc.errors import BuildError, DependencyError
 from asapc.ops.features import pairs_of
@@ -294,10 +294,10 @@ def test_too_small_a_workspace_is_refused_with_what_to_change(ahead_of_time, tmp
 
 def test_what_most_architectures_say_comes_first():
     small = BuildError("no tactic within workspace limit", "give a larger one", "node_2")
-    error = joined({"SM75": BuildError("no such product", "give another", "node_1"), "SM80": small, "SM86": small})
+    error = combine({"SM75": BuildError("no such product", "give another", "node_1"), "SM80": small, "SM86": small})
     assert str(error) == "SM80, SM86: no tactic within workspace limit; SM75: no such product"
     assert (error.hint, error.node) == ("give a larger one", "node_2")
-    assert str(joined({"SM80": small, "SM86": small})) == str(small)
+    assert str(combine({"SM80": small, "SM86": small})) == str(small)
 
 
 def test_an_engine_that_fails_is_a_result_unless_it_was_asked_for_by_name(ahead_of_time, monkeypatch, tmp_path):

@@ -69,6 +69,14 @@ def test_a_manifest_lists_the_files_and_no_others(compiled, tmp_path):
     assert_refused(CheckpointError, read_folder, folder, named="manifest.json")
 
 
+def test_a_folder_without_its_manifest_is_still_known_as_what_it_was(compiled, tmp_path):
+    folder = tamper(compiled, tmp_path / "out", "report.json", lambda report: None)
+    (folder / "manifest.json").unlink()
+    message, hint = assert_user_error(run("inspect", folder))
+    assert "is incomplete" in message
+    assert "compile the model again" in hint
+
+
 def test_a_file_that_vanishes_meanwhile_is_missing(tmp_path):
     with pytest.raises(CheckpointError, match="it is missing"):
         check_files(tmp_path, {"model.onnx"}, {"model.onnx": {"bytes": 1, "sha256": ""}})

@@ -1,6 +1,8 @@
 """KServe's server answers from the folder of an image as the model does, without a container."""
 
+import copy
 import json
+import re
 import signal
 import subprocess
 import threading
@@ -24,7 +26,7 @@ from asapc.serving.smoke import infer
 
 pytestmark = pytest.mark.slow  # the server's environment alone takes two minutes
 
-# Prints what of a manifest does not keep to the classes that KServe and Kubernetes generate from their schemas: names
+# Prints what of manifests does not keep to the classes that KServe and Kubernetes generate from their schemas: names
 # that these do not know, values of another type, and fields that are missing.
 UNKNOWN = """
 import json, re, sys
@@ -32,12 +34,14 @@ import kserve.models, kubernetes.client
 
 TYPES = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
+found = []
+
 def walk(value, kind, path):
     inner = re.fullmatch(r"(?:list|dict)[(\\[](?:str, ?)?(.+)[)\\]]", kind, re.IGNORECASE)
     known = getattr(kserve.models, kind, None) or getattr(kubernetes.client, kind, None) if not inner else None
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     if kind in TYPES and (not isinstance(value, TYPES[kind]) or isinstance(value, bool) != (kind == "bool")):
-        print(f"{path} is no {kind}")
+        found[-1].append(f"{path} is no {kind}")
         return
     names = {json_name: name for name, json_name in known.attribute_map.items()} if known else {}
     for key, entry in entries:
@@ -46,14 +50,17 @@ def walk(value, kind, path):
         elif key in names:
             walk(entry, known.openapi_types[names[key]], f"{path}.{key}")
         elif kind != "object":
-            print(f"{path}.{key}")
+            found[-1].append(f"{path}.{key}")
     if known:
         try:
             known(**{names[key]: entry for key, entry in entries if key in names})
         except ValueError as error:
-            print(f"{path}: {error}")
+            found[-1].append(f"{path}: {error}")
 
-walk(json.load(sys.stdin), "V1beta1InferenceService", "")
+for manifest in json.load(sys.stdin):
+    found.append([])
+    walk(manifest, "V1beta1InferenceService", "")
+print(json.dumps(found))
 """
 
 
@@ -234,18 +241,19 @@ def test_masks_are_served_where_the_model_was_compiled_with_them(given, masked, 
     assert "HTTP and gRPC" in smoke_image(masked(given), tmp_path / "out", "masked", server_environment())
 
 
-@pytest.mark.parametrize(
-    "manifest", [text for language, text in code_blocks(ROOT / "docs" / "serving.md") if language == "yaml"]
-)
-def test_the_manifests_of_the_page_keep_to_kserves_own_schema(manifest):
-    assert unknown(manifest) == ""
-    assert unknown(manifest.replace("minReplicas", "replicas")) == ".spec.predictor.replicas\n"
-    assert unknown(manifest.replace("minReplicas: 1", "minReplicas: one")) == ".spec.predictor.minReplicas is no int\n"
-    nameless = manifest.replace("- name: kserve-container\n        image", "- image").replace("modelFormat", "format")
-    assert "must not be `None`" in unknown(nameless)
-
-
-def unknown(manifest: str) -> str:
+def test_the_manifests_of_the_page_keep_to_kserves_own_schema():
+    blocks = code_blocks(ROOT / "docs" / "serving.md")
+    triton, image = (yaml.safe_load(text) for language, text in blocks if language == "yaml")
+    wrong = [copy.deepcopy(triton), copy.deepcopy(triton), copy.deepcopy(image)]
+    wrong[0]["spec"]["predictor"].update(replicas=1)
+    wrong[1]["spec"]["predictor"].update(minReplicas="one")
+    del wrong[1]["spec"]["predictor"]["model"]["modelFormat"]
+    del wrong[2]["spec"]["predictor"]["containers"][0]["name"]
     command = [server_environment() / "bin" / "python", "-c", UNKNOWN]
-    content = json.dumps(yaml.safe_load(manifest))
-    return subprocess.run(command, input=content, capture_output=True, text=True, check=True).stdout
+    content = json.dumps([triton, image, *wrong])
+    found = json.loads(subprocess.run(command, input=content, capture_output=True, text=True, check=True).stdout)
+    format_lacks = ".spec.predictor.model: Invalid value for `model_format`, must not be `None`"
+    assert found[:3] == [[], [], [".spec.predictor.replicas"]]
+    assert found[3] == [".spec.predictor.minReplicas is no int", format_lacks]
+    (name_lacks,) = found[4]
+    assert re.match(r"\.spec\.predictor\.containers\.0: .*V1Container\s+name\s+Field required", name_lacks)

@@ -141,14 +141,14 @@ def test_a_damaged_version_is_not_taken_and_the_one_before_answers(folder, two, 
     other, inputs, first, second = two
     repository = tmp_path / "repository"
     version = package_triton(folder, repository, "points", "python")
-    damaged = package_triton(other, tmp_path / "elsewhere", "points", "python", version=2)
-    truncate(damaged / "model.asap" / "model.onnx")
+    bad = package_triton(other, tmp_path / "elsewhere", "points", "python", version=2)
+    truncate(bad / "model.asap" / "model.onnx")
     with running(repository, "points", server_environment(), *POLL) as addresses:
 
         def ask(number: str = "") -> dict[str, np.ndarray]:
             return infer("http", addresses["http"], "points", inputs, list(first), number)
 
-        damaged.rename(version.with_name("2"))
+        bad.rename(version.with_name("2"))
         (version / "model.asap" / "model.onnx").unlink()  # of the version that is served
         for _ in range(12):
             time.sleep(0.5)

@@ -88,7 +88,7 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
             refused[name] = error
     targets = sorted((name for name in candidates if name not in refused), key=lambda name: int(name[2:]))
     if not targets:
-        raise joined(refused)
+        raise combine(refused)
     if len(targets) > 1:
         data = compiler.build([candidates[name] for name in targets])
     Path(request["engine"]).write_bytes(data)
@@ -101,7 +101,7 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def joined(refused: Mapping[str, BuildError]) -> BuildError:
+def combine(refused: Mapping[str, BuildError]) -> BuildError:
     """Return the error of a model that no architecture can have: what most of them say comes first, and its hint."""
     names: dict[str, list[str]] = {}
     for name, error in refused.items():
