@@ -32,7 +32,7 @@ from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
-from benchmarks.dual_networks import ENTRIES, EXACT, KINDS, SIDE, Network, Shared, Timed, exact_plans, loop, plans
+from benchmarks.dual_networks import ENTRIES, EXACT, KINDS, SIDE, Network, Timed, exact_plans, loop, plans
 from benchmarks.generated import replace_generated
 from benchmarks.intervals import median_ratio
 from benchmarks.progress import Progress
@@ -47,6 +47,8 @@ LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, EXACT)
 STEPS, BATCH, RATE = 1000, 512, 6e-3
 TOKENS, SECONDS, MIN_ROUNDS = (16, 4096), 3.0, 40
 LOOP, OF_MODEL = "loop", "language model"
+FORMS = [*((LOOP, steps) for steps in LOOPS), *((name, steps) for name in KINDS for steps in FOLLOWING)]
+QUICK = [(LOOP, 4), (LOOP, EXACT), ("shared, 32", 1), ("compelled, 32", 1)]
 
 Row = dict[str, Any]
 
@@ -85,42 +87,49 @@ def train(network: Network, data: ScoreSets, half_steps: int, steps: int) -> Net
 def main() -> None:
     """Train, judge and time all networks and loops, print, write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="networks that are hardly trained; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="few networks, hardly trained; writes nothing")
     parser.add_argument("--threads", type=int, default=1, help="threads inside an operator; 1 by default")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
-            measure(Progress("", Path(folder)), Judge(4, 4), TOKENS[:1], options.threads)
+            data = measure(Progress("", Path(folder)), Judge(4, 4, JUDGES), QUICK, TOKENS[:1], options.threads)
+        print(*document(data["rows"]), sep="\n")
         return
     progress = Progress("amortised_tiny")
-    data = measure(progress, Judge(STEPS, TEXTS), TOKENS, options.threads)
+    data = measure(progress, Judge(STEPS, TEXTS, TRAINING), FORMS, TOKENS, options.threads)
     write_json(RESULTS, {**data, "threads": options.threads, "environment": environment(SEED)})
     replace_generated(DOCUMENT, document(data["rows"]), "networks")
     progress.finish()
 
 
-def measure(progress: Progress, judge: "Judge", tokens: Sequence[int], threads: int) -> Row:
-    """Return what is not known yet, and what is."""
-    forms = [(LOOP, steps) for steps in LOOPS] + [(name, steps) for name in KINDS for steps in FOLLOWING]
+def measure(
+    progress: Progress, judge: "Judge", forms: Sequence[tuple[str, int]], tokens: Sequence[int], threads: int
+) -> Row:
+    """Return what is not known yet of networks and loops, and what is."""
     rows = [progress.get(f"{name}, {steps}", partial(judge, name, steps)) for name, steps in forms]
-    times = {str(count): progress.get(f"{count} tokens", partial(time_forms, count, threads)) for count in tokens}
+    times = {
+        str(count): progress.get(f"{count} tokens", partial(time_forms, forms, count, threads)) for count in tokens
+    }
     loops = [row for row in rows if row["name"] == LOOP]
     rows = [row | {"speed": {count: speed(row, loops, times[count]) for count in times}} for row in rows]
     ms = {count: {name: float(np.median(each)) for name, each in of.items()} for count, of in times.items()}
     return {"rows": rows, "ms": ms, "rounds": {count: len(of[f"{LOOP}, {EXACT}"]) for count, of in times.items()}}
 
 
-def time_forms(tokens: int, threads: int) -> dict[str, list[float]]:
-    """Return the times of all loops, and of networks with random weights, on so many tokens, by `form_of`."""
+def time_forms(forms: Sequence[tuple[str, int]], tokens: int, threads: int) -> dict[str, list[float]]:
+    """Return the times of loops, and of networks with random weights, on so many tokens, by `timed_as`."""
     generator = torch.Generator().manual_seed(SEED)
     scores, lowering = 2 * torch.randn(2, tokens, SIDE, SIDE, generator=generator), layout(tokens)
-    modules: dict[str, nn.Module] = {f"{LOOP}, {half_steps}": loop(half_steps, lowering) for half_steps in LOOPS}
-    for name, (kind, width) in KINDS.items():
-        if kind is not Shared:  # which is an ordinary network by then
+    modules: dict[str, nn.Module] = {}
+    for name, half_steps in forms:
+        if name == LOOP:
+            modules[timed_as(name, half_steps)] = loop(half_steps, lowering)
+        else:
+            kind, width = KINDS[name]
             network = kind(scores[:1].flatten(-2), width)
             network.free()
-            modules |= {f"{name}, {steps}": Timed(network.eval(), steps, lowering) for steps in FOLLOWING}
+            modules[timed_as(name, half_steps)] = Timed(network, half_steps, lowering)
     samples = Samples({"scores": scores})
     with tempfile.TemporaryDirectory() as folder:
         runners = {}
@@ -130,14 +139,14 @@ def time_forms(tokens: int, threads: int) -> dict[str, list[float]]:
     return time_rounds(runners, samples, 1, SECONDS, SEED, MIN_ROUNDS)
 
 
-def form_of(row: Row) -> str:
-    """Return the form that a row takes as long as."""
-    return f"{row['name'].replace('shared', 'ordinary')}, {row['half_steps']}"
+def timed_as(name: str, half_steps: int) -> str:
+    """Return under which name a form is timed: shared weights, written out, are those of an ordinary network."""
+    return f"{name.replace('shared', 'ordinary')}, {half_steps}"
 
 
 def speed(row: Row, loops: list[Row], times: Mapping[str, list[float]]) -> Row:
     """Return how many times as fast a row is as the exact loop, and a network as the shortest loop as close to it."""
-    ms = times[form_of(row)]
+    ms = times[timed_as(row["name"], row["half_steps"])]
     ratios: Row = {"times_exact": list(median_ratio(times[f"{LOOP}, {EXACT}"], ms, SEED, RESAMPLES))}
     if row["name"] != LOOP:
         ratios["loops"] = {
@@ -157,14 +166,15 @@ class Judge:
     Args:
         steps: of the training.
         texts: of the language model, that judge.
+        training: tokens of each spread to train on.
     """
 
-    def __init__(self, steps: int, texts: int) -> None:
+    def __init__(self, steps: int, texts: int, training: int) -> None:
         self.steps, loaded = steps, load_model(MODEL)
         generator = torch.Generator().manual_seed(SEED)
         spreads = torch.tensor(SPREADS).reshape(-1, 1, 1)
         self.normal = ScoreSets(
-            *(spreads * torch.randn(len(SPREADS), count, ENTRIES, generator=generator) for count in (TRAINING, JUDGES))
+            *(spreads * torch.randn(len(SPREADS), count, ENTRIES, generator=generator) for count in (training, JUDGES))
         )
         self.model, self.tokens = loaded.module, loaded.held_out.inputs["tokens"][:texts]
         calibration = loaded.calibration.inputs["tokens"]
