@@ -266,7 +266,7 @@ def rate_sites(
     outside = {
         site.name: None
         if on_all_scores(site, selection)
-        else plans_outside(ranges[site.name].deviations, *calibrated[site.name], len(samples))
+        else plans_outside(ranges[site.name].deviations, calibrated[site.name], len(samples))
         for site in sites
     }
     return Ratings(fidelities, outside, samples_at_once=at_once)
@@ -355,15 +355,15 @@ def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: 
     return Candidate(choice["operator"], choice["half_steps"], inf, None, params, choice["lowering"])
 
 
-def plans_outside(spreads: Tensor, low: float, high: float, samples: int) -> Outside:
+def plans_outside(spreads: Tensor, ends: Sequence[float], samples: int) -> Outside:
     """Return the plans whose scores spread beyond a range that is widened a little.
 
     Args:
         spreads: (samples * plans of each,), sample by sample.
-        low: end of the range.
-        high: the other.
+        ends: of the range.
         samples: their number.
     """
+    low, high = ends
     more = WIDENED * (high - low)
     places = ((spreads < low - more) | (spreads > high + more)).nonzero().flatten().tolist()
     each = len(spreads) // samples
