@@ -135,9 +135,9 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 def take_scaling_form(model: nn.Module) -> None:
     """Let Sinkhorn run in its scaling form: the same function, of which both passes take a fraction of the time."""
-    for module in model.modules():
-        if getattr(module, "form", None) == "log":
-            vars(module)["form"] = "scaling"
+    kernels: list[Any] = [module for module in model.modules() if getattr(module, "form", None) == "log"]
+    for kernel in kernels:
+        kernel.form = "scaling"
 
 
 def check_samples(model: nn.Module, task: Task) -> None:
