@@ -390,5 +390,5 @@ def draw(rows: Mapping[str, Row], folder: Path) -> None:
     right.set_xticks([], minor=True)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center" if axes is left else "lower right")
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper right" if axes is left else "lower right")
     save(figure, folder / FIGURE)
