@@ -50,7 +50,7 @@ from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
 from benchmarks.intervals import CONFIDENCE, median_ratio
 from benchmarks.progress import Progress
-from benchmarks.tiny import DOCUMENT, GUARD, ITERATIONS, RESAMPLES, SEED, Rewritten
+from benchmarks.tiny import CONSTANT, DOCUMENT, GUARD, ITERATIONS, RESAMPLES, SEED, Rewritten
 
 ROOT = Path(__file__).resolve().parent
 MODEL, RESULTS = ROOT.parent / "models" / "language.pt", ROOT / "results" / "tiny_model.json"
