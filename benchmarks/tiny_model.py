@@ -50,7 +50,7 @@ from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
 from benchmarks.intervals import CONFIDENCE, median_ratio
 from benchmarks.progress import Progress
-from benchmarks.tiny import DOCUMENT, GUARD, ITERATIONS, RESAMPLES, SEED, Rewritten
+from benchmarks.tiny import CONSTANT, DOCUMENT, GUARD, ITERATIONS, RESAMPLES, SEED, Rewritten
 
 ROOT = Path(__file__).resolve().parent
 MODEL, RESULTS = ROOT.parent / "models" / "language.pt", ROOT / "results" / "tiny_model.json"
@@ -67,12 +67,12 @@ Row = dict[str, Any]
 Plan = Callable[[Tensor], Tensor]  # from scores (texts, characters, S, S) to plans
 
 
-class NoStep(SmallSinkhorn):
-    """A loop without any half-step: its kernel is the plan."""
+class Unscaled(nn.Module):
+    """No half-step at all: what the loop starts from is the plan."""
 
-    def scale(self, kernel: Tensor, first: Tensor) -> Tensor:
-        """Return the kernel."""
-        return kernel
+    def forward(self, scores: Tensor) -> Tensor:
+        """Map scores (texts, characters, S, S) to plans of the same shape."""
+        return scores.softmax(-1) + CONSTANT
 
 
 class Variant(nn.Module):
@@ -82,17 +82,18 @@ class Variant(nn.Module):
         """Put in place of each layer's loop one of so many half-steps; 0 for none."""
         super().__init__()
         self.model = model
-        self.plans = nn.ModuleList(Rewritten(loop_of(count, lowering)) for count in half_steps)
+        self.plans = nn.ModuleList(loop_of(count, lowering) for count in half_steps)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (texts, characters) to logits (texts, characters, V)."""
         return run(self.model, tokens, self.plans)[0]
 
 
-def loop_of(half_steps: int, lowering: Lowering) -> SmallSinkhorn:
-    """Return the loop of published hyper-connections after its softmax, with other half-steps."""
-    kind = SmallSinkhorn if half_steps else NoStep
-    return kind(half_steps or 1, "columns", (4, 4), GUARD, None, torch.ones(1), lowering)
+def loop_of(half_steps: int, lowering: Lowering) -> nn.Module:
+    """Return the loop of published hyper-connections, its softmax included, with so many half-steps after it."""
+    if half_steps == 0:
+        return Unscaled()
+    return Rewritten(SmallSinkhorn(half_steps, "columns", (4, 4), GUARD, None, torch.ones(1), lowering))
 
 
 def run(model: nn.Module, tokens: Tensor, plans: Sequence[Plan] | None = None) -> tuple[Tensor, Tensor, Tensor]:

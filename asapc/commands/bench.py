@@ -14,7 +14,7 @@ from asapc.commands.folders import Folder, Runtime, graph_hash, open_file
 from asapc.commands.gates import rounded
 from asapc.commands.study import study
 from asapc.commands.target import cost_model
-from asapc.commands.verify import alike, stored_selection
+from asapc.commands.verify import same_loops, stored_selection
 from asapc.config import CompileConfig
 from asapc.errors import CheckpointError, OptionError
 from asapc.events import OnEvent, stage
@@ -29,7 +29,7 @@ from asapc.timing.rounds import repeated
 from asapc.types.samples import Samples
 from asapc.types.timing import BatchLatency, ratio_data
 from asapc.writing.environment import environment
-from asapc.writing.report import conditions_data, site_data
+from asapc.writing.report import conditions_data
 from asapc.writing.rewrite import export_rivals
 
 RIVALS = ("teacher", "exact", "truncated", "softmax")
@@ -180,8 +180,7 @@ def export_those(
     # A graph is captured with two samples or more.
     several = order_inputs(loaded, samples if len(samples) > 1 else samples[[0, 0]])
     teacher = study(loaded, config, lambda loaded, config: (several, several), on_event)
-    sites = list(map(site_data, teacher.sites))
-    if len(sites) != len(report["sites"]) or not all(map(alike, sites, report["sites"])):
+    if not same_loops(teacher.sites, report["sites"]):
         raise CheckpointError(
             f"the loops of {loaded.path} do not show on these samples as they did in calibration", COMPILE
         )

@@ -251,7 +251,7 @@ def rate_sites(
     except (CaptureError, SamplesError) as error:
         return Ratings(note=f"sites are not rated, since on these samples {error}")
     sites, stored, at_once = teacher.sites, report["sites"], teacher.graph.samples_at_once(BATCH)
-    if len(sites) != len(stored) or not all(map(alike, map(site_data, sites), stored)):
+    if not same_loops(sites, stored):
         note = "sites are not rated, since their loops do not show on these samples as they did in calibration"
         return Ratings(note=note, samples_at_once=at_once)
     selection = stored_selection(folder, report, sites)
@@ -262,13 +262,12 @@ def rate_sites(
         parameters = Source.at(folder / OPERATORS, CheckpointError)
         raise parameters.refuse(f"its parameters do not fit the model: {one_line(error)}", COMPILE) from error
     ranges = score_ranges(teacher.graph, sites, samples)
-    calibrated = {site["name"]: site["calibration_range"] for site in stored}
-    outside = {
-        site.name: None
-        if on_all_scores(site, selection)
-        else plans_outside(ranges[site.name].deviations, calibrated[site.name], len(samples))
-        for site in sites
-    }
+    outside: dict[str, Outside | None] = {}
+    for site, of_site in zip(sites, stored, strict=True):
+        low, high = of_site["calibration_range"]
+        spreads = ranges[site.name].deviations
+        ranged = not on_all_scores(site, selection)
+        outside[site.name] = plans_outside(spreads, low, high, len(samples)) if ranged else None
     return Ratings(fidelities, outside, samples_at_once=at_once)
 
 
@@ -283,6 +282,11 @@ def stored_selection(folder: Path, report: Mapping[str, Any], sites: Sequence[Si
     choices = {site.name: Choice(read_choice(parameters, site, of, tensors), "") for site, of in pairs}
     # As it was compiled, whatever the spread of other samples.
     return Selection(choices, frozenset(site["name"] for site in report["sites"] if site["wide"]))
+
+
+def same_loops(sites: Sequence[Site], stored: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether loops are those of the sites in a report."""
+    return len(sites) == len(stored) and all(map(alike, map(site_data, sites), stored))
 
 
 def alike(site: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
@@ -355,15 +359,15 @@ def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: 
     return Candidate(choice["operator"], choice["half_steps"], inf, None, params, choice["lowering"])
 
 
-def plans_outside(spreads: Tensor, ends: Sequence[float], samples: int) -> Outside:
+def plans_outside(spreads: Tensor, low: float, high: float, samples: int) -> Outside:
     """Return the plans whose scores spread beyond a range that is widened a little.
 
     Args:
         spreads: (samples * plans of each,), sample by sample.
-        ends: of the range.
+        low: end of the range.
+        high: the other.
         samples: their number.
     """
-    low, high = ends
     more = WIDENED * (high - low)
     places = ((spreads < low - more) | (spreads > high + more)).nonzero().flatten().tolist()
     each = len(spreads) // samples
