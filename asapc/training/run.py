@@ -4,9 +4,8 @@ Whatever a step draws follows from the seed and its number, so that no generator
 torchrun draws the same.
 """
 
-import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 from asapc.errors import OptionError, one_line
 from asapc.fidelity.outputs import accuracy
-from asapc.loading.factories import build_model, find_factory
+from asapc.loading.factories import build_model
 from asapc.planning.distributed import share, total
 from asapc.training.recipe import Recipe
 from asapc.training.tasks import Task
@@ -111,14 +110,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def model_arguments(recipe: Recipe, task: Task) -> dict[str, Any]:
     """Return the arguments of a recipe's model, as its checkpoint has them."""
     arguments = {**task.sizes, **recipe.model, "epsilon": recipe.epsilon, "iterations": recipe.iterations}
-    if recipe.attention == "softmax" and "attention" not in parameters(task):
-        return {**arguments, "iterations": 0}
     return arguments if recipe.attention == "sinkhorn" else {**arguments, "attention": recipe.attention}
-
-
-def parameters(task: Task) -> Collection[str]:
-    """Return the names of the arguments that the model of a task takes."""
-    return inspect.signature(find_factory(*task.model.split(":"))).parameters.keys()
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asapc.models.digits import HELD_OUT, SPLIT_SEED, load_digits
 from asapc.pictures import new_figure, save
 from asapc.relu.approx import parse_function
 from asapc.relu.fit import fit, fit_manifold, random_networks, train
 from asapc.relu.networks import MIN_PEAK, Manifold, ReLUNetworks, evaluate, to_networks, to_peaks
+from asapc.training.tasks import HELD_OUT, task
+from asapc.types.samples import Samples
 from benchmarks.relu import DEPTH, FEW, PAPER, PAPER_FEW, POINTS, RUNS, SEED, WAYS, descend, fit_perceptron
 
 PEAK_RATE, FREE_RATE, DRAWS, BATCH = 1e-2, 1e-3, 3, 64
@@ -208,20 +209,24 @@ def ten_points(design: str, sizes: Sizes) -> Row:
 
 def digits(way: str, width: int, sizes: Sizes) -> Row:
     """Train a network of two hidden layers on the digits with one of the activations."""
-    images, labels = load_digits()
-    images = images.flatten(1)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held_out, training = order[:HELD_OUT], order[HELD_OUT:]
-    loss = partial(batch_loss, images=images[training], labels=labels[training])
+    data = task("digits")
+    (images, labels), (held_out, answers) = pixels(data.training), pixels(data.held_out)
+    loss = partial(batch_loss, images=images, labels=labels)
     accuracies = []
     for seed in sizes.seeds:
         torch.manual_seed(seed)
         network = fit_perceptron(way, (images.shape[1], width, 10), loss, sizes.digits_steps)
         with torch.no_grad():
-            hits = network(images[held_out]).argmax(dim=-1) == labels[held_out]
+            hits = network(held_out).argmax(dim=-1) == answers
         accuracies.append(hits.double().mean().item())
     weights = sum(parameter.numel() for parameter in network.parameters())
     return {"part": "digits", "activation": way, "width": width, "weights": weights, "accuracies": accuracies}
+
+
+def pixels(samples: Samples) -> tuple[Tensor, Tensor]:
+    """Return images as vectors (samples, pixels), and their labels."""
+    assert samples.labels is not None
+    return samples.inputs["images"].flatten(1), samples.labels
 
 
 def batch_loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
