@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.paths import ROOT
+from helpers.slow import slow_beyond
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
@@ -71,7 +72,7 @@ def test_this_platform_is_judged_as_pip_does():
     assert here not in PLATFORMS.values() or names == by_pip
 
 
-@pytest.mark.parametrize("name", PLATFORMS)
+@pytest.mark.parametrize("name", slow_beyond(PLATFORMS))
 def test_every_requirement_has_a_wheel_for_each_platform(name):
     if not online():
         pytest.skip("there is no network")

@@ -7,6 +7,7 @@ import torch
 from helpers import hub_models
 from helpers.quick import quick_compilation
 from helpers.relowering import outputs
+from helpers.slow import slow
 
 import asapc
 from asapc.config import CompileConfig
@@ -17,7 +18,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [slow("Matcher"), "Mixer"])
 def test_the_loop_of_a_public_model_is_found_and_computed_in_onnx_runtime(name, tmp_path):
     build, inputs_of, loops = MODELS[name]
     torch.manual_seed(0)

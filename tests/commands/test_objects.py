@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.quick import quick_compilation
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import asapc
 from asapc.commands.objects import read_options
@@ -31,7 +31,8 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def report(teacher, points, tmp_path_factory):
-    loader = DataLoader(TensorDataset(points, torch.arange(32) % 10), batch_size=5)
+    # By name, since labels alone could as well be the mask that the model takes.
+    loader = DataLoader([({"points": of}, number % 10) for number, of in enumerate(points)], batch_size=5)
     out = tmp_path_factory.mktemp("objects") / "out"
     with quick_compilation():
         return asapc.compile(

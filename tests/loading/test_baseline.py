@@ -16,7 +16,8 @@ def content() -> dict:
         "folder": "out",
         "fingerprint": {"cpu": "a"},
         "conditions": {},
-        "runs": [{"batch": 1, "reference_calls": 2, "ms": {"head": [[1.0, 2.0]] * 2, "reference": [[1.0, 1.5]] * 2}}],
+        "reference": "",
+        "runs": [{"batch": 1, "ms": {"head": [[1.0, 2.0]] * 2, "reference": [[1.0, 1.5]] * 2}}],
     }
     return {**rest, "sha256": digest(rest)}
 
