@@ -37,7 +37,7 @@ def of_frozen(rows: Rows) -> Iterator[Line]:
     for task, of_seeds in by_task(rows).items():
         if of_seeds[0]["half_steps"] == frozen.CLAIM_HALF_STEPS:
             forms = [row["forms"][DEFAULT] for row in of_seeds]
-            share = fmean(form["accuracy"] / row["accuracy"] for form, row in zip(forms, of_seeds, strict=True))
+            share = frozen.accuracy_share(of_seeds)
             speeds = spread([frozen.speed(form) for form in forms], 1)
             asked = f"at least {frozen.CLAIM} at matched accuracy"
             yield f"frozen layer, times as fast as written: {task}", asked, f"{speeds} at {share:.3f} of the accuracy"
