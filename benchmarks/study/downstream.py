@@ -100,7 +100,5 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
 
 def kept(rows: Mapping[str, Row]) -> list[float]:
     """Return the share of the teacher's metric that each compiled model keeps, as means over seeds by task."""
-    tasks = dict.fromkeys(row["task"] for row in rows.values() if "compiled" in row)
-    return [
-        fmean(r["compiled"] / r["teacher"] for r in rows.values() if r["task"] == t and "compiled" in r) for t in tasks
-    ]
+    done = {name: row for name, row in rows.items() if "compiled" in row}
+    return [fmean(row["compiled"] / row["teacher"] for row in of_seeds) for of_seeds in by_task(done).values()]

@@ -29,6 +29,11 @@ def folder_of(quick: bool) -> Path:
     return ROOT / "benchmarks" / "cache" / ("study-quick" if quick else "study")
 
 
+def path_of(task: str, attention: str, seed: int, quick: bool) -> Path:
+    """Return where a model is kept."""
+    return folder_of(quick) / f"{task}_{attention}_seed{seed}.pt"
+
+
 def attentions(task: str) -> tuple[str, ...]:
     """Return the kinds of attention that a task's model is trained with."""
     return ("sinkhorn", "softmax", *(("sliced",) if task in SLICED else ()))
@@ -36,7 +41,7 @@ def attentions(task: str) -> tuple[str, ...]:
 
 def trained(task: str, attention: str, seed: int, quick: bool) -> Path:
     """Return the checkpoint of a model; it is trained where it is missing, and goes on where it was stopped."""
-    path = folder_of(quick) / f"{task}_{attention}_seed{seed}.pt"
+    path = path_of(task, attention, seed, quick)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         recipe = replace(Recipe.read(task), attention=attention, seed=seed)
@@ -58,5 +63,5 @@ def missing(quick: bool) -> Iterator[tuple[str, str, int]]:
     for seed in seeds(quick):
         for task in TASKS:
             for attention in attentions(task):
-                if not (folder_of(quick) / f"{task}_{attention}_seed{seed}.pt").exists():
+                if not path_of(task, attention, seed, quick).exists():
                     yield task, attention, seed

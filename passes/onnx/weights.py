@@ -34,13 +34,12 @@ def without_weights(model: "ModelProto") -> "ModelProto":
     copy.CopyFrom(model)
     statistics = []
     for index, tensor in enumerate(tensors(copy)):
-        if prod(tensor.dims) <= MAX_KEPT:
+        if prod(tensor.dims) <= MAX_KEPT or not is_floating(tensor):
             continue
-        values = numpy_helper.to_array(tensor)
-        if not is_floating(tensor) or not np.isfinite(values.astype(np.float64)).all():
+        values = numpy_helper.to_array(tensor).astype(np.float64)
+        if not np.isfinite(values).all():
             continue
-        wide = values.astype(np.float64)
-        statistics.append([index, float(wide.mean()), float(wide.std())])
+        statistics.append([index, float(values.mean()), float(values.std())])
         tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type))
     for part in (copy, copy.graph, *nodes(copy)):
         part.ClearField("doc_string")
