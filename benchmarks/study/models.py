@@ -14,8 +14,7 @@ from asapc.training.recipe import Recipe
 ROOT = Path(__file__).resolve().parent.parent.parent
 TASKS = ("digits", "mnist", "pointset", "pointset-inducing", "mails", "speeches", "matching")
 SEEDS = (0, 1, 2)
-# Trained by sliced transport too, which takes many times as long: see the part on the cost of training.
-SLICED = ("digits", "pointset")
+ATTENTIONS = ("sinkhorn", "softmax")  # sliced transport takes many times as long: see the part on the cost of training
 QUICK_STEPS = 12
 
 
@@ -32,11 +31,6 @@ def folder_of(quick: bool) -> Path:
 def path_of(task: str, attention: str, seed: int, quick: bool) -> Path:
     """Return where a model is kept."""
     return folder_of(quick) / f"{task}_{attention}_seed{seed}.pt"
-
-
-def attentions(task: str) -> tuple[str, ...]:
-    """Return the kinds of attention that a task's model is trained with."""
-    return ("sinkhorn", "softmax", *(("sliced",) if task in SLICED else ()))
 
 
 def trained(task: str, attention: str, seed: int, quick: bool) -> Path:
@@ -62,6 +56,6 @@ def missing(quick: bool) -> Iterator[tuple[str, str, int]]:
     """Yield task, attention and seed of the models that are missing."""
     for seed in seeds(quick):
         for task in TASKS:
-            for attention in attentions(task):
+            for attention in ATTENTIONS:
                 if not path_of(task, attention, seed, quick).exists():
                     yield task, attention, seed

@@ -7,8 +7,10 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
+from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]
 
 from asapc.backends.base import temporary
 from asapc.backends.onnxruntime.places import places_of
@@ -235,15 +238,26 @@ def gelu(x: Any, approximate: str = "none") -> Any:
     return opset18.Mul(opset18.Mul(x, half), doubled)
 
 
+@cache
+def once(read: Callable[[], Any]) -> Any:
+    """Return what a function without arguments returned first."""
+    return read()
+
+
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's notes about optional packages and its progress lines off the terminal."""
+    """Keep the exporter's notes and progress lines off the terminal, and its table of operations in memory."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            # Each call parses the source of all its functions again: a third of the time of a small export.
+            patch.object(onnxscript_apis, "get_torchlib_ops", partial(once, onnxscript_apis.get_torchlib_ops)),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
