@@ -131,7 +131,8 @@ def design(t: Tensor, waves: Tensor) -> Tensor:
 def solve(t: Tensor, waves: Tensor, target: Tensor) -> Tensor:
     """Return the coefficients (G, 2 + members) of least squares."""
     columns = design(t, waves).transpose(-1, -2)
-    solution: Tensor = torch.linalg.lstsq(columns, target.unsqueeze(-1)).solution
+    # Not torch's default, gelsy, whose pivots start from uninitialised memory: with columns of zeros it sometimes errs.
+    solution: Tensor = torch.linalg.lstsq(columns, target.unsqueeze(-1), driver="gelsd").solution
     return solution.squeeze(-1)
 
 

@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,9 +10,9 @@ from asapc.commands.compile import compile_model
 from asapc.config import CompileConfig
 from asapc.errors import FidelityError
 from asapc.training.evaluate import evaluate
-from benchmarks.study.models import TASKS, seeds, trained
+from benchmarks.study.models import TASKS, trained
 from benchmarks.study.tables import percent, spread, table
-from benchmarks.study.teachers import by_task
+from benchmarks.study.teachers import by_task, cases_of
 
 QUICK_TASKS = ("digits", "pointset-inducing")
 BATCH = 8
@@ -24,10 +23,7 @@ Row = dict[str, Any]
 
 def cases(quick: bool) -> dict[str, Callable[[], Row]]:
     """Return what compiles each task's model of each seed."""
-    tasks = QUICK_TASKS if quick else TASKS
-    return {
-        f"{task}, seed {seed}": partial(compile_teacher, task, seed, quick) for seed in seeds(quick) for task in tasks
-    }
+    return cases_of(compile_teacher, quick, QUICK_TASKS if quick else TASKS)
 
 
 def compile_teacher(task: str, seed: int, quick: bool) -> Row:

@@ -27,7 +27,7 @@ from asapc.types.samples import Samples
 from asapc.types.site import Site
 from asapc.types.teacher import Teacher
 from benchmarks.attention import onnx_runner
-from benchmarks.fidelity import kind, outputs_with, spread
+from benchmarks.fidelity import kind, outputs_with
 from benchmarks.study.forms import (
     BATCH,
     DEFAULT,
@@ -47,7 +47,8 @@ from benchmarks.study.forms import (
     written,
 )
 from benchmarks.study.models import trained
-from benchmarks.study.teachers import by_task, cases_of, seeds
+from benchmarks.study.tables import spread
+from benchmarks.study.teachers import QUICK_TASKS, TASKS, by_task, cases_of, count_seeds
 
 HELD_OUT, QUICK_HELD_OUT = 128, 16  # samples that the whole model runs on
 JUDGES = 16  # samples that layers run on: of many tokens and heads each
@@ -62,7 +63,7 @@ Row = dict[str, Any]
 
 def cases(quick: bool) -> dict[str, Callable[[], Row]]:
     """Return a case for each teacher."""
-    return cases_of(measure, quick)
+    return cases_of(measure, quick, QUICK_TASKS if quick else TASKS)
 
 
 def measure(task: str, seed: int, quick: bool) -> Row:
@@ -186,14 +187,14 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
         f"in ONNX Runtime, over the loop as written, in turns, batch {first['batch']}, {first['threads']} "
         f"thread{'s' * (first['threads'] > 1)}. Sorted slices are random directions; they give the queries' dual by "
         "one linear map, closed once, after ASAP. Sliced transport is a mean of plans along as many slices, by soft "
-        "sorts. Behind means stand the least and the largest of the seeds."
+        "sorts."
     )
     yield ""
     for task, of_seeds in by_task(rows).items():
         shape = of_seeds[0]
         yield (
             f"### {task}: {shape['half_steps']} half-steps, {shape['tokens']} tokens, {shape['heads']} heads of "
-            f"{shape['head_size']}, {seeds(of_seeds)}"
+            f"{shape['head_size']}, {count_seeds(of_seeds)}"
         )
         yield ""
         yield "| form | relative error | relc | column error | agreement | accuracy | times as fast as written |"
@@ -207,9 +208,9 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
 
 def line(name: str, of_seeds: Sequence[Row]) -> str:
     """Return one form's row of a table."""
-    errors = [spread([fmean(form[key]) for form in of_seeds], 3) for key in ("relative", "relc", "columns")]
-    whole = [spread([form[key] for form in of_seeds], 3) for key in ("agreement", "accuracy")]
-    return f"| {name} | " + " | ".join([*errors, *whole, spread([speed(form) for form in of_seeds], 2)]) + " |"
+    errors = [spread([fmean(form[key]) for form in of_seeds]) for key in ("relative", "relc", "columns")]
+    whole = [spread([form[key] for form in of_seeds]) for key in ("agreement", "accuracy")]
+    return f"| {name} | " + " | ".join([*errors, *whole, spread([speed(form) for form in of_seeds])]) + " |"
 
 
 def speed(form: Row) -> float:
@@ -225,11 +226,11 @@ def verdicts(of_seeds: Sequence[Row]) -> Iterator[str]:
     share = accuracy_share(of_seeds)
     claim = against_claim(of_seeds[0]["half_steps"], min(speeds), share)
     yield (
-        f"By default the planner takes {' or '.join(choices)}: {spread(speeds, 1)} times as fast as the loop as "
+        f"By default the planner takes {' or '.join(choices)}: {spread(speeds)} times as fast as the loop as "
         f"written, at {share:.3f} of the teacher's accuracy.{claim}"
     )
     exact, softmax = (
-        spread([speed(row["forms"][DEFAULT]) / speed(row["forms"][name]) for row in of_seeds], 2)
+        spread([speed(row["forms"][DEFAULT]) / speed(row["forms"][name]) for row in of_seeds])
         for name in (EXACT, SOFTMAX)
     )
     yield f"The exact form takes {exact} times as long as that, softmax {softmax} times."

@@ -24,10 +24,10 @@ from asapc.pictures import new_figure, save
 from asapc.types.samples import Samples
 from asapc.types.site import Site
 from asapc.types.teacher import Teacher
-from benchmarks.fidelity import spread
 from benchmarks.study.forms import BATCH, DEFAULT, ONE_PASS, SOFTMAX, compiled, planned
 from benchmarks.study.models import trained
-from benchmarks.study.teachers import by_task, cases_of, seeds
+from benchmarks.study.tables import spread
+from benchmarks.study.teachers import QUICK_TASKS, TASKS, by_task, cases_of, count_seeds
 
 SAMPLES, QUICK_SAMPLES = 128, 8  # held-out
 BLOCK = re.compile(r"\bblocks\.(\d+)")
@@ -50,7 +50,7 @@ Row = dict[str, Any]
 
 def cases(quick: bool) -> dict[str, Callable[[], Row]]:
     """Return a case for each teacher and its twin."""
-    return cases_of(measure, quick)
+    return cases_of(measure, quick, QUICK_TASKS if quick else TASKS)
 
 
 def measure(task: str, seed: int, quick: bool) -> Row:
@@ -158,14 +158,14 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
         f"samples, of teachers trained with Sinkhorn ({LOOP}), of the same compiled without retraining, by one pass "
         "and as the planner chooses by default, and of twins trained with softmax. A share is a multiple of a uniform "
         "one, mean over samples and heads; the largest column sum is that of any sample and head, where 1 is uniform. "
-        "The effective rank is that of the tokens less their mean, by depth: before the first layer, and after each. "
-        "Behind means stand the least and the largest of the seeds."
+        "The effective rank is that of the tokens less their mean, by depth: before the first layer, and after each."
     )
     yield ""
     yield f"![Attention's share of the top key, and effective rank, by depth]({FIGURE})"
     yield ""
     for task, of_seeds in by_task(rows).items():
-        yield f"### {task}: {of_seeds[0]['tokens']} tokens, {of_seeds[0]['half_steps']} half-steps, {seeds(of_seeds)}"
+        first = of_seeds[0]
+        yield f"### {task}: {first['tokens']} tokens, {first['half_steps']} half-steps, {count_seeds(of_seeds)}"
         yield ""
         names = list(of_seeds[0]["models"])
         yield "| | " + " | ".join(names) + " |"
@@ -173,7 +173,7 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
         for key, title in MEASURES.items():
             for number in range(len(of_seeds[0]["models"][LOOP][key])):
                 place = f"layer {number + 1}" if key != "rank" else f"depth {number}"
-                cells = [spread([row["models"][name][key][number] for row in of_seeds], 2) for name in names]
+                cells = [spread([row["models"][name][key][number] for row in of_seeds]) for name in names]
                 yield f"| {title}, {place} | " + " | ".join(cells) + " |"
         yield ""
         yield verdict(of_seeds)

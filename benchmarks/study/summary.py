@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
-from benchmarks.fidelity import spread
 from benchmarks.study import downstream, frozen, training_cost
 from benchmarks.study.forms import DEFAULT
-from benchmarks.study.tables import table
+from benchmarks.study.tables import spread, table
 from benchmarks.study.teachers import by_task
 
 Rows = Mapping[str, Any]
@@ -38,7 +37,7 @@ def of_frozen(rows: Rows) -> Iterator[Line]:
         if of_seeds[0]["half_steps"] == frozen.CLAIM_HALF_STEPS:
             forms = [row["forms"][DEFAULT] for row in of_seeds]
             share = frozen.accuracy_share(of_seeds)
-            speeds = spread([frozen.speed(form) for form in forms], 1)
+            speeds = spread([frozen.speed(form) for form in forms])
             asked = f"at least {frozen.CLAIM} at matched accuracy"
             yield f"frozen layer, times as fast as written: {task}", asked, f"{speeds} at {share:.3f} of the accuracy"
 

@@ -8,7 +8,6 @@ with the scales and shifts of the normalisations; all other weights stay.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ import asapc
 from asapc.backends.eager.runner import EagerRunner
 from asapc.training.evaluate import score
 from asapc.training.tasks import Task, task
-from benchmarks.study.models import seeds, trained
+from benchmarks.study.models import trained
 from benchmarks.study.tables import percent, table
-from benchmarks.study.teachers import by_task
+from benchmarks.study.teachers import by_task, cases_of
 
 TASKS = ("digits", "pointset")
 STEPS, QUICK_STEPS, BATCH, LEARNING_RATE = 200, 3, 32, 1e-3
@@ -33,7 +32,7 @@ Row = dict[str, Any]
 
 def cases(quick: bool) -> dict[str, Callable[[], Row]]:
     """Return what swaps the attention of each task's models of each seed."""
-    return {f"{name}, seed {seed}": partial(swap, name, seed, quick) for seed in seeds(quick) for name in TASKS}
+    return cases_of(swap, quick, TASKS)
 
 
 def swap(name: str, seed: int, quick: bool) -> Row:

@@ -1,7 +1,10 @@
 """Tables of the study's page, and how their cells say means and spreads."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import floor, log10
 from statistics import fmean, stdev
+
+SMALL = -4  # the order of magnitude below which numbers are written with exponents
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -12,17 +15,21 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]
         yield "| " + " | ".join(cells) + " |"
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Return the mean with the standard deviation over seeds, both in significant digits; empty without values."""
+def spread(values: Sequence[float]) -> str:
+    """Return the mean, in three significant digits, with the standard deviation over seeds; empty without values."""
     if not values:
         return ""
-    mean = f"{fmean(values):.{digits}g}"
-    return f"{mean} ± {stdev(values):.1g}" if len(values) > 1 else mean
+    mean = fmean(values)
+    size = floor(log10(abs(mean))) if mean else 0
+    return plus_minus(values, f".{max(0, 2 - size)}f" if size >= SMALL else ".1e")
 
 
 def percent(values: Sequence[float]) -> str:
     """Return the mean of shares in per cent with the standard deviation over seeds; empty without values."""
-    if not values:
-        return ""
-    mean = f"{100 * fmean(values):.1f}"
-    return f"{mean} ± {100 * stdev(values):.1f}" if len(values) > 1 else mean
+    return plus_minus([100 * value for value in values], ".1f")
+
+
+def plus_minus(values: Sequence[float], style: str) -> str:
+    """Return the mean and the standard deviation, where there are values for them."""
+    numbers = [fmean(values)] if values else []
+    return " ± ".join(f"{number:{style}}" for number in [*numbers, *([stdev(values)] if len(values) > 1 else [])])

@@ -1,23 +1,21 @@
 """Which teachers the parts of the study look at, and their cases and rows."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.study.models import seeds as model_seeds
+from benchmarks.study.models import seeds
 
 TASKS, QUICK_TASKS = ("digits", "mnist", "pointset", "mails"), ("digits",)
 Row = dict[str, Any]
 
 
-def cases_of(measure: Callable[[str, int, bool], Row], quick: bool) -> dict[str, Callable[[], Row]]:
-    """Return a case for each task and seed, of a function of task, seed and whether it is quick."""
-    return {
-        f"{task}, seed {seed}": partial(measure, task, seed, quick)
-        for task in (QUICK_TASKS if quick else TASKS)
-        for seed in model_seeds(quick)
-    }
+def cases_of(
+    measure: Callable[[str, int, bool], Row], quick: bool, tasks: Sequence[str] = TASKS
+) -> dict[str, Callable[[], Row]]:
+    """Return a case for each seed and task, of a function of task, seed and whether it is quick."""
+    return {f"{task}, seed {seed}": partial(measure, task, seed, quick) for seed in seeds(quick) for task in tasks}
 
 
 def by_task(rows: Mapping[str, Row]) -> dict[str, list[Row]]:
@@ -28,6 +26,6 @@ def by_task(rows: Mapping[str, Row]) -> dict[str, list[Row]]:
     return dict(groups)
 
 
-def seeds(rows: list[Row]) -> str:
+def count_seeds(rows: Sequence[Row]) -> str:
     """Say how many seeds there are."""
     return f"{len(rows)} seed{'s' * (len(rows) > 1)}"

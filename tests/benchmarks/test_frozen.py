@@ -39,15 +39,15 @@ def test_a_table_has_a_row_for_each_form_with_the_spread_of_the_seeds():
     assert "### points: 40 half-steps, 64 tokens, 4 heads of 16, 2 seeds" in lines
     (table,) = tables(lines)
     assert [cells[0] for cells in table[1:]] == ["default", "as written", "exact", "softmax"]
-    errors = ["0.030 (0.030-0.030)", "0.060 (0.060-0.060)", "0.050 (0.050-0.050)"]
+    errors = ["0.0300 ± 0.0000", "0.0600 ± 0.0000", "0.0500 ± 0.0000"]
     assert table[1][1:4] == errors
-    assert table[1][-1] == "10.00 (8.00-12.00)"
+    assert table[1][-1] == "10.0 ± 2.8"
 
 
 def test_what_beats_the_default_is_named():
     text = "\n".join(section({"a": row(0), "b": row(1)}))
-    assert "By default the planner takes exact 40 or keys, hinges, 1 steps: 10.0 (8.0-12.0) times as fast" in text
-    assert "The exact form takes 2.50 (2.00-3.00) times as long as that, softmax 0.50 (0.40-0.60) times." in text
+    assert "By default the planner takes exact 40 or keys, hinges, 1 steps: 10.0 ± 2.8 times as fast" in text
+    assert "The exact form takes 2.50 ± 0.71 times as long as that, softmax 0.500 ± 0.141 times." in text
     assert "No other form is as close and as fast." in text
     truncated = {"truncated 8": form(0.03, 9.5)}
     assert "As close and no slower: truncated 8." in "\n".join(section({"a": row(0, **truncated)}))

@@ -62,9 +62,9 @@ def test_each_task_has_a_table_by_layer_and_depth_and_what_one_pass_keeps():
     assert digits == points
     assert digits[0] == ["", "softmax", "Sinkhorn", "one pass", "default"]
     assert len(digits) == 1 + 2 + 2 + 3
-    assert digits[1][1:3] == ["5.50 (5.00-6.00)", "1.00 (1.00-1.00)"]
+    assert digits[1][1:3] == ["5.50 ± 0.71", "1.00 ± 0.00"]
     assert digits[-1][0].endswith("depth 2")
-    assert digits[-1][1] == "2.00 (2.00-2.00)"
+    assert digits[-1][1] == "2.00 ± 0.00"
     assert sum("One pass keeps 89% of the distance" in line for line in lines) == 2
 
 

@@ -86,5 +86,6 @@ def test_swaps_have_a_line_for_what_each_model_has_now():
 
 
 def test_cells():
-    assert (spread([]), spread([1.234]), spread([1.0, 3.0])) == ("", "1.23", "2 ± 1")
+    assert (spread([]), spread([1.234]), spread([1.0, 3.0])) == ("", "1.23", "2.00 ± 1.41")
+    assert (spread([0.0]), spread([1e-7]), spread([123.4, 125.0])) == ("0.00", "1.0e-07", "124 ± 1")
     assert (percent([]), percent([0.5]), percent([0.4, 0.6])) == ("", "50.0", "50.0 ± 14.1")
