@@ -1,11 +1,12 @@
 """What attention takes in every form, in ONNX Runtime and in torch: one layer by its length, whole models, and memory.
 
     python -m benchmarks.attention                  # all of it, about 45 minutes
-    python -m benchmarks.attention --only layers    # or models, or memory
+    python -m benchmarks.attention --only layers    # or torch, models, accelerated, memory
 
 One layer: B in (1, 8), 8 heads of 64, float32, random queries, keys and values; the teacher is the log-domain loop of
 20 iterations as it is written. Ratios are of medians of interleaved runs in one process. Models have random weights,
-which place attention's share and say nothing about fidelity. Writes benchmarks/results/attention.json and what stands
+which place attention's share and say nothing about fidelity. models/digits.pt, compiled and accelerated as users do it,
+is timed in both runtimes. Writes benchmarks/results/attention.json and what stands
 in docs/lowerings.md between the two markers.
 """
 
@@ -28,7 +29,11 @@ from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime.builder import export_onnx
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capturing.export import export
+from asapc.commands.accelerate import accelerate
+from asapc.commands.compile import compile_model
 from asapc.commands.study import study_module
+from asapc.config import CompileConfig
+from asapc.loading.model import load_model
 from asapc.models.blocks import Block
 from asapc.models.sinkhorn import sinkhorn
 from asapc.models.vit import VisionTransformer
@@ -39,6 +44,7 @@ from asapc.planning.operators import lower
 from asapc.planning.trials import Attention, fused, sliced_dual
 from asapc.timing.rounds import measure
 from asapc.types.graph import CapturedGraph, DynamicAxis
+from asapc.types.options import Level
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
@@ -46,8 +52,8 @@ from asapc.writing.rewrite import rewrite
 from benchmarks.generated import replace_generated
 from benchmarks.memory import held
 
-RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "lowerings.md"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "attention.json", ROOT / "docs" / "lowerings.md"
 ITERATIONS, HEADS, SIZE = 20, 8, 64
 BATCHES, LENGTHS = (1, 8), (64, 196, 256, 512, 1024, 2048, 4096)
 # The loop as written holds several matrices of scores; beyond this many entries it does not fit, or takes minutes.
@@ -97,7 +103,7 @@ def modules() -> dict[str, nn.Module]:
 def main() -> None:
     """Measure what is asked for, keep the rest of the JSON, render the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("layers", "torch", "models", "memory", "render"))
+    parser.add_argument("--only", choices=(*PARTS, "render"))
     parser.add_argument("--length", type=int, choices=LENGTHS, help="one layer at this length alone, the rest is kept")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -110,7 +116,7 @@ def main() -> None:
         rest = [row for row in data["layers"] if row["length"] != options.length]
         data["layers"] = sorted(rest + again, key=lambda row: (row["length"], row["batch"]))
         write_json(RESULTS, data)
-    for part, study in {"layers": layers, "memory": memory, "models": models, "torch": in_torch}.items():
+    for part, study in PARTS.items():
         if options.only in (None, part) and not options.length:
             data[part] = list(study())
             data["threads"], data["environment"] = torch.get_num_threads(), environment(seed=0)
@@ -252,6 +258,31 @@ def models() -> Iterator[Row]:
         yield row
 
 
+def accelerated() -> Iterator[Row]:
+    """Yield a shipped model accelerated in torch beside what it is compiled to, and its classes in both."""
+    loaded = load_model(ROOT / "models" / "digits.pt")
+    held_out = loaded.held_out
+    levels: dict[str, Level] = {"as written": 0, "exact": 1, "compiled": 2}
+    runners: dict[str, Runner] = {"as written, torch": EagerRunner(loaded.module)}
+    for name, level in levels.items():
+        if level:
+            fast = accelerate(loaded.module, loaded.calibration.inputs, level=level)
+            runners[f"{name}, torch"] = EagerRunner(fast)
+        with tempfile.TemporaryDirectory() as scratch:
+            config = CompileConfig(out=Path(scratch) / "digits.asap", level=level, target="onnx", seconds=1.0)
+            compile_model(loaded.path, config)
+            runners[f"{name}, ONNX Runtime"] = OnnxRuntimeRunner(config.out / "model.onnx", torch.get_num_threads())
+    classes = {name: runner(held_out)[0].argmax(-1) for name, runner in runners.items()}
+    same = int((classes["compiled, torch"] == classes["compiled, ONNX Runtime"]).sum())
+    for batch in BATCHES:
+        ms = medians(runners, held_out, batch)
+        print(batch, {name: round(value, 2) for name, value in ms.items()}, flush=True)
+        yield {"batch": batch, "ms": ms, "same": same, "samples": len(held_out)}
+
+
+PARTS = {"layers": layers, "torch": in_torch, "models": models, "accelerated": accelerated, "memory": memory}
+
+
 def encoder(width: int, heads: int, depth: int = 12) -> nn.Module:
     """Return transformer blocks with perceptrons of four times the width, as ViT and BERT have them."""
     blocks = [Block(width, heads, 0.25, ITERATIONS) for _ in range(depth)]
@@ -290,6 +321,19 @@ def document(data: Row) -> Iterator[str]:
         yield ""
     for row in data.get("torch", []):
         yield f"In torch, N = {row['length']}, ms: " + ", ".join(f"{n} {ms:.1f}" for n, ms in row["ms"].items()) + "."
+        yield ""
+    for row in data.get("accelerated", []):
+        ms = row["ms"]
+        gains = "; ".join(
+            f"in {runtime} {ms[f'as written, {runtime}']:.1f} as written, {ms[f'exact, {runtime}']:.1f} exact, "
+            f"{ms[f'compiled, {runtime}']:.1f} {verb}, {ms[f'as written, {runtime}'] / ms[f'compiled, {runtime}']:.1f} "
+            "times as fast"
+            for runtime, verb in (("torch", "accelerated"), ("ONNX Runtime", "compiled"))
+        )
+        yield (
+            f"models/digits.pt, batch {row['batch']}, ms: {gains}. Accelerated and compiled agree on the class of "
+            f"{row['same']} of {row['samples']} held-out samples."
+        )
         yield ""
     if "memory" in data:
         yield f"| N = {MEMORY_LENGTH}, batch 1 | peak of the process, GB | beyond what it held before, GB |"
