@@ -1,6 +1,5 @@
 """Fixtures that several test files share."""
 
-import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from helpers import documents
 from helpers.paths import ROOT
 from helpers.quick import quick_compilation
 from hypothesis import settings
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import asapc
 from asapc.__main__ import CYCLES
@@ -42,21 +40,22 @@ settings.load_profile("reproducible")
 
 gc.set_threshold(*CYCLES)
 
-# The exporter registers its functions anew for every file, which takes a second; they are always the same.
-ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
-
 # Tests keep all cores busy, and small operations then lose most of their time to threads that wait for each other, in
 # the processes that tests start too.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def common(tmp_path_factory) -> Path:
+    """Return a folder that all processes of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def readme_folder(tmp_path_factory) -> Path:
     """A folder as the README assumes it, with the checkout's models/ in it, after the first command that compiles."""
-    # One for all processes of pytest-xdist: it takes a minute.
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "readme"
+    folder = common(tmp_path_factory) / "readme"  # it takes a minute
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
@@ -77,7 +76,7 @@ def quick() -> Iterator[None]:
 def own_cache(tmp_path_factory) -> None:
     """Keep the user's cache and key out of the tests, and the tests out of them, in processes that they start too."""
     for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
-        os.environ[name] = str(tmp_path_factory.mktemp("own"))
+        os.environ[name] = str(common(tmp_path_factory) / name)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """Measures how close each operator comes to its loop, alone, on the teacher's own activations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from asapc.types.graph import CapturedGraph
 from asapc.types.results import SiteFidelity
 from asapc.types.samples import Samples
 from asapc.types.site import Site
+
+Key = TypeVar("Key", bound=Hashable)  # what a caller calls the operators of a site
 
 
 def site_fidelity(
@@ -41,10 +43,10 @@ def site_fidelity(
 def candidate_fidelity(
     graph: CapturedGraph,
     sites: Sequence[Site],
-    candidates: Mapping[str, Mapping[int, nn.Module]],
+    candidates: Mapping[str, Mapping[Key, nn.Module]],
     samples: Samples,
     runner: RememberingRunner | None = None,
-) -> dict[str, dict[int, SiteFidelity]]:
+) -> dict[str, dict[Key, SiteFidelity]]:
     """Compare several operators for each site, each alone, in one pass over the samples; see `site_fidelity`."""
     sites = [site for site in sites if site.name in candidates]
     module = graph.program.module()

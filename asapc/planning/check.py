@@ -1,15 +1,16 @@
 """Measures selections on held-out samples: whether the whole model, with all operators in it, keeps a budget."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from asapc.backends.base import RememberingRunner, Runner
 from asapc.backends.eager.runner import EagerRunner
 from asapc.fidelity.outputs import BATCH, verify
-from asapc.fidelity.sites import site_fidelity
+from asapc.fidelity.sites import candidate_fidelity
 from asapc.passes.rewrite.sinkhorn import RewriteSinkhorn
-from asapc.planning.operators import Operator, operators
+from asapc.planning.operators import Operator, build, operators
 from asapc.types.choices import Alternatives, Candidate, Selection
 from asapc.types.results import Fidelity, SiteFidelity
+from asapc.types.site import Site
 from asapc.types.teacher import Teacher
 
 
@@ -45,32 +46,41 @@ class Check:
     def measure(self, selection: Selection, of_sites: bool) -> Fidelity:
         """Measure a selection that is not known yet."""
         graph, sites, held_out = self.teacher.graph, self.teacher.sites, self.teacher.held_out
-        modules = operators(sites, selection)
-        compiled = RewriteSinkhorn(sites, modules)(graph.program.module()).program
-        errors = self.site_errors(selection, modules) if of_sites else {}
+        compiled = RewriteSinkhorn(sites, operators(sites, selection))(graph.program.module()).program
+        errors = self.site_errors(selection) if of_sites else {}
         hops: dict[str, Runner] = {"teacher": self.captured, "amortisation": EagerRunner(compiled)}
         return verify(hops, {}, errors, held_out, graph.samples_at_once(BATCH))
 
-    def site_errors(self, selection: Selection, modules: Mapping[str, Operator]) -> dict[str, SiteFidelity]:
+    def site_errors(self, selection: Selection) -> dict[str, SiteFidelity]:
         """Compare the operators of a selection with their loops; those that are not known yet run."""
-        keys = dict(zip(selection.choices, self.numbers(selection), strict=True))
-        new = {name: module for name, module in modules.items() if (name, keys[name]) not in self.of_sites}
-        if new:
-            graph, sites, held_out = self.teacher.graph, self.teacher.sites, self.teacher.held_out
-            for name, fidelity in site_fidelity(graph, sites, new, held_out, self.captured).items():
-                self.of_sites[name, keys[name]] = fidelity
-        return {name: self.of_sites[name, keys[name]] for name in modules}
+        sites = [site for site in self.teacher.sites if selection.choices[site.name].candidate.operator != "keep"]
+        keys = {site.name: self.key(site.name, selection.choices[site.name].candidate) for site in sites}
+        if any(key not in self.of_sites for key in keys.values()):
+            self.compare(sites, selection)
+        return {name: self.of_sites[key] for name, key in keys.items()}
+
+    def compare(self, sites: Sequence[Site], selection: Selection) -> None:
+        """Compare what a selection has at sites, in one pass; after the first also what closer ones may have there.
+
+        The loops as written run again in each pass, and take longer than all operators.
+        """
+        new: dict[str, dict[tuple[str, str], Operator]] = {}
+        for site in sites:
+            choice = selection.choices[site.name]
+            candidates = [choice.candidate, *(choice.front if self.of_sites else ())]
+            named = {self.key(site.name, candidate): candidate for candidate in candidates}
+            unknown = {key: c for key, c in named.items() if c.operator != "keep" and key not in self.of_sites}
+            if unknown:
+                new[site.name] = {key: build(site, c, selection.wide) for key, c in unknown.items()}
+        graph, held_out = self.teacher.graph, self.teacher.held_out
+        for of_site in candidate_fidelity(graph, sites, new, held_out, self.captured).values():
+            self.of_sites |= of_site
 
     def name(self, selection: Selection) -> str:
         """Return what tells a selection from the others: the numbers of its candidates."""
-        return " ".join(self.numbers(selection))
+        return " ".join(self.key(site, choice.candidate)[1] for site, choice in selection.choices.items())
 
-    def numbers(self, selection: Selection) -> list[str]:
-        """Return the number of the candidate at each site."""
-        candidates = self.alternatives.candidates
-        return [number(candidates[site], choice.candidate) for site, choice in selection.choices.items()]
-
-
-def number(candidates: Sequence[Candidate], candidate: Candidate) -> str:
-    """Return the number of a candidate, or its operator where a loop is kept, which is not among them."""
-    return next((str(i) for i, other in enumerate(candidates) if other is candidate), candidate.operator)
+    def key(self, site: str, candidate: Candidate) -> tuple[str, str]:
+        """Return the name of a site and the number of a candidate there, or its operator where the loop is kept."""
+        known = enumerate(self.alternatives.candidates[site])
+        return site, next((str(i) for i, other in known if other is candidate), candidate.operator)

@@ -10,7 +10,7 @@ from helpers.fitted import cached_teacher, site, sound
 from helpers.tolerances import FLOAT32, difference
 
 from asapc.config import CompileConfig
-from asapc.fidelity.sites import site_fidelity
+from asapc.fidelity.sites import candidate_fidelity
 from asapc.ops.sinkhorn import sinkhorn_plan_ref
 from asapc.planning.alternatives import judge
 from asapc.planning.check import Check
@@ -282,18 +282,18 @@ def test_where_no_site_misses_a_limit_of_its_own_the_step_that_helps_most_for_it
     assert repaired.repairs == 2
 
 
-def test_a_repair_compares_what_it_changes_alone(two_sites, monkeypatch):
+def test_all_repairs_take_one_pass_of_the_loops(two_sites, monkeypatch):
     teacher, check, start = two_sites
     asked = []
 
-    def note(graph, sites, operators, *others):
-        asked.append(list(operators))
-        return site_fidelity(graph, sites, operators, *others)
+    def note(graph, sites, candidates, *others):
+        asked.append({name: len(of_site) for name, of_site in candidates.items()})
+        return candidate_fidelity(graph, sites, candidates, *others)
 
-    monkeypatch.setattr("asapc.planning.check.site_fidelity", note)
+    monkeypatch.setattr("asapc.planning.check.candidate_fidelity", note)
     repaired = repair(check, start, CompileConfig(fidelity=("output-error<=0",)), lambda detail: None)
-    first, second = (s.name for s in teacher.sites)
-    assert asked == [[first, second], [second], [first]]
+    assert repaired.repairs == 2
+    assert asked == [dict.fromkeys(start.choices, 1), {n: len(c.front) - 1 for n, c in start.choices.items()}]
     assert check(repaired).sites == Check(teacher.studied, check.alternatives)(repaired).sites
 
 
