@@ -74,7 +74,12 @@ def column_sums(kernel: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
 
 def column_scaling(kernel: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
     """Return the vector v (B, H, 1, M), up to a constant, with which the columns of u * kernel * v have equal sums."""
-    return 1 / column_sums(kernel, u).clamp_min(MIN_SUM)
+    sums = column_sums(kernel, u).clamp_min(MIN_SUM)
+    if torch.compiler.is_exporting() or not sums.requires_grad:
+        return 1 / sums
+    # Gradients of 1 / x go by its square, which leaves the range of float32 from 1e-19 on.
+    near = (1 / sums).detach()
+    return near / (near * sums)
 
 
 def row_scaling(kernel: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:

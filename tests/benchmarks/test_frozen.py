@@ -49,6 +49,7 @@ def test_what_beats_the_default_is_named():
     assert "By default the planner takes exact 40 or keys, hinges, 1 steps: 10.0 ± 2.8 times as fast" in text
     assert "The exact form takes 2.50 ± 0.71 times as long as that, softmax 0.500 ± 0.141 times." in text
     assert "No other form is as close and as fast." in text
+    assert "As accurate and no slower: softmax." in text
     truncated = {"truncated 8": form(0.03, 9.5)}
     assert "As close and no slower: truncated 8." in "\n".join(section({"a": row(0, **truncated)}))
 

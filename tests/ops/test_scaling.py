@@ -135,3 +135,18 @@ def test_masked_rows_and_columns_have_a_kernel_of_zero_and_leave_the_others_as_t
     # What was masked still is, for the step that comes next.
     assert (log_plan[..., rows:, :] < MIN_LIVE).all()
     assert (log_plan[..., columns:] < MIN_LIVE).all()
+
+
+@pytest.mark.parametrize("least", [1e-10, 1e-20, 1e-27])
+def test_gradients_of_small_sums_stay_in_range(least):
+    generator = torch.Generator().manual_seed(0)
+    kernel = least * torch.rand(1, 1, 6, 5, generator=generator, dtype=torch.float64)
+    weights = least * torch.rand(1, 1, 1, 5, generator=generator, dtype=torch.float64)
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        operand = kernel.to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad((column_scaling(operand, None) * weights.to(dtype)).sum(), operand)
+        gradients.append(gradient.double())
+    assert difference(gradients[1], gradients[0]) < FLOAT32
+    with torch.no_grad():
+        assert torch.allclose(column_scaling(kernel, None), 1 / kernel.sum(dim=-2, keepdim=True), rtol=1e-12)
