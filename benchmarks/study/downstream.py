@@ -67,6 +67,7 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
     yield ""
     heads = (
         "task",
+        "seeds",
         "teacher",
         "compiled",
         "kept",
@@ -79,6 +80,7 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
         done = [row for row in of_task if "compiled" in row]
         cells = [
             task,
+            str(len(of_task)),
             percent([row["teacher"] for row in of_task]),
             percent([row["compiled"] for row in done]),
             percent([row["compiled"] / row["teacher"] for row in done]),

@@ -66,7 +66,7 @@ def test_what_compiled_models_keep_is_a_mean_over_seeds_for_each_task():
 def test_a_model_that_was_refused_is_said_to_be():
     refused = {"task": "mails", "seed": 1, "teacher": 0.5, "softmax-trained": 0.5, "refused": "agreement 0.4"}
     text = "\n".join(downstream_section({**ROWS, "mails, seed 1": refused}))
-    assert "| mails | 50.0 ± 0.0 | 50.0 | 100.0 | 99.0 |" in text
+    assert "| mails | 2 | 50.0 ± 0.0 | 50.0 | 100.0 | 99.0 |" in text
     assert "mails, seed 1, was not compiled: agreement 0.4." in text
 
 
