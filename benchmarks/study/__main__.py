@@ -1,6 +1,6 @@
 """Trains models with Sinkhorn attention and their rivals, compiles them, and writes down what each step keeps.
 
-    python -m benchmarks.study                    # what is missing: at most three hours on two cores
+    python -m benchmarks.study                    # what is missing: some four hours on two cores
     python -m benchmarks.study --only frozen      # one part, of what is missing
     python -m benchmarks.study --render           # the page and its figures alone
     python -m benchmarks.study --quick            # all of it at small size, in less than ten minutes: does it work?
