@@ -6,8 +6,8 @@
 One layer: B in (1, 8), 8 heads of 64, float32, random queries, keys and values; the teacher is the log-domain loop of
 20 iterations as it is written. Ratios are of medians of interleaved runs in one process. Models have random weights,
 which place attention's share and say nothing about fidelity. models/digits.pt, compiled and accelerated as users do it,
-is timed in both runtimes. Writes benchmarks/results/attention.json and what stands
-in docs/lowerings.md between the two markers.
+is timed in both runtimes. Writes benchmarks/results/attention.json and what stands in docs/lowerings.md between the two
+markers.
 """
 
 import argparse
@@ -272,8 +272,8 @@ def accelerated() -> Iterator[Row]:
             config = CompileConfig(out=Path(scratch) / "digits.asap", level=level, target="onnx", seconds=1.0)
             compile_model(loaded.path, config)
             runners[f"{name}, ONNX Runtime"] = OnnxRuntimeRunner(config.out / "model.onnx", torch.get_num_threads())
-    classes = {name: runner(held_out)[0].argmax(-1) for name, runner in runners.items()}
-    same = int((classes["compiled, torch"] == classes["compiled, ONNX Runtime"]).sum())
+    ours, theirs = (runners[f"compiled, {runtime}"](held_out)[0].argmax(-1) for runtime in ("torch", "ONNX Runtime"))
+    same = int((ours == theirs).sum())
     for batch in BATCHES:
         ms = medians(runners, held_out, batch)
         print(batch, {name: round(value, 2) for name, value in ms.items()}, flush=True)

@@ -31,5 +31,5 @@ def percent(values: Sequence[float]) -> str:
 
 def plus_minus(values: Sequence[float], style: str) -> str:
     """Return the mean and the standard deviation, where there are values for them."""
-    numbers = [fmean(values)] if values else []
-    return " ± ".join(f"{number:{style}}" for number in [*numbers, *([stdev(values)] if len(values) > 1 else [])])
+    numbers = [of(values) for of, least in ((fmean, 1), (stdev, 2)) if len(values) >= least]
+    return " ± ".join(f"{number:{style}}" for number in numbers)

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def cases_of(
-    measure: Callable[[str, int, bool], Row], quick: bool, tasks: Sequence[str] = TASKS
+    measure: Callable[[str, int, bool], Row], quick: bool, tasks: Sequence[str]
 ) -> dict[str, Callable[[], Row]]:
     """Return a case for each seed and task, of a function of task, seed and whether it is quick."""
     return {f"{task}, seed {seed}": partial(measure, task, seed, quick) for seed in seeds(quick) for task in tasks}
