@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from helpers.tolerances import EXPORT, difference
 from torch import nn
 
 from asapc.backends.eager.runner import EagerRunner
+from asapc.backends.onnxruntime import builder
 from asapc.backends.onnxruntime.builder import export_onnx, trace_alone
 from asapc.backends.onnxruntime.cuda import CudaRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
@@ -231,6 +233,20 @@ def test_two_exports_of_one_graph_are_equal_byte_for_byte(tmp_path):
     captured = graph(TwoInputs(), left=torch.rand(2, 3), right=torch.rand(2, 2))
     first, second = (export_onnx(captured, tmp_path / name, {}).path.read_bytes() for name in ("a.onnx", "b.onnx"))
     assert first == second
+
+
+class Halves(nn.Module):
+    """Computes with two slices that follow each other, of which the exporter's optimizer looks for pairs."""
+
+    def forward(self, x):
+        return x[:, :2].exp() * x[:, 2:].sin()
+
+
+def test_the_optimizer_writes_the_same_without_searches_that_must_fail(tmp_path, monkeypatch):
+    halves = graph(Halves(), x=torch.randn(3, 4))
+    quick = export_onnx(halves, tmp_path / "quick.onnx", {}).path
+    monkeypatch.setattr(builder, "quick_matching", nullcontext)
+    assert export_onnx(halves, tmp_path / "whole.onnx", {}).path.read_bytes() == quick.read_bytes()
 
 
 def test_an_operation_without_an_onnx_form_is_named_and_nothing_is_written(tmp_path):

@@ -7,6 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,29 @@ def once(read: Callable[[], Any]) -> Any:
     return read()
 
 
+def quick_matching() -> AbstractContextManager[Any]:
+    """Keep the exporter's optimizer from searches that have to fail, if it is a version that is known here.
+
+    For a pattern of several outputs it lists the whole graph at each node, also where the first output is of another
+    operator: two thirds of the export of a loop of a hundred half-steps.
+    """
+    try:
+        from onnxscript.rewriter._basics import MatchResult
+        from onnxscript.rewriter._matcher import SimplePatternMatcher as Matcher
+
+        whole = Matcher.match
+    except (ImportError, AttributeError):
+        return contextlib.nullcontext()
+
+    def match(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        first = self.pattern.output_nodes[0].op_identifier()
+        if first not in (None, node.op_identifier()):
+            return MatchResult().fail("another operator")
+        return whole(self, model, graph, node, **options)
+
+    return patch.object(Matcher, "match", match)
+
+
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's notes and progress lines off the terminal, and its table of operations in memory."""
@@ -257,6 +281,7 @@ def quiet_exporter() -> Iterator[None]:
             contextlib.redirect_stdout(io.StringIO()),
             # Each call parses the source of all its functions again: a third of the time of a small export.
             patch.object(onnxscript_apis, "get_torchlib_ops", partial(once, onnxscript_apis.get_torchlib_ops)),
+            quick_matching(),
         ):
             warnings.simplefilter("ignore")
             yield
