@@ -16,6 +16,7 @@ import torch
 from helpers.paths import ROOT
 from helpers.tolerances import EXPORT, difference
 from torch import nn
+from torch.onnx._internal.fx.passes import type_promotion
 
 from asapc.backends.eager.runner import EagerRunner
 from asapc.backends.onnxruntime import builder
@@ -235,18 +236,22 @@ def test_two_exports_of_one_graph_are_equal_byte_for_byte(tmp_path):
     assert first == second
 
 
-class Halves(nn.Module):
-    """Computes with two slices that follow each other, of which the exporter's optimizer looks for pairs."""
+class Mixed(nn.Module):
+    """Computes with types that have to be promoted, and with slices, of which an optimizer looks for pairs."""
 
-    def forward(self, x):
-        return x[:, :2].exp() * x[:, 2:].sin()
+    def forward(self, x, counts):
+        shares = (counts / counts.sum(1, keepdim=True)).where(counts > 1, 2) ** 2
+        return x[:, :2] * x[:, 2:] * counts + shares, (x > 0).sum(1), torch.where(x > 0, counts[:, :1], x)
 
 
-def test_the_optimizer_writes_the_same_without_searches_that_must_fail(tmp_path, monkeypatch):
-    halves = graph(Halves(), x=torch.randn(3, 4))
-    quick = export_onnx(halves, tmp_path / "quick.onnx", {}).path
+def test_what_is_left_out_of_an_export_changes_nothing(tmp_path, monkeypatch):
+    inputs = {"x": torch.randn(3, 4), "counts": torch.randint(1, 9, (3, 2))}
+    mixed = graph(Mixed(), **inputs)
+    quick = export_onnx(mixed, tmp_path / "quick.onnx", {}).path
     monkeypatch.setattr(builder, "quick_matching", nullcontext)
-    assert export_onnx(halves, tmp_path / "whole.onnx", {}).path.read_bytes() == quick.read_bytes()
+    monkeypatch.setattr(builder, "run_promoted", type_promotion._TypePromotionInterpreter.run_node)
+    assert export_onnx(mixed, tmp_path / "whole.onnx", {}).path.read_bytes() == quick.read_bytes()
+    torch.testing.assert_close(tuple(OnnxRuntimeRunner(quick)(Samples(inputs))), Mixed()(**inputs))
 
 
 def test_an_operation_without_an_onnx_form_is_named_and_nothing_is_written(tmp_path):
