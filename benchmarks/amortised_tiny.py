@@ -8,7 +8,8 @@ ordinary ones, ordinary ones with weights that rows and columns share, and compe
 layers of width 4). Each is trained for its half-steps on normal scores of three spreads, and on the scores of each
 layer of models/language.pt on its calibration texts. It is judged on other scores: by the plan's error, and in the
 language model, in all layers, by perplexity. A network's gain is how many times as fast it is as the shortest loop that
-leaves no more error, in ONNX Runtime. Ratios are medians of interleaved rounds in one process, with 95 % intervals by
+leaves no more error, in ONNX Runtime. The fastest loop and the fastest network that keep the perplexity are also timed
+in the language model, whole. Ratios are medians of interleaved rounds in one process, with 95 % intervals by
 bootstrap. Writes benchmarks/results/amortised_tiny.json and a part of docs/hyper-connections.md.
 """
 
@@ -29,6 +30,7 @@ from asapc.capturing.export import export
 from asapc.loading.model import load_model
 from asapc.timing.rounds import time_rounds
 from asapc.types.graph import CapturedGraph
+from asapc.types.options import Lowering
 from asapc.types.samples import Samples
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
@@ -37,7 +39,20 @@ from benchmarks.generated import replace_generated
 from benchmarks.intervals import median_ratio
 from benchmarks.progress import Progress
 from benchmarks.tiny import DOCUMENT, RESAMPLES, SEED
-from benchmarks.tiny_model import MODEL, Plan, batches, growth, layout, losses, run
+from benchmarks.tiny_model import (
+    LIMIT,
+    MODEL,
+    SHAPES,
+    Plan,
+    Variant,
+    batches,
+    export_open,
+    growth,
+    layout,
+    losses,
+    run,
+    with_interval,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results" / "amortised_tiny.json"
 SPREADS, TRAINING, JUDGES = (1.0, 2.0, 4.0), 32768, 8192  # of normal scores; tokens of each
@@ -47,6 +62,7 @@ LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, EXACT)
 STEPS, BATCH, RATE = 1000, 512, 6e-3
 TOKENS, SECONDS, MIN_ROUNDS = (16, 4096), 3.0, 40
 LOOP, OF_MODEL = "loop", "language model"
+EXACTLY = f"{LOOP}, {EXACT}"
 FORMS = [*((LOOP, steps) for steps in LOOPS), *((name, steps) for name in KINDS for steps in FOLLOWING)]
 QUICK = [(LOOP, 4), (LOOP, EXACT), ("shared, 32", 1), ("compelled, 32", 1)]
 
@@ -93,20 +109,27 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
-            data = measure(Progress("", Path(folder)), Judge(4, 4, JUDGES), QUICK, TOKENS[:1], options.threads)
-        print(*document(data["rows"]), sep="\n")
+            data = measure(
+                Progress("", Path(folder)), Judge(4, 4, JUDGES), QUICK, TOKENS[:1], SHAPES[:1], options.threads
+            )
+        print(*document(data), sep="\n")
         return
     progress = Progress("amortised_tiny")
-    data = measure(progress, Judge(STEPS, TEXTS, TRAINING), FORMS, TOKENS, options.threads)
+    data = measure(progress, Judge(STEPS, TEXTS, TRAINING), FORMS, TOKENS, SHAPES[1:], options.threads)
     write_json(RESULTS, {**data, "threads": options.threads, "environment": environment(SEED)})
-    replace_generated(DOCUMENT, document(data["rows"]), "networks")
+    replace_generated(DOCUMENT, document(data), "networks")
     progress.finish()
 
 
 def measure(
-    progress: Progress, judge: "Judge", forms: Sequence[tuple[str, int]], tokens: Sequence[int], threads: int
+    progress: Progress,
+    judge: "Judge",
+    forms: Sequence[tuple[str, int]],
+    tokens: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    threads: int,
 ) -> Row:
-    """Return what is not known yet of networks and loops, and what is."""
+    """Return what is not known yet of networks and loops, and what is; whole models on texts of some shapes."""
     rows = [progress.get(f"{name}, {steps}", partial(judge, name, steps)) for name, steps in forms]
     times = {
         str(count): progress.get(f"{count} tokens", partial(time_forms, forms, count, threads)) for count in tokens
@@ -114,7 +137,52 @@ def measure(
     loops = [row for row in rows if row["name"] == LOOP]
     rows = [row | {"speed": {count: speed(row, loops, times[count]) for count in times}} for row in rows]
     ms = {count: {name: float(np.median(each)) for name, each in of.items()} for count, of in times.items()}
-    return {"rows": rows, "ms": ms, "rounds": {count: len(of[f"{LOOP}, {EXACT}"]) for count, of in times.items()}}
+    rounds = {count: len(of[EXACTLY]) for count, of in times.items()}
+    keepers = {EXACTLY: (LOOP, EXACT)} | {
+        f"{row['name']}, {row['half_steps']}": (row["name"], row["half_steps"]) for row in fastest_that_keep(rows)
+    }
+    whole = [
+        progress.get(f"whole {', '.join(keepers)}, {shape}", partial(time_models, judge, keepers, shape, threads))
+        for shape in shapes
+    ]
+    return {"rows": rows, "ms": ms, "rounds": rounds, "whole": whole}
+
+
+def fastest_that_keep(rows: Sequence[Row]) -> list[Row]:
+    """Return the fastest loop and the fastest network that keep perplexity within the limit, the interval included."""
+    kept = [row for row in rows if max(map(abs, row["perplexity"])) <= LIMIT]
+    of_kinds = [[row for row in kept if (row["name"] == LOOP) == is_loop] for is_loop in (True, False)]
+    return [max(rows, key=lambda row: list(row["speed"].values())[-1]["times_exact"][0]) for rows in of_kinds if rows]
+
+
+def time_models(judge: "Judge", forms: Mapping[str, tuple[str, int]], shape: tuple[int, int], threads: int) -> Row:
+    """Time the language model with some forms in all layers, on so many texts of so many characters."""
+    texts, characters = shape
+    samples, lowering = Samples({"tokens": judge.tokens[:texts, :characters]}), layout(texts * characters)
+    with tempfile.TemporaryDirectory() as folder:
+        runners = {}
+        for name, (kind, half_steps) in forms.items():
+            path = Path(folder) / f"{name}.onnx"
+            plans = [module_of(kind, half_steps, scores[None], lowering) for scores in judge.of_model.judging]
+            export_open(Variant(judge.model, plans), Samples({"tokens": judge.tokens}), path)
+            runners[name] = OnnxRuntimeRunner(path, threads)
+        times = time_rounds(runners, samples, texts, SECONDS, SEED, MIN_ROUNDS)
+    ratios = {name: list(median_ratio(times[EXACTLY], ms, SEED, RESAMPLES)) for name, ms in times.items()}
+    return {
+        "tokens": texts * characters,
+        "ms": {n: float(np.median(ms)) for n, ms in times.items()},
+        "times_exact": ratios,
+    }
+
+
+def module_of(name: str, half_steps: int, scores: Tensor, lowering: Lowering) -> nn.Module:
+    """Return a loop, or a network with random weights for scores (1, T, 16), as a compiler would write it."""
+    if name == LOOP:
+        return loop(half_steps, lowering)
+    kind, width = KINDS[name]
+    network = kind(scores, width)
+    network.free()
+    return Timed(network, half_steps, lowering)
 
 
 def time_forms(forms: Sequence[tuple[str, int]], tokens: int, threads: int) -> dict[str, list[float]]:
@@ -123,13 +191,7 @@ def time_forms(forms: Sequence[tuple[str, int]], tokens: int, threads: int) -> d
     scores, lowering = 2 * torch.randn(2, tokens, SIDE, SIDE, generator=generator), layout(tokens)
     modules: dict[str, nn.Module] = {}
     for name, half_steps in forms:
-        if name == LOOP:
-            modules[timed_as(name, half_steps)] = loop(half_steps, lowering)
-        else:
-            kind, width = KINDS[name]
-            network = kind(scores[:1].flatten(-2), width)
-            network.free()
-            modules[timed_as(name, half_steps)] = Timed(network, half_steps, lowering)
+        modules[timed_as(name, half_steps)] = module_of(name, half_steps, scores[:1].flatten(-2), lowering)
     samples = Samples({"scores": scores})
     with tempfile.TemporaryDirectory() as folder:
         runners = {}
@@ -147,7 +209,7 @@ def timed_as(name: str, half_steps: int) -> str:
 def speed(row: Row, loops: list[Row], times: Mapping[str, list[float]]) -> Row:
     """Return how many times as fast a row is as the exact loop, and a network as the shortest loop as close to it."""
     ms = times[timed_as(row["name"], row["half_steps"])]
-    ratios: Row = {"times_exact": list(median_ratio(times[f"{LOOP}, {EXACT}"], ms, SEED, RESAMPLES))}
+    ratios: Row = {"times_exact": list(median_ratio(times[EXACTLY], ms, SEED, RESAMPLES))}
     if row["name"] != LOOP:
         ratios["loops"] = {
             scores: next((each["half_steps"] for each in loops if each["errors"][scores] <= error), EXACT)
@@ -232,8 +294,9 @@ def plan_of(network: Network, half_steps: int) -> Plan:
     return lambda scores: plans(network, scores.reshape(1, -1, ENTRIES), half_steps).reshape(scores.shape)
 
 
-def document(rows: list[Row]) -> Iterator[str]:
+def document(data: Row) -> Iterator[str]:
     """Yield the lines of a part of the document."""
+    rows = data["rows"]
     sets, counts = list(rows[0]["errors"]), list(rows[0]["speed"])
     yield (
         f"| dual by | half-steps | {' | '.join(f'times exact, {int(count):,} tokens' for count in counts)} | "
@@ -257,6 +320,14 @@ def document(rows: list[Row]) -> Iterator[str]:
             f"{gain[0]:.2f} ({gain[1]:.2f} to {gain[2]:.2f}) times as fast as the loop of "
             f"{best['speed'][counts[-1]]['loops'][scores]}, on {int(counts[-1]):,} tokens."
         )
+    whole = data["whole"]
+    yield ""
+    calls = [f"times exact, {row['tokens']:,} tokens" for row in whole]
+    yield f"| the language model, whole | {' | '.join(calls)} |"
+    yield f"|---|{'---:|' * len(whole)}"
+    for name in whole[0]["ms"]:
+        if name != EXACTLY:
+            yield f"| {name} | {' | '.join(with_interval(row['times_exact'][name]) for row in whole)} |"
 
 
 def gain_of(speed_of_row: Row, scores: str) -> str:

@@ -15,7 +15,7 @@ was. Writes benchmarks/results/tiny_model.json and a part of docs/hyper-connecti
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -78,11 +78,10 @@ class Unscaled(nn.Module):
 class Variant(nn.Module):
     """The language model with other loops in its layers."""
 
-    def __init__(self, model: nn.Module, half_steps: Sequence[int], lowering: Lowering) -> None:
-        """Put in place of each layer's loop one of so many half-steps; 0 for none."""
+    def __init__(self, model: nn.Module, plans: Iterable[nn.Module]) -> None:
+        """Put a module in the place of each layer's loop."""
         super().__init__()
-        self.model = model
-        self.plans = nn.ModuleList(loop_of(count, lowering) for count in half_steps)
+        self.model, self.plans = model, nn.ModuleList(plans)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (texts, characters) to logits (texts, characters, V)."""
@@ -206,12 +205,14 @@ class Models:
         if key not in self.runners:
             path = self.progress.folder / f"{' '.join(key)}.onnx"
             if not path.is_file():
-                samples = self.held_out[:2]
-                axes = parse_axes(OPEN, samples)
-                module = self.module if name == WRITTEN else Variant(self.module, self.half_steps[name], lowering)
-                export_onnx(CapturedGraph(export(module.eval(), samples.inputs, axes), samples, axes=axes), path, {})
+                module = self.module if name == WRITTEN else Variant(self.module, self.loops(name, lowering))
+                export_open(module, self.held_out, path)
             self.runners[key] = OnnxRuntimeRunner(path, self.threads, name)
         return self.runners[key]
+
+    def loops(self, name: str, lowering: Lowering) -> list[nn.Module]:
+        """Return the loops of a variant, layer by layer."""
+        return [loop_of(count, lowering) for count in self.half_steps[name]]
 
     @cached_property
     def expected(self) -> Tensor:
@@ -222,6 +223,12 @@ class Models:
         """Return the logits (texts, characters, V) of a variant."""
         runner = self.runner(name, "interleaved")
         return torch.cat([runner(batch)[0] for batch in batches(tokens)])
+
+
+def export_open(module: nn.Module, samples: Samples, path: Path) -> None:
+    """Export a variant with open axes."""
+    axes = parse_axes(OPEN, samples[:2])
+    export_onnx(CapturedGraph(export(module.eval(), samples[:2].inputs, axes), samples[:2], axes=axes), path, {})
 
 
 def layout(tokens: int) -> Lowering:
@@ -291,7 +298,7 @@ def product(models: Models, name: str, tokens: Tensor) -> Row:
     that all streams share, one of a column that of its gradient (arXiv 2512.24880). In float64, least and largest of
     all tokens.
     """
-    plans = None if name == WRITTEN else Variant(models.module, models.half_steps[name], "materialised").plans
+    plans = None if name == WRITTEN else models.loops(name, "materialised")
     with torch.no_grad():
         of_batches = [run(models.module, batch.inputs["tokens"], plans)[2] for batch in batches(tokens)]
     factors = torch.cat(of_batches, dim=1).double()
