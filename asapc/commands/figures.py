@@ -9,7 +9,7 @@ from asapc.fidelity.maps import site_maps
 from asapc.fidelity.outputs import BATCH
 from asapc.passes.record import record
 from asapc.planning.duals import true_and_predicted
-from asapc.types.choices import Selection
+from asapc.types.choices import Selection, SlicedDualParams
 from asapc.types.teacher import Teacher
 
 SAMPLES = 2
@@ -35,6 +35,6 @@ def gather_figures(teacher: Teacher, selection: Selection, operators: Mapping[st
         arrays[f"{number}.compiled"] = maps.compiled.half().numpy()
         arrays[f"{number}.columns"] = maps.columns.numpy()
         params = selection.choices[site.name].candidate.params
-        if params is not None:
+        if isinstance(params, SlicedDualParams):
             arrays[f"{number}.dual"] = true_and_predicted(site, params, values, maps.head).numpy()
     return arrays

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from asapc.errors import CaptureError, CheckpointError, OptionError, SamplesErro
 from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
+from asapc.loading.choice import read_choice
 from asapc.loading.folder import OPERATORS, read_folder
 from asapc.loading.inputs import as_exported, compare_types, order_inputs
 from asapc.loading.manifest import COMPILE, MODEL
@@ -25,7 +25,7 @@ from asapc.loading.untrusted.tensors import read_safetensors
 from asapc.planning.operators import operators, packs
 from asapc.planning.ranges import score_ranges
 from asapc.types.budget import DEFAULT_BUDGET, SITE_METRICS, Bound, Verdict, parse_bound
-from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
+from asapc.types.choices import Choice, Selection
 from asapc.types.model import LoadedModel
 from asapc.types.results import Fidelity, SiteFidelity
 from asapc.types.samples import Samples
@@ -325,38 +325,6 @@ def budget_of(report: Mapping[str, Any], fidelity: Fidelity) -> tuple[Bound, ...
         default = next(bound.limit for bound in DEFAULT_BUDGET if bound.metric == "output-error")
         bounds.append(Bound("output-error", max(default, MAX_GROWTH * compiled)))
     return tuple(bounds)
-
-
-def read_choice(source: Source, site: Site, report: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Candidate:
-    """Return the operator that a report and the parameters beside it, those of `source`, describe.
-
-    Raises:
-        CheckpointError: it has more half-steps than the site, or lacks parameters.
-    """
-    choice = report["choice"]
-    if choice["half_steps"] > site.loop.half_steps:
-        raise source.refuse(f"{site.name} has fewer half-steps than the operator that replaced it", COMPILE)
-    params = None
-    if choice["operator"] == "sliced_dual":
-        maps = max(1, choice["half_steps"] // 2)
-        parts = ("query_basis", "key_basis", "knots", *(f"weights.{i}" for i in range(maps)))
-        for part in parts:
-            if f"{site.name}.{part}" not in tensors:
-                raise source.refuse(f"it lacks {part} of {site.name}", COMPILE)
-        query_basis, key_basis, knots, *weights = (tensors[f"{site.name}.{part}"] for part in parts)
-        params = SlicedDualParams(
-            query_basis,
-            key_basis,
-            slices=choice["slices"],
-            knots=knots,
-            weights=tuple(weights),
-            side=choice["side"] or "keys",
-            paired="pairs" in choice["features"],
-            one_pass=choice["half_steps"] == 1,
-        )
-        if query_basis.shape != key_basis.shape or params.slices > query_basis.shape[-1]:
-            raise source.refuse(f"its bases do not fit {site.name}", COMPILE)
-    return Candidate(choice["operator"], choice["half_steps"], inf, None, params, choice["lowering"])
 
 
 def plans_outside(spreads: Tensor, low: float, high: float, samples: int) -> Outside:

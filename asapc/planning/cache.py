@@ -23,7 +23,7 @@ from asapc import passes
 from asapc.config import CompileConfig
 from asapc.hashes import add_value
 from asapc.process.caches import cache_folder, replacing
-from asapc.types.choices import Alternatives, Candidate, SlicedDualParams
+from asapc.types.choices import Alternatives, AmortisedParams, Candidate, SlicedDualParams
 from asapc.types.costs import CostModel
 from asapc.types.results import Fidelity, Hop, Metric, SiteFidelity, VariantFidelity
 from asapc.types.teacher import Teacher
@@ -158,9 +158,11 @@ def pack(entry: Entry) -> bytes:
 
     def plain(candidate: Candidate) -> dict[str, Any]:
         values = {f.name: getattr(candidate, f.name) for f in fields(Candidate)}
-        params = candidate.params and {
-            f.name: placed(getattr(candidate.params, f.name)) for f in fields(SlicedDualParams)
-        }
+        params: Any = None
+        if isinstance(candidate.params, SlicedDualParams):
+            params = {f.name: placed(getattr(candidate.params, f.name)) for f in fields(SlicedDualParams)}
+        elif candidate.params is not None:
+            params = {name: placed(value) for name, value in candidate.params._asdict().items()}
         return values | {"fidelity": candidate.fidelity and asdict(candidate.fidelity), "params": params}
 
     def placed(value: Any) -> Any:
@@ -189,7 +191,8 @@ def unpack(content: bytes) -> Entry:
 
     def candidate(values: dict[str, Any]) -> Candidate:
         fidelity = values["fidelity"] and SiteFidelity(**values["fidelity"])
-        params = values["params"] and SlicedDualParams(**{n: tensor_of(v) for n, v in values["params"].items()})
+        kind = AmortisedParams if values["operator"] == "amortised" else SlicedDualParams
+        params = values["params"] and kind(**{n: tensor_of(v) for n, v in values["params"].items()})
         return Candidate(**(values | {"fidelity": fidelity, "params": params}))
 
     def tensor_of(value: Any) -> Any:

@@ -13,6 +13,7 @@ from math import isfinite, log2
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from asapc.ops.amortised import AmortisedSinkhorn
 from asapc.ops.sinkhorn import MAX_STEPS, Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.ops.small import SmallSinkhorn
@@ -68,9 +69,15 @@ def work(
 
 def small_work(shape: Shape, module: SmallSinkhorn, entries: int) -> dict[str, float]:
     """Count the units of half-steps on small matrices, each a product with a constant and a division."""
-    half_steps = module.half_steps
-    each = half_steps * (1 if module.interleaved else shape.queries * shape.keys)
-    return {"half_step": half_steps, "product": entries * (2 * shape.head_dim + each), "pass": entries * half_steps}
+    steps, spread = module.half_steps, 1 if module.interleaved else shape.queries * shape.keys
+    products, passes = entries * (2 * shape.head_dim + steps * spread), entries * steps
+    if isinstance(module, AmortisedSinkhorn):
+        shapes = [getattr(module, f"weight_{number}").shape for number in range(module.layers)]
+        matrices = shape.batch * shape.heads
+        products += matrices * sum(out * into for out, into in shapes)
+        passes += 2 * entries + matrices * sum(out for out, _ in shapes[:-1])
+        steps += module.layers + 2  # operations that take about as long to start as a half-step
+    return {"half_step": steps, "product": products, "pass": passes}
 
 
 def estimate_work(shape: Shape, module: SlicedDual) -> dict[str, float]:

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from asapc.ops.amortised import AmortisedSinkhorn
 from asapc.ops.guarded import GuardedSinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.ops.small import SmallSinkhorn
 from asapc.planning.costs import estimate, estimate_all
-from asapc.types.choices import Candidate, Selection
+from asapc.types.choices import AmortisedParams, Candidate, Selection
 from asapc.types.costs import CostModel
 from asapc.types.options import Lowering
 from asapc.types.site import Site
@@ -27,6 +28,8 @@ MAX_MATRIX, MAX_SLOWER = 2**28, 3.0
 
 def build(site: Site, candidate: Candidate, wide: frozenset[str] = frozenset()) -> Operator:
     """Build the module of a candidate."""
+    if isinstance(candidate.params, AmortisedParams):
+        return amortised_operator(site, candidate.params, candidate.half_steps, candidate.lowering)
     if candidate.params is not None:
         loop, wide_site = site.loop, site.name in wide
         masses = masses_of(site, 1.0)
@@ -76,6 +79,16 @@ def exact_operator(
     if guard is not None:
         return GuardedSinkhorn(steps, loop.last, guard, **masses, masked=loop.masked, logarithm=logarithm)
     return Sinkhorn(steps, loop.last, **masses, masked=loop.masked, logarithm=logarithm, wide=wide, lowering=lowering)
+
+
+def amortised_operator(
+    site: Site, params: AmortisedParams, half_steps: int, lowering: Lowering = "materialised"
+) -> AmortisedSinkhorn:
+    """Build a network with so many half-steps after it in the place of a site that `packs`."""
+    loop = site.loop
+    masses = masses_of(site, 1.0 if loop.last == "rows" else loop.queries / loop.keys)
+    size = loop.queries, loop.keys
+    return AmortisedSinkhorn(params, half_steps, loop.last, size, loop.guard, **masses, lowering=lowering)
 
 
 def softmax_operator(site: Site) -> Sinkhorn:

@@ -1,4 +1,4 @@
-"""Proposes operators for each site: exact and truncated forms, and fitted sliced duals."""
+"""Proposes operators for each site: exact and truncated forms, and what is fitted: sliced duals and networks."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -8,6 +8,7 @@ from math import inf
 from asapc.backends.tensorrt.preflight import MAX_SORT
 from asapc.config import CompileConfig
 from asapc.ops.sliced_dual import bias_side, first_half_steps
+from asapc.planning.amortise import amortisable, amortise
 from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.distributed import processes_sharing
 from asapc.types.choices import SIDES, Candidate, FeatureSet, SlicedDualParams
@@ -36,6 +37,12 @@ def propose(
         return candidates
     for site in sites if "truncated" in config.kinds() else ():
         candidates[site.name] += [Candidate("truncated", t, inf) for t in TRUNCATED if t < site.loop.half_steps]
+    small = [site for site in sites if "amortised" in config.kinds() and amortisable(site)]
+    if small:
+        advance(f"training networks of {len(small)} sites")
+        _, fitting = split(enough(teacher))
+        for name, of_site in amortise(teacher.graph, small, fitting).items():
+            candidates[name] += of_site
     sets = {site.name: feature_sets(site, config) for site in sites if why_not_sliced(site) is None}
     sliceable = [site for site in sites if sets.get(site.name)]
     if not sliceable:

@@ -5,6 +5,7 @@ Shapes as in `types.site`, and F features.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from asapc.types.budget import Term
 from asapc.types.options import Lowering, OperatorKind
 from asapc.types.results import SiteFidelity
 
-Operator = Literal["keep", "exact", "truncated", "sliced_dual"]
+Operator = Literal["keep", "exact", "truncated", "sliced_dual", "amortised"]
 Side = Literal["queries", "keys"]
 
 
@@ -95,17 +96,41 @@ class SlicedDualParams:
         return ["parabola", "mean", *(name for name, present in optional.items() if present)]
 
 
+class AmortisedParams(NamedTuple):
+    """The network of an amortised operator, from the scores of a small plan, row by row, to the dual of one axis.
+
+    A ReLU stands after each layer but the last. The means over what the dual is added to are taken away from its end.
+
+    Attributes:
+        weights: of each layer, (outputs, inputs).
+        biases: of each layer, (outputs,).
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+    @property
+    def ends(self) -> tuple[int, int] | None:
+        """How many scores the network takes, and how many entries its dual has; None if its layers do not fit."""
+        shapes = [weight.shape for weight in self.weights]
+        inner = all(after[-1:] == before[:1] for before, after in pairwise(shapes))
+        biases = [bias.shape for bias in self.biases] == [shape[:1] for shape in shapes]
+        plain = all(len(shape) == 2 for shape in shapes)
+        return (shapes[0][1], shapes[-1][0]) if plain and inner and biases else None
+
+
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """An operator that could replace one site.
 
     Attributes:
         operator: "keep" leaves the site as it is, "exact" is the scaling form of the same half-steps,
-            "truncated" the scaling form of fewer, "sliced_dual" the fitted approximation.
+            "truncated" the scaling form of fewer, "sliced_dual" the fitted approximation, "amortised" a network before
+            few half-steps on small plans (`ops.amortised`).
         half_steps: half-steps over the scores that the operator takes.
         cost: estimated milliseconds at the largest batch; infinite for a loop as it was written.
         fidelity: on calibration samples that were not fitted; None where it was not measured.
-        params: of a sliced dual, else None.
+        params: what was fitted, of a sliced dual or an amortised operator; else None.
         lowering: "materialised" computes the scores once, as a matrix, and works on that; "interleaved" does so on
             small matrices, the same entry of all side by side (`ops.small`); "fused" calls the runtime's fused
             attention for each half-step, without a matrix (`ops.fused`).
@@ -115,7 +140,7 @@ class Candidate:
     half_steps: int
     cost: float
     fidelity: SiteFidelity | None = None
-    params: SlicedDualParams | None = None
+    params: SlicedDualParams | AmortisedParams | None = None
     lowering: Lowering = "materialised"
 
 
@@ -212,4 +237,5 @@ class Tradeoff:
     chosen: bool
 
 
+AMORTISED_LAYERS = 3  # of every network
 SIDES: tuple[Side, Side] = ("queries", "keys")  # in the order of `Activations`

@@ -16,7 +16,7 @@ Level = Literal[0, 1, 2]
 Lowering = Literal["materialised", "interleaved", "fused"]
 LoweringRule = Literal["auto", "materialised", "fused"]
 # The operators that the planner may use, see `types.choices.FeatureSet.kind`.
-OperatorKind = Literal["one-pass", "hinges", "sorted", "truncated", "exact"]
+OperatorKind = Literal["one-pass", "hinges", "sorted", "amortised", "truncated", "exact"]
 # Of the products in an engine; duals, scaling vectors and exponentials are float32 in any case.
 Precision = Literal["float32", "float16", "bfloat16"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from asapc.types.choices import Selection
+from asapc.types.choices import AmortisedParams, Selection
 from asapc.types.site import Site
 
 
@@ -21,7 +21,10 @@ def write_operators(path: Path, sites: Sequence[Site], selection: Selection) -> 
             tensors[f"{site.name}.loop_scale"] = site.loop.scale.to(dtype)
         else:
             tensors[f"{site.name}.score_scale"] = product.score_scale.to(dtype)
-        if params is not None:
+        if isinstance(params, AmortisedParams):
+            for kind, of_layers in params._asdict().items():
+                tensors |= {f"{site.name}.{kind}.{i}": value for i, value in enumerate(of_layers)}
+        elif params is not None:
             tensors[f"{site.name}.query_basis"] = params.query_basis
             tensors[f"{site.name}.key_basis"] = params.key_basis
             tensors[f"{site.name}.knots"] = params.knots

@@ -9,7 +9,7 @@ from typing import Any
 
 from asapc.types.artifacts import EngineResult, OnnxArtifact
 from asapc.types.budget import Verdict
-from asapc.types.choices import Alternatives, Candidate, Cheaper, Choice, Selection, Tradeoff
+from asapc.types.choices import Alternatives, AmortisedParams, Candidate, Cheaper, Choice, Selection, Tradeoff
 from asapc.types.costs import CostModel
 from asapc.types.engine import EngineLayer
 from asapc.types.graph import EarlyStops
@@ -208,6 +208,8 @@ def choice_data(choice: Choice) -> dict[str, Any]:
 def candidate_data(candidate: Candidate) -> dict[str, Any]:
     """Return a candidate as the report shows it; slices, features and side are a sliced dual's, else 0 and none."""
     params, fidelity = candidate.params, candidate.fidelity
+    if isinstance(params, AmortisedParams):
+        params = None
     return {
         "operator": candidate.operator,
         "half_steps": candidate.half_steps,

@@ -22,7 +22,8 @@ def kind(candidate: Mapping[str, Any]) -> str:
         return str(candidate["operator"])
     if candidate["operator"] == "sliced_dual" and candidate["half_steps"] == 1:
         return "one pass"
-    name = "truncated" if candidate["operator"] == "truncated" else "sorted dual" if candidate["slices"] else "dual"
+    duals = "sorted dual" if candidate["slices"] else "dual"
+    name = duals if candidate["operator"] == "sliced_dual" else candidate["operator"]
     return f"{name} {candidate['half_steps']}"
 
 

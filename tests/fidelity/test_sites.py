@@ -9,7 +9,7 @@ from helpers.tolerances import FLOAT32
 
 from asapc.capturing.capture import capture_code
 from asapc.capturing.export import export
-from asapc.fidelity.sites import site_fidelity
+from asapc.fidelity.sites import candidate_fidelity, site_fidelity
 from asapc.models.vit import VisionTransformer
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.passes.find.sinkhorn import find_sinkhorn
@@ -46,6 +46,26 @@ def test_softmax_in_the_place_of_sinkhorn_shows_in_every_number_but_the_rows(tea
     for name in ("relc", "plan_tv", "column_marginal_error"):
         assert getattr(result, name) > 10 * getattr(exact, name)
     assert result.row_marginal_error < FLOAT32
+
+
+class Copies(torch.nn.Module):
+    """Sinkhorn over values that are all the same, as the streams of hyper-connections are at the first layer."""
+
+    def forward(self, scores):
+        plan = scores.exp()
+        for _ in range(10):
+            plan = plan / plan.sum(-1, keepdim=True)
+            plan = plan / plan.sum(-2, keepdim=True)
+        return plan @ torch.ones_like(scores) * 0.7
+
+
+def test_rounding_is_no_error_where_all_rows_are_given_the_same():
+    samples = Samples({"scores": torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0))})
+    graph = capture_code(LoadedModel(Copies(), Path("model.pt"), "0" * 64, 0, samples, samples), samples)
+    (site,) = find_sinkhorn(graph, samples[:2]).sites
+    results = candidate_fidelity(graph, [site], {site.name: {n: exact_operator(site, n) for n in (20, 2)}}, samples)
+    assert results[site.name][20].relc == 0
+    assert results[site.name][2].relc > 1  # what is off is more than rows differ by
 
 
 class Zero(torch.nn.Module):
