@@ -33,11 +33,12 @@ from asapc.config import CompileConfig
 from asapc.errors import AsapcError, BuildError, one_line
 from asapc.loading.model import load_model
 from asapc.ops.sliced_dual import bias_side
+from asapc.planning.amortise import WIDTHS, amortisable, initial, layer_sizes
 from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.operators import Operator, build, lowerings, packs
 from asapc.planning.propose import why_not_sliced
 from asapc.types.artifacts import OnnxArtifact
-from asapc.types.choices import SIDES, Candidate, FeatureSet
+from asapc.types.choices import SIDES, AmortisedParams, Candidate, FeatureSet
 from asapc.types.engine import EngineOptions
 from asapc.types.graph import Axes
 from asapc.types.options import Lowering, Precision
@@ -206,6 +207,12 @@ def fit(teacher: Teacher) -> dict[str, dict[str, Candidate]]:
         candidates[site.name] = {"exact": exact} | ({} if packs(site) else {LEVELLED: exact})
         if steps > FEW:
             candidates[site.name][f"truncated, {FEW}"] = Candidate("truncated", FEW, inf)
+        if amortisable(site):
+            layers = initial(
+                1, layer_sizes(site, WIDTHS[0]), torch.Generator().manual_seed(0)
+            )  # the weights are no matter
+            params = AmortisedParams(*(tuple(value[0] for value in values) for values in layers))
+            candidates[site.name][f"network, {FEW}"] = Candidate("amortised", FEW, inf, params=params)
         for form, features in sets.get(site.name, {}).items():
             params = fits[FitKey(site.name, features)]
             candidates[site.name][form] = Candidate("sliced_dual", steps, inf, params=params)

@@ -4,12 +4,12 @@
     python -m benchmarks.tiny_model --quick    # a moment, writes nothing
 
 models/language.pt with its length open, in ONNX Runtime: as written, with exact forms packed and interleaved, with
-truncated loops, with those that budgets select layer by layer, and without any half-step, the floor: the softmax before
-the loop is the plan. Calls on few characters stand for decoding, without a cache of keys, and on many for prefill.
-Perplexities are of all held-out texts. For what hyper-connections promise, that signals neither grow nor vanish, the
-plans of all layers are multiplied token by token. Ratios are medians of interleaved rounds in one process; 95 %
-intervals of them are bootstrapped over rounds, those of perplexity over texts. A run that was stopped goes on where it
-was. Writes benchmarks/results/tiny_model.json and a part of docs/hyper-connections.md.
+truncated loops, with networks before few half-steps, with what budgets select layer by layer, and without any half-
+step, the floor: the softmax before the loop is the plan. Calls on few characters stand for decoding, without a cache of
+keys, and on many for prefill. Perplexities are of all held-out texts. For what hyper-connections promise, that signals
+neither grow nor vanish, the plans of all layers are multiplied token by token. Ratios are medians of interleaved rounds
+in one process; 95 % intervals of them are bootstrapped over rounds, those of perplexity over texts. A run that was
+stopped goes on where it was. Writes benchmarks/results/tiny_model.json and a part of docs/hyper-connections.md.
 """
 
 import argparse
@@ -38,15 +38,20 @@ from asapc.loading.model import load_model
 from asapc.models import language
 from asapc.ops.small import SmallSinkhorn
 from asapc.planning.alternatives import look_up
+from asapc.planning.amortise import FOLLOWING, WIDTHS
 from asapc.planning.choose import decide
 from asapc.planning.costs import shipped
-from asapc.planning.operators import MANY
+from asapc.planning.operators import MANY, build
 from asapc.timing.rounds import time_rounds
+from asapc.types.choices import Candidate
 from asapc.types.graph import CapturedGraph
 from asapc.types.options import Lowering
 from asapc.types.samples import Samples
+from asapc.types.site import Site
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
+from asapc.writing.report import candidate_data
+from asapc.writing.words import kind
 from benchmarks.generated import replace_generated
 from benchmarks.intervals import CONFIDENCE, median_ratio
 from benchmarks.progress import Progress
@@ -60,6 +65,7 @@ ALL, TRUNCATED = 2 * ITERATIONS - 1, (2, 3, 4, 6, 8, 12, 16, 24)  # half-steps
 BUDGETS = ("output-error<=0.001", "output-error<=0.01", "output-error<=0.05")
 SECONDS, MIN_ROUNDS, TEXTS = 10.0, 20, 32  # texts at once, for perplexity
 LIMIT = 1e-3  # by which perplexity may grow
+FEW_TOKENS = 16
 WRITTEN, EXACT, OTHER, NO_STEP = "as written", "exact", "exact, in the other layout", "no half-step"
 LAYOUTS: Mapping[Lowering, str] = {"materialised": "packed", "interleaved": "interleaved"}
 
@@ -152,7 +158,7 @@ def measure(
     models = Models(progress, threads, quick)
     tokens = models.held_out.inputs["tokens"][:texts]
     return {
-        "half_steps": models.half_steps,
+        "operators": models.described,
         "fidelity": [
             progress.get(f"fidelity {name}", partial(perplexity, models, name, tokens)) for name in models.names
         ],
@@ -164,15 +170,20 @@ def measure(
     }
 
 
-def select() -> dict[str, list[int]]:
-    """Return the half-steps that budgets select at each layer, by budget."""
+def select() -> dict[str, list[tuple[Site, Candidate]]]:
+    """Return the sites of all layers with their networks, and with what budgets select for them, by name."""
     config, teacher = CompileConfig(), study(MODEL)
     with look_up(teacher, config, shipped(), None, lambda detail: None) as check:
-        selections = {budget: decide(check, replace(config, fidelity=(budget,))) for budget in BUDGETS}
-    return {
-        budget: [selection.choices[site.name].candidate.half_steps for site in teacher.sites]
-        for budget, selection in selections.items()
-    }
+        of_sites = check.alternatives.candidates
+        networks = {site: [c for c in of_sites[site.name] if c.operator == "amortised"] for site in teacher.sites}
+        names = [f"network of {width}, {steps}" for width in WIDTHS for steps in FOLLOWING]
+        chosen = {
+            name: [(site, of_site[number]) for site, of_site in networks.items()] for number, name in enumerate(names)
+        }
+        for budget in BUDGETS:
+            choices = decide(check, replace(config, fidelity=(budget,))).choices
+            chosen[budget] = [(site, choices[site.name].candidate) for site in teacher.sites]
+    return chosen
 
 
 class Models:
@@ -192,12 +203,18 @@ class Models:
         truncated = TRUNCATED[2:3] if quick else TRUNCATED
         alike = {EXACT: ALL, **{f"truncated, {count}": count for count in truncated}, NO_STEP: 0}
         self.half_steps = {name: [count] * self.layers for name, count in alike.items()}
-        self.half_steps |= {} if quick else progress.get("budgets", select)
+        self.chosen = {} if quick else select()
 
     @property
     def names(self) -> list[str]:
         """The names of the variants."""
-        return [WRITTEN, *self.half_steps]
+        return [WRITTEN, *self.half_steps, *self.chosen]
+
+    @property
+    def described(self) -> dict[str, list[str]]:
+        """What stands at each layer, by the name of the variant."""
+        loops = {name: [f"{count} half-steps" for count in counts] for name, counts in self.half_steps.items()}
+        return loops | {name: [kind(candidate_data(c)) for _, c in chosen] for name, chosen in self.chosen.items()}
 
     def runner(self, name: str, lowering: Lowering) -> OnnxRuntimeRunner:
         """Return the session of a variant."""
@@ -212,7 +229,10 @@ class Models:
 
     def loops(self, name: str, lowering: Lowering) -> list[nn.Module]:
         """Return the loops of a variant, layer by layer."""
-        return [loop_of(count, lowering) for count in self.half_steps[name]]
+        if name in self.half_steps:
+            return [loop_of(count, lowering) for count in self.half_steps[name]]
+        operators = [build(site, replace(candidate, lowering=lowering)) for site, candidate in self.chosen[name]]
+        return [Rewritten(operator) for operator in operators]
 
     @cached_property
     def expected(self) -> Tensor:
@@ -330,7 +350,7 @@ def document(data: Row) -> Iterator[str]:
         if name != EXACT:
             yield f"| {name} | {' | '.join(with_interval(row['times_exact'][name]) for row in latency)} |"
     yield ""
-    yield conclusion(data)
+    yield from conclusion(data)
     yield ""
     yield "| all layers' plans, multiplied | largest singular value | sums of rows | sums of columns |"
     yield "|---|---:|---:|---:|"
@@ -344,25 +364,27 @@ def with_interval(ratio: Sequence[float]) -> str:
     return "{:.2f} ({:.2f} to {:.2f})".format(*ratio)
 
 
-def conclusion(data: Row) -> str:
-    """Say which truncated loop keeps perplexity, and what it gains."""
-    close = [
-        row["name"]
-        for row in data["fidelity"]
-        if row["name"].startswith("truncated") and max(map(abs, row["change"])) <= LIMIT
-    ]
-    if not close:
-        return f"No truncated loop keeps perplexity within {LIMIT:.1%}."
-    name = min(close, key=lambda name: data["half_steps"][name][0])
-    gains = [
-        f"{with_interval(row['times_exact'][name])} times as fast as with the exact form on "
-        f"{row['texts'] * row['characters']:,} tokens"
-        for row in data["latency"]
-    ]
-    return (
-        f"{data['half_steps'][name][0]} half-steps of {2 * ITERATIONS - 1} are the fewest that keep perplexity within "
-        f"{LIMIT:.1%}, the interval included. With them the model is {', '.join(gains)}."
-    )
+def conclusion(data: Row) -> Iterator[str]:
+    """Yield which truncated loop, and which network, keeps perplexity and is fastest on few tokens, as a list."""
+    (few,) = [row for row in data["latency"] if row["texts"] * row["characters"] == FEW_TOKENS]
+    for form in ("truncated", "network"):
+        kept = [
+            row["name"]
+            for row in data["fidelity"]
+            if row["name"].startswith(form) and max(map(abs, row["change"])) <= LIMIT
+        ]
+        if not kept:
+            yield f"- No {form} variant keeps perplexity within {LIMIT:.1%}, the interval included."
+            continue
+        best = max(kept, key=lambda name: few["times_exact"][name][0])
+        gains = [
+            f"{with_interval(row['times_exact'][best])} on {row['texts'] * row['characters']:,} tokens"
+            for row in data["latency"]
+        ]
+        yield (
+            f"- *{best}* is the fastest {form} variant that keeps perplexity within {LIMIT:.1%}, the interval "
+            f"included: {', '.join(gains)}, times as fast as exact."
+        )
 
 
 if __name__ == "__main__":

@@ -83,8 +83,7 @@ def train(sites: Sequence[Site], scores: Tensor, width: int) -> list[AmortisedPa
     centred = scores.flatten(2) @ centre
     means, spreads = centred.mean(dim=1), centred.std(dim=1).clamp_min(MIN_SPREAD)
     generator = torch.Generator().manual_seed(SEED)
-    sizes = (n * m, width, width, n if other(sites[0].loop.last) == "rows" else m)
-    layers = initial(count, sizes, generator)
+    layers = initial(count, layer_sizes(sites[0], width), generator)
 
     def fold(layers: AmortisedParams, mean: Tensor, spread: Tensor) -> AmortisedParams:
         (first, *weights), (bias, *biases) = layers
@@ -119,6 +118,12 @@ def train(sites: Sequence[Site], scores: Tensor, width: int) -> list[AmortisedPa
         AmortisedParams(*(tuple(value[number].detach().clone() for value in values) for values in of_all))
         for number in range(count)
     ]
+
+
+def layer_sizes(site: Site, width: int) -> tuple[int, ...]:
+    """Return the channels of a network between its layers, from the scores of a plan to the dual of one axis."""
+    n, m = site.loop.queries, site.loop.keys
+    return n * m, width, width, n if other(site.loop.last) == "rows" else m
 
 
 def initial(count: int, sizes: Sequence[int], generator: torch.Generator) -> AmortisedParams:

@@ -19,13 +19,14 @@ from asapc.backends.tensorrt import builder
 from asapc.backends.tensorrt.builder import build_engine
 from asapc.capturing.export import export
 from asapc.errors import BuildError
+from asapc.ops.amortised import AmortisedSinkhorn
 from asapc.ops.features import pairs_of
 from asapc.ops.guarded import GuardedSinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual, bias_side
 from asapc.ops.small import SmallSinkhorn
 from asapc.types.artifacts import OnnxArtifact
-from asapc.types.choices import SlicedDualParams
+from asapc.types.choices import AmortisedParams, SlicedDualParams
 from asapc.types.engine import EngineOptions
 from asapc.types.graph import CapturedGraph, DynamicAxis
 from asapc.types.samples import Samples
@@ -197,10 +198,11 @@ def test_attention_of_the_standard_is_built_from_its_parts(name, monkeypatch, tm
 class Mixer(nn.Module):
     """Streams that each token mixes by a small plan of its own, as hyper-connections do."""
 
-    def __init__(self, lowering: str, half: bool) -> None:
+    def __init__(self, lowering: str, half: bool, amortised: bool) -> None:
         super().__init__()
         guard = Guard(Floor(1e-6, False), Floor(1e-6, False), "plan", "plain", "one", "same")
-        self.operator = SmallSinkhorn(9, "columns", (4, 4), guard, None, torch.ones(1), lowering)
+        rest = "columns", (4, 4), guard, None, torch.ones(1), lowering
+        self.operator = AmortisedSinkhorn(NETWORK, 3, *rest) if amortised else SmallSinkhorn(9, *rest)
         self.scores, self.out, self.half_precision = nn.Linear(4 * WIDTH, 16), nn.Linear(WIDTH, WIDTH), half
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -210,16 +212,25 @@ class Mixer(nn.Module):
         return self.out(mixed)
 
 
-MIXED = [("interleaved", "float16", True), slow("interleaved", "float32", False), slow("materialised", "float32", True)]
+MIXED = [
+    slow("interleaved", "float16", True, False),
+    ("interleaved", "float16", True, True),
+    ("interleaved", "float32", False, False),
+    slow("materialised", "float32", True, False),
+    slow("materialised", "float32", True, True),
+]
+NETWORK = AmortisedParams(
+    (torch.ones(8, 16), torch.ones(8, 8), torch.ones(4, 8)), (*2 * [torch.ones(8)], torch.ones(4))
+)
 
 
-@pytest.mark.parametrize(("lowering", "precision", "open_length"), MIXED)
-def test_small_plans_of_tokens_are_built(lowering, precision, open_length, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("lowering", "precision", "open_length", "amortised"), MIXED)
+def test_small_plans_of_tokens_are_built(lowering, precision, open_length, amortised, monkeypatch, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     inputs = {"x": torch.randn(2, 6, 4, WIDTH)}
     axes = {"x": {0: DynamicAxis("batch", 1, 4), 1: DynamicAxis("seq", 2, 300)}} if open_length else None
-    module = Mixer(lowering, precision == "float16").eval()
+    module = Mixer(lowering, precision == "float16", amortised).eval()
     graph = CapturedGraph(export(module, inputs, axes), Samples(inputs), axes=axes)
     artifact = export_onnx(graph, tmp_path / "model.onnx", {}, standard=precision != "float32")
     engine = build_engine(artifact, tmp_path / "model.engine", 4, axes, "tensorrt-rtx", EngineOptions(("SM89",)))

@@ -1,17 +1,19 @@
 """What operators take, counted by hand: two samples of three heads, four queries, five keys, a head size of six."""
 
 from dataclasses import replace
+from itertools import pairwise
 from math import inf, log2
 
 import pytest
 import torch
 from helpers.fitted import site
 
+from asapc.ops.amortised import AmortisedSinkhorn
 from asapc.ops.sinkhorn import Sinkhorn
 from asapc.ops.sliced_dual import SlicedDual
 from asapc.ops.small import SmallSinkhorn
 from asapc.planning.costs import Shape, estimate, share_of_exact, shipped, work
-from asapc.types.choices import Candidate, Choice, Selection, SlicedDualParams
+from asapc.types.choices import AmortisedParams, Candidate, Choice, Selection, SlicedDualParams
 
 SHAPE = Shape(batch=2, heads=3, queries=4, keys=5, head_dim=6)
 MATRICES = 2 * 3
@@ -151,3 +153,17 @@ def test_small_matrices_take_a_product_and_a_division_a_half_step(lowering, each
     operator = SmallSinkhorn(7, "rows", (4, 5), lowering=lowering)
     taken = {"half_step": 7, "product": ENTRIES * (2 * 6 + 7 * each), "pass": 7 * ENTRIES}
     assert work(SHAPE, operator) == {**SCORES, **taken}
+
+
+def test_a_network_takes_its_layers_beside_its_half_steps():
+    sizes = (20, 8, 8, 5)
+    weights = tuple(torch.ones(out, into) for into, out in pairwise(sizes))
+    operator = AmortisedSinkhorn(
+        AmortisedParams(weights, tuple(torch.ones(out) for out in sizes[1:])), 3, "rows", (4, 5), lowering="interleaved"
+    )
+    assert work(SHAPE, operator) == {
+        **SCORES,
+        "half_step": 3 + 3 + 2,  # and an exponential, and what bounds it
+        "product": ENTRIES * (2 * 6 + 3) + MATRICES * (20 * 8 + 8 * 8 + 8 * 5),
+        "pass": 3 * ENTRIES + 2 * ENTRIES + MATRICES * (8 + 8),
+    }

@@ -28,6 +28,7 @@ from asapc.backends.tensorrt.log import hint_on, layers_of, told
 from asapc.errors import BuildError
 from asapc.passes.base import PassManager
 from asapc.passes.onnx.inline_attention import InlineAttention
+from asapc.passes.onnx.split_gemm import SplitGemm
 from asapc.passes.onnx.standard_attention import StandardAttention
 from asapc.passes.onnx.unfuse_attention import UnfuseAttention
 
@@ -135,7 +136,8 @@ class Compiler:
         self.network = self.builder.create_network(strongly_typed(trt))
         self.parser = trt.OnnxParser(self.network, self.log)
         try:
-            model = PassManager([InlineAttention(), StandardAttention(), UnfuseAttention()])(onnx.load(path)).program
+            passes = [InlineAttention(), StandardAttention(), UnfuseAttention(), SplitGemm()]
+            model = PassManager(passes)(onnx.load(path)).program
         except DecodeError as error:
             raise BuildError(f"{path.name} is not an ONNX model: {error}", "report the model") from error
         self.nodes = [node.name for node in model.graph.node if node.name]
