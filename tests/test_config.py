@@ -350,7 +350,7 @@ def test_what_is_not_a_file_is_never_read(tmp_path):
 def test_operators_of_no_kind_are_refused(operators):
     with pytest.raises(OptionError, match="--operators cannot be") as caught:
         CompileConfig(operators=operators)
-    assert "one-pass, hinges, sorted, truncated, exact" in caught.value.hint
+    assert "one-pass, hinges, sorted, amortised, truncated, exact" in caught.value.hint
 
 
 def test_slices_are_not_asked_for_where_sorting_is_left_out():

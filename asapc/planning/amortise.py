@@ -42,16 +42,18 @@ def amortise(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) -> d
     for values in operand_stream(graph, sites)(samples):
         for site in sites:
             gathered[site.name].append(masked_scores(site, values).flatten(0, 1))
+        if all(sum(map(len, of_site)) >= MAX_PLANS for of_site in gathered.values()):
+            break  # more plans would say little and take memory
     candidates: dict[str, list[Candidate]] = {site.name: [] for site in sites}
-    for group in alike(sites):
-        scores = torch.stack([drawn(torch.cat(gathered[site.name])) for site in group])
+    for group in grouped(sites):
+        scores = torch.stack([torch.cat(gathered[site.name])[:MAX_PLANS] for site in group])
         for width in WIDTHS if scores.shape[1] >= MIN_PLANS else ():
             for site, params in zip(group, train(group, scores, width), strict=True):
                 candidates[site.name] += [Candidate("amortised", steps, inf, None, params) for steps in FOLLOWING]
     return candidates
 
 
-def alike(sites: Sequence[Site]) -> list[list[Site]]:
+def grouped(sites: Sequence[Site]) -> list[list[Site]]:
     """Group sites of which the loops are the same, on as many plans: their networks are trained together."""
     groups: dict[str, list[Site]] = {}
     for site in sites:
@@ -60,12 +62,6 @@ def alike(sites: Sequence[Site]) -> list[list[Site]]:
         key = loop.half_steps, loop.last, loop.heads, loop.queries, loop.keys, loop.guard, masses
         groups.setdefault(repr(key), []).append(site)
     return list(groups.values())
-
-
-def drawn(scores: Tensor) -> Tensor:
-    """Return MAX_PLANS of the scores (plans, N, M) of a site, or all."""
-    generator = torch.Generator().manual_seed(SEED)
-    return scores[torch.randperm(len(scores), generator=generator)[:MAX_PLANS]]
 
 
 def train(sites: Sequence[Site], scores: Tensor, width: int) -> list[AmortisedParams]:
