@@ -3,8 +3,9 @@
 TensorRT-RTX 1.7 fuses a product, the exponential of it and a product with that, whatever is elementwise in between: a
 scale, a mask, a dual. It crashes where it finds what attention does not have, as scaling loops do: an exponential that
 is used more than once, or one that no sum divides. A bias that is computed at run time keeps the pattern from matching.
-It is zero, as the answer to whether a number is below minus infinity, be it NaN or infinite itself. Only the compiler
-reads this model; the user's file stays as it is.
+It is zero, as the answer to whether a number is below minus infinity, be it NaN or infinite itself. It crashes too
+where keys and values are parts of one tensor, as of a projection to both, and queries are not: then what is taken from
+that tensor gets the zero as well. Only the compiler reads this model; the user's file stays as it is.
 """
 
 from collections import Counter
@@ -16,6 +17,8 @@ BIASED = "_biased"  # what the names of scores with a bias end with
 LEAST, FLAT, BEGIN, END = "asapc_least", "asapc_flat", "asapc_begin", "asapc_end"
 EXPONENTIALS = ("Exp", "LogSoftmax", "ReduceLogSumExp")  # what a softmax is spelled with where it is not one node
 PRODUCTS = ("MatMul", "Gemm", "Einsum", "Conv")  # beyond which nothing is part of the pattern
+# What takes numbers as they are.
+MOVES = ("Reshape", "Transpose", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Identity")
 
 
 class UnfuseAttention(GraphPass[Any]):
@@ -31,11 +34,11 @@ class UnfuseAttention(GraphPass[Any]):
         for node in graph.node:
             for i, name in enumerate(node.input):
                 node.input[i] = biased.get(name, name)
-            nodes.append(node)
             if node.op_type == "MatMul" and node.output[0] in scores and not constants & set(node.input):
-                bias = zero_bias(node)
-                nodes += bias
-                biased[node.output[0]] = bias[-1].output[0]
+                biased[node.output[0]] = f"{node.output[0]}{BIASED}"
+                nodes += with_zeros(node, parted_operands(graph, node))
+            else:
+                nodes.append(node)
         if biased:
             del graph.node[:]
             graph.node.extend(nodes)
@@ -69,21 +72,45 @@ def scores_of_loops(graph: Any) -> set[str]:
     return products
 
 
-def zero_bias(product: Any) -> list[Any]:
-    """Build nodes that add to a product whether the first number of its left operand is below all numbers."""
+def parted_operands(graph: Any, product: Any) -> list[int]:
+    """Return which operands of a product, 0 or 1, are parts of a tensor that others use, but not the other operand."""
+    producers = {name: node for node in graph.node for name in node.output}
+    uses = Counter(name for node in graph.node for name in node.input)
+
+    def sources(name: str) -> set[str]:
+        found: set[str] = set()
+        while name in producers and producers[name].op_type in MOVES:
+            name = producers[name].input[0]
+            found.add(name)
+        return found
+
+    of_operands = [sources(name) for name in product.input]
+    if of_operands[0] & of_operands[1]:
+        return []
+    return [i for i, names in enumerate(of_operands) if any(uses[name] > 1 for name in names)]
+
+
+def with_zeros(product: Any, operands: list[int]) -> list[Any]:
+    """Return nodes of a product with a zero that is added to it, and before it to some of its operands.
+
+    The zero says whether the first number of the left operand is below all numbers.
+    """
     from onnx.helper import make_node
 
     scores, query = product.output[0], product.input[0]
     parts = ("numbers", "first", "least", "is_below", "nothing")
     numbers, first, least, is_below, nothing = (f"{scores}_{part}" for part in parts)
-    return [
+    nodes = [
         make_node("Reshape", [query, FLAT], [numbers]),
         make_node("Slice", [numbers, BEGIN, END], [first]),
         make_node("CastLike", [LEAST, first], [least]),
         make_node("Less", [first, least], [is_below]),
-        make_node("CastLike", [is_below, scores], [nothing]),
-        make_node("Add", [scores, nothing], [f"{scores}{BIASED}"]),
+        make_node("CastLike", [is_below, first], [nothing]),
     ]
+    for i in operands:
+        nodes.append(make_node("Add", [product.input[i], nothing], [f"{scores}_operand_{i}"]))
+        product.input[i] = f"{scores}_operand_{i}"
+    return [*nodes, product, make_node("Add", [scores, nothing], [f"{scores}{BIASED}"])]
 
 
 def constants_of_bias() -> list[Any]:

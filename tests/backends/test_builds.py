@@ -212,6 +212,37 @@ class Mixer(nn.Module):
         return self.out(mixed)
 
 
+class Cross(nn.Module):
+    """Attention to a context, whose keys and values are one projection, taken apart in the usual way."""
+
+    def __init__(self, lowering: str) -> None:
+        super().__init__()
+        self.operator = Sinkhorn(3, lowering=lowering)
+        self.kv = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        heads = (2, WIDTH // 2)
+        queries = x.unflatten(-1, heads).transpose(1, 2)
+        keys, values = self.kv(context).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
+        if self.operator.lowering == "fused":
+            return self.operator.from_points(queries, queries, keys, values)
+        return self.operator((queries @ keys.mT).float(), queries, keys, values)
+
+
+@pytest.mark.parametrize("half", [False, slow(True)])
+@pytest.mark.parametrize("lowering", ["materialised", slow("fused")])
+def test_keys_and_values_of_one_projection_are_built(lowering, half, monkeypatch, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kind = torch.float16 if half else torch.float32
+    inputs = {"x": torch.randn(2, 6, WIDTH, dtype=kind), "context": torch.randn(2, 9, WIDTH, dtype=kind)}
+    module = Cross(lowering).to(kind).eval()
+    graph = CapturedGraph(export(module, inputs), Samples(inputs))
+    artifact = export_onnx(graph, tmp_path / "model.onnx", {}, standard=half or lowering == "fused")
+    engine = build_engine(artifact, tmp_path / "model.engine", 4, None, "tensorrt-rtx", EngineOptions(("SM89",)))
+    assert engine.targets == ("SM89",)
+
+
 MIXED = [
     slow("interleaved", "float16", True, False),
     ("interleaved", "float16", True, True),

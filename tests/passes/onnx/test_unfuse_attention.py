@@ -25,7 +25,16 @@ def node(kind, inputs, output, **attributes):
 
 SCORES = node("MatMul", "q k", "s")
 MASK = node("Where", "pad ninf s", "m")
+KEYS, VALUES = node("Transpose", "k", "kt", perm=[0, 2, 1]), node("Identity", "k", "w")
 LOOPS = {
+    "keys and values of one tensor": model(
+        KEYS,
+        VALUES,
+        node("MatMul", "q kt", "s"),
+        node("Softmax", "s", "p", axis=-1),
+        node("MatMul", "p w", "y"),
+        node("Relu", "p", "z"),
+    ),
     "softmax": model(
         SCORES,
         node("Softmax", "s", "p", axis=-1),
@@ -115,6 +124,16 @@ def test_what_is_no_loop_stays_as_it_is(program):
     result = UnfuseAttention()(copy(program))
     assert not result.modified
     assert result.program == program
+
+
+@pytest.mark.parametrize(("query", "biased"), [("q", True), ("k", False)])
+def test_keys_that_share_a_tensor_with_values_and_not_with_queries_get_the_zero_too(query, biased):
+    product, query_of_it = node("MatMul", "own kt", "s"), node("Identity", query, "own")
+    after = node("Softmax", "s", "p", axis=-1), node("MatMul", "p w", "y"), node("Relu", "p", "z")
+    program = UnfuseAttention()(model(KEYS, VALUES, query_of_it, product, *after)).program
+    (scores,) = [node for node in program.graph.node if "s" in node.output]
+    assert (scores.input[1] != "kt") == biased
+    assert scores.input[0] == "own"
 
 
 @pytest.mark.parametrize("first", [np.nan, np.inf, -np.inf, 6e4])
