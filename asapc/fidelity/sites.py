@@ -17,8 +17,8 @@ from asapc.types.samples import Samples
 from asapc.types.site import Site
 
 Key = TypeVar("Key", bound=Hashable)  # what a caller calls the operators of a site
-# Errors up to this share of an output are float32's own. Where all rows are given the same, as at the first layer of
-# hyper-connections, of which all streams start as copies, the outputs of rows differ by as little.
+# Up to this share of an output errors are float32's own. Where rows differ by no more, they are no measure of an error:
+# all are given the same, as at the first layer of hyper-connections, whose streams start as copies.
 ROUNDING = 2e-6
 
 
@@ -101,7 +101,7 @@ def add(one: SiteErrors, other: SiteErrors) -> SiteErrors:
 def means(errors: SiteErrors) -> SiteFidelity:
     """Turn sums into means over samples, heads and rows."""
     output, norm, whole, total_variation, row_mass, column_mass, rows = torch.stack(errors).tolist()
-    if output <= ROUNDING**2 * whole:
+    if max(output, norm) <= ROUNDING**2 * whole:
         relc = 0.0
     else:
         relc = (output / norm) ** 0.5 if norm > 0 else 1.0
