@@ -18,6 +18,8 @@ def activation(node: Node) -> str | None:
     packet = getattr(node.target, "overloadpacket", None)
     if node.op != "call_function" or packet not in SMOOTH or len(node.all_input_nodes) != 1:
         return None
+    if "val" not in node.meta:  # what a rewritten loop computes itself, as the exponential of its kernel
+        return None
     options = [*map(str, node.args[1:]), *(f"{name} {value}" for name, value in sorted(node.kwargs.items()))]
     dtype = str(node.meta["val"].dtype).removeprefix("torch.")
     return ", ".join([packet.__name__.removesuffix("_"), *options, dtype])
