@@ -38,7 +38,7 @@ from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.operators import Operator, build, lowerings, packs
 from asapc.planning.propose import why_not_sliced
 from asapc.types.artifacts import OnnxArtifact
-from asapc.types.choices import SIDES, AmortisedParams, Candidate, FeatureSet
+from asapc.types.choices import SIDES, Candidate, FeatureSet
 from asapc.types.engine import EngineOptions
 from asapc.types.graph import Axes
 from asapc.types.options import Lowering, Precision
@@ -211,8 +211,7 @@ def fit(teacher: Teacher) -> dict[str, dict[str, Candidate]]:
             layers = initial(
                 1, layer_sizes(site, WIDTHS[0]), torch.Generator().manual_seed(0)
             )  # the weights are no matter
-            params = AmortisedParams(*(tuple(value[0] for value in values) for values in layers))
-            candidates[site.name][f"network, {FEW}"] = Candidate("amortised", FEW, inf, params=params)
+            candidates[site.name][f"network, {FEW}"] = Candidate("amortised", FEW, inf, params=layers.one_of(0))
         for form, features in sets.get(site.name, {}).items():
             params = fits[FitKey(site.name, features)]
             candidates[site.name][form] = Candidate("sliced_dual", steps, inf, params=params)

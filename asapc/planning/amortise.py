@@ -93,8 +93,7 @@ def train(sites: Sequence[Site], scores: Tensor, width: int) -> list[AmortisedPa
         result: Tensor = torch.func.functional_call(operator, named, (scores.unsqueeze(1),))
         return result.squeeze(1)
 
-    first = AmortisedParams(*(tuple(value[0] for value in values) for values in layers))
-    operator = amortised_operator(sites[0], first, TRAINED)
+    operator = amortised_operator(sites[0], layers.one_of(0), TRAINED)
     parameters = [*layers.weights, *layers.biases]
     optimizer = torch.optim.Adam(parameters, RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
@@ -110,10 +109,7 @@ def train(sites: Sequence[Site], scores: Tensor, width: int) -> list[AmortisedPa
             schedule.step()
     with torch.no_grad():
         of_all = torch.vmap(fold)(layers, means, spreads)
-    return [
-        AmortisedParams(*(tuple(value[number].detach().clone() for value in values) for values in of_all))
-        for number in range(count)
-    ]
+    return [of_all.one_of(number) for number in range(count)]
 
 
 def layer_sizes(site: Site, width: int) -> tuple[int, ...]:

@@ -109,6 +109,10 @@ class AmortisedParams(NamedTuple):
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
 
+    def one_of(self, number: int) -> "AmortisedParams":
+        """Return one network, detached, of several whose layers are stacked."""
+        return AmortisedParams(*(tuple(value[number].detach().clone() for value in values) for values in self))
+
     @property
     def ends(self) -> tuple[int, int] | None:
         """How many scores the network takes, and how many entries its dual has; None if its layers do not fit."""

@@ -9,6 +9,7 @@ that tensor gets the zero as well. Only the compiler reads this model; the user'
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from asapc.passes.base import GraphPass, PassResult
@@ -28,7 +29,9 @@ class UnfuseAttention(GraphPass[Any]):
         """Put the bias between each product and what exponentiates it."""
         graph = program.graph
         constants = {tensor.name for tensor in graph.initializer}
-        scores = scores_of_loops(graph)
+        producers = {name: node for node in graph.node for name in node.output}
+        uses = Counter(name for node in graph.node for name in node.input)
+        scores = scores_of_loops(graph, producers, uses)
         nodes: list[Any] = []
         biased: dict[str, str] = {}  # names of scores with the bias, by those without
         for node in graph.node:
@@ -36,7 +39,7 @@ class UnfuseAttention(GraphPass[Any]):
                 node.input[i] = biased.get(name, name)
             if node.op_type == "MatMul" and node.output[0] in scores and not constants & set(node.input):
                 biased[node.output[0]] = f"{node.output[0]}{BIASED}"
-                nodes += with_zeros(node, parted_operands(graph, node))
+                nodes += with_zeros(node, parted_operands(node, producers, uses))
             else:
                 nodes.append(node)
         if biased:
@@ -46,13 +49,11 @@ class UnfuseAttention(GraphPass[Any]):
         return PassResult(program, bool(biased))
 
 
-def scores_of_loops(graph: Any) -> set[str]:
+def scores_of_loops(graph: Any, producers: Mapping[str, Any], uses: Mapping[str, int]) -> set[str]:
     """Return the names of the products that are exponentiated, but for those of plain attention.
 
     That has a softmax of which the result is used once. Nor are those that have their bias.
     """
-    producers = {name: node for node in graph.node for name in node.output}
-    uses = Counter(name for node in graph.node for name in node.input)
     kernels = [node for node in graph.node if node.op_type == "Softmax" and uses[node.output[0]] > 1]
     pending = [
         name for node in (*kernels, *(n for n in graph.node if n.op_type in EXPONENTIALS)) for name in node.input
@@ -72,10 +73,8 @@ def scores_of_loops(graph: Any) -> set[str]:
     return products
 
 
-def parted_operands(graph: Any, product: Any) -> list[int]:
+def parted_operands(product: Any, producers: Mapping[str, Any], uses: Mapping[str, int]) -> list[int]:
     """Return which operands of a product, 0 or 1, are parts of a tensor that others use, but not the other operand."""
-    producers = {name: node for node in graph.node for name in node.output}
-    uses = Counter(name for node in graph.node for name in node.input)
 
     def sources(name: str) -> set[str]:
         found: set[str] = set()
