@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,6 +174,31 @@ def test_operations_without_a_form_of_their_own_are_decomposed_one_by_one_or_all
         assert difference(run(part)[0], kind()(points[:batch])) < EXPORT
     operations = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert "Einsum" not in operations  # how the exporter writes the transposition
+
+
+@pytest.mark.parametrize("length", [5, 40])
+@pytest.mark.parametrize(
+    ("p", "mode"),
+    [
+        (2, "use_mm_for_euclid_dist"),
+        (2, "donot_use_mm_for_euclid_dist"),
+        *((p, "use_mm_for_euclid_dist_if_necessary") for p in (0, 1, 2, 3, inf)),
+    ],
+)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_distances_are_those_of_torch(length, p, mode, decomposed, tmp_path):
+    class Distances(nn.Module):
+        def forward(self, left, right):
+            return torch.cdist(left, right, p=float(p), compute_mode=mode)
+
+    inputs = {"left": torch.randn(3, 2, length, 4), "right": torch.randn(3, 1, 7, 4)}
+    captured = graph(Distances(), **inputs)
+    if decomposed:
+        captured = replace(captured, program=captured.program.run_decompositions())
+    run = OnnxRuntimeRunner(export_onnx(captured, tmp_path / "model.onnx", {}).path)
+    left, right = (value.double() for value in inputs.values())
+    expected = torch.linalg.vector_norm(left.unsqueeze(-2) - right.unsqueeze(-3), p, dim=-1)
+    assert difference(run(Samples(inputs))[0], expected) < EXPORT
 
 
 def test_runners_say_what_they_run_in(pair):

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tolerances import FLOAT32, difference
+from torch import nn
 
 import asapc
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.capturing.capture import capture_code
 from asapc.capturing.dynamic import parse_axes, reopen
+from asapc.capturing.export import export
 from asapc.config import CompileConfig
 from asapc.errors import CaptureError, OptionError
 from asapc.models.pointset import PointTransformer
@@ -111,6 +113,24 @@ def test_a_model_that_does_as_many_but_other_operations_with_open_axes_is_refuse
     with pytest.raises(CaptureError, match="other operations") as caught:
         reopen(loaded, samples, axes, graph, [], "bound")
     assert caught.value.hint
+
+
+class Flattened(nn.Module):
+    """Tokens after three of the model's own, which are the last axis where two others are made one."""
+
+    def forward(self, points):
+        points = torch.cat([points.new_ones(points.shape[0], 3, 8), points], dim=1).transpose(1, 2)  # B 8 N+3
+        hinges = torch.relu(points.unsqueeze(-2) - torch.arange(7.0).unsqueeze(-1)).flatten(-3, -2)  # B 56 N+3
+        return hinges.mT @ hinges.flatten(1).sum(dim=1)[:, None, None].expand(-1, 56, 1)
+
+
+def test_axes_beside_an_open_length_and_a_constant_are_made_one():
+    points = torch.randn(4, 11, 8)
+    axes = parse_axes("batch=1:8,seq=2:512", Samples({"points": points}))
+    module = export(Flattened(), {"points": points}, axes).module()
+    for batch, length in ((1, 2), (3, 29)):
+        points = torch.randn(batch, length, 8)
+        assert torch.equal(module(points), Flattened()(points))
 
 
 def test_a_model_of_one_length_is_refused_and_named(tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ from asapc.passes.onnx.standard_attention import StandardAttention
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.graph import CapturedGraph, with_graph
 
+MANY_POINTS = 25  # beyond which `torch.cdist` takes products
 OPSET = 18  # what current runtimes read, TensorRT 10 and ONNX Runtime 1.14 among them
 
 
@@ -90,7 +91,11 @@ def to_proto(
     # A copy, since the exporter changes what it is given.
     module = copy.deepcopy(graph.program.graph_module)
     program = with_graph(graph.program, module, PlainProgram if is_plain(graph.program) else ExportedProgram)
-    table = {ATTENTION: multi_head_attention, torch.ops.aten.mT.default: transposed}
+    aten = torch.ops.aten
+    table = {ATTENTION: multi_head_attention, aten.mT.default: transposed}
+    table |= dict.fromkeys(
+        (aten.cdist.default, aten._cdist_forward.default), distances
+    )  # plain programs have the first
     if any(node.target in table for node in module.graph.nodes):
         program = program.run_decompositions(table)
     with quiet_exporter():
@@ -209,6 +214,32 @@ def share_sizes(graph: Graph) -> None:
 def transposed(tensor: Tensor) -> Tensor:
     """Return `tensor.mT` as a transposition, where the exporter writes an Einsum."""
     return tensor.transpose(-1, -2)
+
+
+def distances(left: Tensor, right: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
+    """Write `torch.cdist`, which the exporter has no form of, as torch computes it: by products where points are many.
+
+    Args:
+        left: (..., N, D).
+        right: (..., M, D).
+        p: of the norm.
+        compute_mode: when Euclidean distances are taken by products: 0 or None, where N or M exceeds 25; 1, always; 2,
+            never.
+
+    Returns:
+        (..., N, M).
+    """
+    numbers = [tensor.shape[-2] for tensor in (left, right)]
+    many = any(not isinstance(number, int) or number > MANY_POINTS for number in numbers)
+    if p == 2 and (compute_mode == 1 or (many and compute_mode != 2)):
+        own, other = (tensor.square().sum(dim=-1, keepdim=True) for tensor in (left, right))
+        return (own + other.mT - 2 * (left @ right.mT)).clamp_min(0).sqrt()
+    apart = (left.unsqueeze(-2) - right.unsqueeze(-3)).abs()
+    if p == 0:
+        return (apart != 0).to(apart.dtype).sum(dim=-1)
+    if p == math.inf:
+        return apart.amax(dim=-1)
+    return apart.sum(dim=-1) if p == 1 else apart.pow(p).sum(dim=-1).pow(1 / p)
 
 
 def multi_head_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
