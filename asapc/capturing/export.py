@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 from torch.utils._pytree import tree_structure
 
-from asapc.capturing.splits import EvenSplits
+from asapc.capturing.open_sizes import OpenSizes
 from asapc.errors import AsapcError, CaptureError
 from asapc.loading.inputs import arguments, flattened
 from asapc.loading.lines import told
@@ -59,7 +59,7 @@ def export(
         # torch.export puts a min of its own among the builtins, for models. By it torch asks at the reshape of a tensor
         # of N + 3 tokens, as with a class token, whether N + 3 is the least of N + 3 and 7 (N + 3), and refuses all N.
         own_min = patch("torch._prims.min", min, create=True)
-        with quiet(), torch.no_grad(), EvenSplits(), own_min:
+        with quiet(), torch.no_grad(), OpenSizes(), own_min:
             program: ExportedProgram = torch.export.export(
                 module,
                 args,

@@ -1,7 +1,8 @@
-"""Splits an axis of which the batch is a factor, as models do that keep heads in the batch: `x.split(batch)`.
+"""Replaces, while a model is traced, calls by which torch asks the example for a size that is open.
 
-How many parts that gives, torch.export asks of the example, and then refuses other batches. Where the length is a
-multiple of the part's for every batch, the parts are those of a reshape, which asks nothing.
+torch.export refuses other sizes then. Models that keep heads in the batch split it, `x.split(batch)`, and the number of
+parts is asked for; where the length is a multiple of the part's for every batch, the parts are those of a reshape.
+Distances, `torch.cdist`, are computed by products from 26 points on; with open lengths they always are.
 """
 
 from typing import Any
@@ -14,11 +15,11 @@ SPLIT: set[Any] = {torch.split, Tensor.split}
 CHUNK: set[Any] = {torch.chunk, Tensor.chunk}
 
 
-class EvenSplits(TorchFunctionMode):
-    """Replaces, while active, splits into equal parts whose number is the same for every batch."""
+class OpenSizes(TorchFunctionMode):
+    """Replaces, while active, what asks for open sizes and need not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Split evenly where that is possible; do anything else as without this mode."""
+        """Split evenly and take distances by products where sizes are open; do all else as without this mode."""
         kwargs = kwargs or {}
         is_count = func in CHUNK
         if is_count or func in SPLIT:
@@ -26,7 +27,18 @@ class EvenSplits(TorchFunctionMode):
             count = number_of_parts(tensor.shape[dim], parts, is_count)
             if count is not None:
                 return tensor.unflatten(dim, (count, tensor.shape[dim] // count)).unbind(dim if dim >= 0 else dim - 1)
+        if func is torch.cdist:
+            return func(**with_products(*args, **kwargs))
         return func(*args, **kwargs)
+
+
+def with_products(
+    x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary"
+) -> dict[str, Any]:
+    """Return the arguments of `torch.cdist`, by products where that would depend on an open number of points."""
+    if compute_mode.endswith("if_necessary") and any(isinstance(x.shape[-2], SymInt) for x in (x1, x2)):
+        compute_mode = "use_mm_for_euclid_dist"
+    return {"x1": x1, "x2": x2, "p": p, "compute_mode": compute_mode}
 
 
 def split_arguments(*args: Any, dim: int = 0, **kwargs: Any) -> tuple[Any, Any, int]:

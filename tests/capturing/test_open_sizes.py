@@ -1,10 +1,11 @@
-"""Heads that are kept in the batch, by splits whose number of parts is the same for every batch."""
+"""Sizes that stay open: heads in the batch, by splits of which there are as many for every batch, and distances."""
 
 import pytest
 import torch
 from torch import nn
 
 from asapc.capturing.export import export
+from asapc.types.graph import DynamicAxis
 
 
 class Parts(nn.Module):
@@ -40,3 +41,18 @@ def test_parts_of_the_batch_are_the_same_for_every_batch(way):
 def test_an_axis_of_fixed_length_is_split_as_always():
     program = export(Parts(lambda heads, batch: heads.split((2, 3), 1)[1:]), {"x": torch.rand(2, 5, 12)})
     assert any("split" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("points", [lambda x: x, lambda x: x.flatten(1)])  # of each sample, and of the batch
+@pytest.mark.parametrize("arguments", [{}, {"p": 1.0}, {"compute_mode": "donot_use_mm_for_euclid_dist"}])
+def test_distances_of_any_number_of_points(points, arguments):
+    class Distances(nn.Module):
+        def forward(self, x):
+            return torch.cdist(points(x), points(x).flip(-1), **arguments)
+
+    axes = {"x": {0: DynamicAxis("batch", 1, None), 1: DynamicAxis("points", 2, 64)}}
+    for example in (torch.rand(3, 5, 4), torch.rand(40, 30, 4)):
+        program = export(Distances(), {"x": example}, axes).module()
+        for batch, length in ((1, 2), (2, 26), (30, 64)):
+            x = torch.rand(batch, length, 4)
+            torch.testing.assert_close(program(x), Distances()(x))
