@@ -1,21 +1,24 @@
 """Trains models with Sinkhorn attention and their rivals, compiles them, and writes down what each step keeps.
 
-    python -m benchmarks.study                    # what is missing: some four hours on two cores
+    python -m benchmarks.study                    # what is missing: some three hours on two cores
     python -m benchmarks.study --only frozen      # one part, of what is missing
     python -m benchmarks.study --render           # the page and its figures alone
     python -m benchmarks.study --quick            # all of it at small size, in less than ten minutes: does it work?
 
-Models are trained first, two at a time, and kept in benchmarks/cache/study/; each part then measures its cases one by
-one on an otherwise idle machine. Results are written after each model and each case, so that the study may be stopped
-and goes on where it was. Writes benchmarks/results/study.json, docs/study.md between its two markers, and the
-figures docs/study-*.png; with --quick all of these go to benchmarks/cache/study-quick/.
+Models are trained first, two at a time, and kept in benchmarks/cache/study/. Cases are then measured: two at a time
+where they time nothing, and the others one by one, on an otherwise idle machine. Results are written after each model
+and each case, so that the study may be stopped and goes on where it was. Writes benchmarks/results/study.json,
+docs/study.md between its two markers, and the figures docs/study-*.png; with --quick all of these go to
+benchmarks/cache/study-quick/.
 """
 
 import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
 from benchmarks.study import compelled, downstream, frozen, sinks, summary, swaps, training_cost
 from benchmarks.study.models import ROOT, folder_of, train_missing
+from benchmarks.study.teachers import Row
 
 PARTS = {
     "downstream": downstream,
@@ -35,6 +39,7 @@ PARTS = {
     "sinks": sinks,
     "compelled": compelled,
 }
+UNTIMED = {"swaps", "sinks", "compelled"}
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "study.json", ROOT / "docs" / "study.md"
 
 
@@ -44,10 +49,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the whole study at small size")
     parser.add_argument("--only", choices=list(PARTS), help="measure one part")
     parser.add_argument("--render", action="store_true", help="write the page and its figures only")
-    parser.add_argument("--processes", type=int, default=2, help="that train at once")
+    parser.add_argument("--processes", type=int, default=2, help="at once, where none is timed")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
+    prepare()
     results, document = RESULTS, DOCUMENT
     if options.quick:
         scratch = folder_of(quick=True)
@@ -66,22 +70,45 @@ def main() -> None:
     print(f"written: {document}")
 
 
+def prepare() -> None:
+    """Prepare a process for measuring."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
+
+
 def measure(rows: dict[str, dict[str, Any]], results: Path, options: argparse.Namespace) -> None:
     """Measure the cases that are missing, and write the results after each."""
     for name, part in PARTS.items():
         if options.only not in (None, name):
             continue
-        of_part = rows.setdefault(name, {})
-        for case, run in part.cases(options.quick).items():
-            if case in of_part:
-                continue
-            start = time.perf_counter()
-            of_part[case] = run()
-            seconds = time.perf_counter() - start
+        cases, of_part = part.cases(options.quick), rows.get(name, {})
+        missing = {case: run for case, run in cases.items() if case not in of_part}
+        for case, row, seconds in done(missing, options.processes if name in UNTIMED else 1):
+            of_part[case] = row
+            rows[name] = {case: of_part[case] for case in cases if case in of_part}
             print(f"{name:14} {case:40} {seconds:6.1f} s", flush=True)
             partial = results.with_suffix(".partial")
             write_json(partial, {"parts": rows, "environment": environment(seed=0)})
             partial.rename(results)
+
+
+def done(cases: Mapping[str, Callable[[], Row]], processes: int) -> Iterator[tuple[str, Row, float]]:
+    """Run cases, and yield the name, the row and the seconds of each as it is done."""
+    if processes == 1 or len(cases) < 2:
+        for case, run in cases.items():
+            yield case, *timed(run)
+        return
+    # A fork of a process with torch's threads may hang.
+    with ProcessPoolExecutor(processes, get_context("spawn"), prepare) as pool:
+        jobs = {pool.submit(timed, run): case for case, run in cases.items()}
+        for job in as_completed(jobs):
+            yield jobs[job], *job.result()
+
+
+def timed(run: Callable[[], Row]) -> tuple[Row, float]:
+    """Run a case, and return its row and the seconds that it took."""
+    start = time.perf_counter()
+    return run(), time.perf_counter() - start
 
 
 def page(parts: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asapc.passes.base import GraphPass, PassResult
+from asapc.passes.onnx.types import types_of
 
 ATTENTION = ("", "Attention")  # domain and name
 SWAP, TURN = [0, 2, 1, 3], [0, 1, 3, 2]  # tokens with heads, tokens with numbers
@@ -20,14 +21,10 @@ class InlineAttention(GraphPass[Any]):
 
     def call(self, program: Any) -> PassResult[Any]:
         """Replace every such node of the graph of which the types are known."""
-        import onnx
-
         graph = program.graph
         if not any(is_attention(node) for node in graph.node):
             return PassResult(program, False)
-        inferred = onnx.shape_inference.infer_shapes(program, data_prop=True).graph
-        types = {value.name: value.type for value in (*graph.input, *inferred.value_info, *graph.output)}
-        types |= {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims) for t in graph.initializer}
+        types = types_of(program)
         opset = next(o.version for o in program.opset_import if o.domain in ("", "ai.onnx"))
         nodes = [part for node in graph.node for part in parts_of(node, types, opset) or [node]]
         modified = len(nodes) > len(graph.node)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(monkeypatch, tmp_path):
             section=lambda rows: iter(["## Made up", *rows]),
         )
 
-    results, options = tmp_path / "study.json", argparse.Namespace(only=None, quick=True)
+    results, options = tmp_path / "study.json", argparse.Namespace(only=None, quick=True, processes=1)
     rows: dict = {}
     monkeypatch.setattr(runner, "PARTS", {"made up": part(stop=True)})
     with pytest.raises(KeyboardInterrupt):
@@ -54,6 +55,16 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(monkeypatch, tmp_path):
     runner.measure(rows, results, options)
     assert calls == ["one", "two", "two"]
     assert list(runner.page(rows))[-3:] == ["## Made up", "one", "two"]
+
+
+def test_what_is_not_timed_may_run_at_once_and_keeps_its_order(monkeypatch, tmp_path):
+    cases = {name: partial(dict, name=name) for name in ("one", "two", "three")}
+    part = SimpleNamespace(cases=lambda quick: cases)
+    monkeypatch.setattr(runner, "PARTS", {"swaps": part})
+    rows = {"swaps": {"two": {"name": "kept"}}}
+    runner.measure(rows, tmp_path / "study.json", argparse.Namespace(only=None, quick=True, processes=2))
+    written = json.loads((tmp_path / "study.json").read_text())["parts"]["swaps"]
+    assert list(written.items()) == [(name, {"name": "kept" if name == "two" else name}) for name in cases]
 
 
 def test_what_compiled_models_keep_is_a_mean_over_seeds_for_each_task():

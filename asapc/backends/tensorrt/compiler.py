@@ -30,6 +30,7 @@ from asapc.passes.base import PassManager
 from asapc.passes.onnx.inline_attention import InlineAttention
 from asapc.passes.onnx.split_gemm import SplitGemm
 from asapc.passes.onnx.standard_attention import StandardAttention
+from asapc.passes.onnx.sum_by_product import SumByProduct
 from asapc.passes.onnx.unfuse_attention import UnfuseAttention
 
 
@@ -136,7 +137,7 @@ class Compiler:
         self.network = self.builder.create_network(strongly_typed(trt))
         self.parser = trt.OnnxParser(self.network, self.log)
         try:
-            passes = [InlineAttention(), StandardAttention(), UnfuseAttention(), SplitGemm()]
+            passes = [InlineAttention(), StandardAttention(), UnfuseAttention(), SplitGemm(), SumByProduct()]
             model = PassManager(passes)(onnx.load(path)).program
         except DecodeError as error:
             raise BuildError(f"{path.name} is not an ONNX model: {error}", "report the model") from error
