@@ -32,7 +32,7 @@ class SumByProduct(GraphPass[Any]):
         sums = {node.output[0] for node in nodes if node.op_type in SUMS}
         if opset < FIRST_OPSET or not following(nodes, sums):
             return PassResult(program, False)
-        places = places_of(program, opset)
+        places = places_of(program)
         replaced = following(nodes, places)
         parts = [
             part
@@ -68,7 +68,7 @@ def following(nodes: Iterable[Any], sums: Collection[str]) -> set[str]:
     return found
 
 
-def places_of(program: Any, opset: int) -> dict[str, Place]:
+def places_of(program: Any) -> dict[str, Place]:
     """Return what sums over few numbers go over, by the name of what they give."""
     from onnx import numpy_helper
     from onnx.helper import get_attribute_value
