@@ -1,6 +1,7 @@
 """Entry of the command: `asapc`, `python -m asapc`, and so `torchrun -m asapc`."""
 
 import gc
+import sys
 
 from asapc.process.interrupts import handled
 
@@ -12,8 +13,10 @@ def main() -> None:
     """Run the command, with signals handled before its modules are imported, which takes a moment."""
     gc.set_threshold(*CYCLES)
     with handled():
-        from asapc.cli import main
-
+        try:
+            from asapc.cli import main
+        except ImportError as error:  # of typer or rich, without which not even `asapc doctor` can say so
+            sys.exit(f"error: asapc cannot start: {error}\nhint: pip install --force-reinstall typer rich")
         main()
 
 

@@ -93,6 +93,16 @@ def test_it_works_where_nothing_that_compiles_can_be_imported(tmp_path):
     assert "Traceback" not in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("name", ["rich", "typer"])
+def test_without_what_the_terminal_needs_a_line_says_so(name, tmp_path):
+    result = broken(tmp_path, {"sitecustomize.py": BLOCKER.format(names=(name,))})
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        f"error: asapc cannot start: {name} is blocked",
+        "hint: pip install --force-reinstall typer rich",
+    ]
+
+
 def test_a_torch_that_crashes_the_process_is_a_fault_with_the_signal(tmp_path):
     crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     found = faults(broken(tmp_path, {"torch/__init__.py": crash}, "--json"))
