@@ -1,6 +1,6 @@
 """Trains models with Sinkhorn attention and their rivals, compiles them, and writes down what each step keeps.
 
-    python -m benchmarks.study                    # what is missing: some three hours on two cores
+    python -m benchmarks.study                    # what is missing: some three and a half hours on two cores
     python -m benchmarks.study --only frozen      # one part, of what is missing
     python -m benchmarks.study --render           # the page and its figures alone
     python -m benchmarks.study --quick            # all of it at small size, in less than ten minutes: does it work?
@@ -60,7 +60,8 @@ def main() -> None:
         shutil.copyfile(DOCUMENT, document)
     rows: dict[str, dict[str, Any]] = json.loads(results.read_text())["parts"] if results.exists() else {}
     if not options.render:
-        train_missing(options.quick, options.processes)
+        if options.only is None:  # a part alone trains those that it measures
+            train_missing(options.quick, options.processes)
         measure(rows, results, options)
     parts = {name: rows[name] for name in PARTS if name in rows}
     for name, of_part in parts.items():
