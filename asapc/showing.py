@@ -84,13 +84,12 @@ def inspection(sites: list[dict[str, Any]]) -> Iterator[Grid | str]:
 
 def reach(site: dict[str, Any]) -> Iterator[str]:
     """Yield a line on where constants in a loop's divisors act, if it is not far from the samples."""
-    carried = site["guarded"] and site.get("choice", {}).get("operator") == "exact"
+    carried = site["guarded"] and site.get("choice", {}).get("operator") in ("exact", "amortised")
     if site["reach"] is not None and site["reach"] < FAR and not carried:
         form = "which the exact form carries" if site["guarded"] else "which no operator carries"
-        yield (
-            f"{site['name']} keeps its divisors from zero by a constant, {form}: it changes the plan on scores of more "
-            f"than {site['reach']:g} times the samples'"
-        )
+        where = f"more than {site['reach']:g} times those of the samples" if site["reach"] > 1 else "the samples"
+        constant = f"{site['name']} keeps its divisors from zero by a constant, {form}"
+        yield f"{constant}: it changes the plan on scores of {where}"
 
 
 def more_samples(name: str, choice: dict[str, Any]) -> Iterator[str]:
@@ -124,6 +123,7 @@ def compilation(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
     yield closest_budget(data["verdict"])
     yield output_errors(fidelity)
     yield choices_grid(data["sites"])
+    yield from why_not_shorter(data["sites"])
     for site in data["sites"]:
         yield from reach(site)
         yield from more_samples(site["name"], site["choice"])
@@ -266,6 +266,17 @@ def choices_grid(sites: list[dict[str, Any]]) -> Grid:
     ]
     columns = ("site", "N x M", "half-steps", "operator", "relc", "col error")
     return Grid("Sinkhorn attention", columns, ("site", "operator"), [rows])
+
+
+def why_not_shorter(sites: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield why sites keep all half-steps, where that was not what -O0 or -O1 asked for."""
+    names: dict[str, list[str]] = {}
+    for site in sites:
+        choice = site["choice"]
+        if choice["operator"] in ("exact", "keep") and not choice["reason"].startswith("-O"):
+            names.setdefault(choice["reason"], []).append(site["name"])
+    for reason, of_reason in names.items():
+        yield f"{' and '.join(of_reason[:2])}{' and others' * (len(of_reason) > 2)}: all half-steps stay, for {reason}"
 
 
 def bill_grid(sites: list[dict[str, Any]]) -> Grid:

@@ -33,7 +33,7 @@ from asapc.config import CompileConfig
 from asapc.errors import AsapcError, BuildError, one_line
 from asapc.loading.model import load_model
 from asapc.ops.sliced_dual import bias_side
-from asapc.planning.amortise import WIDTHS, amortisable, initial, layer_sizes
+from asapc.planning.amortise import WIDTHS, initial, layer_sizes, why_not_amortised
 from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.operators import Operator, build, lowerings, packs
 from asapc.planning.propose import why_not_sliced
@@ -207,7 +207,7 @@ def fit(teacher: Teacher) -> dict[str, dict[str, Candidate]]:
         candidates[site.name] = {"exact": exact} | ({} if packs(site) else {LEVELLED: exact})
         if steps > FEW:
             candidates[site.name][f"truncated, {FEW}"] = Candidate("truncated", FEW, inf)
-        if amortisable(site):
+        if why_not_amortised(site) is None:
             layers = initial(
                 1, layer_sizes(site, WIDTHS[0]), torch.Generator().manual_seed(0)
             )  # the weights are no matter

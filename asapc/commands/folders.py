@@ -14,7 +14,7 @@ from asapc.backends.base import Runner
 from asapc.backends.onnxruntime.cuda import CudaRunner
 from asapc.backends.onnxruntime.runner import OnnxRuntimeRunner
 from asapc.errors import OptionError, SamplesError
-from asapc.loading.folder import read_folder
+from asapc.loading.folder import check_lengths, read_folder
 from asapc.loading.inputs import as_exported, compare_types
 from asapc.loading.manifest import HALF, MODEL
 from asapc.loading.samples import load_samples
@@ -80,6 +80,7 @@ class Folder:
                 f"the samples hold {arrays}; the inputs of {self.model} are {names}", "name the arrays as the inputs"
             )
         compare_types(self.model, samples, self.inputs)
+        check_lengths(self.path, samples)
 
     @cached_property
     def held_out(self) -> tuple[Samples, Samples]:

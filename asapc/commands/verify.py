@@ -15,7 +15,7 @@ from asapc.fidelity.budget import check_budget, judge, reached
 from asapc.fidelity.outputs import BATCH, verify
 from asapc.fidelity.sites import site_fidelity
 from asapc.loading.choice import read_choice
-from asapc.loading.folder import OPERATORS, read_folder
+from asapc.loading.folder import OPERATORS, check_lengths, read_folder
 from asapc.loading.inputs import as_exported, compare_types, order_inputs
 from asapc.loading.manifest import COMPILE, MODEL
 from asapc.loading.samples import load_samples
@@ -158,6 +158,7 @@ def verify_outputs(
     runner = OnnxRuntimeRunner(folder / MODEL)
     samples, stored = as_exported(load_samples(data), runner.inputs), load_samples(outputs)
     check_stored(data, samples, outputs, stored, runner)
+    check_lengths(folder, samples)
     fidelity = verify({"teacher": StoredOutputs(stored), "compiled": runner}, {}, {}, samples)
     verification = Verification(fidelity, config.bounds() or budget_of(report, fidelity), {})
     return hold(verification, show)
@@ -208,6 +209,7 @@ def verify_model(
     loaded = load_teacher(folder, report, teacher, config)
     samples, compiled = order_inputs(loaded, load_samples(data)), OnnxRuntimeRunner(folder / MODEL)
     compare_types(folder / MODEL, samples, compiled.inputs)
+    check_lengths(folder, samples)
     ratings = rate_sites(folder, report, loaded, samples, config)
     if ratings.note and (of_sites := [str(bound) for bound in config.bounds() if bound.metric in SITE_METRICS]):
         reason = f"{', '.join(of_sites)} cannot be judged: {ratings.note}"

@@ -1,14 +1,17 @@
 """Reads folders that `asapc compile` wrote, or that somebody wants to be taken for one."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from asapc.errors import CheckpointError, OptionError
+from asapc.errors import CheckpointError, InputError, OptionError, SamplesError
 from asapc.loading.manifest import MANIFEST, MODEL, read_checked, read_manifest, refusal
 from asapc.loading.onnx.reader import check_self_contained
 from asapc.loading.untrusted.source import Source
 from asapc.types.budget import parse_bound
+from asapc.types.interface import Interface
+from asapc.types.samples import Samples
 
 REPORT, OPERATORS = "report.json", "operator.safetensors"
 
@@ -27,6 +30,20 @@ def read_folder(folder: Path) -> dict[str, Any]:
     check_report(folder, report, manifest)
     check_self_contained(Source.at(folder / MODEL, CheckpointError))
     return report
+
+
+def check_lengths(folder: Path, samples: Samples) -> None:
+    """Raise SamplesError where samples have lengths that a compiled model does not take; their number may be any."""
+    interface = Interface.of(read_manifest(folder))
+    batches = {info.shape[0] for info in interface.inputs}
+    axes = {name: limits for name, limits in interface.axes.items() if name not in batches}
+    interface = replace(interface, axes=axes)
+    lengths: dict[str, tuple[str, int]] = {}
+    for info in interface.inputs:
+        try:
+            interface.check_shape(info, tuple(samples.inputs[info.name].shape), lengths)
+        except InputError as error:
+            raise SamplesError(str(error), error.hint) from None
 
 
 def check_report(folder: Path, report: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from asapc.planning.operators import amortised_operator, exact_operator, packs
 from asapc.types.choices import AmortisedParams, Candidate
 from asapc.types.graph import CapturedGraph
 from asapc.types.samples import Samples
-from asapc.types.site import Site
+from asapc.types.site import SMALL, Site
 
 # Of those that `python -m benchmarks.amortised_tiny` tries; wider ones take longer than the half-steps that they save.
 WIDTHS = (16, 32)
@@ -30,10 +30,14 @@ MIN_PLANS, MAX_PLANS = 1024, 2**15  # to train on
 MIN_SPREAD = 1e-6  # of an entry that is normalised
 
 
-def amortisable(site: Site) -> bool:
-    """Return whether a network can stand for half-steps of a site: its plans are small, and its loop is long."""
+def why_not_amortised(site: Site) -> str | None:
+    """Return why no network can stand for half-steps of a site; None where one can."""
+    if not packs(site):
+        return f"networks are for small plans, of at most {SMALL} entries, that are not masked"
+    if site.loop.half_steps <= max(FOLLOWING):
+        return f"{site.loop.half_steps} half-steps are too few for a network to pay"
     # Processes that share the calibration would each train another network.
-    return packs(site) and site.loop.half_steps > max(FOLLOWING) and processes_sharing() == 1
+    return None if processes_sharing() == 1 else "networks are not trained by several processes"
 
 
 def amortise(graph: CapturedGraph, sites: Sequence[Site], samples: Samples) -> dict[str, list[Candidate]]:

@@ -7,6 +7,7 @@ from math import inf
 from asapc.config import CompileConfig
 from asapc.fidelity.budget import judge as judge_budget
 from asapc.planning.alternatives import look_up
+from asapc.planning.amortise import MIN_PLANS, why_not_amortised
 from asapc.planning.cache import Cache
 from asapc.planning.check import Check
 from asapc.planning.front import closer, front, model_front, relc
@@ -133,11 +134,19 @@ def choose_operator(
         nearest = min(saving, key=lambda c: relc(c))
         why = f"no approximation is close enough, the closest has relc {relc(nearest):.3g} on calibration samples"
     else:
-        why = why_not_sliced(site) or "no approximation is cheaper"
+        none = why_none(site, config) if not others else None
+        why = none or "no approximation is cheaper"
     if relc(exact) <= EXACT_RELC[config.level]:
         return Choice(exact, "-O1 asks for the exact form" if config.level == 1 else why, curve)
     why = f"{why}; the scaling form leaves the range of float32 (relc {relc(exact):.1e})"
     return Choice(Candidate("keep", site.loop.half_steps, inf), why, curve)
+
+
+def why_none(site: Site, config: CompileConfig) -> str | None:
+    """Return why a site has no candidates beside the exact form, of the kinds that are allowed; None if all may be."""
+    if config.kinds() == {"amortised"}:
+        return why_not_amortised(site) or f"a network needs {MIN_PLANS:,} plans to train on, more than there are"
+    return why_not_sliced(site)
 
 
 def site_limits(config: CompileConfig) -> dict[str, float]:

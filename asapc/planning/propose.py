@@ -8,7 +8,7 @@ from math import inf
 from asapc.backends.tensorrt.preflight import MAX_SORT
 from asapc.config import CompileConfig
 from asapc.ops.sliced_dual import bias_side, first_half_steps
-from asapc.planning.amortise import amortisable, amortise
+from asapc.planning.amortise import amortise, why_not_amortised
 from asapc.planning.calibrate import FitKey, calibrate
 from asapc.planning.distributed import processes_sharing
 from asapc.types.choices import SIDES, Candidate, FeatureSet, SlicedDualParams
@@ -37,7 +37,7 @@ def propose(
         return candidates
     for site in sites if "truncated" in config.kinds() else ():
         candidates[site.name] += [Candidate("truncated", t, inf) for t in TRUNCATED if t < site.loop.half_steps]
-    small = [site for site in sites if "amortised" in config.kinds() and amortisable(site)]
+    small = [site for site in sites if "amortised" in config.kinds() and why_not_amortised(site) is None]
     if small:
         advance(f"training networks of {len(small)} sites")
         _, fitting = split(enough(teacher))

@@ -23,6 +23,8 @@ from asapc.types.samples import Samples
 
 MATCHES = "matches"  # what the labels of points are called in a checkpoint, beside its inputs: a match for each
 
+TRAINED = "give a checkpoint of `asapc train`, or compare other models with `asapc verify`"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -69,7 +71,10 @@ def evaluate(path: Path, teacher: Path | None = None) -> Evaluation:
     elif teacher is not None:
         raise OptionError("a checkpoint has no teacher: it holds the samples itself", "omit --teacher")
     else:
-        loaded = load_model(path)
+        try:
+            loaded = load_model(path)
+        except CheckpointError as error:  # whose hint is for models of any origin
+            raise CheckpointError(str(error), TRAINED) from None
         runner = EagerRunner(loaded.module)
     samples = held_out(loaded)
     return Evaluation(path, runner.runtime, len(samples), score(runner, samples))
@@ -79,11 +84,15 @@ def score(runner: Runner, samples: Samples) -> float:
     """Return the share of labels that have the largest output.
 
     Raises:
-        CheckpointError: there is no label for each output.
+        CheckpointError: there is no label for each output, or an output is no number.
     """
     outputs, labels = first_output(runner, samples), samples.labels
     if labels is None or labels.shape != outputs.shape[:-1]:
         raise CheckpointError("the labels of the held-out samples are not those of the model's outputs", "train again")
+    if outputs.isnan().any():  # of which the largest would be the first
+        raise CheckpointError(
+            "the model's outputs on the held-out samples are not finite", "train with a smaller learning_rate"
+        )
     return accuracy(outputs, labels)
 
 
@@ -97,10 +106,10 @@ def held_out(loaded: LoadedModel) -> Samples:
     labels = None if samples is None else samples.labels
     if samples is not None and labels is None:
         labels = read_torch(Source.at(loaded.path, CheckpointError))["held_out"].get(MATCHES)
-    if samples is None or not isinstance(labels, Tensor):
+    if samples is None or not isinstance(labels, Tensor) or not len(samples):
         raise CheckpointError(
             f"{loaded.path} holds no held-out samples with labels",
-            "give a checkpoint of `asapc train`, or compare other models with `asapc verify`",
+            TRAINED,
         )
     return Samples(samples.inputs, labels)
 

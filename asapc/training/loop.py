@@ -19,7 +19,7 @@ from asapc.events import OnEvent, Stage, stage
 from asapc.loading.checkpoint import FORMAT
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_torch
-from asapc.planning.distributed import rank
+from asapc.planning.distributed import processes_sharing, rank
 from asapc.process import interrupts
 from asapc.training.evaluate import score, stored
 from asapc.training.recipe import Recipe
@@ -28,6 +28,7 @@ from asapc.training.tasks import task
 from asapc.writing.folder import output_file
 
 STATE = "asapc.training/1"
+START_AGAIN = "start again with --force and without --resume"
 CALIBRATION = 64  # training samples in the checkpoint
 EVERY = 20  # steps from one state to the next, and over which the loss that is shown is a mean
 
@@ -47,7 +48,7 @@ def train(
     Args:
         recipe: what to train.
         out: the checkpoint to write.
-        resume: whether to go on from a state; where there is none, the run begins anew.
+        resume: whether to go on from a state; where there is none, the run begins anew, unless its checkpoint is there.
         on_event: called with progress.
         force: whether to replace a checkpoint that exists, and unless `resume` is given a state.
 
@@ -57,9 +58,14 @@ def train(
     Raises:
         OptionError: the recipe does not fit its task, the state is of another recipe, or the loss is not finite.
         OutputError: `out` exists, cannot be written, or there is a state and neither `resume` nor `force` is given.
-        CheckpointError: the state cannot be read.
+        CheckpointError: the state cannot be read, or outputs are not finite in the end.
         DependencyError: the data of the task cannot be fetched.
     """
+    if not out.name:
+        raise OutputError("the checkpoint has no name", "give a file")
+    done = finished(out, recipe) if resume and not force else None
+    if done is not None:
+        return done
     first, state_file = rank() == 0, out.with_name(f"{out.name}.state")
     with output_file(out, force) if first else nullcontext(out) as partial, reproducible():
         state = read_state(state_file, recipe, resume, force)
@@ -85,6 +91,18 @@ def train(
     if first:
         remove_state(state_file)
     return facts
+
+
+def finished(out: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the facts of a training that is done, by its checkpoint; None where there is none of this recipe."""
+    try:
+        content = read_torch(Source.at(out, CheckpointError))
+    except CheckpointError:
+        return None
+    facts = content.get("training") if isinstance(content, dict) else None
+    ours = header(recipe)["recipe"]
+    same = isinstance(facts, dict) and {key: facts.get(key) for key in ours} == ours
+    return facts if same else None
 
 
 def advance(run: Run, step: Stage, save_state: Callable[[], None]) -> None:
@@ -134,7 +152,8 @@ def to_checkpoint(run: Run) -> dict[str, Any]:
 def header(recipe: Recipe) -> dict[str, Any]:
     """Return what tells the state of one recipe from that of another."""
     # A subclass of str, which no reader of plain tensors takes.
-    return {"format": STATE, "recipe": {**asdict(recipe), "torch": str(torch.__version__)}}
+    facts = {**asdict(recipe), "torch": str(torch.__version__), "processes": processes_sharing()}
+    return {"format": STATE, "recipe": facts}
 
 
 def write_state(run: Run, partial: Path, path: Path) -> None:
@@ -160,6 +179,8 @@ def read_state(path: Path, recipe: Recipe, resume: bool, force: bool) -> dict[st
         OptionError: it is of another recipe.
         CheckpointError: it cannot be read.
     """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, and the state of a training is written there", "remove it")
     if not path.exists() or (force and not resume):
         return None
     if not resume:
@@ -167,8 +188,11 @@ def read_state(path: Path, recipe: Recipe, resume: bool, force: bool) -> dict[st
             f"{path} holds what a training that was stopped had reached",
             "go on with --resume, or start again with --force",
         )
-    source = Source.at(path, CheckpointError)
-    content = read_torch(source)
+    try:
+        source = Source.at(path, CheckpointError)
+        content = read_torch(source)
+    except CheckpointError as error:
+        raise CheckpointError(str(error), START_AGAIN) from None
     if not isinstance(content, dict) or content.get("format") != STATE:
         raise source.refuse("it is no state of `asapc train`", "remove it")
     of, ours = content.get("recipe"), header(recipe)["recipe"]
@@ -176,7 +200,7 @@ def read_state(path: Path, recipe: Recipe, resume: bool, force: bool) -> dict[st
         theirs = of.get(differing) if isinstance(of, dict) else None
         raise OptionError(
             f"{path} is of another recipe: {differing} was {theirs!r}, and is {ours[differing]!r}"[:300],
-            "give the same recipe and options, or start again with --force and without --resume",
+            f"give the same recipe, options and number of processes, or {START_AGAIN}",
         )
     return content
 
@@ -189,8 +213,11 @@ def restore(run: Run, state: Mapping[str, Any], path: Path) -> None:
     """
     try:
         run.restore(state)
+        damaged = type(run.step) is not int or not 0 <= run.step <= run.recipe.steps
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
-        raise Source.at(path, CheckpointError).refuse("it is damaged", "start again with --force") from None
+        damaged = True
+    if damaged:
+        raise Source.at(path, CheckpointError).refuse("it is damaged", START_AGAIN)
 
 
 def save(content: Mapping[str, Any], path: Path) -> None:

@@ -17,14 +17,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         OptionError: it is not a regular file, is too long or is not TOML, nests too deeply, or has long integers.
     """
-    hint = "give a TOML file of options"
+    hint = "give a TOML file"
     try:
         status = path.stat()
         if not S_ISREG(status.st_mode):
             raise OptionError(f"cannot read {path}: it is not a regular file", hint)
         if status.st_size > MAX_TOML_BYTES:
             raise OptionError(f"cannot read {path}: it has {status.st_size:,} bytes", hint)
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text("utf-8-sig"))
         check_plain(content)
     except RecursionError:
         raise OptionError(f"cannot read {path}: it nests too deeply", hint) from None

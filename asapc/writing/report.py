@@ -66,6 +66,7 @@ def report_data(
         environment: see `writing.environment`.
     """
     findings = teacher.findings
+    as_written = all(choice.candidate.operator == "keep" for choice in selection.choices.values())
     return {
         "schema": SCHEMA,
         **run,
@@ -85,7 +86,7 @@ def report_data(
         "activations": [activation_data(activation) for activation in activations],
         "fidelity": fidelity_data(fidelity),
         "budget": [str(term.bound) for term in verdict.terms],
-        "verdict": verdict_data(verdict, latency),
+        "verdict": verdict_data(verdict, latency, as_written),
         "latency": latency_data(latency),
         "costs": costs_data(costs),
         "engine": {
@@ -206,18 +207,18 @@ def choice_data(choice: Choice) -> dict[str, Any]:
 
 
 def candidate_data(candidate: Candidate) -> dict[str, Any]:
-    """Return a candidate as the report shows it; slices, features and side are a sliced dual's, else 0 and none."""
+    """Return a candidate as the report shows it; what it does not have is 0 or none."""
     params, fidelity = candidate.params, candidate.fidelity
-    if isinstance(params, AmortisedParams):
-        params = None
+    dual = None if isinstance(params, AmortisedParams) else params
     return {
         "operator": candidate.operator,
         "half_steps": candidate.half_steps,
         "lowering": candidate.lowering,
-        "slices": 0 if params is None else params.slices,
-        "features": [] if params is None else params.features,
-        "side": None if params is None else params.side,
-        "doubling": params.doubling[-1] if params is not None and params.doubling else None,
+        "slices": 0 if dual is None else dual.slices,
+        "features": [] if dual is None else dual.features,
+        "side": None if dual is None else dual.side,
+        "width": len(params.biases[0]) if isinstance(params, AmortisedParams) else None,
+        "doubling": dual.doubling[-1] if dual is not None and dual.doubling else None,
         "estimated_ms": candidate.cost if isfinite(candidate.cost) else None,
         "calibration_relc": fidelity.relc if fidelity is not None and isfinite(fidelity.relc) else None,
     }
@@ -296,7 +297,7 @@ def fidelity_data(fidelity: Fidelity) -> dict[str, Any]:
     return data
 
 
-def verdict_data(verdict: Verdict, latency: Latency | None = None) -> dict[str, Any]:
+def verdict_data(verdict: Verdict, latency: Latency | None = None, as_written: bool = False) -> dict[str, Any]:
     """Return a verdict for the report: whether the budget is kept, what was reached of each term, and the speedup."""
     terms = [
         {
@@ -307,21 +308,20 @@ def verdict_data(verdict: Verdict, latency: Latency | None = None) -> dict[str, 
         }
         for term in verdict.terms
     ]
-    speed = "" if latency is None else f"; {speed_note(latency)}"
+    speed = "" if latency is None else f"; {speed_note(latency, as_written)}"
     return {"passed": verdict.passed, "headline": verdict.headline + speed, "terms": terms}
 
 
-def speed_note(latency: Latency) -> str:
-    """Return what the operators gain over the exact form at the largest batch, and what to do where that is nothing."""
+def speed_note(latency: Latency, as_written: bool = False) -> str:
+    """Return what is gained over the exact form at the largest batch, and what to do where that is nothing."""
     largest = max(latency.batches, key=lambda of_batch: of_batch.batch)
     exact = largest.ratios["exact"]
     times = f"{exact.value:.2f}x as fast as exact Sinkhorn ({exact.low:.2f} to {exact.high:.2f})"
-    seen = f"{times} at batch {largest.batch}"
-    finding = exact.finding
+    seen, finding = f"{times} at batch {largest.batch}", exact.finding
     if finding == "identical":
         return "this is exact Sinkhorn"
     if finding == "faster" or exact.high < WORTHWHILE:
-        return f"{seen}: the approximation does not pay, use -O1 here"
+        return f"{seen}: {'-O1 writes that form' if as_written else 'the approximation does not pay, use -O1 here'}"
     noise = f", which this run cannot tell from 1: the same file opened twice may differ by {largest.floor:.0%}"
     return seen if finding == "slower" else seen + noise
 

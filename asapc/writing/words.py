@@ -32,6 +32,7 @@ def label(candidate: Mapping[str, Any]) -> str:
     more = [f"{candidate['slices']} slices"] if candidate["slices"] else []
     more += ["hinges"] if "hinges" in candidate["features"] else []
     more += [candidate["side"]] if candidate["side"] else []
+    more += [f"{candidate['width']} wide"] if candidate["width"] else []
     more += [] if candidate["lowering"] == "materialised" else [candidate["lowering"]]
     return ", ".join([candidate["operator"], *more])
 

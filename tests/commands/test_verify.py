@@ -217,6 +217,13 @@ def test_a_token_outside_of_the_calibrated_range_is_counted_and_named(mixing, tm
         assert any("blocks.0: the scores of 1 of" in line and "sample 3 plan 5" in line for line in lines) == sharp
 
 
+def test_lengths_that_the_model_does_not_take_are_refused(mixing, tmp_path):
+    for length in (1, CHARACTERS + 1):
+        np.savez(tmp_path / "data.npz", tokens=np.zeros((24, length), np.int64))
+        with pytest.raises(SamplesError, match=f"seq of 2 to {CHARACTERS}"):
+            verify_model(mixing / "out", tmp_path / "data.npz")
+
+
 @pytest.mark.slow
 def test_small_plans_are_rated_at_every_length(mixing, tmp_path):
     np.savez(tmp_path / "data.npz", tokens=np.load(mixing / "tokens.npy")[:, :7])

@@ -16,7 +16,7 @@ from asapc.loading.choice import read_choice
 from asapc.loading.untrusted.source import Source
 from asapc.loading.untrusted.tensors import read_safetensors
 from asapc.planning import amortise as module
-from asapc.planning.amortise import amortisable, train
+from asapc.planning.amortise import train, why_not_amortised
 from asapc.planning.cache import Entry, pack, unpack
 from asapc.planning.operators import amortised_operator, exact_operator, lowerings
 from asapc.types.choices import Alternatives, AmortisedParams, Candidate
@@ -62,12 +62,12 @@ def test_both_layouts_of_a_network_give_the_same():
 
 
 def test_networks_stand_for_long_loops_on_small_plans_alone(monkeypatch):
-    assert amortisable(small())
-    assert not amortisable(small(5))
-    assert not amortisable(small(queries=64))
-    assert not amortisable(small(masked=True))
+    assert why_not_amortised(small()) is None
+    assert why_not_amortised(small(5))
+    assert why_not_amortised(small(queries=64))
+    assert why_not_amortised(small(masked=True))
     monkeypatch.setattr(module, "processes_sharing", lambda: 2)
-    assert not amortisable(small())
+    assert why_not_amortised(small())
 
 
 class Mixing(nn.Module):

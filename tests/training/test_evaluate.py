@@ -57,6 +57,33 @@ def test_a_model_without_labels_is_refused():
     assert "asapc verify" in caught.value.hint
 
 
+def test_outputs_that_are_no_numbers_are_not_scored():
+    class Broken:
+        runtime = "none"
+
+        def __call__(self, samples):
+            return [torch.full((len(samples), 3), torch.nan)]
+
+    with pytest.raises(CheckpointError, match="not finite") as caught:
+        score(Broken(), Samples({"x": torch.zeros(4, 1)}, torch.zeros(4, dtype=torch.long)))
+    assert "learning_rate" in caught.value.hint
+
+
+def test_a_checkpoint_of_another_tool_is_refused_with_what_this_command_takes(tmp_path):
+    torch.save({"weight": torch.ones(3)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError) as caught:
+        evaluate(tmp_path / "other.pt")
+    assert "asapc train" in caught.value.hint
+    assert "--model" not in caught.value.hint
+
+
+def test_no_held_out_samples_are_none(shipped):
+    nothing = Samples({"images": torch.zeros(0, 8, 8)}, torch.zeros(0, dtype=torch.long))
+    loaded = LoadedModel(torch.nn.Identity(), shipped, "", 0, None, nothing)
+    with pytest.raises(CheckpointError, match="no held-out samples"):
+        held_out(loaded)
+
+
 def test_matches_are_stored_beside_the_samples_and_scored_point_by_point(tmp_path):
     matches = torch.tensor([[1, 0, 2], [2, 1, 0]])
     samples = Samples({"right": matches.index_fill(0, torch.tensor([0]), 0)}, matches)

@@ -144,7 +144,7 @@ def test_force_starts_again(out, stopped, uninterrupted):
     assert not stopped.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", "half", {"format": "another"}, {"step": "none"}])
+@pytest.mark.parametrize("content", [b"", b"no archive", "half", {"format": "another"}, {"step": "none"}, {"step": -5}])
 def test_a_damaged_state_is_refused_and_left(content, out, stopped):
     if content == "half":
         content = stopped.read_bytes()[: stopped.stat().st_size // 2]
@@ -152,10 +152,38 @@ def test_a_damaged_state_is_refused_and_left(content, out, stopped):
         stopped.write_bytes(content)
     else:
         state = torch.load(stopped, weights_only=True)
-        torch.save({**state, "model": {}, **content}, stopped)
-    message, _ = refusal(CheckpointError, TINY, out, resume=True)
+        torch.save({**state, **content}, stopped)
+    message, hint = refusal(CheckpointError, TINY, out, resume=True)
     assert str(stopped) in message
+    assert "without --resume" in hint or hint == "remove it"
     assert names(out.parent) == [stopped.name]
+
+
+def test_a_state_of_as_many_processes_alone_is_taken(out, stopped, monkeypatch):
+    monkeypatch.setattr(loop, "processes_sharing", lambda: 2)
+    message, hint = refusal(OptionError, TINY, out, resume=True)
+    assert "processes was 1, and is 2" in message
+    assert "number of processes" in hint
+
+
+def test_a_training_that_is_done_is_not_done_again_by_resume(out, uninterrupted):
+    out.write_bytes(uninterrupted)
+    facts = train(TINY, out, resume=True, on_event=killed_at(0))
+    assert facts["held_out_accuracy"] > 0
+    assert out.read_bytes() == uninterrupted
+    assert names(out.parent) == [out.name]
+    message, _ = refusal(OutputError, replace(TINY, seed=1), out, resume=True)
+    assert "exists already" in message
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_where_the_state_would_be_is_refused(force, out):
+    state = out.with_name("model.pt.state")
+    state.mkdir()
+    message, hint = refusal(OutputError, TINY, out, force=force)
+    assert f"{state} is a folder" in message
+    assert hint == "remove it"
+    assert "no name" in refusal(OutputError, TINY, Path())[0]
 
 
 def test_a_checkpoint_that_exists_is_not_replaced(out):
@@ -171,14 +199,14 @@ def test_a_checkpoint_that_exists_is_not_replaced(out):
     [
         ({"learning_rate": 1e30}, "the loss is"),
         ({"batch": 2000}, "a batch of 2000 is more than all 1297 samples"),
-        ({"model": {**SMALL, "size": 4}}, "cannot compute the samples of its task"),
         ({"model": {"breadth": 10}}, "breadth"),
+        ({"model": {**SMALL, "classes": 3}}, "classes of [model] is the task's own, 10"),
     ],
 )
 def test_a_recipe_that_does_not_fit_its_task_is_refused(changes, message, out):
     said, hint = refusal(OptionError, replace(TINY, **changes), out)
     assert message in said
-    assert "recipe" in hint or "learning_rate" in hint
+    assert "recipe" in hint or "learning_rate" in hint or hint == "omit it"
     assert not out.exists()
 
 

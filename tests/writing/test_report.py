@@ -71,7 +71,9 @@ def test_the_schema_refuses_what_it_does_not_describe() -> None:
 )
 def test_the_headline_says_what_the_approximation_gains_and_what_to_do_where_that_is_nothing(ratio, note) -> None:
     batches = (BatchLatency(8, (), {"exact": ratio}, floor=0.02, blocks=5, stable=True, warnings=()),)
-    assert note in speed_note(Latency("cpu", 1, batches, CONDITIONS))
+    latency = Latency("cpu", 1, batches, CONDITIONS)
+    assert note in speed_note(latency)
+    assert "approximation" not in speed_note(latency, as_written=True)
 
 
 def test_what_speaks_against_the_figures_stands_in_the_report() -> None:

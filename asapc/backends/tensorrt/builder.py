@@ -93,7 +93,6 @@ def build_engine(
     whole = {name: {0: BATCH_AXIS} for name in shapes}
     sizes = narrowed(options.profiles, shapes, axes or whole, largest_batch) if shapes else {}
     sizes = sizes or open_sizes(axes or {}, largest_batch)
-    preflight(package, onnx.path, largest_batch, sizes)
     request = {
         "package": package,
         "target": "SM{}{}".format(*torch.cuda.get_device_capability()) if package == "tensorrt" else None,
@@ -111,6 +110,7 @@ def build_engine(
         },
     }
     try:
+        preflight(package, onnx.path, largest_batch, sizes)
         answer = compile_apart(request)
         temporary(path).rename(path)
     except BuildError as error:

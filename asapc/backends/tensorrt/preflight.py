@@ -149,7 +149,7 @@ def long_sort(node: Any, values: Mapping[str, Value]) -> Fault | None:
     if count is None or count <= MAX_SORT:
         return None
     why = f"it gives {count} elements in order, and TensorRT no more than {MAX_SORT}"
-    return Fault(why, "lower the upper end of that axis in --dynamic, or replace the sort in the model")
+    return Fault(why, "replace the sort in the model; where --dynamic opens its axis, lower the upper end")
 
 
 def unknown_operator(node: Any, values: Mapping[str, Value]) -> Fault | None:
