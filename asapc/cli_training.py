@@ -47,7 +47,7 @@ def train(
     with processes() as rank, stages(visible=rank == 0) as on_event:
         facts = train_recipe(recipe, out_file, resume, on_event, force)
     if rank == 0:
-        say(out, f"{out_file}: held-out accuracy {facts['held_out_accuracy']:.1%} after {recipe.steps} steps")
+        say(out, f"{out_file}: held-out accuracy {facts['held_out_accuracy']:.1%} after step {recipe.steps}")
 
 
 @command("asapc eval mine.pt", "asapc eval mine.asap --json")

@@ -95,10 +95,8 @@ def reach(site: dict[str, Any]) -> Iterator[str]:
 def more_samples(name: str, choice: dict[str, Any]) -> Iterator[str]:
     """Yield a line on what more calibration samples would do for an operator, if that is worth it."""
     if (share := choice["doubling"] or 0.0) >= WORTHWHILE:
-        yield (
-            f"{name} would gain from more calibration samples, which need no labels: twice as many take about "
-            f"{share:.0%} off the error of its estimate"
-        )
+        gain = f"twice as many take about {share:.0%} off the error of its estimate"
+        yield f"{name} would gain from more calibration samples, which need no labels: {gain}"
 
 
 def near_misses(misses: list[dict[str, Any]]) -> Iterator[str]:
@@ -158,7 +156,7 @@ def compiled_folder(folder: Path, data: dict[str, Any]) -> Iterator[Grid | str]:
         yield "the engine's builder listed no layers"
     else:
         yield layers_grid(engine["layers"])
-        yield from (fusion(site["name"], engine["layers"]) for site in data["sites"])
+        yield from (fusion(site, engine["layers"]) for site in data["sites"])
 
 
 def layers_grid(layers: list[dict[str, Any]]) -> Grid:
@@ -177,12 +175,15 @@ def layers_grid(layers: list[dict[str, Any]]) -> Grid:
     return Grid("Engine", columns, columns[1:], [rows])
 
 
-def fusion(site: str, layers: list[dict[str, Any]]) -> str:
+def fusion(of_site: dict[str, Any], layers: list[dict[str, Any]]) -> str:
     """Return a line on what became of a site in an engine."""
+    site = of_site["name"]
     own = [layer for layer in layers if site in layer["sites"]]
     fused = sum(layer["attention"] for layer in own)
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer["kind"] for layer in own).items())
     attention = f"attention as one kernel in {fused}" if fused else "no attention as one kernel"
+    if of_site["choice"]["operator"] == "keep":
+        return f"{site} stays as it was written, and its layers are not told from others of its module"
     if not own:
         return f"{site} is in no layer of the engine by itself"
     return f"{site} is in {len(own)} layers of the engine ({kinds}): {attention}"
@@ -282,8 +283,7 @@ def why_not_shorter(sites: list[dict[str, Any]]) -> Iterator[str]:
 def bill_grid(sites: list[dict[str, Any]]) -> Grid:
     """Show cost and error of each choice and of its neighbours on the front; report.json has the whole front."""
     title = "What else there was, by estimate and on calibration samples"
-    columns = ("site", "operator", "half-steps", "ms", "relc")
-    return Grid(title, columns, ("site", "operator"), [bill(site) for site in sites])
+    return Grid(title, ("site", "operator", "half-steps", "ms", "relc"), ("site", "operator"), list(map(bill, sites)))
 
 
 def bill(site: dict[str, Any]) -> list[Row]:

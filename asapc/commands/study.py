@@ -83,7 +83,7 @@ def study(
         findings = replace(findings, early_stops=graph.early_stops)
         dump.graph("build-plans", graph)
         dump.findings("find", findings)
-        step.summary = f"{len(findings.sites)} Sinkhorn sites"
+        step.summary = f"{len(findings.sites)} Sinkhorn site{'s' * (len(findings.sites) != 1)}"
         # Sites are recognised with fixed lengths, since shapes that are numbers tell axes apart, then located by place.
         open_graph, open_sites = graph, list(findings.sites)
         is_open = bool(findings.sites and open_axes(axes, calibration))

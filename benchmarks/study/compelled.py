@@ -252,8 +252,7 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
     yield from schedules_of(of["schedule"])
     yield from points_of(of["points"])
     yield from models_of(of["digits"])
-    yield ""
-    yield f"![Errors on ten points by order of training, and accuracy on digits by weights]({FIGURE})"
+    yield from ("", f"![Errors on ten points by order of training, and accuracy on digits by weights]({FIGURE})")
 
 
 def table_of(rows: Sequence[Row], count: int) -> Iterator[str]:
@@ -265,9 +264,7 @@ def table_of(rows: Sequence[Row], count: int) -> Iterator[str]:
     starts = f"{rows[0]['runs']} starts" + (f", in {sets} sets of them" if sets > 1 else "")
     middle = "median" if count == FEW else "mean"  # as the paper has it; its ten points have no mean
     yield f"Trained on {count} points, MSE on {POINTS}: the least of {starts}, and the {middle}:"
-    yield ""
-    yield "| function | start | Adam | Levenberg-Marquardt | paper |"
-    yield "|---|---|---:|---:|---:|"
+    yield from ("", "| function | start | Adam | Levenberg-Marquardt | paper |", "|---|---|---:|---:|---:|")
     for row in rows:
         for start, ways in row["errors"].items():
             ours = " | ".join(f"{spread(way['least'])}, {way[middle]:.1e}" for way in ways.values())
@@ -398,6 +395,7 @@ def draw(rows: Mapping[str, Row], folder: Path) -> None:
     right.set_xticks([], minor=True)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        place, columns = ("upper right", 2) if axes is left else ("lower right", 1)
-        axes.legend(frameon=False, fontsize=8, ncols=columns, loc=place)
+        axes.legend(
+            frameon=False, fontsize=8, ncols=1 + (axes is left), loc=("lower right", "upper right")[axes is left]
+        )
     save(figure, folder / FIGURE)
