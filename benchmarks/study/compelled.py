@@ -393,9 +393,7 @@ def draw(rows: Mapping[str, Row], folder: Path) -> None:
     right.set(xscale="log", xlabel="weights", title="digits, accuracy in %")
     right.set_xticks(ticks, labels=[str(weights) for weights in ticks])
     right.set_xticks([], minor=True)
-    for axes in (left, right):
+    for axes, columns, place in ((left, 2, "upper right"), (right, 1, "lower right")):
         axes.grid(alpha=0.3)
-        axes.legend(
-            frameon=False, fontsize=8, ncols=1 + (axes is left), loc=("lower right", "upper right")[axes is left]
-        )
+        axes.legend(frameon=False, fontsize=8, ncols=columns, loc=place)
     save(figure, folder / FIGURE)
