@@ -22,7 +22,6 @@ from asapc.types.model import LoadedModel
 from asapc.types.samples import Samples
 
 MATCHES = "matches"  # what the labels of points are called in a checkpoint, beside its inputs: a match for each
-
 TRAINED = "give a checkpoint of `asapc train`, or compare other models with `asapc verify`"
 
 
@@ -107,10 +106,7 @@ def held_out(loaded: LoadedModel) -> Samples:
     if samples is not None and labels is None:
         labels = read_torch(Source.at(loaded.path, CheckpointError))["held_out"].get(MATCHES)
     if samples is None or not isinstance(labels, Tensor) or not len(samples):
-        raise CheckpointError(
-            f"{loaded.path} holds no held-out samples with labels",
-            TRAINED,
-        )
+        raise CheckpointError(f"{loaded.path} holds no held-out samples with labels", TRAINED)
     return Samples(samples.inputs, labels)
 
 

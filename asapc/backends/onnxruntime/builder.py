@@ -93,9 +93,8 @@ def to_proto(
     program = with_graph(graph.program, module, PlainProgram if is_plain(graph.program) else ExportedProgram)
     aten = torch.ops.aten
     table = {ATTENTION: multi_head_attention, aten.mT.default: transposed}
-    table |= dict.fromkeys(
-        (aten.cdist.default, aten._cdist_forward.default), distances
-    )  # plain programs have the first
+    # Plain programs have the first of these.
+    table |= dict.fromkeys((aten.cdist.default, aten._cdist_forward.default), distances)
     if any(node.target in table for node in module.graph.nodes):
         program = program.run_decompositions(table)
     with quiet_exporter():
