@@ -229,6 +229,5 @@ def draw_measure(axes: Any, key: str, of_seeds: Sequence[Row]) -> None:
         places = range(first, first + len(means))
         axes.plot(places, means, marker="o", label=name, **style)
         axes.set_xticks(places)
-    axes.margins(y=0.1)
-    axes.set(ylim=(0, None), xlabel="depth" if key == "rank" else "layer")
+    axes.set(ylim=(0, 1.1 * axes.dataLim.y1), xlabel="depth" if key == "rank" else "layer")
     axes.grid(alpha=0.3)
