@@ -177,8 +177,7 @@ def layers_grid(layers: list[dict[str, Any]]) -> Grid:
 
 def fusion(of_site: dict[str, Any], layers: list[dict[str, Any]]) -> str:
     """Return a line on what became of a site in an engine."""
-    site = of_site["name"]
-    own = [layer for layer in layers if site in layer["sites"]]
+    site, own = of_site["name"], [layer for layer in layers if of_site["name"] in layer["sites"]]
     fused = sum(layer["attention"] for layer in own)
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer["kind"] for layer in own).items())
     attention = f"attention as one kernel in {fused}" if fused else "no attention as one kernel"
@@ -277,7 +276,8 @@ def why_not_shorter(sites: list[dict[str, Any]]) -> Iterator[str]:
         if choice["operator"] in ("exact", "keep") and not choice["reason"].startswith("-O"):
             names.setdefault(choice["reason"], []).append(site["name"])
     for reason, of_reason in names.items():
-        yield f"{' and '.join(of_reason[:2])}{' and others' * (len(of_reason) > 2)}: all half-steps stay, for {reason}"
+        which = f"{' and '.join(of_reason[:2])}{' and others' * (len(of_reason) > 2)}"
+        yield f"{which} keep{'s' * (len(of_reason) == 1)} all half-steps: {reason}"
 
 
 def bill_grid(sites: list[dict[str, Any]]) -> Grid:
