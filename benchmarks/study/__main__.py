@@ -15,21 +15,16 @@ benchmarks/cache/study-quick/.
 import argparse
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
 from benchmarks.study import compelled, downstream, frozen, sinks, summary, swaps, training_cost
 from benchmarks.study.models import ROOT, folder_of, train_missing
-from benchmarks.study.teachers import Row
+from benchmarks.study.running import done, prepare
 
 PARTS = {
     "downstream": downstream,
@@ -71,12 +66,6 @@ def main() -> None:
     print(f"written: {document}")
 
 
-def prepare() -> None:
-    """Prepare a process for measuring."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
-
-
 def measure(rows: dict[str, dict[str, Any]], results: Path, options: argparse.Namespace) -> None:
     """Measure the cases that are missing, and write the results after each."""
     for name, part in PARTS.items():
@@ -91,25 +80,6 @@ def measure(rows: dict[str, dict[str, Any]], results: Path, options: argparse.Na
             partial = results.with_suffix(".partial")
             write_json(partial, {"parts": rows, "environment": environment(seed=0)})
             partial.rename(results)
-
-
-def done(cases: Mapping[str, Callable[[], Row]], processes: int) -> Iterator[tuple[str, Row, float]]:
-    """Run cases, and yield the name, the row and the seconds of each as it is done."""
-    if processes == 1 or len(cases) < 2:
-        for case, run in cases.items():
-            yield case, *timed(run)
-        return
-    # A fork of a process with torch's threads may hang.
-    with ProcessPoolExecutor(processes, get_context("spawn"), prepare) as pool:
-        jobs = {pool.submit(timed, run): case for case, run in cases.items()}
-        for job in as_completed(jobs):
-            yield jobs[job], *job.result()
-
-
-def timed(run: Callable[[], Row]) -> tuple[Row, float]:
-    """Run a case, and return its row and the seconds that it took."""
-    start = time.perf_counter()
-    return run(), time.perf_counter() - start
 
 
 def page(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
