@@ -33,8 +33,11 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 
 def check_lengths(folder: Path, samples: Samples) -> None:
-    """Raise SamplesError where samples have lengths that a compiled model does not take; their number may be any."""
-    interface = Interface.of(read_manifest(folder))
+    """Raise SamplesError where samples have lengths that a compiled model does not take; their number may be any.
+
+    Of a folder that `read_folder` has checked.
+    """
+    interface = Interface.of(read_checked(folder / MANIFEST))
     batches = {info.shape[0] for info in interface.inputs}
     axes = {name: limits for name, limits in interface.axes.items() if name not in batches}
     interface = replace(interface, axes=axes)

@@ -28,6 +28,7 @@ EXACT_RELC = {1: 1e-5, 2: 1e-3}
 MIN_SAVING = 0.05
 # No operator whose error is as large as what it stands for is worth its time, whatever the budget.
 MAX_RELC = 1.0
+NOT_CHEAPER = "no approximation is cheaper"
 MISSED = "the whole model missed the budget on held-out samples with a cheaper one"
 
 
@@ -134,19 +135,18 @@ def choose_operator(
         nearest = min(saving, key=lambda c: relc(c))
         why = f"no approximation is close enough, the closest has relc {relc(nearest):.3g} on calibration samples"
     else:
-        none = why_none(site, config) if not others else None
-        why = none or "no approximation is cheaper"
+        why = NOT_CHEAPER if others else why_none(site, config)
     if relc(exact) <= EXACT_RELC[config.level]:
         return Choice(exact, "-O1 asks for the exact form" if config.level == 1 else why, curve)
     why = f"{why}; the scaling form leaves the range of float32 (relc {relc(exact):.1e})"
     return Choice(Candidate("keep", site.loop.half_steps, inf), why, curve)
 
 
-def why_none(site: Site, config: CompileConfig) -> str | None:
-    """Return why a site has no candidates beside the exact form, of the kinds that are allowed; None if all may be."""
+def why_none(site: Site, config: CompileConfig) -> str:
+    """Return why a site has no candidates beside the exact form, of the kinds that are allowed."""
     if config.kinds() == {"amortised"}:
         return why_not_amortised(site) or f"a network needs {MIN_PLANS:,} plans to train on, more than there are"
-    return why_not_sliced(site)
+    return why_not_sliced(site) or NOT_CHEAPER
 
 
 def site_limits(config: CompileConfig) -> dict[str, float]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asapc.passes.base import GraphPass, PassResult
-from asapc.passes.onnx.types import types_of
+from asapc.passes.onnx.nodes import Parts, attributes_of, opset_of, types_of
 
 ATTENTION = ("", "Attention")  # domain and name
 SWAP, TURN = [0, 2, 1, 3], [0, 1, 3, 2]  # tokens with heads, tokens with numbers
@@ -25,7 +25,7 @@ class InlineAttention(GraphPass[Any]):
         if not any(is_attention(node) for node in graph.node):
             return PassResult(program, False)
         types = types_of(program)
-        opset = next(o.version for o in program.opset_import if o.domain in ("", "ai.onnx"))
+        opset = opset_of(program)
         nodes = [part for node in graph.node for part in parts_of(node, types, opset) or [node]]
         modified = len(nodes) > len(graph.node)
         del graph.node[:]
@@ -47,9 +47,7 @@ def parts_of(node: Any, types: Mapping[str, Any], opset: int) -> list[Any]:
 
 def plain(node: Any, types: Mapping[str, Any]) -> list[Any]:
     """Return a product, a softmax and a product; none where there is more, as a mask, or fewer heads of keys."""
-    from onnx.helper import get_attribute_value, make_node
-
-    attributes = {each.name: get_attribute_value(each) for each in node.attribute}
+    attributes = attributes_of(node)
     # Of all options but the scale zero stands for what is not there.
     options = {name: value for name, value in attributes.items() if value or name == "scale"}
     q, k, v = node.input[:3]
@@ -61,26 +59,20 @@ def plain(node: Any, types: Mapping[str, Any]) -> list[Any]:
     more = options or any(node.input[3:]) or len(node.output) > 1
     if more or not scale or len(counts) < 2 or not counts[0] == counts[1] > 0:
         return []
-    nodes: list[Any] = []
-    owner = node.name or node.output[0]
-
-    def add(kind: str, inputs: list[str], part: str, **attributes: Any) -> str:
-        nodes.append(make_node(kind, inputs, [f"{owner}/{part}"], f"{owner}/{part}", **attributes))
-        return f"{owner}/{part}"
-
+    parts = Parts(node)
+    add = parts.add
     if heads:
         split = add("Constant", [], "split", value_ints=[0, 0, heads, -1])
         for part, name in (("q", q), ("k", k), ("v", v)):
             add("Transpose", [add("Reshape", [name, split], f"{part}_split")], part, perm=SWAP)
-        q, k, v = (f"{owner}/{part}" for part in ("q", "k", "v"))
+        q, k, v = (f"{parts.owner}/{part}" for part in ("q", "k", "v"))
     factor = add("CastLike", [add("Constant", [], "scale", value_float=scale), q], "factor")
     scores = add("MatMul", [add("Mul", [q, factor], "scaled"), add("Transpose", [k], "turned", perm=TURN)], "scores")
     output = add("MatMul", [add("Softmax", [scores], "plan", axis=-1), v], "output")
     if heads:
         shape = add("Constant", [], "shape", value_ints=[0, 0, -1])
         add("Reshape", [add("Transpose", [output], "tokens", perm=SWAP), shape], "merged")
-    nodes[-1].output[0] = node.output[0]
-    return nodes
+    return parts.in_place()
 
 
 def definition(node: Any, types: Mapping[str, Any], opset: int) -> list[Any]:

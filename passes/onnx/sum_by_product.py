@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asapc.passes.base import GraphPass, PassResult
-from asapc.passes.onnx.types import types_of
+from asapc.passes.onnx.nodes import Parts, attributes_of, opset_of, types_of
 from asapc.passes.onnx.unfuse_attention import PRODUCTS
 
 FEW = 8
@@ -28,7 +28,7 @@ class SumByProduct(GraphPass[Any]):
     def call(self, program: Any) -> PassResult[Any]:
         """Replace all but the first of each chain; parts of a node are called NODE/PART."""
         nodes = program.graph.node
-        opset = next(o.version for o in program.opset_import if o.domain in ("", "ai.onnx"))
+        opset = opset_of(program)
         sums = {node.output[0] for node in nodes if node.op_type in SUMS}
         if opset < FIRST_OPSET or not following(nodes, sums):
             return PassResult(program, False)
@@ -71,13 +71,12 @@ def following(nodes: Iterable[Any], sums: Collection[str]) -> set[str]:
 def places_of(program: Any) -> dict[str, Place]:
     """Return what sums over few numbers go over, by the name of what they give."""
     from onnx import numpy_helper
-    from onnx.helper import get_attribute_value
 
     types = types_of(program)
     constants = {tensor.name: tensor for tensor in program.graph.initializer}
     places: dict[str, Place] = {}
     for node in program.graph.node:
-        attributes = {each.name: get_attribute_value(each) for each in node.attribute}
+        attributes = attributes_of(node)
         if node.op_type == "Constant" and "value" in attributes:
             constants[node.output[0]] = attributes["value"]
         if node.op_type not in SUMS or node.input[0] not in types:
@@ -110,15 +109,11 @@ def summed_axes(equation: str) -> list[int]:
 
 def parts_of(node: Any, place: Place, opset: int) -> list[Any]:
     """Return the nodes that take a sum's place."""
-    from onnx.helper import get_attribute_value, make_node, make_tensor
+    from onnx.helper import make_tensor
 
-    owner = node.name or node.output[0]
     axis, last = place.axis, place.rank - 1
-    nodes: list[Any] = []
-
-    def add(kind: str, inputs: list[str], part: str, **attributes: Any) -> str:
-        nodes.append(make_node(kind, inputs, [f"{owner}/{part}"], f"{owner}/{part}", **attributes))
-        return f"{owner}/{part}"
+    parts = Parts(node)
+    add = parts.add
 
     def constant(part: str, shape: list[int], value: float) -> str:
         count = shape[0] * shape[1] if shape else 1
@@ -155,8 +150,6 @@ def parts_of(node: Any, place: Place, opset: int) -> list[Any]:
         add("Sqrt", [total(add("Mul", [x, x], "squared"))], "norm")
     else:
         total(x, 1 / place.length if node.op_type == "ReduceMean" else 1.0)
-    keeps = {each.name: get_attribute_value(each) for each in node.attribute}.get("keepdims", 1)
-    if not keeps or node.op_type == "Einsum":
-        add("Squeeze", [nodes[-1].output[0], add("Constant", [], "summed", value_ints=[axis])], "squeezed")
-    nodes[-1].output[0] = node.output[0]
-    return nodes
+    if not attributes_of(node).get("keepdims", 1) or node.op_type == "Einsum":
+        add("Squeeze", [parts.nodes[-1].output[0], add("Constant", [], "summed", value_ints=[axis])], "squeezed")
+    return parts.in_place()

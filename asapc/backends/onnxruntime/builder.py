@@ -31,6 +31,7 @@ from asapc.errors import BuildError, one_line
 from asapc.ops.fused import ATTENTION
 from asapc.passes.base import PassManager
 from asapc.passes.onnx.cleanup import OnnxCleanup
+from asapc.passes.onnx.nodes import opset_of
 from asapc.passes.onnx.standard_attention import StandardAttention
 from asapc.types.artifacts import OnnxArtifact
 from asapc.types.graph import CapturedGraph, with_graph
@@ -68,7 +69,7 @@ def export_onnx(
     model = PassManager(passes)(exported).program
     temporary(path).write_bytes(model.SerializeToString(deterministic=True))
     temporary(path).rename(path)
-    return OnnxArtifact(path, next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), places)
+    return OnnxArtifact(path, opset_of(model), places)
 
 
 def to_proto(
