@@ -17,6 +17,7 @@ from asapc.types.samples import Samples
 HELD_OUT = 500  # samples
 SPLIT_SEED = 0  # the same for every seed of a training, so that all are compared on the same samples
 POINT_SETS = 5120  # for training
+HELD_OUT_PAIRS = 128  # of sets: each has as many matches to find as points
 INDUCING = 32  # points by way of which the others attend to each other
 SMOOTHING = 0.05
 HOLD_OUT_EVERY = 8  # speeches
@@ -109,7 +110,7 @@ def matching() -> Task:
     """Return pairs of point sets, of which each point of the first is to be found in the second."""
     training, held_out = (
         Samples({"source": first, "target": second}, matches)
-        for first, second, matches in (pairs(POINT_SETS, SPLIT_SEED + 1), pairs(HELD_OUT, SPLIT_SEED))
+        for first, second, matches in (pairs(POINT_SETS, SPLIT_SEED + 1), pairs(HELD_OUT_PAIRS, SPLIT_SEED))
     )
     return Task("asapc.models.matching:Matcher", training, held_out, loss=match_entropy)
 

@@ -1,21 +1,23 @@
 """Trains models with Sinkhorn attention and their rivals, compiles them, and writes down what each step keeps.
 
-    python -m benchmarks.study                    # what is missing: some three and a half hours on two cores
+    python -m benchmarks.study                    # what is missing: less than three hours on two cores
     python -m benchmarks.study --only frozen      # one part, of what is missing
     python -m benchmarks.study --render           # the page and its figures alone
     python -m benchmarks.study --quick            # all of it at small size, in less than ten minutes: does it work?
 
-Models are trained first, two at a time, and kept in benchmarks/cache/study/. Cases are then measured: two at a time
-where they time nothing, and the others one by one, on an otherwise idle machine. Results are written after each model
-and each case, so that the study may be stopped and goes on where it was. Writes benchmarks/results/study.json,
-docs/study.md between its two markers, and the figures docs/study-*.png; with --quick all of these go to
-benchmarks/cache/study-quick/.
+Models are trained first, two at a time, and kept in benchmarks/cache/study/. Then one process measures the cases that
+time something, one by one, while the other chooses operators for them, which the planner keeps, and measures all else:
+times are compared in turns, and their ratios are the same beside other work. Results are written after each step, so
+that the study may be stopped and goes on where it was.
+Writes benchmarks/results/study.json, docs/study.md between its two markers, and the figures docs/study-*.png; with
+--quick all of these go to benchmarks/cache/study-quick/.
 """
 
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from asapc.writing.environment import environment
 from asapc.writing.folder import write_json
 from benchmarks.generated import replace_generated
 from benchmarks.study import compelled, downstream, frozen, sinks, summary, swaps, training_cost
-from benchmarks.study.models import ROOT, folder_of, train_missing
+from benchmarks.study.models import ROOT, folder_of, trainings
 from benchmarks.study.running import done, prepare
 
 PARTS = {
@@ -34,7 +36,7 @@ PARTS = {
     "sinks": sinks,
     "compelled": compelled,
 }
-UNTIMED = {"swaps", "sinks", "compelled"}
+TIMED = ("training-cost", "downstream", "frozen")  # in this order: operators are chosen meanwhile
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "study.json", ROOT / "docs" / "study.md"
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the whole study at small size")
     parser.add_argument("--only", choices=list(PARTS), help="measure one part")
     parser.add_argument("--render", action="store_true", help="write the page and its figures only")
-    parser.add_argument("--processes", type=int, default=2, help="at once, where none is timed")
+    parser.add_argument("--processes", type=int, default=2, help="at once; one of them times")
     options = parser.parse_args()
     prepare()
     results, document = RESULTS, DOCUMENT
@@ -53,38 +55,59 @@ def main() -> None:
         scratch.mkdir(parents=True, exist_ok=True)
         results, document = scratch / RESULTS.name, scratch / DOCUMENT.name
         shutil.copyfile(DOCUMENT, document)
-    rows: dict[str, dict[str, Any]] = json.loads(results.read_text())["parts"] if results.exists() else {}
+    kept: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"parts": {}, "seconds": 0.0}
     if not options.render:
-        if options.only is None:  # a part alone trains those that it measures
-            train_missing(options.quick, options.processes)
-        measure(rows, results, options)
-    parts = {name: rows[name] for name in PARTS if name in rows}
+        measure(kept, results, options)
+    parts = {name: kept["parts"][name] for name in PARTS if name in kept["parts"]}
     for name, of_part in parts.items():
         if hasattr(PARTS[name], "draw"):
             PARTS[name].draw(of_part, document.parent)
-    replace_generated(document, page(parts))
+    took = f"All of it took {kept['seconds'] / 3600:.1f} hours, training included, on an {kept['environment']['cpu']}."
+    replace_generated(document, page(parts, took))
     print(f"written: {document}")
 
 
-def measure(rows: dict[str, dict[str, Any]], results: Path, options: argparse.Namespace) -> None:
-    """Measure the cases that are missing, and write the results after each."""
-    for name, part in PARTS.items():
-        if options.only not in (None, name):
-            continue
-        cases, of_part = part.cases(options.quick), rows.get(name, {})
-        missing = {case: run for case, run in cases.items() if case not in of_part}
-        for case, row, seconds in done(missing, options.processes if name in UNTIMED else 1):
-            of_part[case] = row
-            rows[name] = {case: of_part[case] for case in cases if case in of_part}
-            print(f"{name:14} {case:40} {seconds:6.1f} s", flush=True)
-            partial = results.with_suffix(".partial")
-            write_json(partial, {"parts": rows, "environment": environment(seed=0)})
-            partial.rename(results)
+def measure(kept: dict[str, Any], results: Path, options: argparse.Namespace) -> None:
+    """Do what is missing, and write the results after each step, with the seconds that all runs took together."""
+    cases = {name: part.cases(options.quick) for name, part in PARTS.items() if options.only in (None, name)}
+    rows: dict[str, dict[str, Any]] = kept["parts"]
+
+    def missing(*names: str) -> dict[tuple[str, str], Callable[[], dict[str, Any]]]:
+        of_parts = {name: cases[name] for name in names if name in cases}
+        return {
+            (name, case): run
+            for name, of_part in of_parts.items()
+            for case, run in of_part.items()
+            if case not in rows.get(name, {})
+        }
+
+    before, begin = kept["seconds"], time.perf_counter()
+
+    def write(step: str, case: str, seconds: float) -> None:
+        kept.update(seconds=before + time.perf_counter() - begin, environment=environment(seed=0))
+        print(f"{step:14} {case:40} {seconds:6.1f} s", flush=True)
+        partial = results.with_suffix(".partial")
+        write_json(partial, kept)
+        partial.rename(results)
+
+    timed, others = missing(*TIMED), missing(*(name for name in PARTS if name not in TIMED))
+    if options.only is None:  # a part alone trains those that it measures
+        for (step, case), _, seconds in done((trainings(options.quick), options.processes)):
+            write(step, case, seconds)
+        plans = downstream.plans(options.quick)
+        others = {("planning", case): plans[case] for step, case in timed if step == "downstream"} | others
+    lanes = [(timed, 1), (others, options.processes - 1)] if options.processes > 1 else [(others | timed, 1)]
+    for (step, case), row, seconds in done(*lanes):
+        if step in cases:
+            of_part = {**rows.get(step, {}), case: row}
+            rows[step] = {case: of_part[case] for case in cases[step] if case in of_part}
+        write(step, case, seconds)
 
 
-def page(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
+def page(parts: dict[str, dict[str, Any]], took: str) -> Iterator[str]:
     """Yield the generated lines of the page."""
     yield from summary.section(parts)
+    yield from ("", took)
     for name, of_part in parts.items():
         yield ""
         yield from PARTS[name].section(of_part)

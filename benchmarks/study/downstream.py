@@ -7,15 +7,16 @@ from statistics import fmean
 from typing import Any
 
 from asapc.commands.compile import compile_model
+from asapc.commands.study import study
 from asapc.config import CompileConfig
 from asapc.errors import FidelityError
 from asapc.training.evaluate import evaluate
-from benchmarks.study.models import TASKS, trained
+from benchmarks.study.forms import BATCH, planned
+from benchmarks.study.models import TASKS, facts, trained
 from benchmarks.study.tables import percent, spread, table
 from benchmarks.study.teachers import by_task, cases_of
 
 QUICK_TASKS = ("digits", "pointset-inducing")
-BATCH = 8
 SECONDS, QUICK_SECONDS = 4.0, 1.0
 RIVALS = ("teacher", "exact", "truncated", "softmax")
 Row = dict[str, Any]
@@ -26,14 +27,25 @@ def cases(quick: bool) -> dict[str, Callable[[], Row]]:
     return cases_of(compile_teacher, quick, QUICK_TASKS if quick else TASKS)
 
 
+def plans(quick: bool) -> dict[str, Callable[[], Row]]:
+    """Return what chooses the operators of the same models: the planner keeps them, so that each case finds its own."""
+    return cases_of(plan, quick, QUICK_TASKS if quick else TASKS)
+
+
+def plan(task: str, seed: int, quick: bool) -> Row:
+    """Choose the operators of a model; nothing else is left of it."""
+    planned(study(trained(task, "sinkhorn", seed, quick)))
+    return {}
+
+
 def compile_teacher(task: str, seed: int, quick: bool) -> Row:
     """Compile a model with the default budget; return the task's metric before and after, and ratios of times."""
     teacher = trained(task, "sinkhorn", seed, quick)
     row: Row = {
         "task": task,
         "seed": seed,
-        "teacher": evaluate(teacher).accuracy,
-        "softmax-trained": evaluate(trained(task, "softmax", seed, quick)).accuracy,
+        "teacher": facts(task, "sinkhorn", seed, quick)["held_out_accuracy"],
+        "softmax-trained": facts(task, "softmax", seed, quick)["held_out_accuracy"],
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "compiled.asap"

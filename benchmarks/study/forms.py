@@ -24,7 +24,7 @@ from asapc.types.teacher import Teacher
 from benchmarks.fits import fitted_slices, random_directions
 from benchmarks.one_pass import fits, modules_of
 
-BATCH = 4  # for which operators are chosen, lowered and timed
+BATCH = 4  # for which operators are chosen, lowered and timed, alone and in whole models
 SLICES, TRUNCATIONS = (8, 32, 64), (2, 4, 8, 16)  # truncations in half-steps
 WRITTEN, EXACT, ONE_PASS, DEFAULT, SOFTMAX = "as written", "exact", "one pass", "default", "softmax"
 Modules = dict[str, nn.Module]

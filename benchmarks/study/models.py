@@ -1,10 +1,11 @@
 """The trained models of the study: by task, attention and seed, trained by the recipes of `asapc train`."""
 
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,29 +34,26 @@ def path_of(task: str, attention: str, seed: int, quick: bool) -> Path:
     return folder_of(quick) / f"{task}_{attention}_seed{seed}.pt"
 
 
-def trained(task: str, attention: str, seed: int, quick: bool) -> Path:
-    """Return the checkpoint of a model; it is trained where it is missing, and goes on where it was stopped."""
+def facts(task: str, attention: str, seed: int, quick: bool) -> dict[str, Any]:
+    """Return the facts of a model's training; it is trained where it is missing, and goes on where it was stopped."""
     path = path_of(task, attention, seed, quick)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recipe = replace(Recipe.read(task), attention=attention, seed=seed)
-        train(replace(recipe, steps=QUICK_STEPS) if quick else recipe, path, resume=True)
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recipe = replace(Recipe.read(task), attention=attention, seed=seed)
+    of_training = train(replace(recipe, steps=QUICK_STEPS) if quick else recipe, path, resume=True)
+    torch.set_flush_denormal(True)  # which training switches on for itself, and then off
+    return of_training
 
 
-def train_missing(quick: bool, processes: int) -> None:
-    """Train all models that are missing, several at once on a thread each."""
-    context = get_context("spawn")  # a fork of a process with torch's threads may hang
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-        jobs = [pool.submit(trained, *of_model, quick) for of_model in missing(quick)]
-        for number, job in enumerate(jobs, 1):
-            print(f"trained {job.result().name}, {number} of {len(jobs)}", flush=True)
+def trained(task: str, attention: str, seed: int, quick: bool) -> Path:
+    """Return the checkpoint of a model, see `facts`."""
+    facts(task, attention, seed, quick)
+    return path_of(task, attention, seed, quick)
 
 
-def missing(quick: bool) -> Iterator[tuple[str, str, int]]:
-    """Yield task, attention and seed of the models that are missing."""
-    for seed in seeds(quick):
-        for task in TASKS:
-            for attention in ATTENTIONS:
-                if not path_of(task, attention, seed, quick).exists():
-                    yield task, attention, seed
+def trainings(quick: bool) -> dict[tuple[str, str], Callable[[], dict[str, Any]]]:
+    """Return what trains each model that is missing, by "training" and its name."""
+    return {
+        ("training", path_of(task, attention, seed, quick).stem): partial(facts, task, attention, seed, quick)
+        for seed, task, attention in product(seeds(quick), TASKS, ATTENTIONS)
+        if not path_of(task, attention, seed, quick).exists()
+    }

@@ -1,13 +1,18 @@
-"""Runs cases of the study, one by one or several at once."""
+"""Runs cases of the study in processes, by lanes: the cases of a lane share its processes."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from multiprocessing import get_context
+from typing import TypeVar
 
 import torch
 
 from benchmarks.study.teachers import Row
+
+Key = TypeVar("Key")
+Cases = Mapping[Key, Callable[[], Row]]
 
 
 def prepare() -> None:
@@ -16,15 +21,18 @@ def prepare() -> None:
     torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
 
 
-def done(cases: Mapping[str, Callable[[], Row]], processes: int) -> Iterator[tuple[str, Row, float]]:
-    """Run cases, and yield the name, the row and the seconds of each as it is done."""
-    if processes == 1 or len(cases) < 2:
-        for case, run in cases.items():
-            yield case, *timed(run)
-        return
-    # A fork of a process with torch's threads may hang.
-    with ProcessPoolExecutor(processes, get_context("spawn"), prepare) as pool:
-        jobs = {pool.submit(timed, run): case for case, run in cases.items()}
+def done(*lanes: tuple[Cases[Key], int]) -> Iterator[tuple[Key, Row, float]]:
+    """Run the cases of all lanes, and yield the key, the row and the seconds of each as it is done.
+
+    Args:
+        lanes: cases, which are begun in their order, and how many of them run at once.
+    """
+    jobs: dict[Future[tuple[Row, float]], Key] = {}
+    with ExitStack() as stack:
+        for cases, processes in lanes:
+            pool = ProcessPoolExecutor(processes, get_context("spawn"), prepare)  # forks of torch's threads may hang
+            stack.callback(pool.shutdown, cancel_futures=True)  # where one fails, none is begun after it
+            jobs |= {pool.submit(timed, run): key for key, run in cases.items()}
         for job in as_completed(jobs):
             yield jobs[job], *job.result()
 

@@ -16,6 +16,7 @@ from torch import nn
 import asapc
 from asapc.backends.eager.runner import EagerRunner
 from asapc.training.evaluate import score
+from asapc.training.run import take_scaling_form
 from asapc.training.tasks import Task, task
 from benchmarks.study.models import trained
 from benchmarks.study.tables import percent, table
@@ -79,6 +80,7 @@ def fine_tuned(
 ) -> float:
     """Train some parameters of a copy of a model, and return its accuracy then."""
     model = copy.deepcopy(model)
+    take_scaling_form(model)
     parameters = parameters_of(model)
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     draw = torch.Generator().manual_seed(seed)

@@ -1,14 +1,20 @@
 """The study's runner and its tables, with parts that are made up."""
 
 import argparse
+import copy
 import json
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from benchmarks.study import __main__ as runner
-from benchmarks.study import swaps
+from benchmarks.study import running, swaps
 from benchmarks.study.downstream import kept
 from benchmarks.study.downstream import section as downstream_section
 from benchmarks.study.summary import section as summary_section
@@ -29,42 +35,56 @@ ROWS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """Let threads take the place of processes, which take long to start."""
+    monkeypatch.setattr(running, "ProcessPoolExecutor", lambda processes, *of_processes: ThreadPoolExecutor(processes))
+
+
+def made_up(**cases: Callable[[], Any]) -> SimpleNamespace:
+    """Return a part of such cases."""
+    return SimpleNamespace(cases=lambda quick: cases, section=lambda rows: iter(["## Made up", *rows]))
+
+
+def measured(results: Path, before: dict) -> dict:
+    """Measure what is missing, and return what was written."""
+    runner.measure(copy.deepcopy(before), results, argparse.Namespace(only="swaps", quick=True, processes=1))
+    return json.loads(results.read_text())
+
+
 def test_a_study_that_was_stopped_goes_on_where_it_was(monkeypatch, tmp_path):
-    calls = []
-
-    def run(name: str, stop: bool) -> dict:
-        calls.append(name)
-        if stop:
-            raise KeyboardInterrupt
-        return {"name": name}
-
-    def part(stop: bool) -> SimpleNamespace:
-        return SimpleNamespace(
-            cases=lambda quick: {"one": lambda: run("one", False), "two": lambda: run("two", stop)},
-            section=lambda rows: iter(["## Made up", *rows]),
-        )
-
-    results, options = tmp_path / "study.json", argparse.Namespace(only=None, quick=True, processes=1)
-    rows: dict = {}
-    monkeypatch.setattr(runner, "PARTS", {"made up": part(stop=True)})
-    with pytest.raises(KeyboardInterrupt):
-        runner.measure(rows, results, options)
-    rows = json.loads(results.read_text())["parts"]
-    assert rows == {"made up": {"one": {"name": "one"}}}
-    monkeypatch.setattr(runner, "PARTS", {"made up": part(stop=False)})
-    runner.measure(rows, results, options)
-    assert calls == ["one", "two", "two"]
-    assert list(runner.page(rows))[-3:] == ["## Made up", "one", "two"]
+    results = tmp_path / "study.json"
+    monkeypatch.setattr(runner, "PARTS", {"swaps": made_up(one=partial(dict, n=1), two=partial(int, "stopped"))})
+    with pytest.raises(ValueError, match="stopped"):
+        measured(results, {"parts": {}, "seconds": 0.0})
+    stopped = json.loads(results.read_text())
+    assert stopped["parts"] == {"swaps": {"one": {"n": 1}}}
+    monkeypatch.setattr(runner, "PARTS", {"swaps": made_up(one=partial(int, "again"), two=partial(dict, n=2))})
+    whole = measured(results, stopped)
+    assert whole["parts"] == {"swaps": {"one": {"n": 1}, "two": {"n": 2}}}
+    assert whole["seconds"] > stopped["seconds"] > 0
+    assert list(runner.page(whole["parts"], ""))[-3:] == ["## Made up", "one", "two"]
 
 
-def test_what_is_not_timed_may_run_at_once_and_keeps_its_order(monkeypatch, tmp_path):
-    cases = {name: partial(dict, name=name) for name in ("one", "two", "three")}
-    part = SimpleNamespace(cases=lambda quick: cases)
-    monkeypatch.setattr(runner, "PARTS", {"swaps": part})
-    rows = {"swaps": {"two": {"name": "kept"}}}
-    runner.measure(rows, tmp_path / "study.json", argparse.Namespace(only=None, quick=True, processes=2))
-    written = json.loads((tmp_path / "study.json").read_text())["parts"]["swaps"]
-    assert list(written.items()) == [(name, {"name": "kept" if name == "two" else name}) for name in cases]
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_case_can_be_sent_to_a_process(quick):
+    for part in runner.PARTS.values():
+        pickle.dumps(part.cases(quick))
+    pickle.dumps((runner.trainings(quick), runner.downstream.plans(quick)))
+
+
+def test_cases_of_both_lanes_keep_their_order(monkeypatch, tmp_path):
+    timed, other = ({f"{kind} {n}": partial(dict, n=n) for n in range(3)} for kind in ("timed", "other"))
+    parts = {"swaps": made_up(**other), "frozen": made_up(**timed)}
+    monkeypatch.setattr(runner, "PARTS", parts)
+    monkeypatch.setattr(runner, "trainings", lambda quick: {})
+    monkeypatch.setattr(runner.downstream, "plans", lambda quick: {})
+    kept = {"parts": {"swaps": {"other 1": {"n": "kept"}}}, "seconds": 0.0}
+    results, options = tmp_path / "study.json", argparse.Namespace(only=None, quick=True, processes=2)
+    runner.measure(kept, results, options)
+    written = json.loads(results.read_text())["parts"]
+    assert {name: list(of_part) for name, of_part in written.items()} == {"swaps": list(other), "frozen": list(timed)}
+    assert [row["n"] for row in written["swaps"].values()] == [0, "kept", 2]
 
 
 def test_what_compiled_models_keep_is_a_mean_over_seeds_for_each_task():
