@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 from asapc.passes.base import GraphPass, PassResult
+from asapc.passes.onnx.nodes import attributes_of
 
 USUAL = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 
@@ -46,7 +47,4 @@ class SplitGemm(GraphPass[Any]):
 
 def is_plain(node: Any) -> bool:
     """Return whether a node is a Gemm that adds an operand to the product of others as they are."""
-    values = {attribute.name: attribute.f if attribute.type == 1 else attribute.i for attribute in node.attribute}
-    return (
-        node.op_type == "Gemm" and len(node.input) == 3 and all(USUAL[name] == value for name, value in values.items())
-    )
+    return node.op_type == "Gemm" and len(node.input) == 3 and USUAL | attributes_of(node) == USUAL

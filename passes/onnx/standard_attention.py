@@ -6,6 +6,7 @@ TensorRT fuses the product, softmax and product again, where it has a kernel for
 from typing import Any
 
 from asapc.passes.base import GraphPass, PassResult
+from asapc.passes.onnx.nodes import attributes_of
 
 DOMAIN, OPERATOR = "com.microsoft", "MultiHeadAttention"
 
@@ -46,9 +47,5 @@ class StandardAttention(GraphPass[Any]):
 
 def is_plain(node: Any) -> bool:
     """Return whether a node is attention of one head, with products for scores."""
-    attributes = {attribute.name: attribute.f or attribute.i for attribute in node.attribute}
-    return (
-        (node.domain, node.op_type) == (DOMAIN, OPERATOR)
-        and len(node.input) == 3
-        and attributes == {"num_heads": 1, "scale": 1.0}
-    )
+    of_operator = (node.domain, node.op_type) == (DOMAIN, OPERATOR) and len(node.input) == 3
+    return of_operator and attributes_of(node) == {"num_heads": 1, "scale": 1.0}
