@@ -7,10 +7,9 @@
 
 Models are trained first, two at a time, and kept in benchmarks/cache/study/. Then one process measures the cases that
 time something, one by one, while the other chooses operators for them, which the planner keeps, and measures all else:
-times are compared in turns, and their ratios are the same beside other work. Results are written after each step, so
-that the study may be stopped and goes on where it was.
-Writes benchmarks/results/study.json, docs/study.md between its two markers, and the figures docs/study-*.png; with
---quick all of these go to benchmarks/cache/study-quick/.
+what is compared takes turns, so that other work slows all of it alike. Results are written after each step, so that
+the study may be stopped and goes on where it was. Writes benchmarks/results/study.json, docs/study.md between its two
+markers, and the figures docs/study-*.png; with --quick all of these go to benchmarks/cache/study-quick/.
 """
 
 import argparse
@@ -48,6 +47,8 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="write the page and its figures only")
     parser.add_argument("--processes", type=int, default=2, help="at once; one of them times")
     options = parser.parse_args()
+    if options.processes < 1:
+        parser.error("--processes is at least 1")
     prepare()
     results, document = RESULTS, DOCUMENT
     if options.quick:
@@ -91,7 +92,7 @@ def measure(kept: dict[str, Any], results: Path, options: argparse.Namespace) ->
         partial.rename(results)
 
     timed, others = missing(*TIMED), missing(*(name for name in PARTS if name not in TIMED))
-    if options.only is None:  # a part alone trains those that it measures
+    if options.only is None and timed | others:  # a part alone trains those that it measures
         for (step, case), _, seconds in done((trainings(options.quick), options.processes)):
             write(step, case, seconds)
         plans = downstream.plans(options.quick)

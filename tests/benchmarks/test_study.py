@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import pickle
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -54,7 +55,13 @@ def measured(results: Path, before: dict) -> dict:
 
 def test_a_study_that_was_stopped_goes_on_where_it_was(monkeypatch, tmp_path):
     results = tmp_path / "study.json"
-    monkeypatch.setattr(runner, "PARTS", {"swaps": made_up(one=partial(dict, n=1), two=partial(int, "stopped"))})
+
+    def stop() -> None:
+        while not results.exists():  # the first case was written
+            time.sleep(0.01)
+        raise ValueError("stopped")
+
+    monkeypatch.setattr(runner, "PARTS", {"swaps": made_up(one=partial(dict, n=1), two=stop)})
     with pytest.raises(ValueError, match="stopped"):
         measured(results, {"parts": {}, "seconds": 0.0})
     stopped = json.loads(results.read_text())
