@@ -244,8 +244,8 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
         f"ReLU networks of width 4 with {DEPTH} hidden layers ([ReLU networks](relu.md)), from Kaiming's start, from "
         "the construction with peaks at random, and from the construction after pretraining, which moves the peaks "
         f"alone. Then all weights are trained: by Adam for {FULL.steps:,} steps, as many as it pretrains for, which is "
-        "the paper's order but perhaps not its number of steps; or as `asapc approx` does it, with peaks trained to "
-        "the end and Levenberg-Marquardt after that."
+        "the paper's order but perhaps not its number of steps; or by Levenberg-Marquardt, from pretraining as "
+        "`asapc approx` does it, with peaks trained to the end."
     )
     for count in (POINTS, FEW):
         yield from table_of([row for row in of["table"] if row["points"] == count], count)

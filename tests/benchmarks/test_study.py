@@ -112,13 +112,13 @@ def test_swaps_have_a_line_for_what_each_model_has_now():
     row = {
         "task": "digits",
         "seed": 0,
-        swaps.SOFTMAX: {"softmax": {swaps.AS_IS: 0.9}, "compiled": {swaps.AS_IS: 0.3, swaps.MAP: 0.4}},
+        swaps.SOFTMAX: {"softmax": {swaps.AS_IS: 0.9}, "hinges": {swaps.AS_IS: 0.3, swaps.MAP: 0.4}},
         swaps.SINKHORN: {"sinkhorn": {swaps.AS_IS: 0.95}},
     }
     lines = list(swaps.lines({"digits, seed 0": row}))
     assert lines == [
         ["digits", "softmax", "softmax", "90.0", "", "", ""],
-        ["digits", "softmax", "compiled", "30.0", "", "40.0", ""],
+        ["digits", "softmax", "hinges", "30.0", "", "40.0", ""],
         ["digits", "sinkhorn", "sinkhorn", "95.0", "", "", ""],
     ]
 
