@@ -72,7 +72,7 @@ def section(rows: Mapping[str, Row]) -> Iterator[str]:
     for row in ordered:
         yield f"| {row['length']} | " + " | ".join(megabytes(row["bytes"][name]) for name in names) + " |"
     yield ""
-    yield "By how much the process grows in a step, in MB. And its time in multiples of the loop's, with 95 % intervals:"
+    yield "How much the process grows in a step, in MB. And its time in multiples of the loop's, with 95 % intervals:"
     yield ""
     others = [name for name in names if name != LOOP]
     yield f"| tokens | {LOOP} (ms) | " + " | ".join(others) + " |"
