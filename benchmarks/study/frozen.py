@@ -48,7 +48,7 @@ from benchmarks.study.forms import (
     written,
 )
 from benchmarks.study.models import trained
-from benchmarks.study.tables import spread
+from benchmarks.study.tables import half_width, spread
 from benchmarks.study.teachers import QUICK_TASKS, TASKS, by_task, cases_of, count_seeds
 
 HELD_OUT, QUICK_HELD_OUT = 128, 16  # samples that the whole model runs on
@@ -69,7 +69,6 @@ def cases(quick: bool) -> dict[str, Callable[[], Row]]:
 
 def measure(task: str, seed: int, quick: bool) -> Row:
     """Measure all forms on one teacher; lists have an entry for each layer."""
-    torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
     teacher = study(trained(task, "sinkhorn", seed, quick))
     sites, selection = teacher.sites, planned(teacher)
     counts, truncations = (SLICES[:1], TRUNCATIONS[:1]) if quick else (SLICES, TRUNCATIONS)
@@ -244,10 +243,10 @@ def verdicts(of_seeds: Sequence[Row]) -> Iterator[str]:
     yield f"As close and no slower: {', '.join(close)}." if close else "No other form is as close and as fast."
     yield f"As accurate and no slower: {', '.join(accurate)}." if accurate else "None is as accurate and as fast."
     widths = [
-        (high - low) / (2 * value)
+        half_width(*interval)
         for row in of_seeds
         for name, form in row["forms"].items()
-        for value, low, high in form["speed"]
+        for interval in form["speed"]
         if not name.startswith(TRANSPORT)  # of which few rounds tell enough
     ]
     yield f"The 95 % intervals of single ratios are at most {max(widths):.1%} to either side, sliced transport's aside."

@@ -55,7 +55,6 @@ def cases(quick: bool) -> dict[str, Callable[[], Row]]:
 
 def measure(task: str, seed: int, quick: bool) -> Row:
     """Measure a twin with softmax, a teacher, and the teacher compiled; lists go by layer, ranks by depth."""
-    torch.set_flush_denormal(True)  # sharp plans are full of them, and they are slow
     twin, teacher = (study(trained(task, attention, seed, quick)) for attention in ("softmax", "sinkhorn"))
     samples = teacher.held_out[: QUICK_SAMPLES if quick else SAMPLES]
     forms = {LOOP: {}, **compiled(teacher, planned(teacher))}

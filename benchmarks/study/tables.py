@@ -33,3 +33,8 @@ def plus_minus(values: Sequence[float], style: str) -> str:
     """Return the mean and the standard deviation, where there are values for them."""
     numbers = [of(values) for of, least in ((fmean, 1), (stdev, 2)) if len(values) >= least]
     return " ± ".join(f"{number:{style}}" for number in numbers)
+
+
+def half_width(value: float, low: float, high: float) -> float:
+    """Return how far an interval reaches to either side, as a share of its value."""
+    return (high - low) / (2 * value)
